@@ -1,0 +1,5 @@
+"""The one exception that ends a command with exit code 2 and a single line."""
+
+
+class UserError(ValueError):
+    """Wrong input: the message names the flag or file, the value and the choices, on one line."""

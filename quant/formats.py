@@ -1,0 +1,251 @@
+"""Number formats: what they are called, which values they hold, how many bits they cost.
+
+The only place a format is defined. It imports no torch, so that flags can be checked in milliseconds.
+Source: specs of OCP MX v1.0 (block formats, FP8/FP6/FP4), IEEE 754 (fp16), bfloat16, NVIDIA NVFP4.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+IntGrid: TypeAlias = Literal["narrow", "full", "unsigned"]
+"""Codes of a k-bit integer: narrow -(2^(k-1)-1)..2^(k-1)-1, full -2^(k-1)..2^(k-1)-1, unsigned 0..2^k-1."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The five numbers that make one rounding kernel serve every format (see `quant_utils.round_to_grid`)."""
+
+    low: float
+    """smallest value of the grid, before the scale"""
+    high: float
+    """largest value of the grid, before the scale"""
+    smallest_power: float
+    """power of two under which the step no longer shrinks"""
+    magic: float
+    """1.5 * 2^(23 - mantissa): adding it to a value in [1, 2) rounds that value to the mantissa's step"""
+    keep_sign: float
+    """1: a negative value that rounds to zero gives -0.0; 0: it gives +0.0"""
+
+
+@dataclass(frozen=True)
+class FloatOff:
+    """Not quantized. It costs 16 bits, what the model would be stored and run in."""
+
+    @property
+    def name(self) -> str:
+        return "float"
+
+    @property
+    def bits(self) -> float:
+        return 16
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """Two's complement integers of `width` bits on a uniform grid."""
+
+    width: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.width <= 16:
+            raise ValueError(f"int{self.width}: integer formats have 2 to 16 bits (int1 has no symmetric grid)")
+
+    @property
+    def name(self) -> str:
+        return f"int{self.width}"
+
+    @property
+    def bits(self) -> float:
+        return self.width
+
+    @property
+    def qmax(self) -> float:
+        """Largest value of the symmetric grid."""
+        return float(2 ** (self.width - 1) - 1)
+
+    @property
+    def smallest_normal(self) -> float:
+        return 1.0
+
+    @property
+    def smallest_subnormal(self) -> float:
+        return 1.0
+
+    def bounds(self, grid: IntGrid = "narrow") -> tuple[int, int]:
+        """Smallest and largest code of the grid."""
+        half = 2 ** (self.width - 1)
+        return {"narrow": (1 - half, half - 1), "full": (-half, half - 1), "unsigned": (0, 2 * half - 1)}[grid]
+
+    def rounding(self, grid: IntGrid = "narrow") -> Rounding:
+        """Step 1 everywhere: the smallest power lies above every code, also after a zero point moved the bounds."""
+        mantissa = self.width + 1
+        low, high = self.bounds(grid)
+        return Rounding(low, high, 2.0**mantissa, 1.5 * 2.0 ** (23 - mantissa), 0.0)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Minifloat: a sign, `exponent` and `mantissa` bits; values beyond qmax saturate."""
+
+    exponent: int
+    mantissa: int
+    reserved: int = 0
+    """magnitude codes at the top that mean infinity or NaN: 0 for e2m1, 1 for e4m3 (FN), 4 for e5m2"""
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.exponent <= 8 and self.mantissa >= 1 and self.exponent + self.mantissa <= 15):
+            raise ValueError(
+                f"e{self.exponent}m{self.mantissa}: minifloats have 1 to 8 exponent bits, "
+                "at least 1 mantissa bit and at most 16 bits in all"
+            )
+
+    @property
+    def name(self) -> str:
+        return _WIDE_NAMES.get((self.exponent, self.mantissa, self.reserved), f"e{self.exponent}m{self.mantissa}")
+
+    @property
+    def bits(self) -> float:
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def bias(self) -> int:
+        return int(2 ** (self.exponent - 1) - 1)
+
+    @cached_property
+    def emin(self) -> int:
+        """Exponent of the smallest normal value."""
+        return 1 - self.bias
+
+    @cached_property
+    def emax(self) -> int:
+        """Exponent of the largest value."""
+        return (2 ** (self.exponent + self.mantissa) - 1 - self.reserved) // 2**self.mantissa - self.bias
+
+    @cached_property
+    def qmax(self) -> float:
+        exponent, fraction = divmod(2 ** (self.exponent + self.mantissa) - 1 - self.reserved, 2**self.mantissa)
+        return (2**self.mantissa + fraction) * 2.0 ** (exponent - self.bias - self.mantissa)
+
+    @property
+    def smallest_normal(self) -> float:
+        return 2.0**self.emin
+
+    @property
+    def smallest_subnormal(self) -> float:
+        return 2.0 ** (self.emin - self.mantissa)
+
+    def rounding(self, grid: IntGrid = "narrow") -> Rounding:
+        """Minifloats are symmetric: `grid` makes no difference."""
+        return Rounding(-self.qmax, self.qmax, 2.0**self.emin, 1.5 * 2.0 ** (23 - self.mantissa), 1.0)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Elements that share a scale in blocks along the reduction axis."""
+
+    name: str
+    element: IntFormat | FloatFormat
+    block_size: int
+    scale_bits: int = 8
+
+    @property
+    def bits(self) -> float:
+        """Effective bits: the element's plus its share of the block's scale."""
+        return self.element.bits + self.scale_bits / self.block_size
+
+    @property
+    def qmax(self) -> float:
+        return self.element.qmax
+
+    @property
+    def smallest_normal(self) -> float:
+        return self.element.smallest_normal
+
+    @property
+    def smallest_subnormal(self) -> float:
+        return self.element.smallest_subnormal
+
+    @property
+    def two_level(self) -> bool:
+        """nvfp4: e4m3 block scales under one float scale a tensor. MX: powers of two alone."""
+        return self.name == "nvfp4"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Format: TypeAlias = FloatOff | IntFormat | FloatFormat | BlockFormat
+
+FLOAT = FloatOff()
+_E4M3, _E5M2, _E3M2, _E2M1 = FloatFormat(4, 3, 1), FloatFormat(5, 2, 4), FloatFormat(3, 2), FloatFormat(2, 1)
+_WIDE_NAMES = {(8, 7, 128): "bf16", (5, 10, 1024): "fp16"}
+_NAMED: dict[str, Format] = {
+    "float": FLOAT,
+    "fp8": _E4M3,
+    "fp4": _E2M1,
+    "bf16": FloatFormat(8, 7, 128),
+    "fp16": FloatFormat(5, 10, 1024),
+    "mxfp8": BlockFormat("mxfp8", _E4M3, 32),
+    "mxfp6": BlockFormat("mxfp6", _E3M2, 32),
+    "mxfp4": BlockFormat("mxfp4", _E2M1, 32),
+    "mxint8": BlockFormat("mxint8", IntFormat(8), 32),
+    "nvfp4": BlockFormat("nvfp4", _E2M1, 16),
+}
+_RESERVED_CODES = {(4, 3): 1, (5, 2): 4}
+
+CHOICES = "int2..int8, int16, e4m3 (fp8), e5m2, e3m2, e2m3, e2m1 (fp4), any eXmY, mxfp8, mxfp6, mxfp4, mxint8, nvfp4, bf16, fp16, float (0)"
+"""What the message about a wrong name lists."""
+
+
+def parse_format(name: str | int) -> Format:
+    """The format called `name`: 'int4', '4' or 4, 'e4m3' or 'fp8', 'mxfp4', 'float' or 0.
+
+    Raises ValueError, naming the value and the choices, for anything else.
+    """
+    text = str(name).strip().lower()
+    if text in _NAMED:
+        return _NAMED[text]
+    try:
+        if match := re.fullmatch(r"(?:int)?(\d{1,2})", text):
+            width = int(match[1])
+            if width == 0 and text == "0":
+                return FLOAT
+            if 2 <= width <= 8 or width == 16:
+                return IntFormat(width)
+        if match := re.fullmatch(r"e(\d)m(\d{1,2})", text):
+            exponent, mantissa = int(match[1]), int(match[2])
+            # The widest exponent reserves its top code: 2^128 does not fit the float32 that every kernel computes in.
+            reserved = 2**mantissa if exponent == 8 else _RESERVED_CODES.get((exponent, mantissa), 0)
+            return FloatFormat(exponent, mantissa, reserved)
+    except ValueError as error:
+        raise ValueError(f"unknown format {str(name)!r} ({error}); choices: {CHOICES}") from None
+    raise ValueError(f"unknown format {str(name)!r}; choices: {CHOICES}")
+
+
+def parse_search_space(text: str) -> tuple[Format, ...]:
+    """The formats of a comma-separated list such as '2,4,8' or 'int4,e2m1,e4m3', in the order given.
+
+    Raises ValueError for an empty entry, an unknown name, a format named twice or fewer than two formats.
+    """
+    names = text.split(",")
+    if any(not name.strip() for name in names):
+        raise ValueError(f"search space {text!r} has an empty entry; write for example 4,8 or int4,e2m1,e4m3")
+    formats = tuple(parse_format(name) for name in names)
+    if len(set(formats)) < len(formats):
+        raise ValueError(f"search space {text!r} names a format twice; name each once")
+    if len(formats) < 2:
+        raise ValueError(f"search space {text!r} leaves no choice; name at least two formats")
+    return formats
