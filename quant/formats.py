@@ -43,6 +43,10 @@ class FloatOff:
     def bits(self) -> float:
         return 16
 
+    @property
+    def scaled(self) -> bool:
+        return False
+
     def __str__(self) -> str:
         return self.name
 
@@ -77,6 +81,11 @@ class IntFormat:
     @property
     def smallest_subnormal(self) -> float:
         return 1.0
+
+    @property
+    def scaled(self) -> bool:
+        """True: the grid is stretched to the tensor by a scale."""
+        return True
 
     def bounds(self, grid: IntGrid = "narrow") -> tuple[int, int]:
         """Smallest and largest code of the grid."""
@@ -144,6 +153,11 @@ class FloatFormat:
     def smallest_subnormal(self) -> float:
         return 2.0 ** (self.emin - self.mantissa)
 
+    @property
+    def scaled(self) -> bool:
+        """False: wide enough to be used as a plain cast (bf16, fp16, 8 exponent bits), the scale stays 1."""
+        return self.exponent < 8 and self.name != "fp16"
+
     def rounding(self, grid: IntGrid = "narrow") -> Rounding:
         """Minifloats are symmetric: `grid` makes no difference."""
         return Rounding(-self.qmax, self.qmax, 2.0**self.emin, 1.5 * 2.0 ** (23 - self.mantissa), 1.0)
@@ -177,6 +191,11 @@ class BlockFormat:
     @property
     def smallest_subnormal(self) -> float:
         return self.element.smallest_subnormal
+
+    @property
+    def scaled(self) -> bool:
+        """False: the scales follow from the tensor's own blocks."""
+        return False
 
     @property
     def two_level(self) -> bool:
