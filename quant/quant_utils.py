@@ -26,7 +26,7 @@ _EXPONENT_BITS = 0x7F800000
 _TINY = torch.finfo(torch.float32).tiny
 
 
-# ---------------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------- kernels
 
 
 def round_to_grid(v: Tensor, row: Tensor) -> Tensor:
@@ -157,7 +157,10 @@ class _Layout:
         shared = [size > 1 for size in (*self.lead, *scale.shape)]
         axes = [i for i, d in enumerate(self.order) if shared[d]]
         self.first, self.last = (axes[0], axes[-1] + 1) if axes else (0, 0)
-        outer, groups = math.prod(self.ordered_shape[: self.first]), math.prod(self.ordered_shape[self.first : self.last])
+        outer, groups = (
+            math.prod(self.ordered_shape[: self.first]),
+            math.prod(self.ordered_shape[self.first : self.last]),
+        )
         self.shape = (outer, groups, math.prod(self.ordered_shape[self.last :]))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ def _round(x: Tensor, scale: Tensor, row: Tensor) -> Tensor:
     return layout.unpack(out)
 
 
-# -------------------------------------------------------------------------------------------------------- block formats
+# ---------------------------------------------------------- block formats
 
 
 def _blocked(x: Tensor, block_size: int, dim: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -276,7 +279,7 @@ class _FakeQuantizeBlocks(torch.autograd.Function):
         return torch.where(inside, grads[0], 0), None, None
 
 
-# -------------------------------------------------------------------------------------------------------------- public
+# ---------------------------------------------------------- public
 
 
 def rounding_row(
@@ -310,7 +313,7 @@ def fake_quantize(
     zero_point: Tensor | None = None,
     *,
     grid: IntGrid | None = None,
-    dim: int = -1,
+    dim: int | None = -1,
     gradient_scale: float = 1.0,
 ) -> Tensor:
     """`x` rounded to `format` on the grid stretched by `scale`: same shape, dtype and memory order; x is not changed.
@@ -323,13 +326,15 @@ def fake_quantize(
         scale: float32, broadcasting to x, positive; None is 1. With requires_grad it gets the LSQ gradient.
         zero_point: integers in any dtype, the shape of scale or 0-d; integer formats only.
         grid: codes of an integer format; default 'narrow', with a zero point 'full'.
-        dim: the reduction axis, along which block formats form their blocks.
+        dim: the reduction axis, along which block formats form their blocks; None: all axes but the first, flattened
+            (a convolution's weight sums over channels and kernel positions).
         gradient_scale: factor on the gradient of scale, see `lsq_gradient_scale`.
     """
     if isinstance(format, FloatOff) or x.numel() == 0:
         return x.clone()
     if isinstance(format, BlockFormat):
-        return _FakeQuantizeBlocks.apply(x.view(1) if x.dim() == 0 else x, format, dim).view_as(x)
+        reduced, axis = (x.flatten(1), -1) if dim is None else (x.reshape(1) if x.dim() == 0 else x, dim)
+        return _FakeQuantizeBlocks.apply(reduced, format, axis).view_as(x)
     scale = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=x.device)
     if zero_point is not None and zero_point.dim():
         zero_point = zero_point.expand(scale.shape)

@@ -1,0 +1,224 @@
+"""From a float model to one whose layers can switch formats, in place, for any nn.Module."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quant.formats import FLOAT, Format
+from quant.quant_conv2d import QuantConv2d
+from quant.quant_linear import QuantConv1D, QuantLinear
+from quant.quant_module import QuantModule
+from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
+
+QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    Conv1D: QuantConv1D,
+}
+"""float layer -> quantized layer; subclasses of the float layer are covered by the same entry"""
+
+Assignment = Mapping[str, tuple[Format, Format]]
+"""layer name -> (weight format, activation format)"""
+
+
+def find_layers(
+    model: nn.Module, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+) -> dict[str, nn.Module]:
+    """The layers of `model` that can be quantized, by dotted name, in module order, each once.
+
+    Args:
+        include: globs over layer names; None is all.
+        exclude: globs over layer names to leave out; it wins over include.
+
+    Raises ValueError for a glob that matches no layer. The output projection of nn.MultiheadAttention is left out:
+    its weight is read without calling the layer (see `hidden_weights`).
+    """
+    hidden = {name for name, _ in _attention_projections(model)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(QUANTIZED)) and name not in hidden
+    }
+    for pattern in (*(include or ()), *(exclude or ())):
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"pattern {pattern!r} matches no layer; layers are named like {', '.join(list(layers)[:3])}"
+            )
+    return {
+        name: module
+        for name, module in layers.items()
+        if (include is None or _matches(name, include)) and not _matches(name, exclude or ())
+    }
+
+
+def hidden_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that no layer call reaches, so that no quantized layer can stand in for them."""
+    names = [f"{name}.weight" for name, _ in _attention_projections(model)]
+    return names + [f"{name.rpartition('.')[0]}.in_proj_weight" for name, _ in _attention_projections(model)]
+
+
+def _attention_projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield f"{name}.out_proj" if name else "out_proj", module.out_proj
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def from_float(
+    layer: nn.Module, weight: QuantizerConfig = WEIGHT, activation: QuantizerConfig = ACTIVATION
+) -> QuantModule:
+    """A quantized layer that shares the float layer's parameters, hooks and settings; in float until formats are set."""
+    quant_class = _quant_class(type(layer))
+    module = quant_class.__new__(quant_class)
+    # Copying the state, rather than constructing, keeps what subclasses of Conv2d and Linear add to it.
+    module.__dict__.update(layer.__dict__)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        module.__dict__[registry] = dict(layer.__dict__[registry])
+    module.add_quantizers(weight, activation)
+    return module.train(layer.training)
+
+
+@cache
+def _quant_class(float_class: type[nn.Module]) -> type[QuantModule]:
+    base = next(known for known in float_class.__mro__ if known in QUANTIZED)
+    quant_class = QUANTIZED[base]
+    if float_class is base:
+        return quant_class
+    members: dict[str, Any] = {"__module__": quant_class.__module__}
+    if float_class.forward is not base.forward:  # a forward of its own, such as timm's "same" padding
+        members["compute"] = _computing_with(float_class)
+    return type(f"Quant{float_class.__name__}", (quant_class, float_class), members)
+
+
+def _computing_with(float_class: type[nn.Module]) -> Any:
+    """`compute` for a layer that brings its own forward: that forward runs, and finds the rounded weight."""
+
+    def compute(self: QuantModule, input: Tensor, weight: Tensor) -> Tensor:
+        self.__dict__["weight"] = weight  # found before the parameter of that name
+        try:
+            return float_class.forward(self, input)
+        finally:
+            del self.__dict__["weight"]
+
+    return compute
+
+
+def quantize_model(
+    model: nn.Module,
+    include: Collection[str] | None = None,
+    exclude: Collection[str] | None = None,
+    *,
+    formats: Iterable[Format] = (),
+    weight: QuantizerConfig = WEIGHT,
+    activation: QuantizerConfig = ACTIVATION,
+) -> dict[str, QuantModule]:
+    """Replace the layers of any model, in place, by layers whose formats can be switched. They start in float.
+
+    Args:
+        include, exclude: globs over layer names, see `find_layers`.
+        formats: the formats that will be used. Their learned scales then exist, for an optimizer made afterwards.
+        weight, activation: how scales are found.
+
+    Returns the quantized layers by name. Raises ValueError if there is nothing to quantize.
+    """
+    layers = find_layers(model, include, exclude)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no layer to quantize: no Linear, Conv2d or Conv1D is left "
+            f"with include={include} and exclude={exclude}"
+        )
+    if "" in layers:
+        raise ValueError(
+            "the model is itself a single layer and cannot be replaced in place; put it into nn.Sequential"
+        )
+    if lazy := [name for name, layer in layers.items() if isinstance(layer.weight, nn.UninitializedParameter)]:
+        raise ValueError(f"layer {lazy[0]} is lazy and has no weight yet; run the model once before quantizing it")
+    quantized = {
+        name: layer if isinstance(layer, QuantModule) else from_float(layer, weight, activation)
+        for name, layer in layers.items()
+    }
+    replacement = {layer: quantized[name] for name, layer in layers.items()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacement:
+                parent._modules[name] = replacement[child]
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        # Its inference fast path reads the weights past the layers, and would run them in float.
+        torch.backends.mha.set_fastpath_enabled(False)
+    for module in quantized.values():
+        for format in formats:
+            module.weight_quantizer.prepare(format)
+            module.input_quantizer.prepare(format)
+    return quantized
+
+
+def set_formats(modules: Mapping[str, QuantModule], assignment: Assignment) -> None:
+    """Switch the layers named in the assignment to its formats. Raises KeyError for a layer that is not there."""
+    for name, (weight, activation) in assignment.items():
+        modules[name].set_formats(weight, activation)
+
+
+def get_formats(modules: Mapping[str, QuantModule]) -> dict[str, tuple[Format, Format]]:
+    """The assignment as set now."""
+    return {name: module.formats for name, module in modules.items()}
+
+
+@contextmanager
+def in_float(modules: Mapping[str, QuantModule]) -> Iterator[None]:
+    """Within, every layer runs in float; the formats come back after."""
+    before = get_formats(modules)
+    set_formats(modules, dict.fromkeys(modules, (FLOAT, FLOAT)))
+    try:
+        yield
+    finally:
+        set_formats(modules, before)
+
+
+def calibrate(
+    model: nn.Module, modules: Mapping[str, QuantModule], batches: Iterable[Any], *, learned: bool = True
+) -> None:
+    """Choose the ranges of every prepared format from batches of data.
+
+    The layers run in the formats they are set to: float at first; recalibrated under an assignment, what each layer
+    sees under it. The model runs in eval mode, its mode comes back after.
+
+    Args:
+        batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
+        learned: also reset the learned scales, which is how they start; False leaves them as trained.
+    """
+    training = model.training
+    model.eval()
+    for module in modules.values():
+        module.observing = True
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                run_model(model, batch)
+    finally:
+        model.train(training)
+        for module in modules.values():
+            module.observing = False
+    for module in modules.values():
+        module.weight_quantizer.observe(module.weight)
+        for quantizer in (module.weight_quantizer, module.input_quantizer):
+            if learned or quantizer.config.range != "learned":
+                quantizer.finish_calibration()
+            quantizer.observation = None
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """model(batch), however the batch is packed."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)

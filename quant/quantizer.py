@@ -1,0 +1,247 @@
+"""Quantizer: one tensor's format, scale and zero point: dynamic, calibrated or learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat
+from quant.observers import OBSERVERS, Observation, RangeEstimator, observe, percentile_range
+from quant.quant_utils import (
+    MIN_LEARNED_SCALE,
+    fake_quantize,
+    fake_quantize_row,
+    lsq_gradient_scale,
+    rounding_row,
+    scale_from_range,
+)
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """How the scale of one tensor is found."""
+
+    range: Literal["dynamic", "calibrated", "learned"] = "learned"
+    """dynamic: from the tensor itself at every use. calibrated: fixed by `calibrate`. learned: LSQ, from there on"""
+    granularity: Literal["tensor", "channel", "token"] = "tensor"
+    """what shares a scale: the whole tensor, an output channel (weights), the features of one token (activations)"""
+    observer: Literal["minmax", "mse"] = "mse"
+    """range estimator; percentile > 0 replaces it"""
+    percentile: float = 0.0
+    """percentile of |x| in (0, 100] at which the range is clipped; 0: use the observer"""
+    symmetric: bool = True
+    """integers: a symmetric grid; False moves the grid by a zero point (unsigned after ReLU)"""
+
+    def __post_init__(self) -> None:
+        if self.granularity == "token" and self.range != "dynamic":
+            raise ValueError(
+                f"per-token scales exist only while the token does: range must be dynamic, got {self.range}"
+            )
+        if not 0 <= self.percentile <= 100:
+            raise ValueError(f"percentile must lie in (0, 100], or be 0 for none, got {self.percentile}")
+
+    @property
+    def estimator(self) -> RangeEstimator:
+        return percentile_range(self.percentile) if self.percentile else OBSERVERS[self.observer]
+
+
+WEIGHT = QuantizerConfig(granularity="channel")
+ACTIVATION = QuantizerConfig(symmetric=False)
+
+
+class _Grid(nn.Module):
+    """Scale, zero point and rounding row of one tensor in one format."""
+
+    scale: Tensor
+    zero_point: Tensor
+    ready: Tensor
+    row: Tensor
+
+    def __init__(
+        self,
+        format: IntFormat | FloatFormat,
+        shape: tuple[int, ...],
+        learned: bool,
+        symmetric: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.format = format
+        self.moved = isinstance(format, IntFormat) and not symmetric
+        scale = torch.ones(shape, device=device)
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        if self.moved:
+            self.register_buffer("zero_point", torch.zeros(shape, device=device))
+        self.register_buffer("ready", torch.tensor(False, device=device))
+        self.register_load_state_dict_post_hook(lambda grid, keys: grid._refresh())
+        self._refresh()
+
+    @torch.no_grad()
+    def set(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        self.scale.copy_(scale.view_as(self.scale))
+        if self.moved and zero_point is not None:
+            self.zero_point.copy_(zero_point.view_as(self.zero_point))
+        self.ready.fill_(True)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Derive the row: a new tensor, never an update in place, since a backward may still hold the old one."""
+        zero_point = self.zero_point if self.moved else None
+        self.register_buffer("row", rounding_row(self.format, zero_point, device=self.scale.device), persistent=False)
+        # As a Python value too: reading the buffer at every forward would stall a GPU.
+        self.is_ready = not self.ready.is_meta and bool(self.ready)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves between devices, but stays float32 when the model goes to half precision."""
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+
+class Quantizer(nn.Module):
+    """Rounds one tensor to the format it is set to; formats change at every step without a new module or graph.
+
+    Args:
+        config: how scales are found.
+        shape: of the scale, broadcasting to the tensor: () for per tensor, (C, 1, 1, 1) for a Conv2d's weight.
+        reduction_dim: axis along which block formats form their blocks, None: all but the first, flattened.
+        batched: the tensor's first axis is the batch (activations), which LSQ's gradient scale does not count.
+    """
+
+    def __init__(
+        self,
+        config: QuantizerConfig,
+        shape: tuple[int, ...] = (),
+        reduction_dim: int | None = -1,
+        batched: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        self.reduction_dim = reduction_dim
+        self.batched = batched
+        self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)  # where new scales belong
+        self.format: Format = FLOAT
+        self.grids = nn.ModuleDict()
+        self.observation: Observation | None = None
+
+    def prepare(self, format: Format) -> None:
+        """Make room for the scale of `format`. Learned scales must exist before the optimizer does."""
+        if format.scaled and self.config.range != "dynamic" and format.name not in self.grids:
+            assert isinstance(format, IntFormat | FloatFormat)
+            self.grids[format.name] = _Grid(
+                format, self.shape, self.config.range == "learned", self.config.symmetric, self.anchor.device
+            )
+
+    anchor: Tensor
+
+    def set_format(self, format: Format) -> None:
+        """Round to `format` from now on."""
+        self.prepare(format)
+        self.__dict__["format"] = format  # past nn.Module's bookkeeping: this runs for every layer at every step
+
+    # ------------------------------------------------------ calibration
+
+    def observe(self, x: Tensor) -> None:
+        """Add x to what `finish_calibration` will choose ranges from."""
+        seen = observe(self._grouped(x))
+        self.observation = seen if self.observation is None else self.observation.merge(seen)
+
+    @torch.no_grad()
+    def finish_calibration(self, only: Format | None = None) -> None:
+        """Set the scale of every prepared format (or of `only`) from what was observed, and forget that."""
+        if self.observation is None:
+            return
+        for name, grid in self.grids.items():
+            if only is None or name == only.name:
+                grid = cast(_Grid, grid)
+                low, high = self.config.estimator(self.observation, grid.format, self.config.symmetric)
+                scale, zero_point = scale_from_range(low, high, grid.format, self.config.symmetric)
+                grid.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
+        self.observation = None
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """x as (groups, values), one group for each scale."""
+        if math.prod(self.shape) == 1:
+            return x.reshape(1, -1)
+        axis = next(d for d, size in enumerate(self.shape) if size > 1)
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+    # ------------------------------------------------------ rounding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x rounded: same shape and dtype. Raises RuntimeError in eval mode if the format was never calibrated."""
+        rounding = self.rounding(x)
+        return x if rounding is None else rounding(x)
+
+    def rounding(self, x: Tensor) -> Rounder | None:
+        """What rounds x now, with the scale of this moment; None in float."""
+        format = self.format
+        if isinstance(format, FloatOff):
+            return None
+        if isinstance(format, BlockFormat):
+            return Rounder(format=format, dim=self.reduction_dim)
+        if not format.scaled or self.config.range == "dynamic":
+            scale, row = self._dynamic(x, format)
+            return Rounder(scale=scale, row=row)
+        grid = cast(_Grid, self.grids[format.name])
+        if not grid.is_ready:
+            self._calibrate_on(x, format)
+        elements = x.numel() // max(x.shape[0], 1) if self.batched else x.numel()
+        gradient = lsq_gradient_scale(elements // grid.scale.numel(), format.rounding().high)
+        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient)
+
+    def _calibrate_on(self, x: Tensor, format: Format) -> None:
+        if self.batched and not self.training:
+            raise RuntimeError(
+                f"activation ranges of {format} were never calibrated: call quant.convert.calibrate(...) first, or "
+                "quantize the model with activation range 'dynamic'"
+            )
+        self.observe(x)
+        self.finish_calibration(only=format)
+
+    @torch.no_grad()
+    def _dynamic(self, x: Tensor, format: IntFormat | FloatFormat) -> tuple[Tensor, Tensor]:
+        """Scale and row from x itself."""
+        if not format.scaled:
+            return torch.ones((), device=x.device), rounding_row(format, device=x.device)
+        if self.config.granularity == "token":
+            groups, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], 1)
+        else:
+            groups, shape = self._grouped(x), self.shape
+        seen = observe(groups) if self.config.percentile or self.config.observer != "minmax" else _extrema(groups)
+        low, high = self.config.estimator(seen, format, self.config.symmetric)
+        scale, zero_point = scale_from_range(low, high, format, self.config.symmetric)
+        zero_point = None if zero_point is None else zero_point.view(shape)
+        return scale.view(shape), rounding_row(format, zero_point, device=x.device)
+
+    def extra_repr(self) -> str:
+        return f"format={self.format}, range={self.config.range}, granularity={self.config.granularity}"
+
+
+def _extrema(groups: Tensor) -> Observation:
+    groups = groups.detach().float()
+    return Observation(groups.amin(dim=1), groups.amax(dim=1), groups[:, :0])
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """One tensor's rounding as decided at one moment; calling it again gives the same values."""
+
+    scale: Tensor | None = None
+    row: Tensor | None = None
+    gradient_scale: float = 1.0
+    format: Format = FLOAT
+    dim: int | None = -1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.row is None or self.scale is None:
+            return fake_quantize(x, self.format, dim=self.dim)
+        return fake_quantize_row(x, self.scale, self.row, self.gradient_scale)
