@@ -1,0 +1,234 @@
+"""Which values of the flags make sense, alone and together. No torch, no network: wrong input ends in seconds."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from eval.run_config import RunConfig, is_path, name_of
+from quant.errors import UserError
+from quant.formats import parse_format, parse_search_space
+
+# What belongs to a later capability. It is known, and never ignored: delete a line to switch it on.
+NOT_YET: frozenset[tuple[str, object]] = frozenset(
+    [
+        ("smooth_quant", True),
+        ("gamma_migration", True),
+        ("observer", "entropy"),
+        ("observer", "avg_minmax"),
+        ("observer", "avg_quantile"),
+        ("observer", "mse_fast"),
+        ("observer", "avg_mse_fast"),
+        ("observer", "lsq_plus"),
+        ("observer", "avg_prune_minmax"),
+        ("quantizer", "lsq_plus"),
+        ("policy_prior", "fisher"),
+        ("policy_prior", "hawq_v2"),
+        ("method", "measured"),
+        ("method", "random"),
+        ("method", "head_tail"),
+        ("method", "fisher"),
+        ("method", "hawq_v2"),
+        ("method", "qbert"),
+        ("method", "greedy"),
+        ("method", "exhaustive"),
+        ("report_to", "wandb"),
+    ]
+)
+
+_POSITIVE = "(0, inf)"
+_NOT_NEGATIVE = "[0, inf)"
+_SHARE = "(0, 1)"
+RANGES = {
+    **dict.fromkeys(["num_train_epochs", "learning_rate", "rl_learning_rate", "cost_target", "target_bits"], _POSITIVE),
+    **dict.fromkeys(["train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps"], _POSITIVE),
+    **dict.fromkeys(["log_steps", "max_train_samples", "max_eval_samples", "max_length", "image_size"], _POSITIVE),
+    **dict.fromkeys(["cost_seq_len", "reward_draws", "num_cpus", "cpus_per_trial", "hpo"], _POSITIVE),
+    **dict.fromkeys(["cost_beta", "max_entropy_beta", "delay_steps", "num_gpus", "gpus_per_trial"], _NOT_NEGATIVE),
+    **dict.fromkeys(["act_range_percentile", "weight_range_percentile"], "[0, 100]"),
+    "max_steps": "[-1, inf)",
+    "seed": f"[0, {2**32})",
+    "subset_ratio": "(0, 1]",
+    "search_fraction": _SHARE,
+    "settle_fraction": "[0, 1)",
+}
+"""Flag -> the interval its value must lie in."""
+
+
+def validate(config: RunConfig) -> None:
+    """Raises UserError, one line that names flag, value and choices, for the first thing wrong in a complete config."""
+    _check_available(config)
+    _check_choices(config)
+    _check_ranges(config)
+    _check_names(config)
+    _check_folders(config)
+    _check_formats(config)
+    _check_contradictions(config)
+    _check_device(config)
+
+
+def check_one_of(flag: str, value: str, choices: Iterable[str], besides: str = "") -> None:
+    """Raises UserError with the closest match unless `value` is one of `choices`."""
+    known = sorted(choices)
+    if value not in known:
+        close = difflib.get_close_matches(value, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"unknown {flag} {value!r}; choices: {', '.join(known)}{besides}{hint}")
+
+
+def _refuse(first: str, second: str, why: str) -> NoReturn:
+    raise UserError(f"{first} contradicts {second}: {why}")
+
+
+def _check_available(config: RunConfig) -> None:
+    for entry in fields(RunConfig):
+        value = getattr(config, entry.name)
+        if (entry.name, value) in NOT_YET:
+            written = name_of(entry) if value is True else f"{name_of(entry)} {value}"
+            choices = entry.metadata.get("choices", ())
+            now = ", ".join(choice for choice in choices if (entry.name, choice) not in NOT_YET)
+            raise UserError(f"{written} is not available yet: {f'choose one of {now}' if now else 'leave it out'}")
+
+
+def _check_choices(config: RunConfig) -> None:
+    for entry in fields(RunConfig):
+        value = getattr(config, entry.name)
+        if value is not None and "choices" in entry.metadata:
+            check_one_of(name_of(entry), value, entry.metadata["choices"])
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for name, interval in RANGES.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        above = value > low if interval[0] == "(" else value >= low
+        below = value < high if interval[-1] == ")" else value <= high
+        if not (above and below):  # also true for nan
+            raise UserError(f"--{name} must lie in {interval}, got {value}")
+
+
+def _check_names(config: RunConfig) -> None:
+    # Both modules are light; they are imported late so that a wrong number is refused even before they load.
+    from eval.models import MODELS, check_model
+    from eval.tasks import TASKS
+
+    if config.task is None:
+        raise UserError(f"--task is missing; choices: {', '.join(sorted(TASKS))}, or a local folder")
+    if config.task not in TASKS:
+        if is_path(config.task):
+            _check_exists("task", config.task, "folder")
+        else:
+            check_one_of("--task", config.task, TASKS, ", or a local folder")
+    if config.model is None:
+        if config.model_path is None:
+            raise UserError(f"--model is missing; choices: {', '.join(sorted(MODELS))}, or --model_path FOLDER")
+        if Path(config.model_path).is_file():
+            raise UserError(f"--model_path {config.model_path} is one file: name its architecture with --model")
+    elif config.model not in MODELS:
+        if is_path(config.model):
+            _check_exists("model", config.model, "folder")
+        # owner/name on the Hub, or a model of a library: only loading can tell whether it exists
+        elif not re.fullmatch(r"[\w.-]+/[\w.-]+|(timm|torchvision):[\w./-]+", config.model):
+            besides = ", a Hub id (owner/name), a local folder, timm:NAME or torchvision:NAME"
+            check_one_of("--model", config.model, MODELS, besides)
+    elif config.task in TASKS:
+        check_model(config.model, config.task)
+
+
+def _check_exists(flag: str, path: str | None, kind: str) -> None:
+    if path is None:
+        return
+    found = Path(path).expanduser()
+    if not (found.is_dir() if kind == "folder" else found.exists()):
+        raise UserError(f"--{flag} {path}: no such {kind}")
+
+
+def _check_folders(config: RunConfig) -> None:
+    _check_exists("data_dir", config.data_dir, "folder")
+    _check_exists("model_path", config.model_path, "file or folder")
+    _check_exists("load_model_path", config.load_model_path, "file or folder")
+    _check_exists("resume", config.resume, "folder")
+    for flag in ("exp_name", "run_id"):
+        name = getattr(config, flag)
+        if name is not None and (not re.fullmatch(r"[\w.+=@ -]{1,120}", name) or set(name) <= {".", " "}):
+            raise UserError(f"--{flag} {name!r} must be the name of one folder: letters, digits and . _ - + = @")
+
+
+def _check_formats(config: RunConfig) -> None:
+    for flag in ("bits", "weight_bits", "activation_bits"):
+        value = getattr(config, flag)
+        if value is not None:
+            try:
+                parse_format(value)
+            except ValueError as error:
+                raise UserError(f"--{flag}: {error}") from None
+    try:
+        formats = parse_search_space(config.search_space)
+    except ValueError as error:
+        raise UserError(f"--search_space: {error}") from None
+    if config.target_bits is not None:
+        low, high = min(f.bits for f in formats), max(f.bits for f in formats)
+        if not low <= config.target_bits <= high:
+            raise UserError(
+                f"--target_bits {config.target_bits:g} is out of reach: "
+                f"--search_space {config.search_space} costs {low:g} to {high:g} bits"
+            )
+
+
+def _check_contradictions(config: RunConfig) -> None:
+    given_bits = [f for f in ("bits", "weight_bits", "activation_bits") if getattr(config, f) is not None]
+    if config.method == "search" or config.searches:
+        if given_bits:
+            _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", "the search", "drop one of them")
+        if config.method != "search":
+            _refuse(f"--method {config.method}", "the search flag", "drop one of them")
+        if config.block_search and config.single_decision:
+            _refuse("--block_search", "--single_decision", "choose one")
+        if config.weight_only_search and config.separate_activations:
+            _refuse("--weight_only_search", "--separate_activations", "there are no activation formats to separate")
+        if config.max_steps == 0:
+            _refuse("--max_steps 0", "the search", "there is no step to search in")
+        if config.delay_steps is not None and 0 < config.max_steps <= config.delay_steps:
+            raise UserError(f"--delay_steps {config.delay_steps} must be below --max_steps {config.max_steps}")
+    if config.cost_target is not None and config.target_bits is not None:
+        _refuse(f"--cost_target {config.cost_target:g}", f"--target_bits {config.target_bits:g}", "give one budget")
+    if config.method == "uniform" and not given_bits:
+        raise UserError("--method uniform needs --bits, or --weight_bits and --activation_bits")
+    if config.method == "float" and given_bits:
+        _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", "--method float", "drop one of them")
+    if len(given_bits) > 1 and config.bits is not None:
+        _refuse(f"--bits {config.bits}", f"--{given_bits[1]}", "--bits sets weights and activations")
+    if config.method in ("uniform", "float"):
+        for flag in ("cost_target", "target_bits"):
+            if getattr(config, flag) is not None:
+                _refuse(f"--{flag} {getattr(config, flag):g}", f"--method {config.method}", "nothing is searched")
+    if config.from_scratch and config.model_path is not None:
+        _refuse("--from_scratch", f"--model_path {config.model_path}", "its weights would not be used")
+    if config.act_range_percentile > 0 and config.observer == "mse":
+        _refuse(f"--act_range_percentile {config.act_range_percentile:g}", "--observer mse", "choose one range")
+    if config.fp16 and config.bf16:
+        _refuse("--fp16", "--bf16", "choose one")
+
+
+def _check_device(config: RunConfig) -> None:
+    # The cluster's machines, not this one, say what there is.
+    gpu = gpu_present(config.cuda_visible_devices) or config.ray_address is not None
+    if config.device == "cuda" and not gpu:
+        raise UserError("--device cuda: no GPU found here; choices: auto, cpu")
+    if config.fp16 and (config.device == "cpu" or not gpu):
+        raise UserError("--fp16 needs a GPU; on a CPU use --bf16")
+
+
+def gpu_present(visible: str | None = None) -> bool:
+    """Whether this machine shows a GPU that may be used, found without loading torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
+    if visible is not None and visible.strip() in ("", "-1"):
+        return False
+    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))

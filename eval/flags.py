@@ -1,0 +1,183 @@
+"""The command line: flags and a YAML file become a checked `RunConfig`; `python -m eval.flags` prints all flags.
+
+Torch is never imported here, and transformers only for its argument parser (about a second).
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from argparse import SUPPRESS, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eval.flag_checks import validate
+from eval.run_config import GRID_FLAGS, GROUPS, RunConfig, name_of
+from quant.errors import UserError
+
+__all__ = ["RunConfig", "complete", "entry", "parse", "read_flags", "to_yaml", "validate"]
+
+_LAUNCHER_ONLY = (*GRID_FLAGS, "dry_run", "asha", "hpo", "ray_address")
+_LISTS = {*GRID_FLAGS, "search_space", "include", "exclude", "cuda_visible_devices"}
+_UNSET = object()
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The one run that `argv` asks for, complete and checked.
+
+    Raises UserError, one line that names the flag, the value and the choices, for anything wrong.
+    """
+    config = read_flags(argv)
+    for name in _LAUNCHER_ONLY:
+        if getattr(config, name) not in (None, False):
+            raise UserError(f"--{name} is for the launcher: python eval_parallel.py ... --{name}")
+    return complete(config)
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """`config` with what follows from the rest filled in (method, default target), checked by `validate`."""
+    given_bits = (config.bits, config.weight_bits, config.activation_bits)
+    if config.method is None:
+        method = "search" if config.searches else "uniform" if any(b is not None for b in given_bits) else "float"
+        config = replace(config, method=method)
+    validate(config)
+    if config.method == "search" and config.cost_target is None and config.target_bits is None:
+        bits = [f.bits for f in config.search_formats]
+        config = replace(config, target_bits=(min(bits) + max(bits)) / 2)
+    return config
+
+
+def read_flags(argv: Sequence[str]) -> RunConfig:
+    """Flags over file over defaults; names and types are right, values are not checked yet.
+
+    Raises UserError for an unknown flag or key (with the closest one) and for a value of the wrong type.
+    """
+    given = _flags_given(argv)
+    return read_values({**(_file_values(Path(given["config"])) if given.get("config") else {}), **given}, "flags")
+
+
+def read_values(values: dict[str, Any], source: str) -> RunConfig:
+    """A config from plain values (a YAML file's), typed by OmegaConf. Raises UserError naming `source` and the key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = OmegaConf.structured(RunConfig)
+    OmegaConf.set_readonly(config, False)  # it inherits the frozen dataclass
+    for name, value in values.items():
+        try:
+            OmegaConf.update(config, name, value)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{source}: {name}: {str(error).splitlines()[0]}") from None
+    made = OmegaConf.to_object(config)
+    assert isinstance(made, RunConfig)
+    return made
+
+
+def to_yaml(config: RunConfig) -> str:
+    """`config` as a file that `--config` reads back to the same run: every value but those that are None."""
+    import yaml
+
+    values = {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.name != "config"}
+    return yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True)
+
+
+def entry(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script's `main` and exit: wrong input is one line on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser() -> Any:
+    """The argument parser: one group of flags for each dataclass, a --no_ form for every switch."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            # argparse lists every spelling: 'argument --cost_type/--cost-type: invalid choice: ...'
+            spellings, colon, rest = message.removeprefix("argument ").partition(": ")
+            raise UserError(f"{spellings.split('/')[0]}{colon}{rest}")
+
+    groups: Any = GROUPS
+    parser = Parser(groups, allow_abbrev=False)
+    for name in _switches():
+        if f"--no_{name}" not in parser._option_string_actions:
+            spellings = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
+            parser.add_argument(*spellings, action="store_false", dest=name, help=SUPPRESS)
+    return parser
+
+
+def _switches() -> list[str]:
+    return [f.name for f in fields(RunConfig) if str(f.type).startswith(("bool", "<class 'bool'>"))]
+
+
+def _flags_given(argv: Sequence[str]) -> dict[str, Any]:
+    """What `argv` sets, without the defaults: a flag given at its default still wins over the file."""
+    parser = make_parser()
+    unset = Namespace(**{f.name: _UNSET for f in fields(RunConfig)})
+    namespace, unknown = parser.parse_known_args(list(argv), unset)
+    if unknown:
+        name = next((word for word in unknown if word.startswith("--")), unknown[0])
+        name = name.split("=")[0]
+        close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
+        raise UserError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name}; {hint}")
+    return {name: value for name, value in vars(namespace).items() if value is not _UNSET}
+
+
+def _file_values(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file as fields of the run: aliases resolved, lists joined by commas."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path}: must hold 'name: value' lines")
+    names = {f.name: f for f in fields(RunConfig)}
+    names |= {alias.lstrip("-"): f for f in fields(RunConfig) for alias in f.metadata.get("aliases", ())}
+    values: dict[str, Any] = {}
+    for key, value in loaded.items():
+        if key not in names or key == "config":
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {close[0]}?" if close else "the keys are the flags' names"
+            raise UserError(f"--config {path}: unknown key {key!r}; {hint}")
+        field = names[key]
+        if isinstance(value, list) and field.name in _LISTS:
+            value = ",".join(str(item) for item in value)
+        elif isinstance(value, bool) and "const" in field.metadata:  # 'block_search: true' is the flag without a value
+            value = field.metadata["const"] if value else False if field.metadata["const"] is True else None
+        values[field.name] = value
+    read_values(values, f"--config {path}")  # a wrong type is the file's, not a flag's
+    return values
+
+
+def markdown_table() -> str:
+    """All flags, grouped, as the README shows them."""
+    lines = []
+    for group in GROUPS:
+        lines += [f"**{group._argument_group_name}**", "", "| flag | default | meaning |", "|---|---|---|"]
+        for f in fields(group):
+            names = ", ".join(f"`{name}`" for name in (name_of(f), *f.metadata.get("aliases", ())))
+            names += f" / `--no_{f.name}`" if f.default is True else ""
+            default = ("off", "on")[f.default] if isinstance(f.default, bool) else f.default
+            default = "" if default is None else f"`{default}`"
+            meaning = f.metadata["help"]
+            if "choices" in f.metadata:
+                meaning += ": " + ", ".join(f"`{choice}`" for choice in f.metadata["choices"])
+            lines.append(f"| {names} | {default} | {meaning.replace('|', chr(92) + '|')} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(markdown_table())
