@@ -1,0 +1,206 @@
+"""Data sets by name or local folder: what to read, which split to evaluate, what to report.
+
+`TASKS` and `task_kind` answer without importing torch or datasets, so that wrong names are refused at once.
+`load_task` reads and checks the rows; `prepare` turns them into a model's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from quant.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import EvalPrediction
+
+    from eval.model_bundle import ModelBundle
+
+Kind = Literal["text", "image", "lm"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known about a data set before it is read."""
+
+    kind: Kind
+    inputs: tuple[str, ...]
+    """columns that the model sees: one or two texts, or one image"""
+    hub: tuple[str, ...] = ()
+    """repository and, where there are several, configuration on the Hub"""
+    label: str = "label"
+    metrics: tuple[str, ...] = ("accuracy",)
+    """the first is the main one"""
+    evaluation: tuple[tuple[str, str], ...] = ()
+    """(split, name in the record) of every split to evaluate; empty: validation, or test when only that is labelled"""
+    regression: bool = False
+    candidates: int = 0
+    """number of answers scored against each other; 0: the classes are labels"""
+    channels: int = 3
+    augmented: bool = True
+    """whether training images are cropped and flipped"""
+
+
+def _glue(name: str, *inputs: str, **facts: Any) -> Task:
+    return Task("text", inputs, hub=("nyu-mll/glue", name), **facts)
+
+
+TASKS: dict[str, Task] = {
+    "cola": _glue("cola", "sentence", metrics=("matthews_correlation", "accuracy")),
+    "sst2": _glue("sst2", "sentence"),
+    "mrpc": _glue("mrpc", "sentence1", "sentence2", metrics=("accuracy", "f1")),
+    "qqp": _glue("qqp", "question1", "question2", metrics=("accuracy", "f1")),
+    "qnli": _glue("qnli", "question", "sentence"),
+    "rte": _glue("rte", "sentence1", "sentence2"),
+    "wnli": _glue("wnli", "sentence1", "sentence2"),
+    "mnli": _glue(
+        "mnli",
+        "premise",
+        "hypothesis",
+        evaluation=(("validation_matched", "matched"), ("validation_mismatched", "mismatched")),
+    ),
+    "stsb": _glue("stsb", "sentence1", "sentence2", metrics=("pearson", "spearman"), regression=True),
+    "boolq": Task("text", ("question", "passage"), hub=("google/boolq",), label="answer"),
+    "piqa": Task("text", ("goal", "sol1", "sol2"), hub=("ybisk/piqa",), candidates=2),
+    "cifar10": Task("image", ("img",), hub=("uoft-cs/cifar10",)),
+    "cifar100": Task("image", ("img",), hub=("uoft-cs/cifar100",), label="fine_label"),
+    "imagenet-1k": Task("image", ("image",), hub=("ILSVRC/imagenet-1k",)),
+    "digits": Task("image", ("image",), channels=1, augmented=False),  # a mirrored 2 is no 2
+    "lm": Task("lm", ("text",), hub=("Salesforce/wikitext", "wikitext-2-raw-v1"), metrics=("perplexity", "accuracy")),
+}
+
+
+def find_task(name: str, config: Any = None) -> Task:
+    """The task called `name`, or the task that a local folder of that name holds (its columns from `config`)."""
+    if name in TASKS:
+        return TASKS[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        from eval.data_files import describe_folder
+
+        return describe_folder(folder, getattr(config, "text_column", None), getattr(config, "label_column", None))
+    raise UserError(f"--task {name}: no such task or folder; choose one of {', '.join(TASKS)} or a local folder")
+
+
+def task_kind(name: str) -> Kind:
+    """'text', 'image' or 'lm'. UserError where `name` is neither a task nor a folder."""
+    return find_task(name).kind
+
+
+@dataclass
+class TaskData:
+    """A task's rows, read and checked: `validation` holds every split that is evaluated, by its name in the record."""
+
+    name: str
+    task: Task
+    train: Dataset
+    validation: dict[str, Dataset]
+    label_names: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Kind:
+        return self.task.kind
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.task.inputs
+
+    @property
+    def metric(self) -> str:
+        return self.task.metrics[0]
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model: 1 for regression, 0 for language modelling."""
+        return 1 if self.task.regression else len(self.label_names)
+
+    def corpus(self) -> Iterator[str]:
+        """Every training text: what a tokenizer is trained on."""
+        for column in self.columns:
+            yield from self.train[column]
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The task's metrics of logits (N, classes) and labels (N,); of (N, length, 2) for `lm`, see `token_scores`."""
+        from eval.metrics import perplexity, score
+
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return perplexity(logits) if self.kind == "lm" else score(self.task.metrics, logits, prediction.label_ids)
+
+
+@dataclass
+class PreparedData:
+    """A model's inputs. Items are dicts of tensors or lists; `data_collator` makes a batch of them."""
+
+    train: Any
+    """map-style dataset with `labels`; split it with `split_search`"""
+    validation: dict[str, Any]
+    data_collator: Any
+    example_inputs: dict[str, torch.Tensor]
+    """one example, shaped like what the cost is charged for: cost_seq_len tokens, or the model's image size"""
+    notes: list[str] = field(default_factory=list)
+    preprocess_logits: Any = None
+    """for the Trainer's `preprocess_logits_for_metrics`: keeps language models' logits out of memory"""
+
+
+def load_task(config: Any) -> TaskData:
+    """Read the data of `config.task`: embedded, from `config.data_dir`, or from the Hub. UserError on anything wrong.
+
+    Which rows a subset holds is part of the task: it depends on the sizes asked for, never on the run's seed.
+    """
+    from eval.data_checks import check_split, label_names_of, usable_splits
+    from eval.data_files import read_splits, take
+
+    task = find_task(config.task, config)
+    splits = read_splits(task, config)
+    train, validation, notes = usable_splits(task, splits)
+    names = label_names_of(task, train)
+    ratio = config.subset_ratio if getattr(config, "use_subset", False) else 1.0
+    if not 0 < ratio <= 1:
+        raise UserError(f"--subset_ratio {ratio}: must be above 0 and at most 1")
+    train_limit, eval_limit = (getattr(config, f"max_{part}_samples", None) for part in ("train", "eval"))
+    rows = min(round(len(train) * ratio) or 1, len(train) if train_limit is None else train_limit)
+    train = check_split(task, take(train, rows), names)
+    validation = {
+        name: check_split(task, take(split, len(split) if eval_limit is None else eval_limit), names)
+        for name, split in validation.items()
+    }
+    return TaskData(Path(config.task).name, task, train, validation, names, notes)
+
+
+def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
+    """`data` as inputs of `bundle.model`: tokens padded per batch, or normalised images."""
+    if data.kind == "image":
+        from eval.task_vision import prepare_images
+
+        return prepare_images(data, bundle, config)
+    from eval.task_text import prepare_text
+
+    return prepare_text(data, bundle, config)
+
+
+def split_search(train: Any, fraction: float, seed: int) -> tuple[Any, Any]:
+    """(rest, held-out share) of prepared training data, the classes in proportion; the share is never augmented.
+
+    At least one row of each is left on both sides; UserError when there are too few rows for that.
+    """
+    import numpy as np
+    from sklearn.model_selection import train_test_split
+
+    labels = np.asarray(train.labels if hasattr(train, "labels") else train["labels"][:])
+    size = max(1, round(len(train) * fraction))
+    if not 0 < fraction < 1 or size >= len(train):
+        raise UserError(f"--search_fraction {fraction}: needs a share in (0, 1) that leaves some of {len(train)} rows")
+    strata = None
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        counts = np.unique(labels, return_counts=True)[1]
+        if counts.min() >= 2 and len(counts) <= min(size, len(train) - size):
+            strata = labels
+    rest, held = train_test_split(np.arange(len(train)), test_size=size, random_state=seed, stratify=strata)
+    held_out = train.select(np.sort(held))
+    return train.select(np.sort(rest)), getattr(held_out, "without_augmentation", lambda: held_out)()

@@ -1,0 +1,23 @@
+"""A text classifier that scores several candidate answers against each other."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class CandidateScorer(nn.Module):
+    """One score a candidate from a model with a single output; the classes are the candidates' places."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
+        """input_ids and the other token inputs (B, candidates, length), labels (B,) -> logits (B, candidates)."""
+        flat = {name: tokens.flatten(0, 1) for name, tokens in {"input_ids": input_ids, **inputs}.items()}
+        logits = self.model(**flat).logits.view(len(input_ids), -1)
+        return SequenceClassifierOutput(
+            loss=None if labels is None else functional.cross_entropy(logits, labels), logits=logits
+        )
