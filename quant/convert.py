@@ -41,11 +41,10 @@ def find_layers(
     Raises ValueError for a glob that matches no layer. The output projection of nn.MultiheadAttention is left out:
     its weight is read without calling the layer (see `hidden_weights`).
     """
-    hidden = {name for name, _ in _attention_projections(model)}
+    known: tuple[type[nn.Module], ...] = tuple(QUANTIZED)
+    hidden = {f"{name}.out_proj".lstrip(".") for name, _ in _attentions(model)}
     layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, tuple(QUANTIZED)) and name not in hidden
+        name: module for name, module in model.named_modules() if isinstance(module, known) and name not in hidden
     }
     for pattern in (*(include or ()), *(exclude or ())):
         if not any(fnmatchcase(name, pattern) for name in layers):
@@ -61,14 +60,17 @@ def find_layers(
 
 def hidden_weights(model: nn.Module) -> list[str]:
     """Names of the weights that no layer call reaches, so that no quantized layer can stand in for them."""
-    names = [f"{name}.weight" for name, _ in _attention_projections(model)]
-    return names + [f"{name.rpartition('.')[0]}.in_proj_weight" for name, _ in _attention_projections(model)]
+    weights = "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"
+    return [
+        f"{name}.{weight}".lstrip(".")
+        for name, attention in _attentions(model)
+        for weight in weights
+        if weight == "out_proj.weight" or getattr(attention, weight) is not None
+    ]
 
 
-def _attention_projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            yield f"{name}.out_proj" if name else "out_proj", module.out_proj
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -78,8 +80,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def from_float(
     layer: nn.Module, weight: QuantizerConfig = WEIGHT, activation: QuantizerConfig = ACTIVATION
 ) -> QuantModule:
-    """A quantized layer that shares the float layer's parameters, hooks and settings; in float until formats are set."""
-    quant_class = _quant_class(type(layer))
+    """A quantized layer that shares the float layer's parameters, hooks and settings; in float until `set_formats`."""
+    float_class: Any = type(layer)
+    quant_class = _quant_class(float_class)
     module = quant_class.__new__(quant_class)
     # Copying the state, rather than constructing, keeps what subclasses of Conv2d and Linear add to it.
     module.__dict__.update(layer.__dict__)
@@ -90,28 +93,47 @@ def from_float(
 
 
 @cache
-def _quant_class(float_class: type[nn.Module]) -> type[QuantModule]:
+def _quant_class(float_class: Any) -> type[QuantModule]:
     base = next(known for known in float_class.__mro__ if known in QUANTIZED)
     quant_class = QUANTIZED[base]
     if float_class is base:
         return quant_class
     members: dict[str, Any] = {"__module__": quant_class.__module__}
     if float_class.forward is not base.forward:  # a forward of its own, such as timm's "same" padding
-        members["compute"] = _computing_with(float_class)
+        members |= {"compute": _compute_with_own_forward, "weight": _RoundedWeight(float_class), "own": float_class}
     return type(f"Quant{float_class.__name__}", (quant_class, float_class), members)
 
 
-def _computing_with(float_class: type[nn.Module]) -> Any:
-    """`compute` for a layer that brings its own forward: that forward runs, and finds the rounded weight."""
+def _compute_with_own_forward(self: Any, input: Tensor, weight: Tensor) -> Tensor:
+    """`compute` for a layer that brings its own forward: that forward runs, and reads the rounded weight."""
+    self.__dict__["rounded_weight"] = weight
+    try:
+        return self.own.forward(self, input)
+    finally:
+        del self.__dict__["rounded_weight"]
 
-    def compute(self: QuantModule, input: Tensor, weight: Tensor) -> Tensor:
-        self.__dict__["weight"] = weight  # found before the parameter of that name
-        try:
-            return float_class.forward(self, input)
-        finally:
-            del self.__dict__["weight"]
 
-    return compute
+class _RoundedWeight:
+    """The attribute `weight` of such a layer: rounded within `compute`, else the layer's own, however it holds it."""
+
+    def __init__(self, float_class: type[nn.Module]) -> None:
+        self.parametrized = getattr(float_class, "weight", None)  # the property of torch's parametrizations
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        state = layer.__dict__
+        if "rounded_weight" in state:
+            return state["rounded_weight"]
+        if self.parametrized is not None:
+            return self.parametrized.__get__(layer)
+        return state["weight"] if "weight" in state else layer._parameters["weight"]
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        if self.parametrized is not None:
+            self.parametrized.__set__(layer, value)
+        else:  # a plain tensor, as torch.nn.utils.weight_norm sets before every forward
+            layer.__dict__["weight"] = value
 
 
 def quantize_model(
@@ -197,7 +219,7 @@ def calibrate(
         batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
         learned: also reset the learned scales, which is how they start; False leaves them as trained.
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in modules.values():
         module.observing = True
@@ -206,7 +228,8 @@ def calibrate(
             for batch in batches:
                 run_model(model, batch)
     finally:
-        model.train(training)
+        for part, training in modes.items():
+            part.training = training
         for module in modules.values():
             module.observing = False
     for module in modules.values():

@@ -225,7 +225,10 @@ _NAMED: dict[str, Format] = {
 }
 _RESERVED_CODES = {(4, 3): 1, (5, 2): 4}
 
-CHOICES = "int2..int8, int16, e4m3 (fp8), e5m2, e3m2, e2m3, e2m1 (fp4), any eXmY, mxfp8, mxfp6, mxfp4, mxint8, nvfp4, bf16, fp16, float (0)"
+CHOICES = (
+    "int2..int8, int16, e4m3 (fp8), e5m2, e3m2, e2m3, e2m1 (fp4), any eXmY, "
+    "mxfp8, mxfp6, mxfp4, mxint8, nvfp4, bf16, fp16, float (0)"
+)
 """What the message about a wrong name lists."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,44 +13,57 @@ from quant.quant_utils import fake_quantize, scale_from_range
 
 SAMPLE_SIZE = 1 << 16
 """values kept of a tensor for percentiles and the MSE search; the extrema see every value"""
+_GROUP_SAMPLE_SIZE = 512
+"""values kept for each scale where many share SAMPLE_SIZE: a weight with thousands of channels still searches well"""
 _MSE_STEPS = 40
 _MSE_NARROWEST = 0.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Observation:
-    """What was seen of a tensor: running extrema and a sample of its values.
+    """What was seen of a tensor: running extrema and a uniform sample of its values.
 
-    low, high: float32 (groups,), one entry for each scale; values: float32 (groups, samples).
+    low, high: float32 (groups,), one entry for each scale; values: float32 (groups, samples); count: values seen of
+    each group.
     """
 
     low: Tensor
     high: Tensor
     values: Tensor
+    count: int
 
     def merge(self, other: Observation) -> Observation:
-        """Both together; the sample is thinned evenly once it outgrows SAMPLE_SIZE."""
-        values = torch.cat([self.values, other.values], dim=1)
-        return Observation(
-            torch.minimum(self.low, other.low), torch.maximum(self.high, other.high), _thin(values, SAMPLE_SIZE)
-        )
+        """Both together, each with its share of the sample: early batches count as much as late ones."""
+        count = self.count + other.count
+        size = min(_sample_size(self.low.numel()), self.values.shape[1] + other.values.shape[1])
+        mine = round(size * self.count / count)
+        values = torch.cat([_choose(self.values, mine), _choose(other.values, size - mine)], dim=1)
+        return Observation(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high), values, count)
 
 
-def observe(groups: Tensor) -> Observation:
-    """Extrema and sample of a tensor laid out as (groups, values)."""
-    groups = groups.detach().float()
-    # At least 512 values for each group: a weight with thousands of output channels still searches well.
-    return Observation(
-        groups.amin(dim=1),
-        groups.amax(dim=1),
-        _thin(groups, max(SAMPLE_SIZE // groups.shape[0], 512) * groups.shape[0]),
-    )
+def observe(groups: Tensor, sample: bool = True) -> Observation:
+    """Extrema and sample of a tensor laid out as (groups, values), neither of them 0."""
+    groups = groups.detach()
+    values = _choose(groups, _sample_size(groups.shape[0])) if sample else groups[:, :0]
+    return Observation(groups.amin(dim=1).float(), groups.amax(dim=1).float(), values.float(), groups.shape[1])
 
 
-def _thin(values: Tensor, size: int) -> Tensor:
-    """At most `size` values, taken at even distances; the distance is odd so that it does not follow an even layout."""
-    step = math.ceil(values.numel() / size)
-    return values if step <= 1 else values[:, :: step | 1].contiguous()
+def _sample_size(groups: int) -> int:
+    return max(SAMPLE_SIZE // groups, _GROUP_SAMPLE_SIZE)
+
+
+def _choose(values: Tensor, size: int) -> Tensor:
+    """`size` of the values, at random (an even distance could follow the layout) and the same at every call."""
+    count = values.shape[1]
+    if count <= size:
+        return values
+    generator = torch.Generator().manual_seed(count)
+    # Permuting a large tensor's positions takes seconds; drawing from many with repetition hardly repeats.
+    if count <= 16 * size:
+        index = torch.randperm(count, generator=generator)[:size]
+    else:
+        index = torch.randint(count, (size,), generator=generator)
+    return values[:, index.to(values.device)]
 
 
 def minmax_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -63,14 +75,15 @@ def percentile_range(percentile: float) -> RangeEstimator:
     """Clips at the given percentile of |x|, in (0, 100]."""
 
     def estimate(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-        bound = torch.quantile(seen.values.abs(), percentile / 100, dim=1)
+        parts = seen.values.abs().split(1024)  # torch.quantile has refused more than 2^24 values
+        bound = torch.cat([torch.quantile(part, percentile / 100, dim=1) for part in parts])
         return torch.maximum(seen.low, -bound), torch.minimum(seen.high, bound)
 
     return estimate
 
 
 def mse_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The share of the extrema, over 40 steps down to a tenth, that quantizes the sample with the least squared error."""
+    """The share of the extrema, in 40 steps down to a tenth, that quantizes the sample with the least squared error."""
     best = torch.full_like(seen.low, torch.inf)
     share = torch.ones_like(seen.low)
     for candidate in torch.linspace(1.0, _MSE_NARROWEST, _MSE_STEPS).tolist():

@@ -10,7 +10,7 @@ from quant.quant_module import QuantModule
 class QuantConv2d(QuantModule, nn.Conv2d):
     """y = Q(x) * Q(W) + b; x (N, C_in, H, W), W (C_out, C_in / groups, kh, kw).
 
-    The input is rounded before it is padded. The output channel is axis 0 of the weight, grouped and depthwise included.
+    The input is rounded before it is padded. The weight's output channel is axis 0, also when grouped or depthwise.
     """
 
     input_reduction_dim = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +22,8 @@ class QuantConv1D(QuantModule, Conv1D):
 
     channel_dim = 1
     weight_reduction_dim = 0
+    weight: nn.Parameter
 
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(input, weight.t(), self.bias)
+        rows = input.reshape(-1, input.shape[-1])
+        return torch.addmm(self.bias, rows, weight).view(*input.shape[:-1], self.nf)

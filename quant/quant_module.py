@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,17 @@ class QuantModule(nn.Module):
     """the weight's axis that is summed over, along which block formats run; None: all but the first, flattened"""
     input_reduction_dim: ClassVar[int] = -1
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
 
     def add_quantizers(self, weight: QuantizerConfig, activation: QuantizerConfig) -> None:
-        """Attach the two quantizers, in float until `set_formats`."""
+        """Attach the two quantizers, in float until `set_formats`. Raises ValueError for a granularity not theirs."""
+        if weight.granularity == "token" or activation.granularity == "channel":
+            raise ValueError(
+                "weights are scaled per tensor or channel and activations per tensor or token, "
+                f"got weight granularity {weight.granularity!r}, activation granularity {activation.granularity!r}"
+            )
         shape = [1] * self.weight.dim()
         if weight.granularity == "channel":
             shape[self.channel_dim] = self.weight.shape[self.channel_dim]
@@ -42,8 +47,9 @@ class QuantModule(nn.Module):
 
     def set_formats(self, weight: Format, activation: Format) -> None:
         """Round the weight and the input to these formats from now on."""
-        self.weight_quantizer.set_format(weight)
-        self.input_quantizer.set_format(activation)
+        modules = self._modules  # nn.Module's own lookup costs more than the switch, for every layer at every step
+        cast(Quantizer, modules["weight_quantizer"]).set_format(weight)
+        cast(Quantizer, modules["input_quantizer"]).set_format(activation)
 
     @property
     def formats(self) -> tuple[Format, Format]:
@@ -57,52 +63,68 @@ class QuantModule(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.observing:
             self.input_quantizer.observe(input)
-        round_input, round_weight = self.input_quantizer.rounding(input), self.weight_quantizer.rounding(self.weight)
-        with _Recompute(enabled=torch.is_grad_enabled()) as recompute:
-            quantized_input = recompute.round(round_input, input)
-            quantized_weight = recompute.round(round_weight, self.weight)
-            with recompute.saved_tensors():
-                return self.compute(quantized_input, quantized_weight)
+        weight = self.weight  # read once: a parametrization computes it at every access
+        round_input, round_weight = self.input_quantizer.rounding(input), self.weight_quantizer.rounding(weight)
+        recompute = Recompute()
+        quantized_input, quantized_weight = recompute.round(round_input, input), recompute.round(round_weight, weight)
+        with recompute.saved_tensors():
+            return self.compute(quantized_input, quantized_weight)
 
 
-class _Recompute:
+class Recompute:
     """Rounded tensors are not kept for the backward pass: they are rounded again, from what is kept anyway.
 
     A layer's backward needs its rounded input and weight, a quantizer's backward the unrounded ones. Keeping both would
     raise the peak memory of training by half; rounding is a small share of a step.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.again: dict[int, Callable[[], Tensor]] = {}
-
-    def __enter__(self) -> _Recompute:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.again = {}
+    def __init__(self) -> None:
+        self.sources: dict[int, tuple[Rounder, Tensor, int]] = {}
+        """data pointer of a rounded tensor -> what rounded it, from what, and the rounded tensor's version"""
 
     def round(self, rounder: Rounder | None, x: Tensor) -> Tensor:
+        """x rounded, to be rounded again when the backward pass asks for it."""
         if rounder is None:
             return x
         rounded = rounder(x)
-        if self.enabled:
-            kept = x.detach()
-            self.again[rounded.untyped_storage().data_ptr()] = lambda: rounder(kept)
+        if torch.is_grad_enabled():
+            self.sources[rounded.untyped_storage().data_ptr()] = rounder, x.detach(), rounded._version
         return rounded
 
-    def saved_tensors(self) -> Any:
-        again = self.again
+    def saved_tensors(self) -> AbstractContextManager[Any]:
+        """Within, what autograd saves of the rounded tensors is how to make them."""
+        # Other hooks, such as activation checkpointing's, save more memory than these, and only one pair can act.
+        if not self.sources or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            return nullcontext()
+        sources = self.sources
 
-        def pack(saved: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size, tuple[int, ...], int]:
-            make = again.get(saved.untyped_storage().data_ptr())
-            return saved if make is None else (make, saved.shape, saved.stride(), saved.storage_offset())
+        def pack(saved: Tensor) -> _Saved:
+            rounder, source, version = sources.get(saved.untyped_storage().data_ptr(), (None, saved.detach(), None))
+            if rounder is None or saved._version != version:  # changed in place since: keep it as it is
+                rounder, source = None, saved.detach()
+            layout = saved.shape, saved.stride(), saved.storage_offset()
+            return _Saved(rounder, source, source._version, layout)
 
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            make, shape, stride, offset = packed
-            with torch.no_grad():
-                return make().as_strided(shape, stride, offset)
+        return torch.autograd.graph.saved_tensors_hooks(pack, _Saved.unpack)
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor kept for the backward pass: itself, or what to round to get it."""
+
+    rounder: Rounder | None
+    source: Tensor
+    version: int
+    layout: tuple[Any, ...]
+
+    def unpack(self) -> Tensor:
+        """Raises RuntimeError, as autograd itself would, if the source was changed in place since the forward pass."""
+        if self.source._version != self.version:
+            raise RuntimeError(
+                "a tensor needed for the gradient of a quantized layer was changed in place after the forward pass "
+                f"(shape {tuple(self.source.shape)}, version {self.source._version}, expected {self.version})"
+            )
+        if self.rounder is None:
+            return self.source
+        with torch.no_grad():
+            return self.rounder(self.source).as_strided(*self.layout)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat
-from quant.observers import OBSERVERS, Observation, RangeEstimator, observe, percentile_range
+from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat, parse_format
+from quant.observers import OBSERVERS, Observation, RangeEstimator, minmax_range, observe, percentile_range
 from quant.quant_utils import (
     MIN_LEARNED_SCALE,
     fake_quantize,
@@ -94,14 +94,21 @@ class _Grid(nn.Module):
 
     def _refresh(self) -> None:
         """Derive the row: a new tensor, never an update in place, since a backward may still hold the old one."""
-        zero_point = self.zero_point if self.moved else None
-        self.register_buffer("row", rounding_row(self.format, zero_point, device=self.scale.device), persistent=False)
-        # As a Python value too: reading the buffer at every forward would stall a GPU.
+        with torch.inference_mode(False):  # a backward cannot hold what inference mode makes
+            row = rounding_row(self.format, self.zero_point if self.moved else None, device=self.scale.device)
+        self.register_buffer("row", row, persistent=False)
+        # As Python values too: reading a buffer at every forward would stall a GPU.
         self.is_ready = not self.ready.is_meta and bool(self.ready)
+        self.largest_code = float(row[:2].abs().max()) if self.is_ready else math.nan
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves between devices, but stays float32 when the model goes to half precision."""
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+        """Moves between devices, but keeps its float32 values when the model goes to half precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 class Quantizer(nn.Module):
@@ -130,27 +137,40 @@ class Quantizer(nn.Module):
         self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)  # where new scales belong
         self.format: Format = FLOAT
         self.grids = nn.ModuleDict()
+        self.prepared: set[Format] = set()
         self.observation: Observation | None = None
 
     def prepare(self, format: Format) -> None:
         """Make room for the scale of `format`. Learned scales must exist before the optimizer does."""
-        if format.scaled and self.config.range != "dynamic" and format.name not in self.grids:
-            assert isinstance(format, IntFormat | FloatFormat)
-            self.grids[format.name] = _Grid(
-                format, self.shape, self.config.range == "learned", self.config.symmetric, self.anchor.device
-            )
+        self.prepared.add(format)
+        if not format.scaled or self.config.range == "dynamic" or format.name in self.grids:
+            return
+        assert isinstance(format, IntFormat | FloatFormat)
+        learned, symmetric = self.config.range == "learned", self.config.symmetric
+        with torch.inference_mode(False):
+            self.grids[format.name] = _Grid(format, self.shape, learned, symmetric, self.anchor.device)
 
     anchor: Tensor
 
     def set_format(self, format: Format) -> None:
         """Round to `format` from now on."""
-        self.prepare(format)
+        if format not in self.prepared:
+            self.prepare(format)
         self.__dict__["format"] = format  # past nn.Module's bookkeeping: this runs for every layer at every step
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Makes room for the formats that are loaded: a freshly quantized model takes what a trained one saved."""
+        start = f"{prefix}grids."
+        for name in {key.removeprefix(start).split(".")[0] for key in state_dict if key.startswith(start)}:
+            self.prepare(parse_format(name))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ------------------------------------------------------ calibration
 
     def observe(self, x: Tensor) -> None:
         """Add x to what `finish_calibration` will choose ranges from."""
+        if x.numel() == 0:
+            return
         seen = observe(self._grouped(x))
         self.observation = seen if self.observation is None else self.observation.merge(seen)
 
@@ -184,7 +204,7 @@ class Quantizer(nn.Module):
     def rounding(self, x: Tensor) -> Rounder | None:
         """What rounds x now, with the scale of this moment; None in float."""
         format = self.format
-        if isinstance(format, FloatOff):
+        if isinstance(format, FloatOff) or x.numel() == 0:
             return None
         if isinstance(format, BlockFormat):
             return Rounder(format=format, dim=self.reduction_dim)
@@ -193,9 +213,11 @@ class Quantizer(nn.Module):
             return Rounder(scale=scale, row=row)
         grid = cast(_Grid, self.grids[format.name])
         if not grid.is_ready:
+            if self.observation is not None:
+                return None  # in the middle of the calibration that will find its scale
             self._calibrate_on(x, format)
-        elements = x.numel() // max(x.shape[0], 1) if self.batched else x.numel()
-        gradient = lsq_gradient_scale(elements // grid.scale.numel(), format.rounding().high)
+        elements = x.numel() // x.shape[0] if self.batched else x.numel()
+        gradient = lsq_gradient_scale(elements // grid.scale.numel(), grid.largest_code)
         return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient)
 
     def _calibrate_on(self, x: Tensor, format: Format) -> None:
@@ -216,19 +238,15 @@ class Quantizer(nn.Module):
             groups, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], 1)
         else:
             groups, shape = self._grouped(x), self.shape
-        seen = observe(groups) if self.config.percentile or self.config.observer != "minmax" else _extrema(groups)
-        low, high = self.config.estimator(seen, format, self.config.symmetric)
+        estimator = self.config.estimator
+        seen = observe(groups, sample=estimator is not minmax_range)
+        low, high = estimator(seen, format, self.config.symmetric)
         scale, zero_point = scale_from_range(low, high, format, self.config.symmetric)
         zero_point = None if zero_point is None else zero_point.view(shape)
         return scale.view(shape), rounding_row(format, zero_point, device=x.device)
 
     def extra_repr(self) -> str:
         return f"format={self.format}, range={self.config.range}, granularity={self.config.granularity}"
-
-
-def _extrema(groups: Tensor) -> Observation:
-    groups = groups.detach().float()
-    return Observation(groups.amin(dim=1), groups.amax(dim=1), groups[:, :0])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Block formats: elements that share a scale in blocks along the reduction axis (OCP MX v1.0, NVIDIA NVFP4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.formats import BlockFormat, FloatFormat, IntFormat
+from quant.kernels import kernels, round_to_grid, rounding_row
+
+_NVFP4_SCALE = FloatFormat(4, 3, 1)
+
+
+class FakeQuantizeBlocks(torch.autograd.Function):
+    """Rounds in blocks; straight-through gradient inside the clipping range, the block scales taken as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: BlockFormat, dim: int | None) -> Tensor:
+        blocks, restore = _blocked(x.detach(), format.block_size, dim)
+        row = rounding_row(format.element, device=x.device)
+        out, v = (_round_two_level if format.two_level else _round_mx)(blocks, format, row)
+        ctx.save_for_backward(restore((v >= row[0]) & (v <= row[1])))
+        return restore(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, grads[0], 0), None, None
+
+
+def _blocked(x: Tensor, block_size: int, dim: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """x as (blocks, block_size), blocks along `dim`, the tail padded with zeros; and the way back to x's layout."""
+    moved = x.reshape(x.shape[:1].numel(), -1) if dim is None or x.dim() == 0 else x.movedim(dim, -1)
+    length = moved.shape[-1]
+    padded = torch.nn.functional.pad(moved, (0, -length % block_size))
+
+    def restore(blocks: Tensor) -> Tensor:
+        out = blocks.view(padded.shape)[..., :length]
+        out = out.reshape(x.shape) if dim is None or x.dim() == 0 else out.movedim(-1, dim)
+        like_x = torch.empty_like(x, dtype=out.dtype)
+        return out if out.stride() == like_x.stride() else like_x.copy_(out)
+
+    return padded.reshape(-1, block_size), restore
+
+
+def _round_mx(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[Tensor, Tensor]:
+    """blocks rounded under power-of-two scales, and their values in units of these. NaN and infinity spoil a block."""
+    element = format.element
+    emax, unit = (0, 2.0**-6) if isinstance(element, IntFormat) else (element.emax, 1.0)
+    largest_exponent = torch.full((), emax, dtype=torch.int32, device=blocks.device)
+    scale = kernels().mx_scale(blocks, largest_exponent, torch.full((), unit, device=blocks.device))
+    return kernels().forward(blocks[None], scale[None], row)[0], blocks.float() / scale
+
+
+def _round_two_level(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[Tensor, Tensor]:
+    """blocks rounded under e4m3 scales b that share one float scale g of the tensor: e2m1(x / (b * g)) * b * g.
+
+    NaN and infinity spoil their block alone, as in MX: g is taken over the others. Also returns x / (b * g).
+    """
+    largest = blocks.float().abs().amax(dim=-1, keepdim=True)
+    finite = largest.isfinite()
+    # Divided by tensors: a GPU multiplies by the rounded reciprocal of a Python number.
+    qmax = torch.full_like(largest, format.element.qmax)
+    g = torch.where(finite, largest, 0).amax() / (qmax[0, 0] * _NVFP4_SCALE.qmax)
+    b = round_to_grid(largest / qmax / g, rounding_row(_NVFP4_SCALE, device=blocks.device))
+    b = torch.where(finite, b, torch.nan)
+    vanished = finite & ~(b * g > 0)  # an all-zero block, or a scale that underflowed: x / inf is a zero of x's sign
+    v = blocks.float() / torch.where(vanished, torch.inf, b * g)
+    out = round_to_grid(v, row) * torch.where(vanished, 0, b) * g
+    return out.to(blocks.dtype), v
