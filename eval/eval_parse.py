@@ -1,0 +1,144 @@
+"""Finished runs as tables, pictures and one page: `python eval/eval_parse.py DIR [DIR...]`.
+
+Nothing here loads a model or imports torch: a report of thousands of runs takes seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+if __name__ == "__main__":  # run as a file: its own folder stands first on the path, where `eval` is not a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.text import Text
+
+from eval import report_tables as tables
+from eval.flags import entry
+from eval.report_records import Excluded, Group, Run, group_runs, read_run, read_runs
+from quant.errors import UserError
+
+FORMATS = ("table", "csv", "json", "markdown", "latex")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the tables of the runs in the given folders and write CSV, pictures and, on request, the page."""
+    flags = _flags(argv)
+    console = _console()
+    if flags.compare:
+        return _compare(flags.compare, flags.format, console)
+    if not flags.folders:
+        raise UserError("DIR is missing: name the folder of one or more runs, for example output")
+    runs, excluded = read_runs(flags.folders)
+    _say_excluded(excluded)
+    if not runs:
+        raise UserError(f"DIR {' '.join(map(str, flags.folders))}: no finished run in it, {len(excluded)} left out")
+    groups = group_runs(runs)
+    per_run = [Group((run,)) for run in runs]
+    rows = tables.summary_rows(per_run if flags.per_run else groups)
+    _print(tables.summary_table(rows, flags.per_run), rows, flags.format, console)
+    written = _write_files(flags, runs, groups, excluded)
+    if flags.format == "table":
+        console.print()
+        for what, path in written:
+            console.print(Text(f"{what:19}"), Text(str(path), no_wrap=True, overflow="ignore"), soft_wrap=True)
+    return 0
+
+
+def _flags(argv: Sequence[str]) -> Namespace:
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    parser = Parser(prog="eval_parse.py", description="Tables and pictures of finished runs.", allow_abbrev=False)
+    add = parser.add_argument
+    add("folders", metavar="DIR", nargs="*", type=Path, help="folder of runs, searched through to any depth")
+    add("--format", choices=FORMATS, default="table", help="how the table is printed (default: table)")
+    add("--per_run", action="store_true", help="one row a run instead of one a configuration")
+    add("--output_dir", type=Path, help="where files are written (default: report/ in the first DIR)")
+    add("--html", type=Path, metavar="FILE", help="also write everything as one page that needs no network")
+    add("--no_plots", action="store_true", help="print and write tables only")
+    add("--max_runs", type=int, default=6, help="runs that get pictures of their own (default: 6)")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="show two runs layer by layer and stop")
+    flags = parser.parse_args(argv)
+    if flags.max_runs < 1:
+        raise UserError(f"--max_runs must be 1 or more, got {flags.max_runs}")
+    return flags
+
+
+def _console() -> Console:
+    """As wide as the terminal; without one as wide as the table needs."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=10_000)
+
+
+def _print(table: tables.Table, rows: Sequence[tables.Row], form: str, console: Console) -> None:
+    if form == "table":
+        tables.print_table(table, console)
+    else:
+        render = {"csv": tables.to_csv, "json": tables.to_json}
+        text = render[form](rows) if form in render else getattr(tables, f"to_{form}")(table)
+        print(text, end="")
+
+
+def _say_excluded(excluded: Sequence[Excluded]) -> None:
+    """On stderr, so that a printed CSV stays a CSV."""
+    if excluded:
+        print(f"{len(excluded)} left out:", file=sys.stderr)
+    for one in excluded:
+        print(f"  {one.path}: {one.reason}", file=sys.stderr)
+
+
+def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
+    runs = []
+    for path in paths:
+        found = read_run(path.parent if path.name == "result.json" else path)
+        if isinstance(found, Excluded):
+            raise UserError(f"--compare {path}: {found.reason}")
+        runs.append(found)
+    table = tables.comparison_table(*runs)
+    _print(table, table.rows, form, console)
+    if form == "table":
+        console.print("\n".join(["", *tables.comparison_notes(*runs)]), markup=False)
+    return 0
+
+
+def _write_files(
+    flags: Namespace, runs: Sequence[Run], groups: Sequence[Group], excluded: Sequence[Excluded]
+) -> list[tuple[str, Path]]:
+    """Write what was asked for; (what, where) of each file. Raises UserError where a folder cannot be written."""
+    folder: Path = flags.output_dir or flags.folders[0] / "report"
+    summary, every_run = tables.summary_rows(groups), tables.summary_rows([Group((run,)) for run in runs])
+    written = [("summary", folder / "summary.csv"), ("runs", folder / "runs.csv")]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for rows, (_, path) in zip((summary, every_run), written, strict=True):
+            path.write_text(tables.to_csv(rows))
+        # Imported late: the second that matplotlib takes to load, and that tables do without.
+        if not flags.no_plots:
+            from eval.report_canvas import write_png
+            from eval.report_pictures import pictures
+
+            sections = pictures(runs, groups, flags.max_runs)
+            for name, drawings in sections.items():
+                path = folder / f"{name.lower().replace(' ', '_')}.png"
+                write_png(drawings, path)
+                written.append((name.lower(), path))
+        if flags.html:
+            from eval.report_html import page
+
+            shown = (tables.summary_table(summary), tables.summary_table(every_run, per_run=True))
+            title = "Mixed-precision results: " + ", ".join(dict.fromkeys(run.record["task"] for run in runs))
+            flags.html.write_text(page(title, *shown, {} if flags.no_plots else sections, excluded))
+            written.append(("page", flags.html))
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot write {error.filename}: {error.strerror}") from None
+    return written
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,51 @@
+"""Which pictures a report shows: fronts of all runs, and the course of those few that get pictures of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eval import report_plots as plots
+from eval.report_canvas import Drawing, format_palette
+from eval.report_pareto import panels
+from eval.report_records import Group, Run
+
+MAX_ROWS = 40
+"""runs in one picture of all formats"""
+
+
+def pictures(runs: Sequence[Run], groups: Sequence[Group], max_runs: int) -> dict[str, list[Drawing]]:
+    """Heading -> drawings. Runs with pictures of their own: the first seed of the searched configurations."""
+    methods = sorted({run.record["method"] for run in runs})
+    palette = format_palette(runs)
+    shown = [group.runs[0] for group in groups if group.record["search_space"]][:max_runs]
+    histories = {run.folder: run.history() for run in shown}
+    mixed = [run for run in runs if len({tuple(pair) for pair in run.record["assignment"].values()}) > 1]
+    sections: dict[str, list[Drawing]] = {
+        "Pareto": [plots.pareto(panel, methods) for panel in panels(groups)],
+        "Formats": [plots.layer_formats(run, palette) for run in shown],
+        "Formats of all runs": [
+            plots.all_formats(members[:MAX_ROWS], side, palette)
+            for members in _by_model(mixed)
+            for side in _sides(members)
+        ],
+        "Policy": [drawing for run in shown if (drawing := plots.policy(run, histories[run.folder]))],
+        "Curves": [
+            plots.curves(members, [histories[run.folder] for run in members])
+            for members in _by_model([run for run in shown if histories[run.folder]])
+        ],
+        "Draws": [drawing for run in shown if (drawing := plots.drawn_assignments(run, histories[run.folder]))],
+    }
+    return {heading: drawings for heading, drawings in sections.items() if drawings}
+
+
+def _by_model(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one task and model together."""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.record["task"], run.record["model"]), []).append(run)
+    return list(found.values())
+
+
+def _sides(runs: Sequence[Run]) -> tuple[int, ...]:
+    """0 weights; also 1, activations, where any of them differ from the weights."""
+    return (0, 1) if any(w != a for run in runs for w, a in run.record["assignment"].values()) else (0,)

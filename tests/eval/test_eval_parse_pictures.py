@@ -1,0 +1,185 @@
+"""The report's pictures: what they show is what the records hold, and nothing is cut off."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from benchmarks.synthetic_runs import LAYERS, write_run
+from eval import report_plots as plots
+from eval.eval_parse import main
+from eval.report_canvas import STYLE, format_palette, method_style
+from eval.report_pareto import hypervolume, panels, pareto_front
+from eval.report_pictures import pictures
+from eval.report_records import group_runs, read_runs
+
+BERT = [f"bert.encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.self.query", "attention.output.dense")]
+
+
+def drawn(drawing) -> Figure:
+    with rc_context(STYLE):
+        figure = Figure(figsize=drawing.size, layout="constrained")
+        FigureCanvasAgg(figure)
+        drawing.draw(figure)
+        figure.draw_without_rendering()
+    return figure
+
+
+def runs_below(folder):
+    return sorted(read_runs([folder])[0], key=lambda run: run.record["seed"])
+
+
+grid_points = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=8)
+
+
+@given(grid_points)
+def test_hypervolume_counts_the_dominated_cells(points):
+    """On an integer grid the dominated area is a number of unit cells."""
+    box = [(0, 0), (8, 8)]
+    cells = sum(
+        any(cost <= x and quality >= y + 1 for cost, quality in points) for x in range(8) for y in range(8)
+    )  # fmt: skip
+    assert hypervolume(points, box) == pytest.approx(cells / 64)
+
+
+@given(grid_points)
+def test_front_holds_exactly_the_points_that_none_beats(points):
+    def beaten(p):
+        return any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
+
+    assert [p for p, _ in pareto_front([(p, p) for p in points])] == sorted({p for p in points if not beaten(p)})
+
+
+def test_a_box_without_area_has_no_hypervolume():
+    assert hypervolume([(1, 1)], [(1, 1), (1, 2)]) is None
+
+
+def test_pareto_puts_runs_of_another_cost_type_in_the_panel(tmp_path):
+    """The float run was charged in memory; the search in compute, where both are drawn."""
+    write_run(tmp_path, "search", 0, target=0.05)
+    write_run(tmp_path, "float", 0, (16,), cost_type="memory", cost_unit="MiB")
+    (panel,) = panels(group_runs(read_runs([tmp_path])[0]))
+    assert panel.cost_type == "compute" and set(panel.points) == {"float", "search"}
+    axes = drawn(plots.pareto(panel, ["float", "search"])).axes[0]
+    shown = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.lines}
+    assert shown == {panel.points["float"][0], panel.points["search"][0]}
+    assert "compute" in axes.get_xlabel() and "GBOPs" in axes.get_xlabel() and "accuracy" in axes.get_ylabel()
+
+
+def test_methods_differ_in_colour_and_marker():
+    methods = ["float", "uniform", "search", "hawq_v2", "greedy", "random", "fisher"]
+    colours, markers = zip(*(method_style(method, methods) for method in methods), strict=True)
+    assert len(set(colours)) == len(set(markers)) == len(methods)
+
+
+def test_bars_are_as_long_as_the_formats_have_bits(tmp_path):
+    assignment = {"a": ["int4", "int8"], "b": ["e2m1", "float"], "c": ["int2", "int2"]}
+    write_run(tmp_path, "search", 0, target=0.05, assignment=assignment, search_space=["int2", "int4", "e2m1", "int8"])
+    (run,) = runs_below(tmp_path)
+    palette = format_palette([run])
+    axes = drawn(plots.layer_formats(run, palette)).axes[0]
+    weights, activations = axes.patches[:3], axes.patches[3:]
+    assert [bar.get_width() for bar in weights] == [4, 4, 2]
+    assert [bar.get_width() for bar in activations] == [8, 16, 2]
+    assert [to_hex(bar.get_facecolor()) for bar in weights] == [palette[n].colour for n in ("int4", "e2m1", "int2")]
+    assert palette["int4"].hatch != palette["e2m1"].hatch
+    assert axes.get_xlabel().startswith("bits")
+
+
+def test_palette_is_ordered_and_no_two_formats_look_alike(tmp_path):
+    names = ["int2", "int3", "e2m1", "int4", "int8", "e4m3", "mxfp4", "nvfp4"]
+    write_run(tmp_path, "search", 0, target=0.05, search_space=names)
+    palette = format_palette(runs_below(tmp_path))
+    assert len({style.colour for style in palette.values()}) == len(palette)
+    assert [style.bits for style in palette.values()] == sorted(style.bits for style in palette.values())
+    luminance = [int(s.colour[1:3], 16) * 0.3 + int(s.colour[3:5], 16) * 0.59 for s in palette.values()]
+    assert luminance == sorted(luminance)  # the order is also there without colour
+
+
+def test_policy_sums_pairs_into_weights_and_activations(tmp_path):
+    write_run(tmp_path, "search", 0, target=0.05, search_space=["int4", "int8"])
+    (run,) = runs_below(tmp_path)
+    pairs = [[0.1, 0.2, 0.3, 0.4]] * len(LAYERS)  # (int4,int4) (int4,int8) (int8,int4) (int8,int8)
+    history = [{"step": step, "probabilities": pairs} for step in (0, 10, 20)]
+    figure = drawn(plots.policy(run, history))
+    shown = {axes.get_title(): axes.collections[0].get_array().mean() for axes in figure.axes if axes.get_title()}
+    assert shown == pytest.approx({"w int4": 0.3, "w int8": 0.7, "a int4": 0.4, "a int8": 0.6})
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == plots.short_names(LAYERS)
+
+
+def test_draws_show_every_assignment(tmp_path):
+    write_run(tmp_path, "search", 0, target=0.05)
+    (run,) = runs_below(tmp_path)
+    history = [
+        {"step": 0, "cost": [1.0, 2.0], "quality": [0.5, 0.6]},
+        {"step": 1, "cost": 3.0, "quality": 0.7},
+        {"step": 2},
+    ]
+    axes = drawn(plots.drawn_assignments(run, history)).axes[0]
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), [(1, 0.5), (2, 0.6), (3, 0.7)])
+    assert plots.drawn_assignments(run, [{"step": 0}]) is None
+
+
+def test_running_mean_keeps_constants_and_ignores_the_ends():
+    np.testing.assert_allclose(plots.running_mean(np.full(100, 0.3)), 0.3, rtol=1e-12)
+    values = np.arange(200.0)
+    np.testing.assert_allclose(plots.running_mean(values)[10:-10], values[10:-10])
+
+
+def test_short_names_drop_what_all_share():
+    assert plots.short_names(["m.a.x", "m.a.y"]) == ["x", "y"]
+    assert plots.short_names(["m.a", "m"]) == ["m.a", "m"]
+    assert plots.short_names(["only.one"]) == ["only.one"]
+
+
+@pytest.fixture(scope="module")
+def every_picture(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        write_run(folder, "float", seed, (16,))
+        write_run(folder, "uniform", seed, (4,))
+        write_run(folder, "search", seed, target=0.05)
+        long = {name: [("int4", "e2m1")[i % 2], "e4m3"] for i, name in enumerate(BERT)}
+        names = {
+            "task": "mrpc",
+            "model": "bert-base-uncased-with-a-long-name",
+            "search_space": ["int4", "e2m1", "e4m3"],
+        }
+        write_run(folder, "hawq_v2", seed, target=40.0, cost=39.0, assignment=long, cost_unit="MiB", **names)
+    runs = read_runs([folder])[0]
+    return pictures(runs, group_runs(runs), 4)
+
+
+def test_every_section_has_its_pictures(every_picture):
+    assert {name: len(drawings) for name, drawings in every_picture.items()} == {
+        "Pareto": 2,
+        "Formats": 2,
+        "Formats of all runs": 3,
+        "Policy": 2,
+        "Curves": 2,
+        "Draws": 2,
+    }
+
+
+def test_no_text_is_cut_off_and_every_axis_has_a_label(every_picture):
+    for drawing in (d for section in every_picture.values() for d in section):
+        figure = drawn(drawing)
+        box, (width, height) = figure.get_tightbbox(), drawing.size
+        assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, (drawing.title, box)
+        labels = " ".join(text.get_text() for text in figure.findobj(Text))
+        assert any(unit in labels for unit in ("bits", "GBOPs", "MiB", "step", "layer")), drawing.title
+
+
+def test_files_of_a_report(tmp_path):
+    write_run(tmp_path / "runs", "search", 0, target=0.05)
+    write_run(tmp_path / "runs", "uniform", 0, (4,))
+    assert main([str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out"), "--format", "csv"]) == 0
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    names = ["pareto", "formats", "formats_of_all_runs", "policy", "curves", "draws"]
+    assert set(sizes) == {"summary.csv", "runs.csv", *(f"{name}.png" for name in names)}
+    assert all((tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
