@@ -24,8 +24,11 @@ from quant.formats import parse_format
 SCHEMA_VERSION = 1
 RUN_FILES = frozenset({"result.json", "config.yaml", "history.jsonl"})
 """a folder with any of these is a run"""
-INNER_FOLDERS = frozenset({"model", "plots", "tensorboard", "checkpoints", "report"})
-"""what a run keeps beside its record; never searched"""
+INNER_FOLDERS = {
+    **dict.fromkeys(RUN_FILES, frozenset({"model", "plots", "tensorboard", "checkpoints"})),
+    "launch.yaml": frozenset({"tune"}),
+}
+"""file -> what stands beside it and holds no runs of ours: Ray Tune's result.json is another thing"""
 PLACE_SETTINGS = frozenset(
     {entry.name for group in (LauncherFlags, OutputFlags) for entry in fields(group)} - {"load_model_path"}
     | {"seed", "data_dir", "device", "log_steps"}
@@ -219,7 +222,8 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 
 def _run_folders(root: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(root):
-        names[:] = [name for name in names if name not in INNER_FOLDERS]
+        inner = frozenset().union(*(INNER_FOLDERS.get(file, ()) for file in files))
+        names[:] = [name for name in names if name not in inner]
         if RUN_FILES & set(files):
             yield Path(folder)
 

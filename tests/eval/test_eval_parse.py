@@ -133,6 +133,18 @@ def test_folders_inside_one_another_count_once(tmp_path, capsys):
     assert table_of(capsys, tmp_path, run.parent, run)[0]["n"] == 1
 
 
+def test_what_stands_inside_a_run_or_beside_a_launch_is_no_run(tmp_path, capsys):
+    run = write_run(tmp_path, "uniform", 0, (4,))
+    (run.parent / "launch.yaml").write_text("task: digits\n")
+    for inner in (run / "model", run / "checkpoints" / "checkpoint-5", run.parent / "tune" / "trial"):
+        inner.mkdir(parents=True)
+        (inner / "result.json").write_text('{"loss": 1}\n{"loss": 2}\n')
+        (inner / "config.yaml").write_text("")
+    write_run(tmp_path, "uniform", 1, (4,), task="tune", model="model", folder="checkpoints")
+    assert [row["task"] for row in table_of(capsys, tmp_path)] == ["digits", "tune"]
+    assert main([str(tmp_path), "--no_plots"]) == 0 and capsys.readouterr().err == ""
+
+
 def test_several_folders_and_one_row_a_run(tmp_path, capsys):
     runs = [write_run(tmp_path / name, "uniform", seed, (4,)) for seed, name in enumerate("ab")]
     rows = table_of(capsys, tmp_path / "a", tmp_path / "b", "--per_run")
