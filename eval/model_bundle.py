@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from eval.tasks import Kind
+from eval.vision_nets import ImageClassifier
 from quant.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,6 +53,8 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> list[str]:
     """`load_weights` of tensors already read; `source` is what an error names."""
+    if isinstance(model, ImageClassifier) and not any(name.startswith("net.") for name in tensors):
+        model = model.net  # a file of the library's own, which knows nothing of our wrapper
     own = model.state_dict()
     head = last_layer(model)
     resized = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]

@@ -45,7 +45,7 @@ def build_model(config: Any, num_labels: int, tokenizer_corpus: Iterable[str] | 
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    task = find_task(config.task, config)
+    task = find_task(config.task)
     if getattr(config, "model", None):
         check_model(config.model, config.task)
     with torch.random.fork_rng(devices=[]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from transformers import PreTrainedModel
 
 from eval.hub import hub_answers, unreachable
 from quant.errors import UserError
@@ -31,7 +32,7 @@ def from_anywhere(load: Callable[..., Loaded], source: str, **options: Any) -> L
         raise UserError(f"--model {source}: {next(iter(str(error).splitlines()), error)}") from error
 
 
-def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[nn.Module, list[str]]:
+def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
     """A model in float32 with the head that `settings` ask for, and notes on what of it is new.
 
     Only safetensors are read. UserError where weights of the body are missing: it would train from noise, unnoticed.
@@ -57,3 +58,10 @@ def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[nn.M
         {name.rpartition(".")[0] for name in info["missing_keys"]} - {name.rpartition(".")[0] for name in resized}
     )
     return model, notes + [f"{name} is new: {source} has none" for name in new]
+
+
+def hub_file(repository: str, name: str) -> str:
+    """Path of a file of a Hub repository, from the cache if it is there."""
+    from huggingface_hub import hf_hub_download
+
+    return from_anywhere(partial(hf_hub_download, filename=name), repository)

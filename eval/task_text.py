@@ -103,18 +103,21 @@ def prepare_text(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedDa
     import datasets
 
     datasets.disable_progress_bars()
+    tokenizer = bundle.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"task {data.name} needs a model with a tokenizer")
     length = min(getattr(config, "max_length", None) or 128, bundle.max_length)
-    encoder = Encoder(data, bundle.tokenizer, length)
+    encoder = Encoder(data, tokenizer, length)
     train = encoder.encode(data.train)
     validation = {name: encoder.encode(split) for name, split in data.validation.items()}
     notes = []
     if encoder.truncated:
         notes.append(f"{encoder.truncated} of {encoder.texts} texts were cut to {length} tokens")
     charged = min(getattr(config, "cost_seq_len", None) or length, bundle.max_length)
-    collator = PadCollator(bundle.tokenizer.pad_token_id, length)
+    collator = PadCollator(tokenizer.pad_token_id, length)
     shape = (1, data.task.candidates, charged) if data.task.candidates else (1, charged)
     example = {
-        "input_ids": torch.full(shape, bundle.tokenizer.pad_token_id + 1),
+        "input_ids": torch.full(shape, tokenizer.pad_token_id + 1),
         "attention_mask": torch.ones(shape, dtype=torch.long),
     }
     scores = token_scores if data.kind == "lm" else None

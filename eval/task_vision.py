@@ -7,6 +7,7 @@ the same images again. Neither the global random state nor a counter could promi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from eval.data_files import Source
 from eval.model_bundle import ModelBundle
 from eval.tasks import PreparedData, TaskData
 from quant.errors import UserError
 
 MEMORY_LIMIT = 2**30
 """bytes of decoded images that are kept; larger sets are decoded at each access"""
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, AttributeError, Image.DecompressionBombError)
+"""what PIL and datasets raise for files that are no images, end early, or are None"""
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,7 @@ class Decoder:
     channels: int
     resample: int
 
-    def __call__(self, value: Any) -> Tensor:
-        image = value if isinstance(value, Image.Image) else Image.fromarray(np.asarray(value, dtype=np.uint8))
+    def __call__(self, image: Image.Image) -> Tensor:
         image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != (self.side, self.side):
             scale = self.side / min(image.size)
@@ -134,33 +137,39 @@ class StoredImages:
 
     split: Any
     column: str
+    source: Source
     decode: Decoder
 
     def __getitem__(self, rows: list[int]) -> Tensor:
-        return torch.stack([self.read(row) for row in rows])
-
-    def read(self, row: int) -> Tensor:
-        try:
-            return self.decode(self.split[row][self.column])
-        except OSError as error:  # PIL's UnidentifiedImageError and truncated files alike
-            raise UserError(f"row {row}, column {self.column}: not an image ({error})") from error
+        return torch.stack([self.decode(read_image(self.split, self.column, self.source, row)) for row in rows])
 
     def in_memory(self) -> Images:
         """All of them decoded now, where they fit."""
-        if len(self.split) * self.decode.channels * self.decode.side**2 > MEMORY_LIMIT:
+        shape = (len(self.split), self.decode.channels, self.decode.side, self.decode.side)
+        if math.prod(shape) > MEMORY_LIMIT:
             return self
-        stored = torch.empty(
-            len(self.split), self.decode.channels, self.decode.side, self.decode.side, dtype=torch.uint8
-        )
+        stored = torch.empty(shape, dtype=torch.uint8)
         for row in range(len(self.split)):
-            stored[row] = self.read(row)
+            stored[row] = self[[row]][0]
         return stored
 
 
-def native_side(split: Any, column: str) -> int | None:
+def read_image(split: Any, column: str, source: Source, row: int) -> Image.Image:
+    """The image of a row; UserError that names its file where it is none."""
+    try:
+        value = split[row][column]
+        return value if isinstance(value, Image.Image) else Image.fromarray(np.asarray(value, dtype=np.uint8))
+    except BROKEN_IMAGE as error:
+        from datasets import Image as Encoded
+
+        file = (split.cast_column(column, Encoded(decode=False))[row][column] or {}).get("path")
+        place = file if file in source.files else f"{source.place(row)}, column {column}"
+        raise UserError(f"{place}: is not an image that can be read") from error
+
+
+def native_side(split: Any, column: str, source: Source) -> int | None:
     """The side of the split's images where the first ones are all the same square, else None."""
-    sizes = {Image.fromarray(np.asarray(v, np.uint8)).size if not isinstance(v, Image.Image) else v.size
-             for v in split[: min(len(split), 64)][column]}  # fmt: skip
+    sizes = {read_image(split, column, source, row).size for row in range(min(len(split), 64))}
     width, height = next(iter(sizes))
     return width if len(sizes) == 1 and width == height else None
 
@@ -169,27 +178,26 @@ def prepare_images(data: TaskData, bundle: ModelBundle, config: Any) -> Prepared
     """Images no larger than the model's input keep their own size until a batch is made: 32x32 images for a 224x224
     model are cropped with a 4 pixel border and then enlarged. Larger ones are stored at input size / crop_fraction."""
     (column,) = data.columns
-    native = native_side(data.train, column)
+    native = native_side(data.train, column, data.sources["train"])
     size = bundle.image_size or native
     if size is None:
-        raise UserError("--image_size: needed, the images of this task have different sizes")
+        raise UserError("--image_size: is needed, the images of this task differ in size and the model takes any")
     small = native is not None and native <= size
-    side = native if small else round(size / bundle.crop_fraction)
-    view = View(native if small else size, size, bundle.mean, bundle.std, 4 if small else 0, flip=True)
+    side = native if native is not None and small else round(size / bundle.crop_fraction)
+    view = View(side if small else size, size, bundle.mean, bundle.std, padding=4 if small else 0, flip=True)
     decode = Decoder(side, bundle.in_channels, bundle.resample)
-    wanted = getattr(config, "augment", True) and data.task.augmented
-    seed = getattr(config, "seed", 0)
+    augmented = data.task.augmented and getattr(config, "augment", True)
 
-    def dataset(split: Any, augmented: bool) -> ImageDataset:
-        images = StoredImages(split, column, decode).in_memory()
+    def dataset(name: str, split: Any, augmented: bool) -> ImageDataset:
+        images = StoredImages(split, column, data.sources[name], decode).in_memory()
         labels = torch.tensor(split[data.task.label][:], dtype=torch.long)
-        return ImageDataset(images, labels, view, augmented, seed)
+        return ImageDataset(images, labels, view, augmented, getattr(config, "seed", 0))
 
-    validation = {name: dataset(split, False) for name, split in data.validation.items()}
-    train = dataset(data.train, wanted)
-
-    pixels = torch.zeros(1, bundle.in_channels, size, size)
-    return PreparedData(train, validation, collate_images, {"pixel_values": pixels})
+    train = dataset("train", data.train, augmented)
+    validation = {name: dataset(name, split, False) for name, split in data.validation.items()}
+    return PreparedData(
+        train, validation, collate_images, {"pixel_values": torch.zeros(1, bundle.in_channels, size, size)}
+    )
 
 
 def collate_images(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

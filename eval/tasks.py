@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import EvalPrediction
 
+    from eval.data_files import Source
     from eval.model_bundle import ModelBundle
 
 Kind = Literal["text", "image", "lm"]
@@ -65,7 +67,7 @@ TASKS: dict[str, Task] = {
     ),
     "stsb": _glue("stsb", "sentence1", "sentence2", metrics=("pearson", "spearman"), regression=True),
     "boolq": Task("text", ("question", "passage"), hub=("google/boolq",), label="answer"),
-    "piqa": Task("text", ("goal", "sol1", "sol2"), hub=("ybisk/piqa",), candidates=2),
+    "piqa": Task("text", ("goal", "sol1", "sol2"), hub=("baber/piqa",), candidates=2),
     "cifar10": Task("image", ("img",), hub=("uoft-cs/cifar10",)),
     "cifar100": Task("image", ("img",), hub=("uoft-cs/cifar100",), label="fine_label"),
     "imagenet-1k": Task("image", ("image",), hub=("ILSVRC/imagenet-1k",)),
@@ -74,16 +76,17 @@ TASKS: dict[str, Task] = {
 }
 
 
-def find_task(name: str, config: Any = None) -> Task:
-    """The task called `name`, or the task that a local folder of that name holds (its columns from `config`)."""
+def find_task(name: str) -> Task:
+    """The task called `name`, or what the local folder of that name holds: its columns are known once it is read."""
     if name in TASKS:
         return TASKS[name]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        from eval.data_files import describe_folder
+        from eval.data_files import folder_kind
 
-        return describe_folder(folder, getattr(config, "text_column", None), getattr(config, "label_column", None))
-    raise UserError(f"--task {name}: no such task or folder; choose one of {', '.join(TASKS)} or a local folder")
+        kind = folder_kind(folder)
+        return Task(kind, ("image",) if kind == "image" else (), label="")
+    raise UserError(f"--task {name}: no such task or folder; choose one of {', '.join(TASKS)}, or a local folder")
 
 
 def task_kind(name: str) -> Kind:
@@ -100,6 +103,8 @@ class TaskData:
     train: Dataset
     validation: dict[str, Dataset]
     label_names: list[str]
+    sources: dict[str, Source]
+    """where the rows of `train` and of each validation split stand, for errors that name them"""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -126,11 +131,15 @@ class TaskData:
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The task's metrics of logits (N, classes) and labels (N,); of (N, length, 2) for `lm`, see `token_scores`."""
+        import numpy as np
+
         from eval.metrics import perplexity, score
 
-        logits = prediction.predictions
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        return perplexity(logits) if self.kind == "lm" else score(self.task.metrics, logits, prediction.label_ids)
+        logits, labels = (
+            np.asarray(values[0] if isinstance(values, tuple) else values)
+            for values in (prediction.predictions, prediction.label_ids)
+        )
+        return perplexity(logits) if self.kind == "lm" else score(self.task.metrics, logits, labels)
 
 
 @dataclass
@@ -153,24 +162,33 @@ def load_task(config: Any) -> TaskData:
 
     Which rows a subset holds is part of the task: it depends on the sizes asked for, never on the run's seed.
     """
-    from eval.data_checks import check_split, label_names_of, usable_splits
-    from eval.data_files import read_splits, take
+    from eval.data_checks import check_split, read_labels, usable_splits, with_columns
+    from eval.data_files import read_splits
 
-    task = find_task(config.task, config)
+    task = find_task(config.task)
     splits = read_splits(task, config)
+    task = with_columns(task, next(iter(splits.values())).rows.features, config)
     train, validation, notes = usable_splits(task, splits)
-    names = label_names_of(task, train)
+    labels = read_labels(task, train)
+    if labels.regression and not task.regression:
+        task = replace(task, regression=True, metrics=TASKS["stsb"].metrics)
     ratio = config.subset_ratio if getattr(config, "use_subset", False) else 1.0
     if not 0 < ratio <= 1:
         raise UserError(f"--subset_ratio {ratio}: must be above 0 and at most 1")
-    train_limit, eval_limit = (getattr(config, f"max_{part}_samples", None) for part in ("train", "eval"))
-    rows = min(round(len(train) * ratio) or 1, len(train) if train_limit is None else train_limit)
-    train = check_split(task, take(train, rows), names)
-    validation = {
-        name: check_split(task, take(split, len(split) if eval_limit is None else eval_limit), names)
-        for name, split in validation.items()
-    }
-    return TaskData(Path(config.task).name, task, train, validation, names, notes)
+    limit = getattr(config, "max_train_samples", None) or len(train)
+    train = check_split(task, train, labels).take(min(math.ceil(len(train) * ratio), limit))
+    limit = getattr(config, "max_eval_samples", None)
+    checked = {name: check_split(task, split, labels) for name, split in validation.items()}
+    checked = {name: split.take(limit or len(split)) for name, split in checked.items()}
+    return TaskData(
+        name=Path(config.task).expanduser().resolve().name,
+        task=task,
+        train=train.rows,
+        validation={name: split.rows for name, split in checked.items()},
+        label_names=list(labels.names),
+        sources={"train": train.source, **{name: split.source for name, split in checked.items()}},
+        notes=notes,
+    )
 
 
 def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:

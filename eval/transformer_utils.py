@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from eval.tasks import Task
 from quant.errors import UserError
@@ -12,10 +12,12 @@ from quant.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from eval.model_bundle import ModelBundle
 
+Built: TypeAlias = "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]"
+"""model, tokenizer, notes"""
 SCRATCH_VOCABULARY = 8192
 """most word pieces of a tokenizer trained here"""
 
@@ -68,70 +70,99 @@ MODELS: dict[str, TextModel] = {
 
 def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None) -> ModelBundle:
     """The text model of `config` with its tokenizer. UserError where it cannot be had."""
-    import transformers
-
     from eval.model_bundle import ModelBundle
-    from eval.pretrained import from_anywhere, load_pretrained
+    from eval.text_nets import CandidateScorer
 
-    auto = transformers.AutoModelForCausalLM if task.kind == "lm" else transformers.AutoModelForSequenceClassification
-    head: dict[str, Any] = {}
-    if task.kind != "lm":
-        problem = "regression" if task.regression else "single_label_classification"
-        head = {"num_labels": 1 if task.candidates else num_labels, "problem_type": problem}
-    source = source_of(config)
+    outputs = 1 if task.candidates else num_labels
+    regression = outputs == 1 and not task.candidates
+    head: dict[str, Any] = {
+        "num_labels": outputs,
+        "problem_type": "regression" if regression else "single_label_classification",
+    }
+    head = {} if task.kind == "lm" else head
     if getattr(config, "from_scratch", False):
-        settings, limit = scratch_config(source)
-        tokenizer = train_tokenizer(
-            corpus or (), SCRATCH_VOCABULARY, limit, getattr(settings, "type_vocab_size", 0) > 1
-        )
-        settings.update({"vocab_size": len(tokenizer), **special_tokens(tokenizer), **head})
-        check_causal(settings, task)
-        model = auto.from_config(settings)
-        notes = [f"random weights, a tokenizer of {len(tokenizer)} word pieces from the training texts"]
+        model, tokenizer, notes = build_scratch(str(config.model), task, head, corpus or ())
     else:
-        check_causal(from_anywhere(transformers.AutoConfig.from_pretrained, source), task)
-        tokenizer = from_anywhere(transformers.AutoTokenizer.from_pretrained, source)
-        model, notes = load_pretrained(auto, source, **head)
-        if tokenizer.pad_token is None:  # GPT-2 has none; what pads is masked, so any token will do
-            tokenizer.pad_token = tokenizer.eos_token
-            notes.append(f"padded with the token {tokenizer.pad_token!r}")
+        model, tokenizer, notes = build_pretrained(config, task, head)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
-    limit = min(
-        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    return ModelBundle(
+        CandidateScorer(model) if task.candidates else model,
+        task.kind,
+        tokenizer=tokenizer,
+        max_length=min(tokenizer.model_max_length, positions),
+        notes=notes,
     )
-    if task.candidates:
-        from eval.text_nets import CandidateScorer
-
-        model = CandidateScorer(model)
-    return ModelBundle(model, task.kind, tokenizer=tokenizer, max_length=limit, notes=notes)
 
 
-def source_of(config: Any) -> str:
-    """The folder or Hub id that the model comes from; for `from_scratch`, also a name of `MODELS`."""
-    path, name = getattr(config, "model_path", None), getattr(config, "model", None)
-    if path is None:
-        known = name in MODELS and not getattr(config, "from_scratch", False)
-        return MODELS[name].hub if known else str(name)
-    folder = Path(path).expanduser()
+def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[str]) -> Built:
+    """A model with random weights, and a tokenizer trained on `corpus`."""
+    settings, limit = configuration(name)
+    token_types = getattr(settings, "type_vocab_size", 0) > 1
+    tokenizer = train_tokenizer(corpus, SCRATCH_VOCABULARY, limit, token_types)
+    settings.update({"vocab_size": len(tokenizer), **special_tokens(tokenizer), **head})
+    model = auto_class(settings, task).from_config(settings)
+    return model, tokenizer, [f"random weights, a tokenizer of {len(tokenizer)} word pieces from the training texts"]
+
+
+def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
+    """A model with its weights and its own tokenizer."""
+    import transformers
+
+    from eval.pretrained import from_anywhere, load_pretrained
+
+    name, path = str(getattr(config, "model", None) or ""), getattr(config, "model_path", None)
+    folder = weights_folder(Path(path).expanduser(), name) if path else None
+    source = str(folder) if folder else MODELS[name].hub if name in MODELS else name
+    tokenizer = from_anywhere(transformers.AutoTokenizer.from_pretrained, source)
+    bare = folder is not None and not (folder / "config.json").is_file()
+    settings, _ = configuration(name if bare else source)
+    settings.update({**({"vocab_size": len(tokenizer)} if bare else {}), **head})
+    model, notes = load_pretrained(auto_class(settings, task), source, config=settings)
+    if tokenizer.pad_token is None:  # GPT-2 has none; what pads is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"padded with the token {tokenizer.pad_token!r}")
+    return model, tokenizer, notes
+
+
+def weights_folder(path: Path, name: str) -> Path:
+    """The folder of `--model_path`, which has a tokenizer beside the weights; UserError where something is missing."""
+    folder = path.parent if path.is_file() else path
     if not folder.is_dir():
-        raise UserError(f"--model_path {path}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model_path {path}: has no config.json; it should be a folder written by save_pretrained")
-    return str(folder)
+        raise UserError(f"--model_path {path}: no such file or folder")
+    for pattern in ("tokenizer_config.json", "model*.safetensors" if name in MODELS else "config.json"):
+        if not any(folder.glob(pattern)):
+            raise UserError(f"--model_path {path}: has no {pattern}; save_pretrained writes it")
+    return folder
 
 
-def scratch_config(source: str) -> tuple[PretrainedConfig, int]:
-    """(configuration without weights, most tokens it has positions for)."""
+def configuration(source: str) -> tuple[PretrainedConfig, int]:
+    """(configuration, most tokens it has positions for) of a name of `MODELS`, a folder or a Hub id."""
     import transformers
 
     from eval.pretrained import from_anywhere
 
     if source in MODELS:
-        spec = MODELS[source]
-        return getattr(transformers, spec.config)(**spec.settings), spec.max_length
+        known = MODELS[source]
+        return getattr(transformers, known.config)(**known.settings), known.max_length
     settings = from_anywhere(transformers.AutoConfig.from_pretrained, source)
     return settings, getattr(settings, "max_position_embeddings", 512)
+
+
+def auto_class(settings: PretrainedConfig, task: Task) -> Any:
+    """transformers' way from a configuration to a model for the task.
+
+    UserError where language modelling gets an encoder, which sees the word it is asked for.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    if task.kind != "lm":
+        return AutoModelForSequenceClassification
+    if settings.model_type in ENCODERS and not getattr(settings, "is_decoder", False):
+        raise UserError(f"--model {settings.model_type}: an encoder cannot predict the next word; choose gpt2")
+    return AutoModelForCausalLM
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -140,16 +171,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         "bos_token_id": tokenizer.cls_token_id,
         "eos_token_id": tokenizer.sep_token_id,
     }
-
-
-def check_causal(settings: PretrainedConfig, task: Task) -> None:
-    """UserError where a task of language modelling gets an encoder, which sees the word it is asked for."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
-
-    if task.kind == "lm" and settings.model_type in ENCODERS and not getattr(settings, "is_decoder", False):
-        raise UserError(
-            f"--model {settings.model_type}: an encoder cannot predict the next word; choose gpt2 or its like"
-        )
 
 
 def train_tokenizer(

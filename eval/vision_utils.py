@@ -66,86 +66,140 @@ HUB_MODELS: dict[str, HubModel] = {
     "deit-base": _deit("base", 768),
 }
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56)}
-LIBRARY_MODELS = {"inceptionv3": "torchvision:inception_v3"}
-MODELS = (*HUB_MODELS, *LIBRARY_MODELS, *CIFAR_RESNETS, "convnet")
+ALIASES = {"inceptionv3": "timm:inception_v3"}
+MODELS = (*HUB_MODELS, *ALIASES, *CIFAR_RESNETS, "convnet")
 
 
 def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
-    """The image model of `config`. A folder with its own configuration says itself what it is."""
-    path = getattr(config, "model_path", None)
-    name = getattr(config, "model", None)
-    if path is not None and not Path(path).exists():
-        raise UserError(f"--model_path {path}: no such file or folder")
-    if path is None and name and Path(name).is_dir():
-        path = name
-    if path is not None and (Path(path) / "config.json").is_file():
-        return build_pretrained(path, config, num_labels)
-    name = LIBRARY_MODELS.get(name, name)
-    if name is None:
+    """The image model of `config`. A folder with its own configuration says itself what it is; other weights, read from
+    safetensors, need `config.model` to say so."""
+    from eval.model_bundle import load_weights
+
+    name = str(getattr(config, "model", None) or "")
+    path = Path(getattr(config, "model_path", None) or name).expanduser()
+    weights = path if getattr(config, "model_path", None) else None
+    if weights is not None and not weights.exists():
+        raise UserError(f"--model_path {weights}: no such file or folder")
+    size = getattr(config, "image_size", None)
+    scratch = getattr(config, "from_scratch", False)
+    if (path / "config.json").is_file():
+        bundle = build_scratch(str(path), num_labels, size) if scratch else build_pretrained(str(path), num_labels)
+    elif not name:
         raise UserError(f"--model_path {path}: has no config.json, so --model NAME has to say what it is")
+    else:
+        bundle = build_named(ALIASES.get(name, name), task, num_labels, size, scratch or weights is not None)
+        if weights is not None:
+            bundle.notes = load_weights(bundle.model, weights)
+    bundle.notes += correct_momentum(bundle.model)
+    bundle.image_size = size or bundle.image_size
+    return bundle
+
+
+def build_named(name: str, task: Task, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
+    """A model by name: with its published weights, unless it is ours or `scratch`."""
     if name in CIFAR_RESNETS or name == "convnet":
-        return build_own(name, task, num_labels, config)
-    if getattr(config, "from_scratch", False) or path is not None:
-        return build_scratch(name, config, num_labels)
-    return build_pretrained(HUB_MODELS[name].hub if name in HUB_MODELS else name, config, num_labels)
+        return build_own(name, task, num_labels)
+    if name.startswith(("timm:", "torchvision:")):
+        from eval.vision_libraries import build_timm, build_torchvision
+
+        library, _, name = name.partition(":")
+        return {"timm": build_timm, "torchvision": build_torchvision}[library](name, num_labels, size, scratch)
+    if scratch:
+        return build_scratch(name, num_labels, size)
+    return build_pretrained(HUB_MODELS[name].hub if name in HUB_MODELS else name, num_labels)
 
 
-def build_pretrained(source: str, config: Any, num_labels: int) -> ModelBundle:
-    """A model of transformers with its weights; size, mean and std are its own image processor's."""
+def build_own(name: str, task: Task, num_labels: int) -> ModelBundle:
+    """ResNet-20 and its like, or the small network for digits, with random weights."""
+    from eval.model_bundle import IMAGENET_MEAN, IMAGENET_STD, ModelBundle
+    from eval.vision_nets import CifarResNet, ConvNet
+
+    cifar = name in CIFAR_RESNETS
+    channels = task.channels
+    return ModelBundle(
+        CifarResNet(CIFAR_RESNETS[name], num_labels, channels) if cifar else ConvNet(num_labels, channels),
+        "image",
+        image_size=32 if cifar else None,
+        mean=IMAGENET_MEAN if channels == 3 else (0.5,),
+        std=IMAGENET_STD if channels == 3 else (0.5,),
+        in_channels=channels,
+        crop_fraction=1.0,
+        notes=["random weights"],
+    )
+
+
+def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle:
+    """A model of transformers with random weights, from a name of `HUB_MODELS` or the configuration of a folder."""
+    import transformers
+
+    from eval.model_bundle import ModelBundle
+    from eval.pretrained import from_anywhere
+
+    if source in HUB_MODELS:
+        known = HUB_MODELS[source]
+        size = size or known.image_size
+        settings = getattr(transformers, known.config)(
+            **{**known.settings, "image_size": size, "num_labels": num_labels}
+        )
+    else:
+        settings = from_anywhere(transformers.AutoConfig.from_pretrained, source, num_labels=num_labels)
+        size = size or getattr(settings, "image_size", None)
+    model = transformers.AutoModelForImageClassification.from_config(settings)
+    channels = getattr(settings, "num_channels", 3)
+    return ModelBundle(model, "image", image_size=size, in_channels=channels, notes=["random weights"])
+
+
+def build_pretrained(source: str, num_labels: int) -> ModelBundle:
+    """A model of transformers with its weights; size, mean and std are those of its own image processor."""
     import transformers
 
     from eval.model_bundle import ModelBundle
     from eval.pretrained import from_anywhere, load_pretrained
 
-    model, notes = load_pretrained(transformers.AutoModelForImageClassification, str(source), num_labels=num_labels)
-    processor = from_anywhere(transformers.AutoImageProcessor.from_pretrained, str(source), use_fast=False)
-    return ModelBundle(
-        model,
-        "image",
-        image_size=getattr(config, "image_size", None) or side(processor),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        in_channels=getattr(model.config, "num_channels", 3),
-        notes=notes,
-    )
+    model, notes = load_pretrained(transformers.AutoModelForImageClassification, source, num_labels=num_labels)
+    bundle = ModelBundle(model, "image", in_channels=getattr(model.config, "num_channels", 3), notes=notes)
+    if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
+        bundle.image_size = getattr(model.config, "image_size", None)
+        bundle.notes.append(f"{source} has no preprocessor_config.json: mean and std of ImageNet")
+        return bundle
+    processor = from_anywhere(transformers.AutoImageProcessor.from_pretrained, source)
+    bundle.image_size, bundle.crop_fraction = processor_geometry(processor)
+    bundle.mean, bundle.std = processor_colours(processor)
+    bundle.resample = int(processor.resample)
+    return bundle
 
 
-def side(processor: Any) -> int:
-    """Side of the square that the processor feeds the model."""
-    size = getattr(processor, "crop_size", None) or processor.size
-    return next(size[key] for key in ("height", "shortest_edge", "width") if size.get(key))
+def processor_geometry(processor: Any) -> tuple[int, float]:
+    """(side of the square that a processor feeds its model, its share of the resized image's side)."""
+    resized = next(processor.size[key] for key in ("shortest_edge", "height") if processor.size.get(key))
+    if getattr(processor, "do_center_crop", False):
+        side = processor.crop_size["height"]
+        return side, side / resized
+    # ConvNeXT's processor, which ResNets use, crops below 384 pixels by a share of its own.
+    return resized, getattr(processor, "crop_pct", 1.0) if resized < 384 else 1.0
 
 
-def build_scratch(name: str, config: Any, num_labels: int) -> ModelBundle:
-    """A model of transformers from its configuration, with random weights or those of `config.model_path`."""
-    import transformers
+def processor_colours(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel with which (x / 255 - mean) / std is what the processor makes of pixels x.
 
-    from eval.model_bundle import ModelBundle, load_weights
+    Measured on a black and a white image: EfficientNet's processor divides by its std twice, others shift or skip it.
+    """
+    from PIL import Image
 
-    spec = HUB_MODELS[name]
-    size = getattr(config, "image_size", None) or spec.image_size
-    settings = getattr(transformers, spec.config)(**{**spec.settings, "image_size": size}, num_labels=num_labels)
-    model = transformers.AutoModelForImageClassification.from_config(settings)
-    path = getattr(config, "model_path", None)
-    notes = ["random weights"] if path is None else load_weights(model, Path(path))
-    return ModelBundle(model, "image", image_size=size, notes=notes)
+    images = [Image.new("RGB", (512, 512), (value,) * 3) for value in (0, 255)]
+    low, high = processor(images=images, return_tensors="pt")["pixel_values"].amax((2, 3))
+    std = 1 / (high - low)
+    return tuple((-low * std).tolist()), tuple(std.tolist())
 
 
-def build_own(name: str, task: Task, num_labels: int, config: Any) -> ModelBundle:
-    """ResNet-20 and its like, or the small network for digits: random weights unless `config.model_path` has some."""
-    from eval.model_bundle import ModelBundle, load_weights
-    from eval.vision_nets import CifarResNet, ConvNet
+def correct_momentum(model: nn.Module) -> list[str]:
+    """Batch norms built with TensorFlow's momentum, the share of the old average, get PyTorch's, the share of the new.
 
-    channels = task.channels
-    model: nn.Module
-    if name in CIFAR_RESNETS:
-        model, size = CifarResNet(CIFAR_RESNETS[name], num_labels, channels), 32
-    else:
-        model, size = ConvNet(num_labels, channels), None
-    path = getattr(config, "model_path", None)
-    notes = ["random weights"] if path is None else load_weights(model, Path(path))
-    statistics = {} if channels == 3 else {"mean": (0.5,) * channels, "std": (0.5,) * channels}
-    size = getattr(config, "image_size", None) or size
-    return ModelBundle(
-        model, "image", image_size=size, in_channels=channels, crop_fraction=1.0, notes=notes, **statistics
-    )
+    transformers' EfficientNet (0.99) and MobileNetV2 (0.997) otherwise keep the statistics of the last batch alone.
+    """
+    from torch import nn
+
+    wrong = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and (m.momentum or 0) > 0.5]
+    for module in wrong:
+        module.momentum = round(1 - (module.momentum or 0), 6)
+    return [f"momentum of {len(wrong)} batch norms corrected to {wrong[0].momentum:g}"] if wrong else []
