@@ -42,6 +42,8 @@ def complete(config: RunConfig) -> RunConfig:
     if config.method is None:
         method = "search" if config.searches else "uniform" if any(b is not None for b in given_bits) else "float"
         config = replace(config, method=method)
+    if config.method == "search":
+        config = replace(config, search=True)
     validate(config)
     if config.method == "search" and config.cost_target is None and config.target_bits is None:
         bits = [f.bits for f in config.search_formats]
@@ -54,8 +56,9 @@ def read_flags(argv: Sequence[str]) -> RunConfig:
 
     Raises UserError for an unknown flag or key (with the closest one) and for a value of the wrong type.
     """
-    given = _flags_given(argv)
-    return read_values({**(_file_values(Path(given["config"])) if given.get("config") else {}), **given}, "flags")
+    given = flags_given(argv)
+    values = read_yaml(Path(given["config"]), "--config") if given.get("config") else {}
+    return read_values({**values, **given}, "flags")
 
 
 def read_values(values: dict[str, Any], source: str) -> RunConfig:
@@ -115,7 +118,7 @@ def _switches() -> list[str]:
     return [f.name for f in fields(RunConfig) if str(f.type).startswith(("bool", "<class 'bool'>"))]
 
 
-def _flags_given(argv: Sequence[str]) -> dict[str, Any]:
+def flags_given(argv: Sequence[str]) -> dict[str, Any]:
     """What `argv` sets, without the defaults: a flag given at its default still wins over the file."""
     parser = make_parser()
     unset = Namespace(**{f.name: _UNSET for f in fields(RunConfig)})
@@ -129,8 +132,11 @@ def _flags_given(argv: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if value is not _UNSET}
 
 
-def _file_values(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file as fields of the run: aliases resolved, lists joined by commas."""
+def read_yaml(path: Path, flag: str) -> dict[str, Any]:
+    """The keys of a YAML file as fields of the run: aliases resolved, lists joined by commas, types right.
+
+    Raises UserError that names `flag`, the file and the key.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -138,11 +144,11 @@ def _file_values(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{flag} {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"--config {path}: must hold 'name: value' lines")
+        raise UserError(f"{flag} {path}: must hold 'name: value' lines")
     names = {f.name: f for f in fields(RunConfig)}
     names |= {alias.lstrip("-"): f for f in fields(RunConfig) for alias in f.metadata.get("aliases", ())}
     values: dict[str, Any] = {}
@@ -150,14 +156,14 @@ def _file_values(path: Path) -> dict[str, Any]:
         if key not in names or key == "config":
             close = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {close[0]}?" if close else "the keys are the flags' names"
-            raise UserError(f"--config {path}: unknown key {key!r}; {hint}")
+            raise UserError(f"{flag} {path}: unknown key {key!r}; {hint}")
         field = names[key]
         if isinstance(value, list) and field.name in _LISTS:
             value = ",".join(str(item) for item in value)
         elif isinstance(value, bool) and "const" in field.metadata:  # 'block_search: true' is the flag without a value
             value = field.metadata["const"] if value else False if field.metadata["const"] is True else None
         values[field.name] = value
-    read_values(values, f"--config {path}")  # a wrong type is the file's, not a flag's
+    read_values(values, f"{flag} {path}")  # a wrong type is the file's, not a flag's
     return values
 
 

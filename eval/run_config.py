@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,10 @@ class RunConfig(
     OutputFlags, LauncherFlags, LayerFlags, QuantizationFlags, BaselineFlags, SearchFlags, TrainingFlags, DataFlags
 ):
     """One run. `eval.flags.parse` makes it from flags, `eval.flags.complete` fills in what follows from the rest."""
+
+    def updated(self, **values: Any) -> RunConfig:
+        """A copy with other values."""
+        return replace(self, **values)
 
     @property
     def searches(self) -> bool:

@@ -1,0 +1,28 @@
+"""What Tune tells the person who waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune import Callback
+from rich.console import Console
+
+from eval.launch_trial import with_settings
+from eval.run_config import RunConfig
+
+
+class Notices(Callback):
+    """Says when a run starts again because its process died."""
+
+    def __init__(self, runs: Mapping[str, RunConfig], console: Console) -> None:
+        self._runs, self._console = runs, console
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        run = with_settings(self._runs[trial.config["run"]], trial.config)
+        if not (run.run_folder / "result.json").exists():
+            self._console.print(f"{run.run_name}: its process died; it starts again from its last checkpoint")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune copies its callbacks to disk; a terminal cannot go there, and nothing reads the copy."""
+        return {}

@@ -1,0 +1,193 @@
+"""Ray from our side: started or joined, quiet, asked for no more than there is, and its trials run to the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from eval.flag_checks import gpu_present
+from eval.launch_trial import Runner, one_line, trial, with_settings
+from eval.run_config import RunConfig
+from quant.errors import UserError
+
+MAX_FAILURES = 2
+"""how often a run whose process died starts again from its checkpoint"""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one run gets, and how many run at a time."""
+
+    cpus: float
+    gpus: float
+    concurrent: int
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """Ray, started on this machine for as long as the block runs, or the cluster at `--ray_address`.
+
+    Raises UserError where the cluster does not answer.
+    """
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if config.ray_address is not None:
+            ray.init(address=config.ray_address, **quiet)
+        else:
+            ray.init(address="local", num_cpus=config.num_cpus, num_gpus=config.num_gpus, **quiet)
+    except (ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"--ray_address {config.ray_address}: no cluster answers: {' '.join(str(error).split())}"
+        ) from None
+    for name in ("ray.tune", "ray.air", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_request(config: RunConfig) -> None:
+    """What can be refused before Ray starts: more than this machine has. Raises UserError."""
+    if config.gpus_per_trial is not None and config.gpus_per_trial > 1:
+        raise UserError(
+            f"--gpus_per_trial {config.gpus_per_trial:g}: a run of the launcher uses at most one GPU; "
+            "for one run over several: torchrun --nproc_per_node N eval/eval_run.py ..."
+        )
+    if config.ray_address is not None:
+        if config.ray_address.startswith("ray://"):
+            raise UserError("--ray_address ray://...: start the launcher on one of the cluster's machines, with 'auto'")
+        return
+    cores = os.cpu_count() or 1
+    for flag in ("num_cpus", "cpus_per_trial"):
+        if (wanted := getattr(config, flag)) is not None and wanted > (
+            config.num_cpus or cores if "per" in flag else cores
+        ):
+            have = (
+                f"--num_cpus {config.num_cpus} are to be used" if wanted <= cores else f"this machine has {cores} cores"
+            )
+            raise UserError(f"--{flag} {wanted:g}: {have}")
+    for flag in ("num_gpus", "gpus_per_trial"):
+        if getattr(config, flag) and not gpu_present(config.cuda_visible_devices):
+            raise UserError(f"--{flag} {getattr(config, flag):g}: this machine has no GPU that may be used")
+    if config.gpus_per_trial and config.num_gpus == 0:
+        raise UserError(f"--gpus_per_trial {config.gpus_per_trial:g} contradicts --num_gpus 0")
+
+
+def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: int) -> Share:
+    """What each of `runs` runs gets on `nodes` (resources by name). Raises UserError where no node can hold one run.
+
+    Without flags: a GPU a run where there are GPUs, and a node's cores divided among as many runs as it holds.
+    """
+    usable = [node for node in nodes if node.get("CPU", 0) > 0]
+    gpus = config.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if config.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in usable) else 0.0
+    fitting = [node for node in usable if node.get("GPU", 0) >= gpus]
+    cpus = config.cpus_per_trial
+    if cpus is None and fitting:
+        sharing = [min(int(node.get("GPU", 0) / gpus) if gpus else 1, runs) for node in fitting]
+        cpus = max(1.0, min(node["CPU"] // number for node, number in zip(fitting, sharing, strict=True)))
+    fitting = [node for node in fitting if node["CPU"] >= (cpus or 0)]
+    if not fitting or cpus is None:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise UserError(
+            f"no machine can hold a run of {cpus or 1:g} CPU and {gpus:g} GPU (per machine: {have or 'nothing'})"
+        )
+    slots = sum(min(int(n["CPU"] / cpus), int(n.get("GPU", 0) / gpus) if gpus else runs) for n in fitting)
+    if config.ray_address is not None:  # a cluster has more than this launch may want to use
+        if config.num_cpus is not None:
+            slots = min(slots, int(config.num_cpus / cpus))
+        if config.num_gpus is not None and gpus:
+            slots = min(slots, int(config.num_gpus / gpus))
+    return Share(cpus, gpus, max(1, min(slots, runs)))
+
+
+def cluster_nodes() -> list[dict[str, float]]:
+    """The resources of every machine that is up."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def fit(
+    runs: Mapping[str, RunConfig],
+    share: Share,
+    storage: Path,
+    console: Console,
+    runner: Runner | None = None,
+    param_space: dict[str, Any] | None = None,
+    **tune_config: Any,
+) -> dict[str, str]:
+    """Run every trial to its end. Returns, for runs whose process ended without a record, why (by run name).
+
+    Tune's own files stay in `storage` while it runs; only its TensorBoard events are kept: the rest are pickles, and
+    our records decide what is finished. After Ctrl-C it returns as well.
+    """
+    from ray import tune
+    from ray.tune.logger import TBXLoggerCallback
+
+    from eval.launch_notices import Notices
+
+    clean(storage)
+    storage.mkdir(parents=True, exist_ok=True)
+
+    def name_of_trial(tried: Any) -> str:
+        return with_settings(runs[tried.config["run"]], tried.config).run_name
+
+    function = tune.with_parameters(trial, runs=dict(runs), runner=runner)
+    tuner = tune.Tuner(
+        tune.with_resources(function, {"cpu": share.cpus, "gpu": share.gpus}),
+        param_space=param_space or {"run": tune.grid_search(list(runs))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=share.concurrent,
+            reuse_actors=True,  # importing torch and transformers again takes longer than a short run
+            trial_name_creator=name_of_trial,
+            trial_dirname_creator=name_of_trial,
+            **tune_config,
+        ),
+        run_config=tune.RunConfig(
+            name=datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(storage),
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[TBXLoggerCallback(), Notices(runs, console)],
+            verbose=0,
+        ),
+    )
+    try:
+        results = tuner.fit()
+    finally:
+        clean(storage)
+    ended = [results[index] for index in range(len(results))]
+    return {name_of_trial(result): one_line(result.error) for result in ended if result.error}
+
+
+def clean(storage: Path) -> None:
+    """Remove what Tune left but its TensorBoard events."""
+    for path in sorted(storage.rglob("*"), reverse=True):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif not path.name.startswith("events.out.tfevents"):
+            path.unlink()

@@ -1,0 +1,71 @@
+"""What a launch keeps on disk: its flags, for `--resume`, and a lock, so that no second launch works beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from eval.flags import flags_given, read_flags, read_values, read_yaml, to_yaml
+from eval.launch_grid import Progress
+from eval.run_config import RunConfig
+from quant.errors import UserError
+
+LAUNCH_FILE = "launch.yaml"
+
+
+def read_launch(argv: Sequence[str]) -> RunConfig:
+    """The launch that `argv` asks for: its own flags, over those of the launch in the folder of `--resume`.
+
+    Raises UserError where that folder holds no launch.
+    """
+    config = read_flags(argv)
+    if config.resume is None:
+        return config
+    folder = Path(config.resume).expanduser().resolve()
+    path = folder / LAUNCH_FILE
+    if not path.exists():
+        raise UserError(f"--resume {config.resume}: no {LAUNCH_FILE} there; name the folder of a launch")
+    values = {**read_yaml(path, "--resume"), **flags_given(argv)}
+    # The folder may have been moved, or be mounted elsewhere: <output_root_dir>/<task>/<exp_name> is where it is now.
+    values |= {"output_root_dir": str(folder.parents[1]), "exp_name": folder.name}
+    return replace(read_values(values, "--resume"), resume=None)
+
+
+def write_launch(folder: Path, config: RunConfig) -> None:
+    """The flags of this launch, for `--resume`."""
+    (folder / LAUNCH_FILE).write_text(to_yaml(config))
+
+
+@contextmanager
+def locked(folders: Sequence[Path]) -> Iterator[None]:
+    """Holds every folder for this launch, making it where there is none.
+
+    Raises UserError where another launch holds one, or where nothing can be written.
+    """
+    with ExitStack() as held:
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(folder / ".lock", timeout=0))
+                probe = folder / ".probe"
+                probe.write_bytes(b"\0" * 4096)
+                probe.unlink()
+            except Timeout:
+                raise UserError(
+                    f"{folder}: another launch is at work there; wait for it, or choose another --exp_name"
+                ) from None
+            except OSError as error:
+                raise UserError(f"--output_root_dir: cannot write in {folder}: {error.strerror}") from None
+        yield
+
+
+def set_aside(progress: Sequence[Progress]) -> None:
+    """Move the records of failed and damaged runs out of the way: a run with a result.json is over."""
+    for known in progress:
+        path = known.config.run_folder / "result.json"
+        if path.exists():
+            path.replace(path.with_suffix(".json.old"))
