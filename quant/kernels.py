@@ -128,6 +128,8 @@ def _compiled() -> Kernels:
     exact = ("eager_numerics.division_rounding", "eager_numerics.disable_ftz", "emulate_divison_rounding")
     known = torch._inductor.list_options()
     options: Any = {name: True for name in exact if name in known}
+    # Axes of size 1 and input dtypes make graphs of their own: few, but together more than the 8 that are allowed.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # dynamic=True: one graph for all layer sizes; without it every layer's shape would compile its own.
     return Kernels(*(_region(torch.compile(kernel, dynamic=True, options=options), kernel) for kernel in EAGER))
 
