@@ -1,0 +1,163 @@
+"""What an assignment costs, and how a reward weighs cost against quality: arithmetic over layer profiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from cost.profile import LayerProfile
+from quant.convert import Assignment
+from quant.errors import UserError
+from quant.formats import FLOAT, BlockFormat, Format, IntFormat, parse_format
+
+CostType: TypeAlias = Literal["memory", "compute"]
+
+UNITS: dict[CostType, str] = {"memory": "MiB", "compute": "GBOPs"}
+MIB_BITS = 8 * 2**20
+
+
+def memory_cost(profiles: Sequence[LayerProfile], assignment: Assignment) -> float:
+    """MiB of the profiled layers' weights: sum of weights x weight bits / 8 / 2^20. Scales: `overhead_memory`.
+
+    Raises ValueError unless profiles and assignment name the same layers.
+    """
+    return cost_of_bits(profiles, _bits(profiles, assignment), "memory")
+
+
+def compute_cost(profiles: Sequence[LayerProfile], assignment: Assignment) -> float:
+    """GBOPs per example: sum of MACs x weight bits x activation bits / 1e9.
+
+    Profiles made with `charge_attention` add their share of the attention products: MACs x activation bits squared.
+    Raises ValueError unless profiles and assignment name the same layers.
+    """
+    return cost_of_bits(profiles, _bits(profiles, assignment), "compute")
+
+
+COSTS: dict[CostType, Callable[[Sequence[LayerProfile], Assignment], float]] = {
+    "memory": memory_cost,
+    "compute": compute_cost,
+}
+
+
+def cost_of_bits(profiles: Sequence[LayerProfile], bits: Sequence[tuple[float, float]], cost_type: CostType) -> float:
+    """Cost with one (weight bits, activation bits) pair per profile, fractions such as 4.5 included.
+
+    The sum is rounded once, before the division: equal bit totals give equal costs, however layers are grouped.
+    """
+    pairs = zip(profiles, bits, strict=True)
+    if cost_type == "memory":
+        return math.fsum(profile.params * weight for profile, (weight, _) in pairs) / MIB_BITS
+    return math.fsum((profile.macs * weight + profile.attention * act) * act for profile, (weight, act) in pairs) / 1e9
+
+
+def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, per_channel: bool = True) -> float:
+    """MiB of scales and zero points beside the weights. Charges, per layer:
+
+    - weight: a float32 scale per output channel, or one a layer without `per_channel`; weights have no zero point;
+    - activation: one float32 scale, and for integers a zero point of 1 byte (2 bytes above int8);
+    - block formats: nothing, their scales are part of the effective bits, but nvfp4's one float32 a tensor;
+    - float: nothing.
+    """
+    total = 0
+    for profile in profiles:
+        weight, activation = assignment[profile.name]
+        total += _scale_bytes(weight, profile.channels if per_channel else 1) + _scale_bytes(activation, 1)
+        if isinstance(activation, IntFormat):
+            total += 1 if activation.width <= 8 else 2
+    return total / 2**20
+
+
+def unsearched_memory(model: nn.Module, names: Collection[str]) -> float:
+    """MiB of the parameters that stay in float, at 16 bits: all but the weights of the layers in `names`.
+
+    A tied parameter counts once, and not at all when a searched layer uses it. Parameters that a searched layer
+    holds beside its bias, such as learned scales, belong to its weight. Raises ValueError for an unknown name.
+    """
+    modules = dict(model.named_modules())
+    if unknown := sorted(set(names) - modules.keys()):
+        raise ValueError(f"no modules of {type(model).__name__}: {', '.join(unknown)}")
+    searched = {id(value) for name in names for key, value in modules[name].named_parameters() if key != "bias"}
+    return sum(value.numel() for value in model.parameters() if id(value) not in searched) * FLOAT.bits / MIB_BITS
+
+
+def assignment_to_json(assignment: Assignment) -> dict[str, list[str]]:
+    """The assignment as JSON values: layer -> [weight format, activation format], by name."""
+    return {layer: [weight.name, activation.name] for layer, (weight, activation) in assignment.items()}
+
+
+def assignment_from_json(values: object) -> dict[str, tuple[Format, Format]]:
+    """The assignment that `assignment_to_json` wrote. Raises UserError, naming the layer, for anything else."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"assignment must map layers to [weight format, activation format], got {values!r}")
+    assignment = {}
+    for layer, pair in values.items():
+        if not (isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2):
+            raise UserError(f"assignment of {layer} must be [weight format, activation format], got {pair!r}")
+        try:
+            assignment[layer] = (parse_format(pair[0]), parse_format(pair[1]))
+        except ValueError as error:
+            raise UserError(f"assignment of {layer}: {error}") from None
+    return assignment
+
+
+def tunas_abs(quality: float, cost: float, target: float, beta: float) -> float:
+    """Q - beta |r - 1| with r = cost / target: the target is met from both sides. Source: TuNAS, arXiv 2008.06120."""
+    return quality - beta * abs(_ratio(quality, cost, target, beta) - 1)
+
+
+def one_sided_tunas_abs(quality: float, cost: float, target: float, beta: float) -> float:
+    """Q - beta max(0, r - 1): only a cost over the target is charged."""
+    return quality - beta * max(0.0, _ratio(quality, cost, target, beta) - 1)
+
+
+def soft_exponential(quality: float, cost: float, target: float, beta: float) -> float:
+    """Q r^(-beta): cheaper is always better. Source: MnasNet, arXiv 1807.11626. Raises ValueError for cost 0."""
+    ratio = _ratio(quality, cost, target, beta)
+    if ratio == 0:
+        raise ValueError("soft_exponential needs a cost above 0")
+    return quality * ratio**-beta
+
+
+def hard_exponential(quality: float, cost: float, target: float, beta: float) -> float:
+    """Q max(1, r)^(-beta): only a cost over the target is charged."""
+    return quality * max(1.0, _ratio(quality, cost, target, beta)) ** -beta
+
+
+REWARDS: dict[str, Callable[[float, float, float, float], float]] = {
+    "tunas_abs": tunas_abs,
+    "one_sided_tunas_abs": one_sided_tunas_abs,
+    "soft_exponential": soft_exponential,
+    "hard_exponential": hard_exponential,
+}
+"""Name -> reward(quality, cost, target, beta). Quality never lowers it; over the target, cost never raises it."""
+
+
+def _ratio(quality: float, cost: float, target: float, beta: float) -> float:
+    """cost / target, once every argument is in its range: outside, the rewards would turn around."""
+    if not 0 < quality <= 1:
+        raise ValueError(f"quality must be in (0, 1], got {quality}")
+    if not 0 <= cost < math.inf:
+        raise ValueError(f"cost must be finite and not negative, got {cost}")
+    if not 0 < target < math.inf:
+        raise ValueError(f"cost target must be positive, got {target}")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"cost beta must not be negative, got {beta}")
+    return cost / target
+
+
+def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tuple[float, float]]:
+    """(weight bits, activation bits) per profile."""
+    if differing := sorted({profile.name for profile in profiles} ^ assignment.keys()):
+        raise ValueError(f"layers with a profile or a format, but not both: {', '.join(differing)}")
+    return [(assignment[profile.name][0].bits, assignment[profile.name][1].bits) for profile in profiles]
+
+
+def _scale_bytes(fmt: Format, scales: int) -> int:
+    if fmt == FLOAT:
+        return 0
+    if isinstance(fmt, BlockFormat):
+        return 4 if fmt.two_level else 0
+    return 4 * scales
