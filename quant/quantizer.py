@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class QuantizerConfig:
     """integers: a symmetric grid; False moves the grid by a zero point (unsigned after ReLU)"""
 
     def __post_init__(self) -> None:
+        for field, hint in get_type_hints(type(self)).items():
+            if (choices := get_args(hint)) and getattr(self, field) not in choices:
+                raise ValueError(f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
         if self.granularity == "token" and self.range != "dynamic":
             raise ValueError(
                 f"per-token scales exist only while the token does: range must be dynamic, got {self.range}"
@@ -121,6 +124,8 @@ class Quantizer(nn.Module):
         batched: the tensor's first axis is the batch (activations), which LSQ's gradient scale does not count.
     """
 
+    anchor: Tensor
+
     def __init__(
         self,
         config: QuantizerConfig,
@@ -150,8 +155,6 @@ class Quantizer(nn.Module):
         with torch.inference_mode(False):
             self.grids[format.name] = _Grid(format, self.shape, learned, symmetric, self.anchor.device)
 
-    anchor: Tensor
-
     def set_format(self, format: Format) -> None:
         """Round to `format` from now on."""
         if format not in self.prepared:
@@ -161,15 +164,16 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Makes room for the formats that are loaded: a freshly quantized model takes what a trained one saved."""
         start = f"{prefix}grids."
-        for name in {key.removeprefix(start).split(".")[0] for key in state_dict if key.startswith(start)}:
-            self.prepare(parse_format(name))
+        for key in state_dict:
+            if key.startswith(start):
+                self.prepare(parse_format(key.removeprefix(start).split(".")[0]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ------------------------------------------------------ calibration
 
     def observe(self, x: Tensor) -> None:
         """Add x to what `finish_calibration` will choose ranges from."""
-        if x.numel() == 0:
+        if x.numel() == 0 or not self.grids:
             return
         seen = observe(self._grouped(x))
         self.observation = seen if self.observation is None else self.observation.merge(seen)
@@ -234,10 +238,11 @@ class Quantizer(nn.Module):
         """Scale and row from x itself."""
         if not format.scaled:
             return torch.ones((), device=x.device), rounding_row(format, device=x.device)
-        if self.config.granularity == "token":
-            groups, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], 1)
-        else:
-            groups, shape = self._grouped(x), self.shape
+        groups, shape = self._grouped(x), list(self.shape)
+        if self.config.granularity == "token":  # the features of a convolution's position are its channels
+            assert self.reduction_dim is not None
+            tokens, shape = x.movedim(self.reduction_dim, -1), list(x.shape)
+            groups, shape[self.reduction_dim] = tokens.reshape(-1, tokens.shape[-1]), 1
         estimator = self.config.estimator
         seen = observe(groups, sample=estimator is not minmax_range)
         low, high = estimator(seen, format, self.config.symmetric)

@@ -189,3 +189,24 @@ def test_second_derivatives_see_the_straight_through_estimator(name):
     scale = torch.tensor(0.3, dtype=torch.float32).double()
     expected = product(lambda w: reference(w, scale, name), w.double().requires_grad_())
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_offset_of_lsq_plus_gets_the_gradient_of_what_is_clipped():
+    """arXiv 2004.09576: x^ = Q((x - beta) / s) s + beta, so that d beta = sum of g outside the range."""
+    x, upstream = torch.linspace(-3, 3, 61), torch.randn(61, generator=torch.Generator().manual_seed(0))
+    beta, scale = torch.tensor(0.25, requires_grad=True), torch.tensor(0.25, requires_grad=True)
+    (fake_quantize(x - beta, IntFormat(4), scale, grid="full") + beta).backward(upstream)
+    outside = ((x - 0.25) / 0.25 < -8) | ((x - 0.25) / 0.25 > 7)
+    assert outside.any()
+    torch.testing.assert_close(beta.grad, upstream[outside].sum())
+
+
+def test_the_clipping_value_of_pact_gets_the_gradient_of_what_it_clips():
+    """arXiv 1805.06085: d alpha = sum of g where x >= alpha, with the steps alpha / (2^k - 1) taken as constants."""
+    x, upstream = torch.linspace(-3, 3, 61), torch.randn(61, generator=torch.Generator().manual_seed(0))
+    alpha = torch.tensor(1.5, requires_grad=True)
+    clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))
+    out = clipped + (fake_quantize(clipped, IntFormat(4), alpha.detach() / 15, grid="unsigned") - clipped).detach()
+    out.backward(upstream)
+    assert out.unique().numel() == 16
+    torch.testing.assert_close(alpha.grad, upstream[x >= 1.5].sum())
