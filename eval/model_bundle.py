@@ -35,8 +35,8 @@ class ModelBundle:
     resample: int = 2
     """PIL's number of the resizing filter: 2 bilinear, 3 bicubic"""
     notes: list[str] = field(default_factory=list)
-    ignore_prefixes: tuple[str, ...] = ()
-    """names of modules whose layers no forward pass calls as modules"""
+    trained: bool = False
+    """whether every weight was read from somewhere, the head's included"""
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:

@@ -12,6 +12,9 @@ from quant.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
+    from torch import nn
+
     from eval.model_bundle import ModelBundle
 
 MODELS: dict[str, str] = {
@@ -53,3 +56,26 @@ def build_model(config: Any, num_labels: int, tokenizer_corpus: Iterable[str] | 
         if task.kind == "image":
             return vision_utils.build(config, task, num_labels)
         return transformer_utils.build(config, task, num_labels, tokenizer_corpus)
+
+
+def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The architecture of a model known by name, as published, and an example input of one image or 128 tokens.
+
+    Both are on the meta device: nothing is downloaded, initialised or held in memory.
+    """
+    import torch
+    import transformers
+
+    if MODELS[name] == "text":
+        known = transformer_utils.MODELS[name]
+        settings = getattr(transformers, known.config)(**known.settings)
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(settings)
+            return model, {"input_ids": torch.ones(1, 128, dtype=torch.long)}
+    own = name in vision_utils.OWN
+    task = find_task("digits" if name == "convnet" else "cifar10" if own else "imagenet-1k")
+    alias = vision_utils.ALIASES.get(name, name)
+    with torch.device("meta"):
+        bundle = vision_utils.build_named(alias, task, 10 if own else 1000, size=None, scratch=True)
+        size = bundle.image_size or 8  # convnet takes any, digits have 8
+        return bundle.model, {"pixel_values": torch.zeros(1, bundle.in_channels, size, size)}

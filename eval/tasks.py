@@ -210,12 +210,12 @@ def split_search(train: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     import numpy as np
     from sklearn.model_selection import train_test_split
 
-    labels = np.asarray(train.labels if hasattr(train, "labels") else train["labels"][:])
+    labels = train.labels.tolist() if hasattr(train, "labels") else train["labels"][:]
     size = max(1, round(len(train) * fraction))
     if not 0 < fraction < 1 or size >= len(train):
         raise UserError(f"--search_fraction {fraction}: needs a share in (0, 1) that leaves some of {len(train)} rows")
     strata = None
-    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+    if all(isinstance(label, int) for label in labels):  # classes: not values, not the tokens of a language model
         counts = np.unique(labels, return_counts=True)[1]
         if counts.min() >= 2 and len(counts) <= min(size, len(train) - size):
             strata = labels

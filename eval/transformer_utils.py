@@ -84,6 +84,10 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
         model, tokenizer, notes = build_scratch(str(config.model), task, head, corpus or ())
     else:
         model, tokenizer, notes = build_pretrained(config, task, head)
+    trained = not notes
+    if tokenizer.pad_token is None:  # GPT-2 has none; what pads is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"padded with the token {tokenizer.pad_token!r}")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
@@ -93,6 +97,7 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
         tokenizer=tokenizer,
         max_length=min(tokenizer.model_max_length, positions),
         notes=notes,
+        trained=trained,
     )
 
 
@@ -120,9 +125,6 @@ def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
     settings, _ = configuration(name if bare else source)
     settings.update({**({"vocab_size": len(tokenizer)} if bare else {}), **head})
     model, notes = load_pretrained(auto_class(settings, task), source, config=settings)
-    if tokenizer.pad_token is None:  # GPT-2 has none; what pads is masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"padded with the token {tokenizer.pad_token!r}")
     return model, tokenizer, notes
 
 

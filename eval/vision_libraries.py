@@ -43,7 +43,9 @@ def build_timm(name: str, num_labels: int, size: int | None, scratch: bool) -> M
         **options,
     )
     facts = timm.data.resolve_model_data_config(net)
-    head = "" if settings is None or scratch or settings.num_classes == num_labels else settings.classifier
+    notes = ["random weights"] if scratch else []
+    if settings and not scratch and settings.num_classes != num_labels:
+        notes = [f"head {settings.classifier} resized to {num_labels} classes"]
     return ModelBundle(
         ImageClassifier(net),
         "image",
@@ -53,7 +55,8 @@ def build_timm(name: str, num_labels: int, size: int | None, scratch: bool) -> M
         in_channels=facts["input_size"][0],
         crop_fraction=facts["crop_pct"],
         resample=FILTERS.get(facts["interpolation"], FILTERS["bicubic"]),
-        notes=["random weights"] if scratch else [f"head {head} resized to {num_labels} classes"] if head else [],
+        notes=notes,
+        trained=not notes,
     )
 
 

@@ -32,13 +32,16 @@ def _resnet(depths: tuple[int, ...], widths: tuple[int, ...], layer_type: str) -
     return HubModel(f"microsoft/resnet-{name}", "ResNetConfig", settings)
 
 
-def _efficientnet(version: int, width: float, depth: float, size: int, dropout: float, hidden: int) -> HubModel:
+def _efficientnet(
+    version: int, width: float, depth: float, size: int, dropout: float, hidden: int, padding: tuple[int, ...]
+) -> HubModel:
     settings = {
         "width_coefficient": width,
         "depth_coefficient": depth,
         "image_size": size,
         "dropout_rate": dropout,
         "hidden_dim": hidden,
+        "depthwise_padding": list(padding),
     }
     return HubModel(f"google/efficientnet-b{version}", "EfficientNetConfig", settings, size)
 
@@ -51,15 +54,16 @@ def _deit(size: str, hidden: int) -> HubModel:
 HUB_MODELS: dict[str, HubModel] = {
     "resnet18": _resnet((2, 2, 2, 2), (64, 128, 256, 512), "basic"),
     "resnet50": _resnet((3, 4, 6, 3), (256, 512, 1024, 2048), "bottleneck"),
-    # Width, depth and dropout: Tan & Le 2019, table of the reference implementation (efficientnet_builder.py).
-    "efficientnet-b0": _efficientnet(0, 1.0, 1.0, 224, 0.2, 1280),
-    "efficientnet-b1": _efficientnet(1, 1.0, 1.1, 240, 0.2, 1280),
-    "efficientnet-b2": _efficientnet(2, 1.1, 1.2, 260, 0.3, 1408),
-    "efficientnet-b3": _efficientnet(3, 1.2, 1.4, 300, 0.3, 1536),
-    "efficientnet-b4": _efficientnet(4, 1.4, 1.8, 380, 0.4, 1792),
-    "efficientnet-b5": _efficientnet(5, 1.6, 2.2, 456, 0.4, 2048),
-    "efficientnet-b6": _efficientnet(6, 1.8, 2.6, 528, 0.5, 2304),
-    "efficientnet-b7": _efficientnet(7, 2.0, 3.1, 600, 0.5, 2560),
+    # Width, depth and dropout: Tan & Le 2019, table of the reference implementation (efficientnet_builder.py). Last
+    # the blocks that halve an odd size, which pad both sides alike; the MACs are then those of torchvision.
+    "efficientnet-b0": _efficientnet(0, 1.0, 1.0, 224, 0.2, 1280, ()),
+    "efficientnet-b1": _efficientnet(1, 1.0, 1.1, 240, 0.2, 1280, (16,)),
+    "efficientnet-b2": _efficientnet(2, 1.1, 1.2, 260, 0.3, 1408, (5, 8, 16)),
+    "efficientnet-b3": _efficientnet(3, 1.2, 1.4, 300, 0.3, 1536, (5, 18)),
+    "efficientnet-b4": _efficientnet(4, 1.4, 1.8, 380, 0.4, 1792, (6,)),
+    "efficientnet-b5": _efficientnet(5, 1.6, 2.2, 456, 0.4, 2048, (13, 27)),
+    "efficientnet-b6": _efficientnet(6, 1.8, 2.6, 528, 0.5, 2304, (31,)),
+    "efficientnet-b7": _efficientnet(7, 2.0, 3.1, 600, 0.5, 2560, (18,)),
     "mobilenetv2": HubModel("google/mobilenet_v2_1.0_224", "MobileNetV2Config"),
     "deit-tiny": _deit("tiny", 192),
     "deit-small": _deit("small", 384),
@@ -67,7 +71,8 @@ HUB_MODELS: dict[str, HubModel] = {
 }
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56)}
 ALIASES = {"inceptionv3": "timm:inception_v3"}
-MODELS = (*HUB_MODELS, *ALIASES, *CIFAR_RESNETS, "convnet")
+OWN = (*CIFAR_RESNETS, "convnet")
+MODELS = (*HUB_MODELS, *ALIASES, *OWN)
 
 
 def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
@@ -90,6 +95,7 @@ def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
         bundle = build_named(ALIASES.get(name, name), task, num_labels, size, scratch or weights is not None)
         if weights is not None:
             bundle.notes = load_weights(bundle.model, weights)
+            bundle.trained = not bundle.notes
     bundle.notes += correct_momentum(bundle.model)
     bundle.image_size = size or bundle.image_size
     return bundle
@@ -97,7 +103,7 @@ def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
 
 def build_named(name: str, task: Task, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
     """A model by name: with its published weights, unless it is ours or `scratch`."""
-    if name in CIFAR_RESNETS or name == "convnet":
+    if name in OWN:
         return build_own(name, task, num_labels)
     if name.startswith(("timm:", "torchvision:")):
         from eval.vision_libraries import build_timm, build_torchvision
@@ -157,7 +163,8 @@ def build_pretrained(source: str, num_labels: int) -> ModelBundle:
     from eval.pretrained import from_anywhere, load_pretrained
 
     model, notes = load_pretrained(transformers.AutoModelForImageClassification, source, num_labels=num_labels)
-    bundle = ModelBundle(model, "image", in_channels=getattr(model.config, "num_channels", 3), notes=notes)
+    channels = getattr(model.config, "num_channels", 3)
+    bundle = ModelBundle(model, "image", in_channels=channels, notes=notes, trained=not notes)
     if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
         bundle.image_size = getattr(model.config, "image_size", None)
         bundle.notes.append(f"{source} has no preprocessor_config.json: mean and std of ImageNet")

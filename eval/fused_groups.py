@@ -1,0 +1,113 @@
+"""Layers that engines want in one format, because their inputs are one tensor or their outputs are added.
+
+Both are seen by running the model once: linear layers called with the same tensor (query, key and value; gate and up),
+and convolutions whose outputs meet in an addition (residual blocks, down to the shortcut of their stage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eval.eval_partitions import Blocks
+from quant.convert import find_layers, run_model
+
+
+def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: Any) -> Blocks:
+    """A partition of the layers: each group that has to share a format is a block, every other layer its own."""
+    names = list(layer_names)
+    layers = {name: layer for name, layer in find_layers(model).items() if name in names}
+    readers: dict[int, list[str]] = {}
+    inputs: list[Tensor] = []  # kept, so that no other tensor gets the identity of one that is gone
+    trace = AdditionTrace()
+
+    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            trace.sources[id(output)] = frozenset([name])
+            trace.alive.append(output)
+        else:
+            trace.sources.pop(id(output), None)
+            inputs.append(args[0])
+            readers.setdefault(id(args[0]), []).append(name)
+
+    with hooks(layers, note), trace, torch.no_grad(), evaluating(model):
+        run_model(model, example_inputs)
+    return merge({name: [name] for name in names}, [*readers.values(), *trace.added])
+
+
+def merge(blocks: Mapping[str, list[str]], groups: Iterable[Iterable[str]]) -> Blocks:
+    """The finest partition in which no block of `blocks` and none of `groups` is divided.
+
+    A block keeps its name; one made of several is called after the first, with the number of those that joined it.
+    """
+    block_of = {layer: name for name, layers in blocks.items() for layer in layers}
+    joined = {name: [name] for name in blocks}
+    for group in groups:
+        heads = list(dict.fromkeys(block_of[layer] for layer in group))
+        for other in heads[1:]:
+            joined[heads[0]] += joined.pop(other)
+        for name in joined[heads[0]] if heads else ():
+            block_of.update(dict.fromkeys(blocks[name], heads[0]))
+    order = {name: place for place, name in enumerate(blocks)}
+    result = {}
+    for parts in sorted((sorted(parts, key=order.__getitem__) for parts in joined.values()), key=lambda p: order[p[0]]):
+        title = parts[0] if len(parts) == 1 else f"{parts[0]}+{len(parts) - 1}"
+        result[title] = [layer for name in parts for layer in blocks[name]]
+    return result
+
+
+class AdditionTrace(TorchDispatchMode):
+    """Follows each layer's output through the operations behind it, and notes which meet in an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: dict[int, frozenset[str]] = {}
+        """identity of a tensor -> the layers whose outputs it carries on"""
+        self.added: list[frozenset[str]] = []
+        self.alive: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        operands = [x for x in tree_leaves(args) if isinstance(x, Tensor) and id(x) in self.sources]
+        if operands:
+            # Of a product with a small gate (squeeze and excite), the gated tensor counts.
+            size = max(x.numel() for x in operands)
+            found = frozenset().union(*(self.sources[id(x)] for x in operands if x.numel() == size))
+            if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+                self.added.append(found)
+            for x in tree_leaves(output):
+                if isinstance(x, Tensor):
+                    self.sources[id(x)] = found
+                    self.alive.append(x)
+        return output
+
+
+@contextmanager
+def hooks(layers: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
+    """Call note(name, module, inputs, output) after every call of every layer."""
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, name=name: note(name, module, args, output))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode: batch statistics stay, dropout is off."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
