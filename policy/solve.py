@@ -1,0 +1,135 @@
+"""The most valuable assignment under hard budgets: an exact multiple-choice knapsack."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from quant.errors import UserError
+
+Table: TypeAlias = NDArray[np.float64]
+"""(decisions, choices)"""
+
+ROUNDING = 1e-14
+"""Share of a budget by which a sum may exceed it: the same costs, added up in another order, differ by as much, and
+a budget that equals the cost of an assignment admits that assignment."""
+
+MAGNITUDE = 1e3
+"""Largest entry of the tables that HiGHS sees. It forgives 1e-6 of infeasibility and of gap, in absolute terms."""
+FORGIVEN = 1e-6
+
+MAX_CUTS = 10
+"""Assignments over a budget by less than HiGHS sees that are cut off one by one, before the budget is lowered."""
+
+MAX_NODES = 10_000
+"""Branches after which the best assignment so far is taken, rather than the clock: the same input, the same output."""
+
+
+_OPTIMAL, _INFEASIBLE = 0, 2  # status of scipy's milp
+
+
+class InfeasibleError(UserError):
+    """No assignment meets the budgets; `ranges` holds the (lowest, highest) cost of any assignment, per budget."""
+
+    def __init__(self, budgets: Sequence[float], ranges: Sequence[tuple[float, float]]) -> None:
+        self.ranges = list(ranges)
+        limits = zip(budgets, ranges, strict=True)
+        wanted = " and ".join(f"{budget!r} (possible: {low!r} to {high!r})" for budget, (low, high) in limits)
+        super().__init__(f"no assignment costs at most {wanted}")
+
+
+def solve_assignment(
+    values: ArrayLike, costs: ArrayLike | Sequence[ArrayLike], budgets: float | Sequence[float]
+) -> list[int]:
+    """One choice per decision: the largest sum of `values` whose sum of `costs` is within every budget.
+
+    Args:
+        values: (decisions, choices), for example log-probabilities.
+        costs: (decisions, choices), or one such table per budget.
+        budgets: a number, or one per table of costs.
+
+    Exact to 1e-9 of the largest difference between values; budgets are checked on exactly rounded sums (see
+    ROUNDING). Warns in the rare case, such as values proportional to costs, that the proof would not end. Raises
+    ValueError for shapes that do not fit and numbers that are not finite, InfeasibleError, which states the possible
+    range, when nothing fits.
+    """
+    gains, tables, limits = _checked(values, costs, budgets)
+    ranges = [(math.fsum(table.min(1)), math.fsum(table.max(1))) for table in tables]
+    infeasible = InfeasibleError(limits, ranges)
+    limits = [limit + ROUNDING * abs(limit) for limit in limits]
+    if any(low > limit for limit, (low, _) in zip(limits, ranges, strict=True)):
+        raise infeasible
+
+    gains = gains - gains.max(1, keepdims=True)
+    objective = -gains.ravel() / _unit(gains)
+    # Over the cheapest choices, because a large constant would hide small differences.
+    extras = [table - table.min(1, keepdims=True) for table in tables]
+    bounds = [(limit - low) / _unit(extra) for extra, limit, (low, _) in zip(extras, limits, ranges, strict=True)]
+    one_each = LinearConstraint(csr_array(np.kron(np.eye(len(gains)), np.ones(gains.shape[1]))), 1, 1)
+    cuts: list[LinearConstraint] = []
+    while True:
+        rows = [_at_most(extra / _unit(extra), bound) for extra, bound in zip(extras, bounds, strict=True)]
+        result = milp(
+            objective,
+            integrality=np.ones(gains.size),
+            bounds=(0, 1),
+            constraints=[one_each, *rows, *cuts],
+            options={"mip_rel_gap": 0, "node_limit": MAX_NODES},
+        )
+        if result.status == _INFEASIBLE:
+            raise infeasible
+        if result.x is None:
+            raise RuntimeError(f"HiGHS found no solution: {result.message}")
+        choice = result.x.reshape(gains.shape).argmax(1)
+        over = [_total(table, choice) > limit for table, limit in zip(tables, limits, strict=True)]
+        if not any(over):
+            if result.status != _OPTIMAL:
+                warnings.warn(f"the proof did not end: within {result.mip_gap:.1e} of the best value", stacklevel=2)
+            return choice.tolist()
+        # Over a budget, by less than HiGHS sees.
+        if len(cuts) < MAX_CUTS:
+            taken = np.zeros_like(gains)
+            taken[np.arange(len(gains)), choice] = 1
+            cuts.append(_at_most(taken, len(gains) - 1))
+        else:  # Equal layers make it too many to name; their costs leave nothing just under the budget either.
+            bounds = [bound - 2 * FORGIVEN * exceeded for bound, exceeded in zip(bounds, over, strict=True)]
+
+
+def _at_most(weights: Table, limit: float) -> LinearConstraint:
+    """The weights of what is chosen add up to at most `limit`."""
+    return LinearConstraint(csr_array(weights.reshape(1, -1)), -np.inf, limit)
+
+
+def _unit(table: Table) -> float:
+    """What to divide the table by, so that its largest entry is MAGNITUDE."""
+    return float(np.abs(table).max()) / MAGNITUDE or 1.0
+
+
+def _total(table: Table, choice: NDArray[np.int64]) -> float:
+    return math.fsum(table[np.arange(len(table)), choice])
+
+
+def _checked(
+    values: ArrayLike, costs: ArrayLike | Sequence[ArrayLike], budgets: float | Sequence[float]
+) -> tuple[Table, list[Table], list[float]]:
+    """Values (decisions, choices), one table of costs per budget, and the budgets."""
+    gains, tables = np.asarray(values, np.float64), np.asarray(costs, np.float64)
+    limits = np.atleast_1d(np.asarray(budgets, np.float64))
+    if tables.ndim == 2:
+        tables = tables[None]
+    if gains.ndim != 2 or gains.size == 0 or tables.shape[1:] != gains.shape or limits.shape != tables.shape[:1]:
+        raise ValueError(
+            f"values {gains.shape}, costs {tables.shape} and budgets {limits.shape} do not fit: they are "
+            "(decisions, choices), one such table per budget, and one number per budget"
+        )
+    for name, numbers in (("values", gains), ("costs", tables), ("budgets", limits)):
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"{name} must be finite numbers")
+    return gains, list(tables), limits.tolist()

@@ -1,0 +1,149 @@
+"""What a search decides: decisions <-> layers <-> formats, and what every choice costs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost.cost import COSTS, CostType, cost_of_bits
+from cost.profile import LayerProfile
+from quant.convert import Assignment
+from quant.errors import UserError
+from quant.formats import FLOAT, Format
+
+Partition: TypeAlias = Literal["layer", "single"] | Mapping[str, Collection[str]]
+"""A decision per layer, one for the whole model, or block name -> names of the layers that share a choice."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Layers that share one choice."""
+
+    name: str
+    layers: tuple[str, ...]
+    choices: tuple[tuple[Format, Format], ...]
+    """(weight format, activation format)"""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Independent decisions with the same number of choices each; a choice is one index per decision."""
+
+    decisions: tuple[Decision, ...]
+
+    @property
+    def num_decisions(self) -> int:
+        return len(self.decisions)
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.decisions[0].choices)
+
+    def assignment(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
+        """The formats of every layer under `choice`, one index per decision."""
+        return {
+            layer: decision.choices[index]
+            for decision, index in zip(self.decisions, choice, strict=True)
+            for layer in decision.layers
+        }
+
+    def choice(self, assignment: Assignment) -> list[int]:
+        """The choice behind an assignment. Raises ValueError, naming the decision, where it is none of this space."""
+        indices = []
+        for decision in self.decisions:
+            pairs = {assignment[layer] for layer in decision.layers}
+            pair = pairs.pop()
+            if pairs or pair not in decision.choices:
+                formats = ", ".join(f"{weight}/{activation}" for weight, activation in {pair, *pairs})
+                raise ValueError(f"{decision.name} cannot have {formats}: its layers share one of its choices")
+            indices.append(decision.choices.index(pair))
+        return indices
+
+    def cost_table(self, profiles: Sequence[LayerProfile], cost_type: CostType) -> NDArray[np.float64]:
+        """(decisions, choices): what each cell adds to the cost of a choice, in MiB or GBOPs.
+
+        Raises KeyError for a layer without a profile.
+        """
+        profile = {record.name: record for record in profiles}
+        return np.array(
+            [
+                [
+                    COSTS[cost_type](
+                        [profile[layer] for layer in decision.layers], dict.fromkeys(decision.layers, pair)
+                    )
+                    for pair in decision.choices
+                ]
+                for decision in self.decisions
+            ]
+        )
+
+    def cost_range(self, profiles: Sequence[LayerProfile], cost_type: CostType) -> tuple[float, float]:
+        """The lowest and the highest cost of any assignment: the targets between them are feasible."""
+        table = self.cost_table(profiles, cost_type)
+        return math.fsum(table.min(1)), math.fsum(table.max(1))
+
+
+def build_space(
+    layer_names: Collection[str],
+    formats: Sequence[Format],
+    partition: Partition = "layer",
+    weight_only: bool = False,
+    separate_activations: bool = False,
+) -> SearchSpace:
+    """The space in which each decision of the partition takes one of `formats` for weights and activations alike.
+
+    With `weight_only`, activations stay in float; with `separate_activations`, a choice is any (weight, activation)
+    pair, so that costs stay additive. Raises UserError without layers, when both are asked for, and for a partition
+    with an empty block, an unknown layer, or a layer in no block or in several.
+    """
+    if not layer_names:
+        raise UserError("there are no layers to search")
+    if weight_only and separate_activations:
+        raise UserError("weight-only search leaves activations in float: it has no separate activation formats")
+    choices: tuple[tuple[Format, Format], ...]
+    if weight_only:
+        choices = tuple((weight, FLOAT) for weight in formats)
+    elif separate_activations:
+        choices = tuple(itertools.product(formats, formats))
+    else:
+        choices = tuple((both, both) for both in formats)
+    blocks = _blocks(list(layer_names), partition)
+    return SearchSpace(tuple(Decision(name, layers, choices) for name, layers in blocks.items()))
+
+
+def uniform_cost(
+    profiles: Sequence[LayerProfile], bits: float, cost_type: CostType, weight_only: bool = False
+) -> float:
+    """Cost if every profiled layer had `bits` bits, which may lie between formats (4.5): what `--target_bits` means.
+
+    Weights and activations alike; with `weight_only`, activations are in float. Raises ValueError for bits <= 0.
+    """
+    if not 0 < bits < math.inf:
+        raise ValueError(f"target bits must be positive, got {bits}")
+    return cost_of_bits(profiles, [(bits, FLOAT.bits if weight_only else bits)] * len(profiles), cost_type)
+
+
+def _blocks(layer_names: Sequence[str], partition: Partition) -> dict[str, tuple[str, ...]]:
+    """Decision name -> its layers."""
+    if partition == "layer":
+        return {name: (name,) for name in layer_names}
+    if partition == "single":
+        return {"model": tuple(layer_names)}
+    if not isinstance(partition, Mapping):
+        raise UserError(f"partition {partition!r}: choose from layer, single or a mapping of blocks to layers")
+    placed = [layer for layers in partition.values() for layer in layers]
+    faults = {
+        "blocks without a layer": [name for name, layers in partition.items() if not layers],
+        "unknown layers": sorted(set(placed) - set(layer_names)),
+        "layers in no block": sorted(set(layer_names) - set(placed)),
+        "layers in several blocks": sorted({layer for layer in placed if placed.count(layer) > 1}),
+    }
+    if found := [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]:
+        raise UserError(f"block partition has {'; '.join(found)}")
+    return {name: tuple(layers) for name, layers in partition.items()}
