@@ -23,7 +23,7 @@ class FakeQuantizeBlocks(torch.autograd.Function):
         row = rounding_row(format.element, device=x.device)
         out, v = (_round_two_level if format.two_level else _round_mx)(blocks, format, row)
         ctx.save_for_backward(restore((v >= row[0]) & (v <= row[1])))
-        return restore(out)
+        return restore(out).data  # as a tensor of its own: a view may not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quant.errors import UserError
 from quant.formats import FLOAT, Format
 from quant.quant_conv2d import QuantConv2d
 from quant.quant_linear import QuantConv1D, QuantLinear
@@ -38,7 +39,7 @@ def find_layers(
         include: globs over layer names; None is all.
         exclude: globs over layer names to leave out; it wins over include.
 
-    Raises ValueError for a glob that matches no layer. The output projection of nn.MultiheadAttention is left out:
+    Raises UserError for a glob that matches no layer. The output projection of nn.MultiheadAttention is left out:
     its weight is read without calling the layer (see `hidden_weights`).
     """
     known: tuple[type[nn.Module], ...] = tuple(QUANTIZED)
@@ -47,8 +48,8 @@ def find_layers(
         name: module for name, module in model.named_modules() if isinstance(module, known) and name not in hidden
     }
     for pattern in (*(include or ()), *(exclude or ())):
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(
+        if layers and not any(fnmatchcase(name, pattern) for name in layers):
+            raise UserError(
                 f"pattern {pattern!r} matches no layer; layers are named like {', '.join(list(layers)[:3])}"
             )
     return {
@@ -152,20 +153,18 @@ def quantize_model(
         formats: the formats that will be used. Their learned scales then exist, for an optimizer made afterwards.
         weight, activation: how scales are found.
 
-    Returns the quantized layers by name. Raises ValueError if there is nothing to quantize.
+    Returns the quantized layers by name. Raises UserError if there is nothing to quantize.
     """
     layers = find_layers(model, include, exclude)
     if not layers:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} holds no layer to quantize: no Linear, Conv2d or Conv1D is left "
             f"with include={include} and exclude={exclude}"
         )
     if "" in layers:
-        raise ValueError(
-            "the model is itself a single layer and cannot be replaced in place; put it into nn.Sequential"
-        )
+        raise UserError("the model is itself a single layer and cannot be replaced in place; put it into nn.Sequential")
     if lazy := [name for name, layer in layers.items() if isinstance(layer.weight, nn.UninitializedParameter)]:
-        raise ValueError(f"layer {lazy[0]} is lazy and has no weight yet; run the model once before quantizing it")
+        raise UserError(f"layer {lazy[0]} is lazy and has no weight yet; run the model once before quantizing it")
     quantized = {
         name: layer if isinstance(layer, QuantModule) else from_float(layer, weight, activation)
         for name, layer in layers.items()

@@ -144,15 +144,9 @@ def _region(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable
     def run(*tensors: Tensor) -> Any:
         if torch.is_grad_enabled():  # in a backward pass that will be differentiated again
             return eager(*tensors)
-        return compiled(*(_plain(tensor) for tensor in tensors))
+        return compiled(*(tensor.data for tensor in tensors))
 
     return run
-
-
-def _plain(x: Tensor) -> Tensor:
-    """The same memory as a tensor that is neither a view nor a parameter."""
-    empty = torch.empty(0, dtype=x.dtype, device=x.device)
-    return empty.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 def use_compiled(mode: Literal["auto", "on", "off"], device: torch.device | str = "cpu") -> bool:

@@ -42,7 +42,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.gradient_scale = gradient_scale
         layout = Layout(x, scale)
         out = kernels().forward(layout.pack(x), layout.pack_scale(_positive(scale)), layout.pack_row(row))
-        return layout.unpack(out)
+        return layout.unpack(out).data  # as a tensor of its own: a view may not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
