@@ -1,0 +1,419 @@
+"""One run, from flags to a result record: `python eval/eval_run.py --task digits --model convnet --search ...`.
+
+load data and model -> quantize its layers -> cost and budget -> train (and search) -> evaluate once -> record
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # started as a script, its own folder is on the path instead of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from eval.flags import entry, parse, to_yaml
+from eval.run_config import RunConfig
+from quant.errors import UserError
+from quant.formats import FLOAT, Format
+
+if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+    import torch
+
+    from cost.profile import LayerProfile
+    from eval.model_bundle import ModelBundle
+    from eval.tasks import PreparedData, TaskData
+    from policy.space import Partition
+    from quant.quant_module import QuantModule
+    from trainer.reinforce_trainer import ReinforceTrainer
+    from trainer.search import ReinforceConfig
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "datasets", "numpy")
+COMPILE_ABOVE = 1e9
+"""activation elements rounded over a whole CPU run, from which compiling the kernels (half a minute) pays"""
+
+
+@dataclass
+class Plan:
+    """What a run works on, after everything that can be wrong with it was checked and before anything is trained."""
+
+    config: RunConfig
+    data: TaskData
+    bundle: ModelBundle
+    prepared: PreparedData
+    layers: list[str]
+    profiles: list[LayerProfile]
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats that layers may take, float left out."""
+        config = self.config
+        wanted = config.search_formats if config.method == "search" else config.uniform_formats
+        return tuple(dict.fromkeys(format for format in wanted if format != FLOAT))
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong."""
+    from cost.profile import profile_model
+    from eval.coverage import searched_layers
+    from eval.models import build_model
+    from eval.tasks import load_task, prepare
+
+    data = load_task(config)
+    corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
+    bundle = build_model(config, data.num_labels, corpus)
+    prepared = prepare(data, bundle, config)
+    layers = searched_layers(bundle.model, data.kind, config)
+    profiles = profile_model(bundle.model, prepared.example_inputs, layers)
+    plan = Plan(config, data, bundle, prepared, layers, profiles)
+    budget(plan)
+    return plan
+
+
+def preflight(config: RunConfig) -> None:
+    """What a launcher checks before it starts anything: only a target in MiB or GBOPs needs the model itself."""
+    if config.cost_target is not None:
+        make_plan(config)
+
+
+def budget(plan: Plan) -> float | None:
+    """The run's target in its cost's unit; None without one. Raises UserError, with the range, if none can meet it."""
+    from policy.space import build_space
+    from trainer.search import resolve_target
+
+    config = plan.config
+    if config.cost_target is None and config.target_bits is None:
+        return None
+    space = build_space(
+        plan.layers, config.search_formats, partition(plan), config.weight_only_search, config.separate_activations
+    )
+    return resolve_target(space, plan.profiles, config.cost_type, config.cost_target, config.target_bits)
+
+
+def partition(plan: Plan) -> Partition:
+    """Which layers share a decision, as the flags say."""
+    from eval.eval_partitions import block_partition
+
+    if plan.config.partition in ("role", "depth"):
+        return block_partition(plan.bundle.model, plan.layers, plan.config.partition)
+    return plan.config.partition  # type: ignore[return-value]
+
+
+def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Train, search and evaluate as `config` says; returns the record that stands in result.json.
+
+    A run with checkpoints in its folder goes on from the last complete one. A diverged run ends in a record with
+    status 'failed'. Raises UserError for wrong input, before anything is written.
+    """
+    started = time.monotonic()
+    plan = make_plan(config)
+
+    from trainer.checkpoint import write_atomically, write_json
+    from trainer.reinforce_trainer import TrainingDiverged
+
+    folder = config.run_folder
+    write_atomically(folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(config)))
+    trainer, modules, float_metrics = make_trainer(plan, on_step)
+    record = describe(plan)
+    try:
+        if config.max_steps == 0:
+            trainer.prepare()
+            trainer.finish()
+        else:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    except TrainingDiverged as error:
+        record |= {"status": "failed", "reason": str(error), "wall_seconds": round(time.monotonic() - started, 1)}
+        write_json(folder / "result.json", record)
+        return record
+
+    from cost.cost import assignment_to_json
+
+    assignment = final_assignment(plan, trainer)
+    record |= costs_of(plan, assignment)
+    record |= {
+        "metrics": evaluate(trainer, plan),
+        "float_metrics": float_metrics,
+        "assignment": assignment_to_json(assignment),
+        "steps": trainer.state.global_step,
+        "wall_seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(folder / "assignment.json", record["assignment"])
+    save_result(plan, modules, assignment)
+    write_json(folder / "result.json", record)
+    return record
+
+
+def make_trainer(
+    plan: Plan, on_step: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[ReinforceTrainer, dict[str, QuantModule], dict[str, Any] | None]:
+    """The trainer of the run, its quantized layers, and what the float model scores where it comes trained."""
+    from transformers.trainer_utils import set_seed
+
+    from eval.tasks import split_search
+    from quant.convert import quantize_model
+    from quant.quant_utils import use_compiled
+    from trainer.reinforce_trainer import ReinforceTrainer
+
+    config, prepared = plan.config, plan.prepared
+    set_seed(config.seed)
+    searching = config.method == "search"
+    train, held_out = prepared.train, None
+    if searching:
+        train, held_out = split_search(prepared.train, config.search_fraction, config.seed)
+    modules: dict[str, QuantModule] = {}
+    if plan.formats:
+        weight, activation = quantizer_configs(config)
+        modules = quantize_model(
+            plan.bundle.model, include=plan.layers, formats=plan.formats, weight=weight, activation=activation
+        )
+    uniform = dict.fromkeys(plan.layers, config.uniform_formats) if plan.formats and not searching else None
+    arguments = training_arguments(config)
+    use_compiled(compile_mode(plan, len(train)), arguments.device)
+    trainer = ReinforceTrainer(
+        plan.bundle.model,
+        arguments,
+        search=search_settings(config) if searching else None,
+        search_space=config.search_formats,
+        partition=partition(plan) if searching else "layer",
+        weight_only_search=config.weight_only_search,
+        separate_activations=config.separate_activations,
+        assignment=uniform,
+        modules=modules,
+        profiles=plan.profiles,
+        train_dataset=train,
+        search_dataset=held_out,
+        calibration_dataset=train.without_augmentation() if hasattr(train, "without_augmentation") else train,
+        eval_dataset=prepared.validation,
+        data_collator=prepared.data_collator,
+        compute_metrics=plan.data.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits,
+        history=config.run_folder / "history.jsonl",
+        on_step=on_step,
+    )
+    # Without a note on new or random weights, the model comes trained for this task.
+    trained = not plan.bundle.notes and config.method != "float"
+    return trainer, modules, evaluate(trainer, plan) if trained else None
+
+
+def training_arguments(config: RunConfig) -> Any:
+    """The flags as transformers' TrainingArguments."""
+    import os
+
+    from transformers import TrainingArguments
+
+    folder = config.run_folder
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.log_dir or folder / "tensorboard").absolute())
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.train_batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        optim=config.optimizer,
+        optim_args="momentum=0.9" if config.optimizer == "sgd" else None,
+        seed=config.seed,
+        data_seed=config.seed,
+        fp16=config.fp16,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        logging_steps=config.log_steps,
+        save_strategy=config.save_strategy,
+        save_total_limit=1,
+        report_to=config.report_to,
+        use_cpu=config.device == "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=config.quiet or not sys.stderr.isatty(),
+    )
+
+
+def search_settings(config: RunConfig) -> ReinforceConfig:
+    """The search flags as the trainer's configuration; what a flag leaves open, the recipe decides."""
+    from dataclasses import fields
+
+    from trainer.search import ReinforceConfig
+
+    names = {field.name for field in fields(ReinforceConfig)}
+    given = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    return ReinforceConfig.fliqs(**given) if config.recipe == "fliqs" else ReinforceConfig(**given)
+
+
+def quantizer_configs(config: RunConfig) -> tuple[Any, Any]:
+    """(weight, activation) quantizers of the flags."""
+    from quant.quantizer import QuantizerConfig
+
+    learned = config.quantizer == "lsq"
+    # Learned scales start where the squared error is least; a percentile that the user names goes first.
+    observer: Any = "mse" if learned and config.observer == "minmax" else config.observer
+    weight = QuantizerConfig(
+        range="learned" if learned else "calibrated" if observer == "mse" else "dynamic",
+        granularity="channel" if config.per_channel else "tensor",
+        observer=observer,
+        percentile=config.weight_range_percentile,
+    )
+    activation = QuantizerConfig(
+        range="dynamic" if config.per_token else "learned" if learned else "calibrated",
+        granularity="token" if config.per_token else "tensor",
+        observer="minmax" if config.per_token else observer,
+        percentile=config.act_range_percentile,
+        symmetric=False,
+    )
+    return weight, activation
+
+
+def compile_mode(plan: Plan, examples: int) -> Any:
+    """'auto' compiles where the run is long enough to win back the time that compiling takes."""
+    config = plan.config
+    if config.compile != "auto" or not plan.formats:
+        return config.compile if plan.formats else "off"
+    batches = -(-examples // (config.train_batch_size * config.gradient_accumulation_steps))
+    steps = config.max_steps if config.max_steps >= 0 else config.num_train_epochs * batches
+    elements = sum(p.positions * p.channels for p in plan.profiles) * config.train_batch_size
+    return "auto" if elements * steps > COMPILE_ABOVE else "off"
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint: the Trainer writes its own state last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def final_assignment(plan: Plan, trainer: ReinforceTrainer) -> dict[str, tuple[Format, Format]]:
+    """What the layers run in at the end; float where nothing else was asked for."""
+    return trainer.assignment or dict.fromkeys(plan.layers, (FLOAT, FLOAT))
+
+
+def evaluate(trainer: ReinforceTrainer, plan: Plan) -> dict[str, dict[str, float]]:
+    """Metrics of every labelled evaluation split, by split: the task's own, 'loss' and 'n' (examples)."""
+    metrics = {}
+    for name, split in plan.prepared.validation.items():
+        told = trainer.evaluate(split, metric_key_prefix=name)
+        own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
+        kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
+        metrics[name] = {**kept, "n": len(split)}
+    return metrics
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The part of the record that is known before training."""
+    config = plan.config
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "finished",
+        "reason": None,
+        "task": config.task_name,
+        "model": config.model_name,
+        "method": config.method,
+        "seed": config.seed,
+        "run_id": config.run_name,
+        "cost_type": config.cost_type,
+        "cost_target": budget(plan),
+        "metric": plan.data.metric,
+        "search_space": [f.name for f in config.search_formats] if config.method == "search" else None,
+        "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": commit(),
+        "device": device_name(config),
+        "notes": [*plan.data.notes, *plan.bundle.notes, *plan.prepared.notes, *layer_notes(plan)],
+    }
+
+
+def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[str, Any]:
+    """Cost of the assignment, and the range that assignments of the search space have."""
+    from cost.cost import COSTS, UNITS, overhead_memory, unsearched_memory
+    from policy.space import build_space
+
+    config = plan.config
+    costs = {name: cost(plan.profiles, assignment) for name, cost in COSTS.items()}
+    overhead = overhead_memory(plan.profiles, assignment, config.per_channel)
+    unsearched = unsearched_memory(plan.bundle.model, plan.layers)
+    space = build_space(
+        plan.layers, config.search_formats, "layer", config.weight_only_search, config.separate_activations
+    )
+    return {
+        "cost": costs[config.cost_type],
+        "cost_unit": UNITS[config.cost_type],
+        "cost_range": list(space.cost_range(plan.profiles, config.cost_type)),
+        "costs": {
+            **costs,
+            "overhead": overhead,
+            "unsearched": unsearched,
+            "total": costs["memory"] + overhead + unsearched,
+        },
+    }
+
+
+def layer_notes(plan: Plan) -> list[str]:
+    """What a reader of the cost must know: weights that no layer call reaches, layers that were never called."""
+    from quant.convert import hidden_weights
+
+    notes = []
+    if hidden := hidden_weights(plan.bundle.model):
+        notes.append(f"{len(hidden)} weights inside nn.MultiheadAttention stay in float: {', '.join(hidden[:3])} ...")
+    if idle := [p.name for p in plan.profiles if not p.calls]:
+        notes.append(f"{len(idle)} layers are never called and cost no compute: {', '.join(idle[:3])}")
+    return notes
+
+
+def save_result(plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]]) -> None:
+    """The trained model, where a run keeps it and where --save_model_path wants it as well."""
+    from eval.saved_model import save_model
+
+    folders: Sequence[str | Path | None] = (plan.config.run_folder / "model", plan.config.save_model_path)
+    for folder in folders:
+        if folder is not None:
+            save_model(Path(folder), plan.config, plan.bundle, modules, assignment, plan.data.num_labels)
+
+
+def commit() -> str | None:
+    """The revision of this code, None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+def device_name(config: RunConfig) -> str:
+    """'cuda: its name', or 'cpu: threads'."""
+    import torch
+
+    if config.device != "cpu" and torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}"
+    return f"cpu: {torch.get_num_threads()} threads"
+
+
+def main(argv: list[str]) -> int:
+    """Run what the flags say and print where the record is."""
+    config = parse(argv)
+    logging.basicConfig(level=logging.WARNING if config.quiet else logging.INFO, format="%(message)s")
+    result = config.run_folder / "result.json"
+    if result.exists():
+        raise UserError(f"--run_id {config.run_name}: {result} exists already; choose another --exp_name or --run_id")
+    record = run(config)
+    if record["status"] != "finished":
+        print(f"failed: {record['reason']}", file=sys.stderr)
+        return 1
+    for split, metrics in record["metrics"].items():
+        print(f"{split}: " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
+    target = "" if record["cost_target"] is None else f" (target {record['cost_target']:.6g})"
+    print(f"cost: {record['cost']:.6g} {record['cost_unit']}{target}\nrecord: {result}")
+    return 0
+
+
+if __name__ == "__main__":
+    entry(main)

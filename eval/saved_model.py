@@ -1,0 +1,94 @@
+"""The trained model on disk: safetensors with all ranges, and what builds the module around them again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cost.cost import assignment_from_json, assignment_to_json
+from quant.convert import Assignment, quantize_model, set_formats
+from quant.errors import UserError
+from quant.formats import FLOAT, parse_format
+from quant.quantizer import QuantizerConfig
+from trainer.checkpoint import load_tensors, save_tensors, write_json
+
+if TYPE_CHECKING:
+    from eval.model_bundle import ModelBundle
+    from eval.run_config import RunConfig
+    from quant.quant_module import QuantModule
+
+QUANTIZATION = "quantization.json"
+
+
+def save_model(
+    folder: Path,
+    config: RunConfig,
+    bundle: ModelBundle,
+    modules: dict[str, QuantModule],
+    assignment: Assignment,
+    num_labels: int,
+) -> None:
+    """Write the model as it is now: weights, ranges, assignment, and the names that `load_model` builds it from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bundle.model.state_dict().items()}
+    save_tensors(tensors, folder / "model.safetensors")
+    if hasattr(bundle.model, "config"):
+        bundle.model.config.save_pretrained(folder)
+    if bundle.tokenizer is not None:
+        bundle.tokenizer.save_pretrained(folder)
+    first = next(iter(modules.values()), None)
+    formats = [] if first is None else [*first.weight_quantizer.grids, *first.input_quantizer.grids]
+    write_json(
+        folder / QUANTIZATION,
+        {
+            "build": {"task": config.task, "model": config.model, "image_size": bundle.image_size},
+            "num_labels": num_labels,
+            "assignment": assignment_to_json(assignment),
+            "formats": list(dict.fromkeys(formats)),
+            "weight": None if first is None else asdict(first.weight_quantizer.config),
+            "activation": None if first is None else asdict(first.input_quantizer.config),
+        },
+    )
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """The model of a finished run (its folder, or the `model` folder in it), in eval mode and in its formats.
+
+    Raises UserError if the folder holds no saved model.
+    """
+    folder = Path(folder)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (folder / QUANTIZATION).is_file():
+        raise UserError(f"{folder}: holds no {QUANTIZATION}; give the folder of a finished run")
+    saved = json.loads((folder / QUANTIZATION).read_text())
+    model = _build(folder, saved)
+    assignment = assignment_from_json(saved["assignment"])
+    if saved["weight"] is not None:
+        modules = quantize_model(
+            model,
+            include=list(assignment),
+            formats=[parse_format(name) for name in saved["formats"]],
+            weight=QuantizerConfig(**saved["weight"]),
+            activation=QuantizerConfig(**saved["activation"]),
+        )
+        used = {format for pair in assignment.values() for format in pair if format != FLOAT}
+        set_formats(modules, assignment if used else {})
+    model.load_state_dict(load_tensors(folder / "model.safetensors"))
+    return model.eval()
+
+
+def _build(folder: Path, saved: dict[str, Any]) -> nn.Module:
+    """The float architecture, without its weights."""
+    if (folder / "config.json").is_file():
+        import transformers
+
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        return getattr(transformers, settings.architectures[0])(settings)
+    from eval.models import build_model
+    from eval.run_config import RunConfig
+
+    return build_model(RunConfig(**saved["build"], from_scratch=True), saved["num_labels"]).model

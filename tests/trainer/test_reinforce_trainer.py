@@ -1,0 +1,199 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from cost.cost import compute_cost
+from quant.convert import get_formats, quantize_model
+from quant.formats import FLOAT, parse_format
+from trainer.recalibrate import recalibrate_batch_norm
+from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer, TrainingDiverged, quality
+
+
+class Net(nn.Module):
+    """A user's own module: takes what the data set holds, returns a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU()
+        )
+        self.head = nn.Linear(8 * 16, 3)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(self.body(pixel_values).flatten(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, size=96):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.arange(size) % 3
+        self.images = torch.randn(size, 1, 6, 6, generator=generator) * 0.3
+        self.images[torch.arange(size), 0, self.labels, 2] += 2
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+def arguments(folder, **changes):
+    values = {
+        "output_dir": str(folder), "max_steps": 24, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "seed": 3,
+        "remove_unused_columns": False, "logging_strategy": "no",
+    }  # fmt: skip
+    return TrainingArguments(**{**values, **changes})
+
+
+def make(folder, config=None, model=None, **changes):
+    torch.manual_seed(0)
+    model = model or Net()
+    config = config or ReinforceConfig(target_bits=4.5, calibration_batches=2, sensitivity_examples=8)
+    trainer_changes = {name: changes.pop(name) for name in ("search_space", "history") if name in changes}
+    return ReinforceTrainer(
+        model,
+        arguments(folder, **changes),
+        search=config,
+        train_dataset=Data(),
+        **{"search_space": "2,4,8", "history": folder / "history.jsonl", **trainer_changes},
+    )
+
+
+def outcome(trainer):
+    state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    return trainer.assignment, state
+
+
+def test_a_search_ends_within_its_budget_and_in_its_assignment(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    assert compute_cost(trainer.profiles, trainer.assignment) <= trainer.cost_target
+    assert get_formats(trainer.modules) == trainer.assignment
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history] == list(range(1, 25))
+    assert [entry["phase"] for entry in history] == ["delay"] * 6 + ["search"] * 6 + ["settle"] * 12
+    assert all(math.isfinite(entry["loss"]) for entry in history)
+    rewarded = [entry for entry in history if "reward" in entry]
+    assert [entry["phase"] for entry in rewarded] == ["search"] * 6
+    assert all(0 < entry["quality"] <= 1 for entry in rewarded)
+
+
+@pytest.mark.parametrize("recipe", ["default", "fliqs"])
+def test_same_seed_same_run(tmp_path, recipe):
+    made = ReinforceConfig.fliqs if recipe == "fliqs" else ReinforceConfig
+    config = made(target_bits=4.5, calibration_batches=2, sensitivity_examples=8)
+    results = []
+    for name in ("one", "two"):
+        trainer = make(tmp_path / name, config, max_steps=12)
+        trainer.train()
+        results.append((outcome(trainer), (tmp_path / name / "history.jsonl").read_text()))
+    (first, second) = results
+    assert first[0][0] == second[0][0] and first[1] == second[1]
+    assert all(torch.equal(first[0][1][name], second[0][1][name]) for name in first[0][1])
+
+
+@pytest.mark.parametrize("stop", [4, 8, 15], ids=["delay", "search", "settle"])
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, stop):
+    whole = make(tmp_path / "whole")
+    whole.train()
+
+    class Stop(Exception):
+        pass
+
+    def stop_after(entry):
+        if entry["step"] == stop + 1:
+            raise Stop
+
+    broken = make(tmp_path / "broken", save_strategy="steps", save_steps=stop)
+    broken.on_step = stop_after
+    with pytest.raises(Stop):
+        broken.train()
+    resumed = make(tmp_path / "broken", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / f"checkpoint-{stop}"))
+    assert resumed.assignment == whole.assignment
+    expected, got = outcome(whole)[1], outcome(resumed)[1]
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert (tmp_path / "broken" / "history.jsonl").read_text() == (tmp_path / "whole" / "history.jsonl").read_text()
+    written = {path.suffix for path in (tmp_path / "broken").rglob("*") if path.is_file()}
+    assert written == {".json", ".safetensors", ".jsonl"}  # no pickle
+
+
+def test_every_batch_of_an_accumulated_step_sees_the_same_formats(tmp_path):
+    trainer = make(tmp_path, gradient_accumulation_steps=3, max_steps=6)
+    seen = []
+    original = ReinforceTrainer.compute_loss
+
+    def watching(self, model, inputs, *args, **kwargs):
+        if model.training:
+            seen.append((self.state.global_step, tuple(get_formats(self.modules).items())))
+        return original(self, model, inputs, *args, **kwargs)
+
+    ReinforceTrainer.compute_loss = watching
+    try:
+        trainer.train()
+    finally:
+        ReinforceTrainer.compute_loss = original
+    assert len(seen) == 17  # an epoch's last step has two batches left
+    assert all(len({formats for step, formats in seen if step == wanted}) == 1 for wanted in range(6))
+
+
+def test_divergence_ends_the_run_and_names_step_and_assignment(tmp_path):
+    trainer = make(tmp_path, learning_rate=1e30, optim="sgd", max_grad_norm=0.0)
+    with pytest.raises(TrainingDiverged, match=r"(loss|reward) is nan at step \d+ under the assignment: body\.0 int"):
+        trainer.train()
+
+
+def test_fixed_formats_and_float_need_no_search(tmp_path):
+    torch.manual_seed(0)
+    model = Net()
+    int4 = parse_format("int4")
+    modules = quantize_model(model, formats=[int4])
+    trainer = ReinforceTrainer(
+        model, arguments(tmp_path, max_steps=4), modules=modules, train_dataset=Data(),
+        assignment=dict.fromkeys(modules, (int4, FLOAT)),
+    )  # fmt: skip
+    trainer.train()
+    assert set(get_formats(modules).values()) == {(int4, FLOAT)}
+    ReinforceTrainer(Net(), arguments(tmp_path, max_steps=2), train_dataset=Data()).train()
+
+
+def test_scales_learn_relative_to_their_size_under_adam_and_do_not_decay(tmp_path):
+    trainer = make(tmp_path, weight_decay=0.1)
+    trainer.prepare()
+    optimizer = trainer.create_optimizer()
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    scales = [(group, p) for group in optimizer.param_groups for p in group["params"] if "grids" in names[p]]
+    assert len(scales) == sum("grids" in name for name in names.values())
+    for group, parameter in scales:
+        assert group["weight_decay"] == 0
+        assert 0.5 < group["lr"] / (1e-3 * parameter.mean().item()) < 2
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_batch_norm_is_recalibrated_to_the_plain_mean():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
+    batches = [torch.randn(16, 3) * 2 + 1 for _ in range(4)]
+    model[0].running_mean.fill_(9)
+    assert recalibrate_batch_norm(model, batches) == 1
+    torch.testing.assert_close(model[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0))
+    torch.testing.assert_close(model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0))
+    assert model.training and model[0].momentum == 0.1
+
+
+def test_quality_is_a_probability():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
+    expected = logits.softmax(1)[:, 0].mean()
+    outputs, batch = {"logits": logits}, {"labels": labels}
+    loss = torch.tensor(1.5)
+    torch.testing.assert_close(quality(loss, outputs, batch, "likelihood"), expected)
+    torch.testing.assert_close(quality(loss, outputs, batch, "accuracy"), torch.tensor(0.5))
+    regression = {"labels": torch.tensor([0.3, 0.1])}
+    torch.testing.assert_close(quality(loss, outputs, regression, "likelihood"), torch.exp(-loss))
+    assert quality(torch.tensor(1e6), {}, {}, "likelihood") > 0

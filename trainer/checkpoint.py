@@ -1,0 +1,134 @@
+"""What the Trainer would write as pickles, as safetensors and JSON: optimizer, schedule and random generators.
+
+A state dict is split into its tensors (safetensors, under their path) and everything else (JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_TENSOR = "$tensor"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be continued from: a file is missing or cannot be read."""
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write nested dicts, lists, numbers, strings and tensors to path.safetensors and path.json, each atomically."""
+    tensors: dict[str, Tensor] = {}
+    plain = _split(state, "", tensors)
+    save_tensors(tensors, path.with_suffix(".safetensors"))
+    write_json(path.with_suffix(".json"), plain)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote. Raises CheckpointError if a file is missing or damaged."""
+    tensors = load_tensors(path.with_suffix(".safetensors"))
+    file = path.with_suffix(".json")
+    try:
+        return _join(json.loads(file.read_text()), tensors)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {file.name}") from None
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: {file.name}: {error}") from None
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, written atomically."""
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises CheckpointError if the file is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {path.name}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
+
+
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: path}
+    if isinstance(value, dict):
+        # JSON has string keys only; an optimizer's state is keyed by integers.
+        return {"$items": [[key, _split(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_split(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _join(item, tensors) for key, item in value["$items"]}
+    return [_join(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators of Python, numpy and torch."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": {
+            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Continue the generators where `random_state` was taken."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    saved = state["numpy"]
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": saved["key"].numpy().astype(np.uint32), "pos": saved["pos"]},
+            "has_gauss": saved["has_gauss"],
+            "gauss": saved["gauss"],
+        }
+    )
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, written to a temporary name and renamed; NaN and infinity are refused, they are not JSON."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text + "\n"))
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(temporary path)` and rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

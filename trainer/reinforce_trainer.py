@@ -1,0 +1,423 @@
+"""ReinforceTrainer: transformers' Trainer whose model changes formats under a search, or under none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from cost.cost import assignment_from_json, assignment_to_json
+from cost.profile import LayerProfile, profile_model
+from policy.space import SearchSpace, build_space
+from quant.convert import Assignment, calibrate, quantize_model, set_formats
+from quant.formats import Format, parse_search_space
+from quant.quant_module import QuantModule
+from trainer import checkpoint
+from trainer.history import History
+from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
+from trainer.search import Phases, ReinforceConfig, Search, resolve_target
+from trainer.sensitivity import believing_prior, measure_sensitivity
+
+__all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged"]
+
+SCALES = "_quantizer.grids."
+"""what the names of learned scales contain"""
+STATE = "training"
+"""file of a checkpoint that holds everything but the model and the random generators"""
+FLUSH_STEPS = 10
+"""steps between writes of the history: losses are read from the device then, not at every step"""
+PROBABILITY_STEPS = 10
+"""steps between records of the policy's probabilities"""
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or reward that is not finite; the message names the step and the assignment."""
+
+
+class ReinforceTrainer(Trainer):
+    """Trains shared weights while a policy picks the formats; ends with the chosen assignment, trained and calibrated.
+
+    Args:
+        model: any module that takes the datasets' columns and returns a loss (or pass `compute_loss_func`).
+        search: how to search; None: train under `assignment`.
+        search_space: formats to choose from, as a flag ('2,4,8') or parsed.
+        partition: 'layer', 'single', or block name -> layer names.
+        assignment: fixed formats, without a search; None: float.
+        modules: the quantized layers, if the model is quantized already; None: all layers are quantized here.
+        profiles: their profiles; None: measured on the first training example.
+        search_dataset: held-out part of the training data that the reward is measured on; None: 10 % is split off.
+        history: file that gets one line a step.
+        calibrate_ranges: False: the ranges are loaded with the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        search: ReinforceConfig | None = None,
+        search_space: str | Sequence[Format] = "4,8",
+        partition: str | Mapping[str, Sequence[str]] = "layer",
+        weight_only_search: bool = False,
+        separate_activations: bool = False,
+        assignment: Assignment | None = None,
+        modules: Mapping[str, QuantModule] | None = None,
+        profiles: Sequence[LayerProfile] | None = None,
+        train_dataset: Dataset | None = None,
+        search_dataset: Dataset | None = None,
+        calibration_dataset: Dataset | None = None,
+        history: Path | None = None,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        formats = parse_search_space(search_space) if isinstance(search_space, str) else tuple(search_space)
+        if search is not None and modules is None:
+            modules = quantize_model(model, formats=formats)
+        self.modules = dict(modules or {})
+        if search is not None and search_dataset is None:
+            train_dataset, search_dataset = _hold_out(train_dataset, args.seed)
+        args.logging_nan_inf_filter = False  # it would let a diverged run end normally
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer_arguments)
+        self.search_config = search
+        self.search_dataset = search_dataset
+        self.calibration_dataset = train_dataset if calibration_dataset is None else calibration_dataset
+        self.history = None if history is None else History(history)
+        self.on_step = on_step
+        self.search: Search | None = None
+        self.assignment: dict[str, tuple[Format, Format]] | None = dict(assignment) if assignment else None
+        self.phases: Phases | None = None
+        self._settled = search is None
+        self._pending: list[dict[str, Any]] = []
+        self._entry: dict[str, Any] = {}
+        self._choices: Tensor | None = None
+        self._micro_step = 0
+        self._scale_exponents: dict[str, int] = {}
+        if search is not None:
+            self.profiles = list(profiles or profile_model(self.model, self._batch(train_dataset, [0]), self.modules))
+            self.space: SearchSpace = build_space(
+                list(self.modules), formats, partition, weight_only_search, separate_activations
+            )
+            self.costs = self.space.cost_table(self.profiles, search.cost_type)
+            self.cost_target = resolve_target(
+                self.space, self.profiles, search.cost_type, search.cost_target, search.target_bits
+            )
+
+    # ------------------------------------------------------ the run
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train to the end and finish: the model then runs in `assignment`, calibrated on training data.
+
+        Raises TrainingDiverged for a loss or reward that is not finite.
+        """
+        if resume_from_checkpoint is None:
+            self.prepare()
+        else:
+            self._scale_exponents = checkpoint.load_state(Path(resume_from_checkpoint) / STATE)["scale_exponents"]
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.finish()
+        return output
+
+    def prepare(self) -> None:
+        """Before the first step: ranges from training data, the policy's prior from measured sensitivities."""
+        if self.modules:
+            if has_untrained_batch_norm(self.model):  # ranges seen through its starting values would clip everything
+                recalibrate_batch_norm(self.model, self._calibration_batches())
+            calibrate(self.model, self.modules, self._calibration_batches())
+        if self.search_config is None:
+            if self.assignment:
+                set_formats(self.modules, self.assignment)
+            return
+        prior = pressure = None
+        if self.search_config.policy_prior == "measured":
+            prior, pressure = believing_prior(self.measure().effect, self.costs, self.cost_target)
+        self._start_search(prior, pressure)
+
+    def measure(self) -> Any:
+        """The measured sensitivity of every decision, on held-out data: a `Sensitivity`."""
+        config = self._config
+        size = self.args.per_device_eval_batch_size
+        count = min(config.sensitivity_examples, len(self.search_dataset))  # type: ignore[arg-type]
+        indices = self._permutation(self.search_dataset, salt=1)[:count]
+        # At least four batches, so that the effects come with an error.
+        size = max(1, min(size, math.ceil(count / 4)))
+        batches = [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, count, size)]
+        return measure_sensitivity(self.model, self.modules, self.space, batches, self._plain_loss)
+
+    def finish(self) -> None:
+        """Settle on the assignment, recalibrate what it changed, and write the rest of the history."""
+        if self.search is not None and not self._settled:
+            self._settle()
+        self._recalibrate(batch_norm=bool(self.modules) and self.args.max_steps != 0)
+        self._flush()
+
+    def _start_search(self, prior: Tensor | None = None, pressure: Tensor | None = None) -> None:
+        total = self._total_steps()
+        self.phases = Phases.of(self._config, total)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.search = Search(
+            self.space, self.costs, self.cost_target, self._config, self.phases, generator, prior, pressure
+        )
+
+    def _total_steps(self) -> int:
+        if self.args.max_steps >= 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    @property
+    def _config(self) -> ReinforceConfig:
+        if self.search_config is None:
+            raise ValueError("this trainer was made without a search: pass search=ReinforceConfig(...)")
+        return self.search_config
+
+    def _settle(self) -> None:
+        """From here on, only the chosen assignment is trained."""
+        assert self.search is not None
+        self.assignment = self.space.assignment(self.search.best())
+        set_formats(self.modules, self.assignment)
+        self._settled = True
+        self._recalibrate(batch_norm=False)
+
+    def _recalibrate(self, batch_norm: bool) -> None:
+        if not self.modules or self.assignment is None:
+            return
+        calibrate(self.model, self.modules, self._calibration_batches(), learned=False)
+        if batch_norm:
+            recalibrate_batch_norm(self.model, self._calibration_batches())
+
+    # ------------------------------------------------------ one step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        first = self._micro_step == 0
+        if first:
+            self._begin_step()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # The Trainer divides the loss by the accumulated batches, so their sum is the step's.
+        self._entry["loss"] = loss if first else self._entry["loss"] + loss
+        self._micro_step += 1
+        if self._micro_step == self.current_gradient_accumulation_steps:
+            self._micro_step = 0
+            self._end_step()
+        return loss
+
+    def _begin_step(self) -> None:
+        """Draw the formats of this optimizer step: every batch accumulated into it sees the same ones."""
+        step = self.state.global_step
+        self._entry = {"step": step + 1, "phase": "train", "learning_rate": self._get_learning_rate()}
+        if self.search is None or self.phases is None:
+            return
+        if not self._settled and step >= self.phases.settle:
+            self._settle()
+        self._entry["phase"] = self.phases.name(step)
+        if self._settled:
+            self._choices = None
+            return
+        draws = self._config.reward_draws if step >= self.phases.delay else 1
+        self._choices = torch.stack([self.search.draw() for _ in range(draws)])
+        set_formats(self.modules, self.space.assignment(self._choices[0].tolist()))
+
+    def _end_step(self) -> None:
+        step, entry = self.state.global_step, self._entry
+        if self.search is not None and self.phases is not None:
+            if self._choices is None:
+                entry["cost"] = self.search.cost(self.space.choice(self.assignment))
+            elif step >= self.phases.delay:
+                qualities = self.qualities(self._choices, step)
+                if not all(math.isfinite(quality) for quality in qualities):
+                    raise self._diverged("reward", float("nan"), step + 1)
+                entry.update(self.search.learn(self._choices, qualities, step))
+            else:
+                entry["cost"] = self.search.cost(self._choices[0])
+                entry["entropy"] = self.search.policy.entropy().item()
+            if step % PROBABILITY_STEPS == 0:
+                entry["probabilities"] = self.search.policy.probabilities().detach().tolist()
+            if self._choices is not None:
+                entry["choice"] = self._choices[0].tolist()
+        self._pending.append(entry)
+        if len(self._pending) >= FLUSH_STEPS:
+            self._flush()
+
+    @torch.no_grad()
+    def qualities(self, choices: Tensor, step: int) -> list[float]:
+        """Quality in (0, 1] of each choice, on one held-out batch that depends on seed and step alone, in eval mode."""
+        size = self._config.search_batch_size or self.args.per_device_train_batch_size
+        indices = self._permutation(self.search_dataset, salt=2 + step)[:size]
+        batch = self._batch(self.search_dataset, indices)
+        training = self.model.training
+        self.model.eval()
+        measured = []
+        for choice in choices:
+            set_formats(self.modules, self.space.assignment(choice.tolist()))
+            with self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
+            measured.append(quality(loss, outputs, batch, self._config.reward_quality))
+        self.model.train(training)
+        return torch.stack(measured).tolist()
+
+    def _plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, batch)
+
+    # ------------------------------------------------------ data
+
+    def _permutation(self, dataset: Any, salt: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + salt)
+        return torch.randperm(len(dataset), generator=generator).tolist()
+
+    def _batch(self, dataset: Any, indices: Sequence[int]) -> Any:
+        return self._prepare_inputs(self.data_collator([dataset[i] for i in indices]))
+
+    def _calibration_batches(self) -> Iterator[Any]:
+        """The same training batches every time, one after the other."""
+        count = 8 if self.search_config is None else self.search_config.calibration_batches
+        size = self.args.per_device_train_batch_size
+        indices = self._permutation(self.calibration_dataset, salt=0)[: count * size]
+        for start in range(0, len(indices), size):
+            yield self._batch(self.calibration_dataset, indices[start : start + size])
+
+    # ------------------------------------------------------ optimizer, history
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay is for weights: a learned scale would shrink its grid."""
+        return [name for name in super().get_decay_parameter_names(model) if SCALES not in name]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer; one that moves every number by about the learning rate gets smaller ones for scales.
+
+        Adam's step does not depend on the gradient's size, so a scale of 0.01 would double within a few steps. Scales
+        are grouped by magnitude, and a group's learning rate is relative to it. SGD needs none of this: LSQ's gradient
+        is already made for it.
+        """
+        optimizer = super().create_optimizer(model)
+        if self.args.optim == "sgd" or any("scale_exponent" in group for group in optimizer.param_groups):
+            return optimizer
+        named = {name: parameter for name, parameter in self.model.named_parameters() if SCALES in name}
+        if not self._scale_exponents:  # a resumed run has them from its checkpoint: scales have moved since
+            self._scale_exponents = {name: round(math.log2(p.detach().mean().item())) for name, p in named.items()}
+        scales = {parameter: self._scale_exponents[name] for name, parameter in named.items()}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in scales]
+        template = {key: value for key, value in optimizer.param_groups[-1].items() if key != "params"}
+        for exponent in sorted(set(scales.values())):
+            members = [parameter for parameter, own in scales.items() if own == exponent]
+            own = {"lr": template["lr"] * 2.0**exponent, "weight_decay": 0.0, "scale_exponent": exponent}
+            optimizer.add_param_group({**template, **own, "params": members})
+        return optimizer
+
+    def _flush(self) -> None:
+        """Read the losses of the last steps from the device, check them, write the history."""
+        entries, self._pending = self._pending, []
+        if not entries:
+            return
+        losses = torch.stack([entry["loss"] for entry in entries]).tolist()
+        for entry, loss in zip(entries, losses, strict=True):
+            if not math.isfinite(loss):
+                raise self._diverged("loss", loss, entry["step"], entry.get("choice"))
+            entry["loss"] = loss
+        if self.history is not None:
+            self.history.write(entries)
+        if self.on_step is not None:
+            for entry in entries:
+                self.on_step(entry)
+
+    def _diverged(self, what: str, value: float, step: int, choice: Sequence[int] | None = None) -> TrainingDiverged:
+        formats = self.assignment if choice is None else self.space.assignment(choice)
+        if choice is None and self._choices is not None:
+            formats = self.space.assignment(self._choices[0].tolist())
+        text = ", ".join(f"{name} {w}/{a}" for name, (w, a) in (formats or {}).items()) or "float"
+        return TrainingDiverged(f"{what} is {value} at step {step} under the assignment: {text}")
+
+    # ------------------------------------------------------ checkpoints, without pickles
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._flush()
+        folder = Path(output_dir)
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "search": None if self.search is None else self.search.state_dict(),
+            "scale_exponents": self._scale_exponents,
+            "settled": self._settled,
+            "assignment": None if self.assignment is None else assignment_to_json(self.assignment),
+        }
+        checkpoint.save_state(state, folder / STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        state = checkpoint.load_state(Path(checkpoint_folder) / STATE)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        if state["search"] is not None:
+            self._start_search()
+            assert self.search is not None
+            self.search.load_state_dict(state["search"])
+        self._settled = state["settled"]
+        if state["assignment"] is not None:
+            self.assignment = assignment_from_json(state["assignment"])
+            set_formats(self.modules, self.assignment)
+        if self.history is not None:
+            self.history.truncate(self.state.global_step)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoint.save_state(checkpoint.random_state(), Path(output_dir) / f"random_{self.args.process_index}")
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            path = Path(checkpoint_folder) / f"random_{self.args.process_index}"
+            checkpoint.restore_random_state(checkpoint.load_state(path))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.accelerator.scaler is not None:
+            checkpoint.save_state(self.accelerator.scaler.state_dict(), Path(output_dir) / "scaler")
+
+    def _load_scaler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.load_state(Path(checkpoint_folder) / "scaler"))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        state = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in (state_dict or self.model.state_dict()).items()
+        }
+        checkpoint.save_tensors(state, folder / "model.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        tensors = checkpoint.load_tensors(Path(resume_from_checkpoint) / "model.safetensors")
+        (model or self.model).load_state_dict(tensors)
+
+
+def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Tensor], kind: str) -> Tensor:
+    """Quality in (0, 1] of a batch, 0-d: what the reward sees.
+
+    likelihood: mean probability of the true class; exp(-loss) where there is no class to be sure of (language models,
+    regression). accuracy: share of examples whose largest logit is the truth.
+    """
+    labels = batch.get("labels")
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
+    if not classes or labels.is_floating_point():
+        value = torch.exp(-loss.float())
+    elif kind == "accuracy":
+        value = (logits.argmax(dim=1) == labels).float().mean()
+    else:
+        value = logits.float().softmax(dim=1).gather(1, labels.view(-1, 1)).mean()
+    return torch.where(value > 0, value, torch.where(value.isnan(), value, torch.finfo(torch.float32).tiny))
+
+
+def _hold_out(dataset: Any, seed: int, fraction: float = 0.1) -> tuple[Any, Any]:
+    """The training data without a random tenth, and that tenth."""
+    if not hasattr(dataset, "train_test_split"):
+        from torch.utils.data import Subset
+
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        held = max(1, round(len(order) * fraction))
+        return Subset(dataset, order[held:]), Subset(dataset, order[:held])
+    split = dataset.train_test_split(test_size=fraction, seed=seed)
+    return split["train"], split["test"]

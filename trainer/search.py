@@ -1,0 +1,198 @@
+"""The search beside the Trainer: draws assignments, learns from their rewards, names the winner.
+
+It knows costs and rewards, but no model and no data: a toy test can drive it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cost.cost import REWARDS, UNITS, CostType
+from cost.profile import LayerProfile
+from policy.reinforce import EntropySchedule, Reinforce
+from policy.simple_policy import SimplePolicy
+from policy.solve import solve_assignment
+from policy.space import SearchSpace, uniform_cost
+from quant.errors import UserError
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """How to search. The names are those of the command line's flags."""
+
+    cost_type: CostType = "compute"
+    cost_target: float | None = None
+    """budget in MiB or GBOPs; one of cost_target and target_bits is needed"""
+    target_bits: float | None = None
+    """budget as the cost of every searched layer in that many bits"""
+    cost_function: Literal["tunas_abs", "one_sided_tunas_abs", "soft_exponential", "hard_exponential"] = "tunas_abs"
+    cost_beta: float = 1.0
+    """how hard the reward punishes cost over the target"""
+    reward_quality: Literal["likelihood", "accuracy"] = "likelihood"
+    reward_draws: int = 2
+    """assignments drawn and rewarded a step, on the same held-out batch; one needs the 'ema' baseline"""
+    search_batch_size: int | None = None
+    """held-out examples a reward is measured on; None: the training batch size"""
+    rl_learning_rate: float = 0.01
+    max_entropy_beta: float = 0.0
+    entropy_schedule_type: EntropySchedule = "cosine"
+    delay_steps: int | None = None
+    """steps before the policy learns; None: a quarter of the steps"""
+    settle_fraction: float = 0.5
+    """last share of the steps, trained under the chosen assignment"""
+    policy_prior: Literal["measured", "none"] = "measured"
+    calibration_batches: int = 8
+    """training batches that ranges and batch norms are calibrated on"""
+    sensitivity_examples: int = 512
+    """held-out examples that each single decision is measured on"""
+
+    def __post_init__(self) -> None:
+        if (self.cost_target is None) == (self.target_bits is None):
+            raise ValueError(
+                f"set one of cost_target and target_bits, got cost_target={self.cost_target} "
+                f"and target_bits={self.target_bits}"
+            )
+        if not 0 <= self.settle_fraction < 1:
+            raise ValueError(f"settle_fraction must lie in [0, 1), got {self.settle_fraction}")
+        if self.reward_draws < 1:
+            raise ValueError(f"reward_draws must be at least 1, got {self.reward_draws}")
+
+    @classmethod
+    def fliqs(cls, **changes: Any) -> ReinforceConfig:
+        """The published recipe (arXiv 2308.03290): uniform start, one draw, moving-average baseline, no settling."""
+        return cls(
+            **{
+                "policy_prior": "none",
+                "reward_draws": 1,
+                "settle_fraction": 0.0,
+                "rl_learning_rate": 0.05,
+                "max_entropy_beta": 0.01,
+                **changes,
+            }
+        )
+
+
+def resolve_target(
+    space: SearchSpace, profiles: Sequence[LayerProfile], cost_type: CostType, target: float | None, bits: float | None
+) -> float:
+    """The budget in MiB or GBOPs. Raises UserError, stating the feasible range, for one that no assignment meets."""
+    weight_only = all(activation.name == "float" for _, activation in space.decisions[0].choices)
+    resolved = uniform_cost(profiles, bits, cost_type, weight_only) if target is None else target  # type: ignore[arg-type]
+    low, high = space.cost_range(profiles, cost_type)
+    slack = 1e-9 * high
+    if not low - slack <= resolved <= high + slack:
+        asked = f"--target_bits {bits:g} is {resolved:.6g}" if target is None else f"--cost_target {target:g}"
+        raise UserError(
+            f"{asked} {UNITS[cost_type]}, but assignments of this search space cost {low:.6g} to {high:.6g} "
+            f"{UNITS[cost_type]}"
+        )
+    return resolved
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Which of the run's steps do what: [0, delay) train under draws; [delay, settle) also learn; then settle."""
+
+    delay: int
+    settle: int
+    total: int
+
+    @classmethod
+    def of(cls, config: ReinforceConfig, total: int) -> Phases:
+        """Raises ValueError if the delay leaves the policy no step."""
+        settle = total - round(total * config.settle_fraction)
+        delay = settle // 2 if config.delay_steps is None and config.settle_fraction else total // 4
+        delay = delay if config.delay_steps is None else config.delay_steps
+        if total and not 0 <= delay < settle:
+            raise ValueError(
+                f"delay_steps={delay} leaves the policy no step to learn in: {total} steps, of which the last "
+                f"{total - settle} settle"
+            )
+        return cls(delay, settle, total)
+
+    def name(self, step: int) -> Literal["delay", "search", "settle"]:
+        return "delay" if step < self.delay else "search" if step < self.settle else "settle"
+
+
+@dataclass
+class Search:
+    """A policy over a search space with its costs, and what it has learned so far."""
+
+    space: SearchSpace
+    costs: NDArray[np.float64]
+    """(decisions, choices), in the cost's unit"""
+    target: float
+    config: ReinforceConfig
+    phases: Phases
+    generator: torch.Generator
+    """private: draws do not depend on what else consumes random numbers"""
+    prior: Tensor | None = None
+    """starting logits (decisions, choices)"""
+    pressure: Tensor | None = None
+    """part of the prior that stands for the cost, which the final choice replaces by the budget itself"""
+    policy: SimplePolicy = field(init=False)
+    reinforce: Reinforce = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.policy = SimplePolicy(len(self.space.decisions), self.space.num_choices, self.prior)
+        self.reinforce = Reinforce(
+            self.policy,
+            self.config.rl_learning_rate,
+            self.config.entropy_schedule_type,
+            self.config.max_entropy_beta,
+            max(self.phases.settle - self.phases.delay, 1),
+            baseline="leave_one_out" if self.config.reward_draws > 1 else "ema",
+        )
+
+    def draw(self) -> Tensor:
+        """One choice per decision from the policy as it is: int64 (decisions,)."""
+        return self.policy.sample(self.generator)
+
+    def cost(self, choice: Sequence[int] | Tensor) -> float:
+        """Cost of a choice, in the cost's unit."""
+        return float(self.costs[np.arange(len(self.costs)), np.asarray(choice)].sum())
+
+    def learn(self, choices: Tensor, qualities: Sequence[float], step: int) -> dict[str, float]:
+        """One policy step from choices int64 (draws, decisions) and their quality in (0, 1], at the run's `step`.
+
+        Returns the means over the draws of reward, quality and cost, and what `Reinforce.step` tells.
+        """
+        reward = REWARDS[self.config.cost_function]
+        costs = [self.cost(choice) for choice in choices]
+        rewards = [
+            reward(quality, cost, self.target, self.config.cost_beta)
+            for quality, cost in zip(qualities, costs, strict=True)
+        ]
+        told = self.reinforce.step(choices, torch.tensor(rewards, dtype=torch.float64), step - self.phases.delay)
+        return {
+            "reward": float(np.mean(rewards)),
+            "quality": float(np.mean(qualities)),
+            "cost": float(np.mean(costs)),
+            **told,
+        }
+
+    def best(self) -> list[int]:
+        """The most probable choice whose cost meets the target, exactly."""
+        values = self.policy.log_probabilities().detach()
+        if self.pressure is not None:
+            values = values - self.pressure
+        return solve_assignment(values.numpy(), self.costs, self.target)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "reinforce": self.reinforce.state_dict(),
+            "generator": self.generator.get_state(),
+            "pressure": self.pressure,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reinforce.load_state_dict(state["reinforce"])
+        self.generator.set_state(state["generator"])
+        self.pressure = state["pressure"]
