@@ -26,8 +26,6 @@ from quant.errors import UserError
 from quant.formats import FLOAT, Format
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
-    import torch
-
     from cost.profile import LayerProfile
     from eval.model_bundle import ModelBundle
     from eval.tasks import PreparedData, TaskData
@@ -210,6 +208,7 @@ def training_arguments(config: RunConfig) -> Any:
     """The flags as transformers' TrainingArguments."""
     import os
 
+    import torch
     from transformers import TrainingArguments
 
     folder = config.run_folder
@@ -237,6 +236,7 @@ def training_arguments(config: RunConfig) -> Any:
         report_to=config.report_to,
         use_cpu=config.device == "cpu",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         disable_tqdm=config.quiet or not sys.stderr.isatty(),
     )
 

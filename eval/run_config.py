@@ -109,8 +109,10 @@ class SearchFlags:
     cost_beta: float = flag(1.0, "how hard the reward punishes cost")
     charge_attention: bool = flag(False, "charge the products Q*K^T and A*V at the activation width")
     delay_steps: int | None = flag(None, "steps before the policy learns; default: a quarter of the steps")
-    rl_learning_rate: float = flag(0.05, "learning rate of the policy")
-    max_entropy_beta: float = flag(0.01, "weight of the entropy bonus at its largest")
+    rl_learning_rate: float | None = flag(None, "learning rate of the policy; default: the recipe's")
+    max_entropy_beta: float | None = flag(
+        None, "weight of the entropy term at its largest; default: the recipe's"
+    )
     entropy_schedule_type: str = flag(
         "cosine", "how that weight changes over the steps", choices=["linear", "cosine", "constant", "heaviside"]
     )
@@ -119,11 +121,14 @@ class SearchFlags:
         "quality in the reward: mean probability of the truth, or accuracy",
         choices=["likelihood", "accuracy"],
     )
-    reward_draws: int = flag(2, "assignments drawn for the reward at each step")
+    reward_draws: int | None = flag(
+        None, "assignments drawn for the reward at each step; default: the recipe's"
+    )
     search_fraction: float = flag(0.1, "share of the training split held out for the reward")
-    policy_prior: str = flag(
-        "measured",
-        "where the policy starts: at the measured effect of each layer in each format, or uniform (none)",
+    policy_prior: str | None = flag(
+        None,
+        "where the policy starts: at the measured effect of each layer in each format, or uniform (none); "
+        "default: the recipe's",
         choices=["measured", "none", "fisher", "hawq_v2"],
     )
     settle_fraction: float | None = flag(

@@ -1,0 +1,98 @@
+"""What is known of the runs before they start: their steps, budget and cost range, and about how long they take.
+
+Every run is planned here once, with its data and its model: whatever is wrong ends the launch before Ray starts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from eval.run_config import DataFlags, LayerFlags
+
+if TYPE_CHECKING:
+    from eval.eval_run import Plan
+    from eval.run_config import RunConfig
+
+_SHAPING = [*(entry.name for group in (DataFlags, LayerFlags) for entry in fields(group)), "load_model_path"]
+"""what data, model and layers depend on"""
+PASS_SHARE = 1 / 3
+"""a forward pass takes about a third of a training step"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one run."""
+
+    steps: int
+    cost_range: tuple[float, float]
+    """[MiB or GBOPs]"""
+    cost_target: float | None
+    seconds: float | None = None
+    """about how long it takes on this machine; None where it was not measured"""
+
+
+def learn(runs: Sequence[RunConfig], measure: bool = False) -> dict[str, Facts]:
+    """The facts of every run, by its name. Raises UserError for data, models and targets that do not work.
+
+    Runs that differ in training and search flags alone share one look at data and model.
+    """
+    from eval.eval_run import make_plan
+
+    facts: dict[str, Facts] = {}
+    plans: dict[Any, tuple[Plan, float | None]] = {}
+    for run in runs:
+        key = tuple(getattr(run, name) for name in _SHAPING)
+        if key not in plans:
+            plans.clear()  # one model in memory at a time: runs of a kind stand together
+            plan = make_plan(run)
+            plans[key] = plan, _seconds_per_step(plan) if measure else None
+        plan, seconds = plans[key]
+        facts[run.run_name] = _facts(replace(plan, config=run), seconds)
+    return facts
+
+
+def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
+    from eval.eval_run import budget, partition, search_settings
+    from policy.space import build_space
+
+    run = plan.config
+    space = build_space(
+        plan.layers, run.search_formats, partition(plan), run.weight_only_search, run.separate_activations
+    )
+    cost_type: Any = run.cost_type
+    steps = _steps(plan)
+    seconds = None
+    if seconds_per_step is not None:
+        draws = search_settings(run).reward_draws if run.method == "search" else 0
+        seconds = steps * seconds_per_step * (1 + draws * PASS_SHARE)
+    return Facts(steps, space.cost_range(plan.profiles, cost_type), budget(plan), seconds)
+
+
+def _steps(plan: Plan) -> int:
+    """Optimizer steps of the run, counted as transformers' Trainer counts them."""
+    run = plan.config
+    if run.max_steps >= 0:
+        return run.max_steps
+    examples = len(plan.prepared.train)
+    if run.method == "search":
+        examples -= max(1, round(examples * run.search_fraction))
+    batches = math.ceil(examples / run.train_batch_size)
+    return math.ceil(run.num_train_epochs * max(1, math.ceil(batches / run.gradient_accumulation_steps)))
+
+
+def _seconds_per_step(plan: Plan) -> float:
+    """A float step forward and backward on this machine, the second of two: the first one allocates."""
+    train, model = plan.prepared.train, plan.bundle.model
+    batch = plan.prepared.data_collator([train[i] for i in range(min(plan.config.train_batch_size, len(train)))])
+    model.train()
+    seconds = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        model(**batch).loss.backward()
+        seconds = time.monotonic() - started
+    model.zero_grad()
+    return seconds * plan.config.gradient_accumulation_steps

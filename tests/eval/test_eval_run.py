@@ -1,0 +1,115 @@
+"""Whole runs on the embedded digits, and the check value on real data where it is there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.eval_run import last_checkpoint, make_plan, run
+from eval.flags import parse
+from eval.saved_model import load_model
+from quant.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data of {SHARED.name}/ beside the checkout")
+DIGITS = "--task digits --model convnet --train_batch_size 64 --learning_rate 1e-2 --report_to none --quiet"
+
+
+def config(folder, flags):
+    return parse(f"{DIGITS} --output_root_dir {folder} {flags}".split())
+
+
+def timeless(record):
+    return {key: value for key, value in record.items() if key not in ("wall_seconds", "run_id")}
+
+
+SEARCH = "--search --search_space 2,4,8 --cost_type compute --target_bits 4.5 --max_steps 40"
+
+
+def test_a_search_writes_a_whole_record_within_its_target(tmp_path):
+    settings = config(tmp_path, SEARCH)
+    steps = []
+    record = run(settings, on_step=steps.append)
+    folder = settings.run_folder
+    assert json.loads((folder / "result.json").read_text()) == record
+    assert record["status"] == "finished" and record["steps"] == 40 and len(steps) == 40
+    assert record["cost"] <= record["cost_target"] and record["cost"] == record["costs"]["compute"]
+    assert record["cost_range"][0] <= record["cost"] <= record["cost_range"][1]
+    assert list(record["assignment"]) == [layer["name"] for layer in record["layers"]]
+    assert record["metrics"]["validation"]["n"] == 360
+    assert record["metrics"]["validation"]["accuracy"] > 0.6
+    assert {"config.yaml", "assignment.json", "history.jsonl", "model", "result.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
+
+
+def test_the_saved_model_gives_the_record_its_accuracy_again(tmp_path):
+    settings = config(tmp_path, SEARCH)
+    record = run(settings)
+    model = load_model(settings.run_folder)
+    validation = make_plan(settings).prepared.validation["validation"]
+    with torch.no_grad():
+        images = torch.stack([validation[i]["pixel_values"] for i in range(len(validation))])
+        labels = torch.stack([torch.as_tensor(validation[i]["labels"]) for i in range(len(validation))])
+        together = model(pixel_values=images).logits
+        alone = torch.cat([model(pixel_values=images[i : i + 1]).logits for i in range(8)])
+    accuracy = (together.argmax(1) == labels).double().mean().item()
+    assert accuracy == pytest.approx(record["metrics"]["validation"]["accuracy"], abs=1e-9)
+    torch.testing.assert_close(alone, together[:8], rtol=1e-3, atol=1e-3)  # not a matter of the batch
+
+
+def test_same_seed_same_record(tmp_path):
+    first, second = (run(config(tmp_path, f"{SEARCH} --run_id {name}")) for name in ("one", "two"))
+    assert timeless(first) == timeless(second)
+
+
+def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
+    whole = run(config(tmp_path, f"{SEARCH} --run_id whole"))
+
+    class Killed(Exception):
+        pass
+
+    def kill(entry):
+        if entry["step"] == 30:
+            raise Killed
+
+    stopped = config(tmp_path, f"{SEARCH} --run_id stopped")
+    with pytest.raises(Killed):
+        run(stopped, on_step=kill)
+    assert not (stopped.run_folder / "result.json").exists()
+    folder = stopped.run_folder / "checkpoints"
+    newest = last_checkpoint(folder)
+    assert newest is not None
+    broken = folder / "checkpoint-9999"  # a process killed while saving leaves a folder without the Trainer's state
+    broken.mkdir()
+    assert last_checkpoint(folder) == newest
+    assert timeless(run(stopped)) == timeless(whole)
+
+
+@pytest.mark.parametrize("flags", ["", "--bits 8", "--weight_bits 4 --activation_bits 0", "--bits mxfp8"])
+def test_baselines_run(tmp_path, flags):
+    record = run(config(tmp_path, f"{flags} --max_steps 4"))
+    assert record["status"] == "finished" and record["cost_target"] is None
+
+
+def test_a_diverged_run_is_a_failed_record(tmp_path):
+    record = run(config(tmp_path, "--bits 8 --max_steps 20 --optimizer sgd --learning_rate 1e30"))
+    assert record["status"] == "failed" and "at step" in record["reason"]
+    assert json.loads((config(tmp_path, "--bits 8 --max_steps 20").run_folder / "result.json").read_text()) == record
+
+
+def test_an_infeasible_target_states_the_range(tmp_path):
+    with pytest.raises(UserError, match=r"--cost_target 5 GBOPs, but assignments of this search space cost 0\.\d+ to"):
+        make_plan(config(tmp_path, "--search --search_space 2,8 --cost_type compute --cost_target 5"))
+
+
+@needs_shared
+def test_resnet20_scores_its_published_accuracy(tmp_path):
+    flags = (
+        f"--task cifar10 --model resnet20 --data_dir {SHARED}/data/cifar10 --model_path {SHARED}/models/resnet20-cifar10 "
+        f"--method float --max_steps 0 --report_to none --quiet --output_root_dir {tmp_path}"
+    )
+    metrics = run(parse(flags.split()))["metrics"]["validation"]
+    assert metrics["n"] == 1017 and round(metrics["accuracy"] * 1017) == 932
