@@ -63,12 +63,17 @@ def history_of(record: dict[str, Any], steps: int = 120) -> str:
     choice_of = {name: place for place, name in enumerate(record["search_space"])}.get
     for step in range(steps):
         share = step / steps
+        draws = [
+            [record["cost"] * 2 ** (draw.gauss(0, 0.8) * (1 - share)), 0.4 + 0.5 * share + draw.gauss(0, 0.03)]
+            for _ in range(2)
+        ]
         line = {
             "step": step,
             "phase": "delay" if share < 0.25 else "search",
             "loss": 2.3 - 2 * share + draw.gauss(0, 0.1),
-            "quality": [0.4 + 0.5 * share + draw.gauss(0, 0.03) for _ in range(2)],
-            "cost": [record["cost"] * 2 ** (draw.gauss(0, 0.8) * (1 - share)) for _ in range(2)],
+            "quality": draws[0][1],
+            "cost": draws[0][0],
+            "draws": draws,
             "reward": 0.3 + 0.6 * share + draw.gauss(0, 0.03),
             "entropy": (1 - share) * len(LAYERS),
         }

@@ -180,16 +180,19 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
 
 
 def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
-    """Cost and quality of every assignment that the search drew; None if the run recorded none."""
-    drawn = [(line["step"], line.get("cost"), line.get("quality")) for line in history]
+    """Cost and quality of every assignment that the search drew; None if the run recorded none.
+
+    A step's "draws" are [cost, quality] each; without them its "cost" and "quality" are the means over its draws.
+    """
     points = np.array(
         [
-            (step, cost, quality)
-            for step, costs, qualities in drawn
-            if costs is not None and qualities is not None
-            for cost, quality in zip(np.atleast_1d(costs), np.atleast_1d(qualities), strict=True)
+            (line["step"], cost, quality)
+            for line in history
+            if line.get("quality") is not None
+            for cost, quality in line.get("draws") or [(line["cost"], line["quality"])]
         ]
     )
+    single = all(line.get("draws") for line in history if line.get("quality") is not None)
     if not len(points):
         return None
 
@@ -205,7 +208,8 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
                 axes.axvline(cost, color=COLOURS[1], ls=dash, lw=1, label=f"{name}: {cost:.4g}")
         canvas.legend(loc="outside lower left", ncols=2)
 
-    what = "Each dot an assignment that the search drew, coloured by when."
+    dot = "an assignment that the search drew" if single else "the mean over the draws of a step"
+    what = f"Each dot {dot}, coloured by when."
     return Drawing(f"{_where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw)
 
 
@@ -215,8 +219,8 @@ def _line(index: int) -> tuple[str, str]:
 
 
 def series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one measure where it was recorded; the mean where a step recorded several."""
-    known = [(line["step"], float(np.mean(line[name]))) for line in history if line.get(name) is not None]
+    """(steps, values) of one measure where it was recorded."""
+    known = [(line["step"], line[name]) for line in history if line.get(name) is not None]
     return np.array([step for step, _ in known]), np.array([value for _, value in known])
 
 

@@ -116,12 +116,16 @@ def test_draws_show_every_assignment(tmp_path):
     write_run(tmp_path, "search", 0, target=0.05)
     (run,) = runs_below(tmp_path)
     history = [
-        {"step": 0, "cost": [1.0, 2.0], "quality": [0.5, 0.6]},
-        {"step": 1, "cost": 3.0, "quality": 0.7},
-        {"step": 2},
+        {"step": 1, "cost": 1.5, "quality": 0.55, "draws": [[1.0, 0.5], [2.0, 0.6]]},
+        {"step": 2, "cost": 3.0, "quality": 0.7, "draws": [[3.0, 0.7]]},
+        {"step": 3, "cost": 3.0},
     ]
-    axes = drawn(plots.drawn_assignments(run, history)).axes[0]
-    np.testing.assert_array_equal(axes.collections[0].get_offsets(), [(1, 0.5), (2, 0.6), (3, 0.7)])
+    drawing = plots.drawn_assignments(run, history)
+    np.testing.assert_array_equal(drawn(drawing).axes[0].collections[0].get_offsets(), [(1, 0.5), (2, 0.6), (3, 0.7)])
+    assert "an assignment" in drawing.caption
+    means = plots.drawn_assignments(run, [{**history[0], "draws": None}])
+    np.testing.assert_array_equal(drawn(means).axes[0].collections[0].get_offsets(), [(1.5, 0.55)])
+    assert "the mean over the draws" in means.caption
     assert plots.drawn_assignments(run, [{"step": 0}]) is None
 
 
