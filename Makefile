@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 minutes on 2 cores), then its report
+demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP) ## the whole test suite
@@ -26,8 +26,9 @@ check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the speed and quality benchmarks behind the figures in the README
-	$(BIN)/python -m benchmarks.overview
+bench: $(STAMP) ## step time and memory against float training, then the report of 2,000 runs
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.report
 
 clean: ## remove the virtual environment, the runs and every cache
 	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis
