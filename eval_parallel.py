@@ -6,6 +6,7 @@ python eval_parallel.py --task digits --model resnet20 --methods search,uniform,
 
 from __future__ import annotations
 
+import glob
 import os
 import shlex
 import shutil
@@ -15,15 +16,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from rich.console import Console
-
 from eval.flags import entry
-from eval.launch_grid import expand, experiment_folders, launch_folder, look_up
-from eval.launch_progress import Watch, result_table, watching
-from eval.launch_ray import check_request, cluster_nodes, fit, plan_share, ray_session
+from eval.launch_facts import Facts, learn
+from eval.launch_grid import Progress, expand, experiment_folders, launch_folder, look_up
+from eval.launch_progress import Watch, duration, make_console, plan_table, result_table, watching
+from eval.launch_ray import Share, check_request, fit, join, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
-from eval.launch_trial import Runner
-from eval.run_config import RunConfig
+from eval.launch_trial import TUNED, Runner
+from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
+from eval.run_config import COST_UNITS, RunConfig
 
 INTERRUPTED = 130
 """exit code after Ctrl-C, as shells know it"""
@@ -34,57 +35,121 @@ LOW_DISK = 16 << 20
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     """Run what `argv` asks for. Returns the exit code: 0, 1 if any run failed, 130 after Ctrl-C; raises UserError.
 
-    `runner` stands in for `eval.eval_run.run`.
+    `runner` stands in for `eval.eval_run.run`, and is asked for nothing before the runs start.
     """
     config = read_launch(argv)
     runs = expand(config)
-    check_request(config)
+    share = check_request(config, len(runs) if config.hpo is None else config.hpo)
+    check_tuning(config, runs)
     if config.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
+    if config.dry_run:
+        return show_plan(runs, learn(runs, measure=True), share)
     folder = launch_folder(runs)
     with locked(list(dict.fromkeys([folder, *experiment_folders(runs)]))):
-        missing = [known for known in map(look_up, runs) if not known.finished]
+        missing = [known.config for known in state(config, runs) if not is_over(config, known)]
+        facts = learn(missing or runs[:1]) if runner is None and (missing or config.hpo) else {}
         write_launch(folder, config)
         set_aside(missing)
+        died: dict[str, str] = {}
         try:
-            died = launch(config, [known.config for known in missing], folder, runner) if missing else {}
+            if missing or config.hpo:
+                died = launch(config, runs, missing, facts, share, runner)
         except KeyboardInterrupt:
-            died = {}
-    return report(config, runs, folder, died)
+            pass  # the report says what is missing
+        return report(config, state(config, runs), folder, died)
 
 
-def launch(config: RunConfig, runs: Sequence[RunConfig], folder: Path, runner: Runner | None) -> dict[str, str]:
-    """Run the trials on Ray. Returns, for runs whose process died without a record, why."""
-    console = Console(file=sys.stderr, quiet=config.quiet)
+def state(config: RunConfig, runs: Sequence[RunConfig]) -> list[Progress]:
+    """How far the launch is: its runs, or with --hpo those that were tried so far."""
+    return tried(runs[0]) if config.hpo else [look_up(run) for run in runs]
+
+
+def is_over(config: RunConfig, known: Progress) -> bool:
+    """Whether a run needs nothing more: it has a result, or --asha gave it up, or its settings (--hpo) do not work."""
+    return known.finished or (config.asha and known.stopped) or (config.hpo is not None and known.failed)
+
+
+def launch(
+    config: RunConfig,
+    runs: Sequence[RunConfig],
+    missing: Sequence[RunConfig],
+    facts: Mapping[str, Facts],
+    share: Share | None,
+    runner: Runner | None,
+) -> dict[str, str]:
+    """Run the missing runs on Ray, then what --hpo still wants to try. Returns why runs died without a record, by name.
+
+    What Ray prints goes to launch.log; raises KeyboardInterrupt after Ctrl-C or SIGTERM.
+    """
+    folder = launch_folder(runs)
+    console = make_console(sys.stderr, config.quiet)
+    steps = [known.steps for known in facts.values()] or [run.max_steps for run in runs]
+    settings = early_stopping(steps) if config.asha else {}
     with (folder / "launch.log").open("a") as log, redirect_stdout(log), redirect_stderr(log), ray_session(config):
         # Ray sets a handler of its own; a job manager that ends us means the same as Ctrl-C.
         signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-        share = plan_share(config, cluster_nodes(), len(runs))
-        with watching(Watch(runs), console):
-            return fit({run.run_name: run for run in runs}, share, folder / "tune", console, runner)
+        share = share or join(config, folder, runs)
+        with watching(watch(config, runs, missing, facts), console):
+            died = {}
+            if missing:
+                died = fit({run.run_name: run for run in missing}, share, folder / "tune", console, runner, **settings)
+                if any(not (run.run_folder / "result.json").exists() for run in missing if run.run_name not in died):
+                    raise KeyboardInterrupt  # Tune returns as if nothing had happened
+            if config.hpo and (search := hyperparameter_search(runs[0], config.hpo)):
+                base = {runs[0].run_name: runs[0]}
+                died |= fit(base, share, folder / "tune", console, runner, **search, **settings)
+    return died
 
 
-def report(config: RunConfig, runs: Sequence[RunConfig], folder: Path, died: Mapping[str, str]) -> int:
-    """Print every run's result or why there is none, and what to do next. Returns the exit code."""
-    console = Console(soft_wrap=True)
-    known = [look_up(run) for run in runs]
-    console.print(result_table(known, died))
-    failed = [one for one in known if one.failed or one.config.run_name in died]
-    unfinished = [one for one in known if not one.finished and one not in failed]
-    free = shutil.disk_usage(folder).free
-    if not (failed or unfinished):
-        console.print(f"\nTables and figures: python eval/eval_parse.py {shlex.quote(str(folder))}")
-        console.print(f"Curves:             tensorboard --logdir {shlex.quote(str(folder))}")
-        return 0
-    if free < LOW_DISK:
-        console.print(f"\nThe disk of {folder} is full ({free >> 20} MiB left): make room first.")
-    if failed:
-        console.print(f"\n{len(failed)} of {len(runs)} runs failed: {', '.join(one.config.run_name for one in failed)}")
-    resume = [sys.executable, str(Path(__file__).resolve()), "--resume", str(folder)]
-    console.print(
-        f"\n{'Run what is missing' if unfinished else 'Try the failed runs again'} with:\n{shlex.join(resume)}"
+def watch(
+    config: RunConfig, runs: Sequence[RunConfig], missing: Sequence[RunConfig], facts: Mapping[str, Facts]
+) -> Watch:
+    """Where the progress of this launch is to be read."""
+    unit = COST_UNITS[config.cost_type]
+    if not config.hpo:
+        folders = {run.run_name: run.run_folder for run in missing}
+        return Watch(lambda: folders, facts.get, len(missing), unit)
+    base = runs[0]
+    pattern = f"{glob.escape(base.run_name)}-*"
+    known = next(iter(facts.values()), None)
+    return Watch(
+        lambda: {path.name: path for path in base.experiment_folder.glob(pattern)}, lambda name: known, config.hpo, unit
     )
-    return 1 if failed else INTERRUPTED
+
+
+def show_plan(runs: Sequence[RunConfig], facts: Mapping[str, Facts], share: Share | None) -> int:
+    """What --dry_run prints."""
+    console = make_console(sys.stdout)
+    console.print(plan_table(runs, facts))
+    seconds = sum(known.seconds or 0.0 for known in facts.values())
+    console.print(f"\n{len(runs)} runs, one at a time about {duration(seconds)} on this machine")
+    if share is not None and share.concurrent > 1:
+        console.print(f"{share.concurrent} at a time, each with {share.cpus:g} CPU and {share.gpus:g} GPU")
+    return 0
+
+
+def report(config: RunConfig, known: Sequence[Progress], folder: Path, died: Mapping[str, str]) -> int:
+    """Print every run's result or why there is none, and what to do next. Returns the exit code."""
+    console = make_console(sys.stdout)
+    console.print(result_table(known, died))
+    failed = [one.config.run_name for one in known if one.failed or one.config.run_name in died]
+    tried_enough = config.hpo is None or len(known) >= config.hpo
+    unfinished = not tried_enough or any(not (one.finished or one.failed or one.stopped) for one in known)
+    if config.hpo and (winner := best(known)):
+        chosen = " ".join(f"--{name} {getattr(winner.config, name):g}" for name in TUNED)
+        console.print(f"\nBest on the validation split (so report it on data that chose nothing): {chosen}")
+    if failed:
+        console.print(f"\n{len(failed)} of {len(known)} runs failed: {', '.join(failed)}")
+    if failed or unfinished:
+        if (free := shutil.disk_usage(folder).free) < LOW_DISK:
+            console.print(f"The disk of {folder} is full ({free >> 20} MiB left): make room first.")
+        resume = [sys.executable, str(Path(sys.argv[0]).resolve()), "--resume", str(folder)]
+        console.print(f"\n{'Run what is missing' if unfinished else 'Try them again'} with:\n{shlex.join(resume)}")
+        return 1 if failed else INTERRUPTED
+    console.print(f"\nTables and figures: python eval/eval_parse.py {shlex.quote(str(folder))}")
+    console.print(f"Curves:             tensorboard --logdir {shlex.quote(str(folder))}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -219,16 +219,17 @@ def _check_contradictions(config: RunConfig) -> None:
 
 def _check_device(config: RunConfig) -> None:
     # The cluster's machines, not this one, say what there is.
-    gpu = gpu_present(config.cuda_visible_devices) or config.ray_address is not None
+    gpu = gpu_count(config.cuda_visible_devices) > 0 or config.ray_address is not None
     if config.device == "cuda" and not gpu:
         raise UserError("--device cuda: no GPU found here; choices: auto, cpu")
     if config.fp16 and (config.device == "cpu" or not gpu):
         raise UserError("--fp16 needs a GPU; on a CPU use --bf16")
 
 
-def gpu_present(visible: str | None = None) -> bool:
-    """Whether this machine shows a GPU that may be used, found without loading torch."""
+def gpu_count(visible: str | None = None) -> int:
+    """GPUs of this machine that may be used, found without loading torch; AMD's and WSL's count as one."""
+    found = len(list(Path("/dev").glob("nvidia[0-9]*"))) or int(any(Path(d).exists() for d in ("/dev/kfd", "/dev/dxg")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
-    if visible is not None and visible.strip() in ("", "-1"):
-        return False
-    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    if visible is None:
+        return found
+    return min(found, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))

@@ -8,9 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from eval.flags import complete, read_values
+from eval.flags import complete, read_values, read_yaml
 from eval.report_records import PLACE_SETTINGS, Excluded, Run, read_run
 from eval.run_config import GRID_FLAGS, LauncherFlags, RunConfig, is_path
 from quant.errors import UserError
@@ -35,7 +33,7 @@ def expand(config: RunConfig) -> list[RunConfig]:
     seen: dict[Path, RunConfig] = {}
     for run in runs:
         if twin := seen.get(run.run_folder):
-            differ = ", ".join(f"--{name} {mine} and {other}" for name, mine, other in _differences(twin, run))
+            differ = ", ".join(f"--{name} {mine} and {other}" for name, mine, other in differences(twin, run))
             raise UserError(f"two runs would share the folder {run.run_folder}: {differ}")
         seen[run.run_folder] = run
     return runs
@@ -92,6 +90,10 @@ def _absolute(run: RunConfig) -> RunConfig:
     return run.updated(**{name: str(Path(value).expanduser().resolve()) for name, value in paths.items()})
 
 
+STOPPED = "stopped early"
+"""how the reason of a run begins that --asha gave up"""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run is on disk."""
@@ -109,28 +111,33 @@ class Progress:
     @property
     def failed(self) -> bool:
         """Whether it ended with a record that says why there is no result."""
-        return self.reason is not None and self.reason.startswith("failed")
+        return self.reason is not None and self.reason.startswith("failed") and not self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether --asha gave it up."""
+        return self.reason is not None and STOPPED in self.reason
 
 
 def look_up(config: RunConfig) -> Progress:
     """What the run's folder holds. Raises UserError if it belongs to a run with other flags."""
     folder = config.run_folder
-    if not (folder / "config.yaml").exists():
-        return Progress(config, None, None)
-    try:
-        values = yaml.safe_load((folder / "config.yaml").read_text()) or {}
-        earlier = read_values({k: v for k, v in values.items() if v is not None}, str(folder / "config.yaml"))
-    except (yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{folder}/config.yaml is damaged ({type(error).__name__}): remove {folder}") from None
-    if differ := _differences(earlier, config):
+    if (folder / "config.yaml").exists() and (differ := differences(read_config(folder), config)):
         changes = ", ".join(f"--{name} {now} (there: {before})" for name, before, now in differ)
         raise UserError(f"{folder} holds a run with other flags: {changes}; choose another --exp_name")
+    if not folder.exists():
+        return Progress(config, None, None)
     found = read_run(folder)
     return Progress(config, None, found.reason) if isinstance(found, Excluded) else Progress(config, found, None)
 
 
-def _differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(flag, first's value, second's value) of what makes a different result."""
+def read_config(folder: Path) -> RunConfig:
+    """The flags of the run in `folder`. Raises UserError where its config.yaml is damaged."""
+    return read_values(read_yaml(folder / "config.yaml", "--exp_name"), f"{folder / 'config.yaml'}")
+
+
+def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Of two runs: (flag, first's value, second's value) of what makes a different result."""
     names = [f.name for f in fields(RunConfig) if f.name not in _FREE]
     pairs: list[tuple[str, Any, Any]] = [(name, getattr(first, name), getattr(second, name)) for name in names]
     first_batch, second_batch = (run.train_batch_size * run.gradient_accumulation_steps for run in (first, second))

@@ -8,12 +8,13 @@ from typing import Any
 from ray.tune import Callback
 from rich.console import Console
 
-from eval.launch_trial import with_settings
+from eval.launch_grid import STOPPED
+from eval.launch_trial import record_failure, with_settings
 from eval.run_config import RunConfig
 
 
 class Notices(Callback):
-    """Says when a run starts again because its process died."""
+    """Says when a run starts again because its process died; records that a run was stopped early."""
 
     def __init__(self, runs: Mapping[str, RunConfig], console: Console) -> None:
         self._runs, self._console = runs, console
@@ -22,6 +23,12 @@ class Notices(Callback):
         run = with_settings(self._runs[trial.config["run"]], trial.config)
         if not (run.run_folder / "result.json").exists():
             self._console.print(f"{run.run_name}: its process died; it starts again from its last checkpoint")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        run = with_settings(self._runs[trial.config["run"]], trial.config)
+        if not (run.run_folder / "result.json").exists():
+            step = trial.last_result.get("step", 0)
+            record_failure(run, f"{STOPPED} at step {step}: --asha saw the others do better")
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune copies its callbacks to disk; a terminal cannot go there, and nothing reads the copy."""

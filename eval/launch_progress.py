@@ -3,84 +3,115 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from eval.launch_facts import Facts
 from eval.launch_grid import Progress
 from eval.run_config import COST_UNITS, RunConfig
 
 PLAIN_SECONDS = 30.0
 """how often the state is printed where there is no terminal"""
 TAIL_BYTES = 1 << 16
+WIDE = 200
+"""characters of a line that no terminal folds"""
 
 
 class Watch:
-    """Reads how far each run is from its own files, so that it works for runs on any machine."""
+    """Follows runs through their own files, so that it does not matter which machine they are on.
 
-    def __init__(self, runs: Sequence[RunConfig]) -> None:
-        self._runs = runs
+    Args:
+        folders: the runs' folders by name, asked again at every look.
+        facts: what is known of a run by its name, if anything.
+        total: how many runs there will be.
+        unit: of their costs.
+    """
+
+    def __init__(
+        self,
+        folders: Callable[[], Mapping[str, Path]],
+        facts: Callable[[str], Facts | None],
+        total: int,
+        unit: str,
+    ) -> None:
+        self._folders, self._facts, self._total, self._unit = folders, facts, total, unit
+        self._started = time.time()
         self._first: dict[str, tuple[float, int]] = {}
-        """run -> (clock in seconds, step) when it was first seen at work, for the time left"""
-
-    def rows(self) -> list[tuple[str, dict[str, Any]]]:
-        """(run name, last line of its history; empty before its first) for every run that has no record yet."""
-        return [
-            (run.run_name, last_entry(run.run_folder / "history.jsonl"))
-            for run in self._runs
-            if not (run.run_folder / "result.json").exists()
-        ]
-
-    def seconds_left(self, name: str, entry: Mapping[str, Any], steps: int | None) -> float | None:
-        """Time left of one run at the pace since it was first seen; None before there is a pace."""
-        step = entry.get("step")
-        if step is None or steps is None:
-            return None
-        clock, first = self._first.setdefault(name, (time.monotonic(), step))
-        pace = (step - first) / max(time.monotonic() - clock, 1e-9)
-        return (steps - step) / pace if pace > 0 else None
+        """run -> (clock in seconds, step) when it was first seen at work"""
 
     def render(self) -> Table:
-        """One line a run that is at work, and a line for the rest."""
+        """One line for each run that is at work, and a line for the rest."""
         table = Table(box=None, pad_edge=False)
         table.add_column("run", overflow="fold")
         for title in ("step", "loss", "reward", "cost", "entropy", "left"):
             table.add_column(title, justify="right", no_wrap=True)
-        rows = self.rows()
-        configs = {run.run_name: run for run in self._runs}
-        for name, entry in rows:
-            if not entry:
-                continue
-            steps = total_steps(configs[name], entry)
-            left = self.seconds_left(name, entry, steps)
-            table.add_row(
-                name,
-                f"{entry.get('step', 0)}/{steps or '?'} {entry.get('phase', '')}",
-                number(entry.get("loss")),
-                number(entry.get("reward")),
-                cost_against_target(configs[name], entry),
-                number(entry.get("entropy")),
-                duration(left),
-            )
-        waiting = sum(not entry for _, entry in rows)
-        table.caption = f"{len(self._runs) - len(rows)} of {len(self._runs)} runs done" + (
-            f", {waiting} waiting or starting" if waiting else ""
-        )
+        folders = self._folders()
+        done = [name for name, folder in folders.items() if (folder / "result.json").exists()]
+        at_work = {
+            name: entry
+            for name, folder in folders.items()
+            if name not in done and (entry := last_entry(folder / "history.jsonl", since=self._started))
+        }
+        for name, entry in at_work.items():
+            table.add_row(name, *self._cells(name, entry))
+        waiting = self._total - len(done) - len(at_work)
+        words = [
+            f"{len(done)} of {self._total} runs done",
+            f"{waiting} waiting or starting" if waiting > 0 else "",
+            self._all_left(at_work, waiting),
+        ]
+        table.caption = ", ".join(word for word in words if word)
         return table
 
+    def _cells(self, name: str, entry: Mapping[str, Any]) -> list[str]:
+        facts = self._facts(name)
+        cost = ""
+        if entry.get("cost") is not None:
+            target = f"/{number(facts.cost_target)}" if facts and facts.cost_target is not None else ""
+            cost = f"{number(entry['cost'])}{target} {self._unit}"
+        pace = self._pace(name, entry["step"])
+        left = (facts.steps - entry["step"]) / pace if facts and pace else None
+        return [
+            f"{entry['step']}/{facts.steps if facts else '?'} {entry.get('phase', '')}",
+            number(entry.get("loss")),
+            number(entry.get("reward")),
+            cost,
+            number(entry.get("entropy")),
+            duration(left),
+        ]
 
-def last_entry(path: Path) -> dict[str, Any]:
-    """The last whole line of a history file; empty where there is none yet."""
+    def _pace(self, name: str, step: int) -> float:
+        """Steps in a second since the run was first seen; 0 before there is a pace."""
+        clock, first = self._first.setdefault(name, (time.monotonic(), step))
+        return (step - first) / max(time.monotonic() - clock, 1e-9)
+
+    def _all_left(self, at_work: Mapping[str, Mapping[str, Any]], waiting: int) -> str:
+        """'about 12 min left', if those that wait are like those at work."""
+        paces = [self._pace(name, entry["step"]) for name, entry in at_work.items()]
+        steps = [(facts.steps, entry["step"]) for name, entry in at_work.items() if (facts := self._facts(name))]
+        if not steps or not all(paces):
+            return ""
+        left = sum(total - step for total, step in steps) + max(0, waiting) * sum(t for t, _ in steps) / len(steps)
+        return f"about {duration(left / sum(paces))} left"
+
+
+def last_entry(path: Path, since: float = 0.0) -> dict[str, Any]:
+    """The last whole line of a history file; empty where nothing was written since then [seconds since the epoch]."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            status = os.fstat(file.fileno())
+            if status.st_mtime < since:
+                return {}
+            file.seek(max(0, status.st_size - TAIL_BYTES))
             lines = file.read().splitlines(keepends=True)
     except OSError:
         return {}
@@ -91,19 +122,6 @@ def last_entry(path: Path) -> dict[str, Any]:
             except (ValueError, TypeError):
                 continue
     return {}
-
-
-def total_steps(config: RunConfig, entry: Mapping[str, Any]) -> int | None:
-    """How many steps the run will take, where that is known."""
-    return entry.get("steps") or (config.max_steps if config.max_steps > 0 else None)
-
-
-def cost_against_target(config: RunConfig, entry: Mapping[str, Any]) -> str:
-    """'3.2/3.5 MiB', as far as it is known."""
-    if entry.get("cost") is None:
-        return ""
-    target = entry.get("cost_target", config.cost_target)
-    return f"{number(entry['cost'])}{f'/{number(target)}' if target else ''} {COST_UNITS[config.cost_type]}"
 
 
 def number(value: float | None) -> str:
@@ -117,6 +135,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def make_console(file: TextIO, quiet: bool = False) -> Console:
+    """A terminal's own width; elsewhere wide enough for one line a run."""
+    return Console(file=file, quiet=quiet, soft_wrap=True, width=None if file.isatty() else WIDE)
 
 
 @contextmanager
@@ -171,4 +194,20 @@ def result_table(runs: Sequence[Progress], died: Mapping[str, str]) -> Table:
             "" if target is None else f"{number(target)} {record['cost_unit']}",
             duration(record["wall_seconds"]),
         )
+    return table
+
+
+def plan_table(runs: Sequence[RunConfig], facts: Mapping[str, Facts]) -> Table:
+    """What --dry_run shows: one line a run, with its steps, the costs it can reach, its target and about its time."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for title in ("steps", "cost range", "target", "about"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for run in runs:
+        known = facts[run.run_name]
+        low, high = known.cost_range
+        unit = COST_UNITS[run.cost_type]
+        target = "" if known.cost_target is None else f"{number(known.cost_target)} {unit}"
+        reach = f"{number(low)} to {number(high)} {unit}" if run.method == "search" else ""
+        table.add_row(run.run_name, str(known.steps), reach, target, duration(known.seconds))
     return table

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from eval.flag_checks import gpu_present
+from eval.flag_checks import gpu_count
 from eval.launch_trial import Runner, one_line, trial, with_settings
 from eval.run_config import RunConfig
 from quant.errors import UserError
@@ -55,7 +55,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         if config.ray_address is not None:
             ray.init(address=config.ray_address, **quiet)
         else:
-            ray.init(address="local", num_cpus=config.num_cpus, num_gpus=config.num_gpus, **quiet)
+            node = local_node(config)
+            ray.init(address="local", num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), **quiet)
     except (ConnectionError, TimeoutError) as error:
         raise UserError(
             f"--ray_address {config.ray_address}: no cluster answers: {' '.join(str(error).split())}"
@@ -68,8 +69,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def check_request(config: RunConfig) -> None:
-    """What can be refused before Ray starts: more than this machine has. Raises UserError."""
+def check_request(config: RunConfig, runs: int) -> Share | None:
+    """What each run gets on this machine; None where a cluster decides. Raises UserError for more than there is."""
     if config.gpus_per_trial is not None and config.gpus_per_trial > 1:
         raise UserError(
             f"--gpus_per_trial {config.gpus_per_trial:g}: a run of the launcher uses at most one GPU; "
@@ -78,21 +79,18 @@ def check_request(config: RunConfig) -> None:
     if config.ray_address is not None:
         if config.ray_address.startswith("ray://"):
             raise UserError("--ray_address ray://...: start the launcher on one of the cluster's machines, with 'auto'")
-        return
-    cores = os.cpu_count() or 1
-    for flag in ("num_cpus", "cpus_per_trial"):
-        if (wanted := getattr(config, flag)) is not None and wanted > (
-            config.num_cpus or cores if "per" in flag else cores
-        ):
-            have = (
-                f"--num_cpus {config.num_cpus} are to be used" if wanted <= cores else f"this machine has {cores} cores"
-            )
-            raise UserError(f"--{flag} {wanted:g}: {have}")
-    for flag in ("num_gpus", "gpus_per_trial"):
-        if getattr(config, flag) and not gpu_present(config.cuda_visible_devices):
-            raise UserError(f"--{flag} {getattr(config, flag):g}: this machine has no GPU that may be used")
-    if config.gpus_per_trial and config.num_gpus == 0:
-        raise UserError(f"--gpus_per_trial {config.gpus_per_trial:g} contradicts --num_gpus 0")
+        return None
+    for flag, have in (("num_cpus", os.cpu_count() or 1), ("num_gpus", gpu_count(config.cuda_visible_devices))):
+        wanted = getattr(config, flag)
+        if wanted is not None and wanted > have:
+            raise UserError(f"--{flag} {wanted}: this machine has {have}")
+    return plan_share(config, [local_node(config)], runs)
+
+
+def local_node(config: RunConfig) -> dict[str, float]:
+    """What this launch may use of this machine, as Ray counts it."""
+    gpus = gpu_count(config.cuda_visible_devices) if config.num_gpus is None else config.num_gpus
+    return {"CPU": config.num_cpus or os.cpu_count() or 1, "GPU": gpus}
 
 
 def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: int) -> Share:
@@ -124,11 +122,31 @@ def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: in
     return Share(cpus, gpus, max(1, min(slots, runs)))
 
 
-def cluster_nodes() -> list[dict[str, float]]:
-    """The resources of every machine that is up."""
+def join(config: RunConfig, folder: Path, runs: Sequence[RunConfig]) -> Share:
+    """What each run gets on the cluster. Raises UserError where one of its machines does not see the runs' folders."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    share = plan_share(config, [node["Resources"] for node in nodes], len(runs))
+    paths = {str(folder)} | {
+        path for run in runs for path in (run.data_dir, run.model_path, run.load_model_path) if path
+    }
+    look = ray.remote(num_cpus=0)(_unseen)
+    asked = {
+        node["NodeManagerHostname"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(sorted(paths))
+        for node in nodes
+    }
+    for host, answer in asked.items():
+        if unseen := ray.get(answer):
+            raise UserError(f"--ray_address: the machine {host} does not see {unseen[0]}: keep it on shared storage")
+    return share
+
+
+def _unseen(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]
 
 
 def fit(

@@ -10,7 +10,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from eval.flags import flags_given, read_flags, read_values, read_yaml, to_yaml
-from eval.launch_grid import Progress
 from eval.run_config import RunConfig
 from quant.errors import UserError
 
@@ -63,9 +62,9 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def set_aside(progress: Sequence[Progress]) -> None:
+def set_aside(runs: Sequence[RunConfig]) -> None:
     """Move the records of failed and damaged runs out of the way: a run with a result.json is over."""
-    for known in progress:
-        path = known.config.run_folder / "result.json"
+    for run in runs:
+        path = run.run_folder / "result.json"
         if path.exists():
             path.replace(path.with_suffix(".json.old"))

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from eval.report_records import lower_is_better
 from eval.run_config import RunConfig
 from quant.errors import UserError
 
@@ -22,6 +23,8 @@ REPORT_SECONDS = 1.0
 """Tune hears of a run at most this often: each report waits for the driver"""
 LOCK_SECONDS = 60.0
 MEASURES = ("loss", "reward", "quality", "cost", "entropy")
+TUNED = {"cost_beta": "beta", "rl_learning_rate": "lr", "max_entropy_beta": "entropy"}
+"""what --hpo tries -> how a run's name shortens it"""
 
 
 def trial(params: Mapping[str, Any], runs: Mapping[str, RunConfig], runner: Runner | None = None) -> None:
@@ -57,15 +60,17 @@ def _real_run() -> Runner:
 
 def with_settings(config: RunConfig, params: Mapping[str, Any]) -> RunConfig:
     """`config` under the settings that a hyperparameter search drew, in a folder named after them."""
-    settings = {name: float(f"{value:.4g}") for name, value in params.items() if name in TUNED}
+    settings = {name: float(f"{params[name]:.4g}") for name in TUNED if name in params}
     if not settings:
         return config
-    name = "-".join([config.run_name, *(f"{TUNED[key]}{value:g}" for key, value in sorted(settings.items()))])
+    name = "-".join([config.run_name, *(f"{TUNED[key]}{value:g}" for key, value in settings.items())])
     return config.updated(run_id=name, **settings)
 
 
-TUNED = {"cost_beta": "beta", "rl_learning_rate": "lr", "max_entropy_beta": "entropy"}
-"""What --hpo tries -> how a run's name shortens it."""
+def objective(record: Mapping[str, Any]) -> float:
+    """What --hpo maximises: the main metric of the first evaluated split, turned round where less is better."""
+    value = _number(next(iter(record["metrics"].values()), {}).get(record["metric"]))
+    return -value if lower_is_better(record["metric"]) else value
 
 
 class Reporter:
@@ -81,14 +86,13 @@ class Reporter:
         self._score = score if math.isnan(self._score) else 0.8 * self._score + 0.2 * score
         if time.monotonic() - self._last >= REPORT_SECONDS:
             self._last = time.monotonic()
-            self._report({"step": int(step["step"]), "score": self._score, **measures})
+            self._report({"step": int(step["step"]), "score": self._score, "objective": math.nan, **measures})
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """The finished run's metric and cost, beside which TensorBoard shows its settings."""
-        split: Mapping[str, Any] = next(iter(record["metrics"].values()), {})
-        last = {name: math.nan for name in MEASURES} | {"cost": _number(record["cost"])}
-        score = self._score if not math.isnan(self._score) else 0.0
-        self._report({"step": record["steps"], "score": score, **last, "metric": _number(split.get(record["metric"]))})
+        if record["status"] == "finished":
+            last = dict.fromkeys(MEASURES, math.nan) | {"cost": record["cost"], "objective": objective(record)}
+            self._report({"step": record["steps"], "score": self._score, **last})
 
 
 def _number(value: Any) -> float:
