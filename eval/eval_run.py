@@ -96,7 +96,8 @@ def budget(plan: Plan) -> float | None:
     space = build_space(
         plan.layers, config.search_formats, partition(plan), config.weight_only_search, config.separate_activations
     )
-    return resolve_target(space, plan.profiles, config.cost_type, config.cost_target, config.target_bits)
+    cost_type: Any = config.cost_type
+    return resolve_target(space, plan.profiles, cost_type, config.cost_target, config.target_bits)
 
 
 def partition(plan: Plan) -> Partition:
@@ -191,7 +192,6 @@ def make_trainer(
         profiles=plan.profiles,
         train_dataset=train,
         search_dataset=held_out,
-        calibration_dataset=train.without_augmentation() if hasattr(train, "without_augmentation") else train,
         eval_dataset=prepared.validation,
         data_collator=prepared.data_collator,
         compute_metrics=plan.data.compute_metrics,
@@ -338,6 +338,7 @@ def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[s
     from policy.space import build_space
 
     config = plan.config
+    cost_type: Any = config.cost_type
     costs = {name: cost(plan.profiles, assignment) for name, cost in COSTS.items()}
     overhead = overhead_memory(plan.profiles, assignment, config.per_channel)
     unsearched = unsearched_memory(plan.bundle.model, plan.layers)
@@ -345,9 +346,9 @@ def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[s
         plan.layers, config.search_formats, "layer", config.weight_only_search, config.separate_activations
     )
     return {
-        "cost": costs[config.cost_type],
-        "cost_unit": UNITS[config.cost_type],
-        "cost_range": list(space.cost_range(plan.profiles, config.cost_type)),
+        "cost": costs[cost_type],
+        "cost_unit": UNITS[cost_type],
+        "cost_range": list(space.cost_range(plan.profiles, cost_type)),
         "costs": {
             **costs,
             "overhead": overhead,

@@ -110,9 +110,7 @@ class SearchFlags:
     charge_attention: bool = flag(False, "charge the products Q*K^T and A*V at the activation width")
     delay_steps: int | None = flag(None, "steps before the policy learns; default: a quarter of the steps")
     rl_learning_rate: float | None = flag(None, "learning rate of the policy; default: the recipe's")
-    max_entropy_beta: float | None = flag(
-        None, "weight of the entropy term at its largest; default: the recipe's"
-    )
+    max_entropy_beta: float | None = flag(None, "weight of the entropy term at its largest; default: the recipe's")
     entropy_schedule_type: str = flag(
         "cosine", "how that weight changes over the steps", choices=["linear", "cosine", "constant", "heaviside"]
     )
@@ -121,9 +119,7 @@ class SearchFlags:
         "quality in the reward: mean probability of the truth, or accuracy",
         choices=["likelihood", "accuracy"],
     )
-    reward_draws: int | None = flag(
-        None, "assignments drawn for the reward at each step; default: the recipe's"
-    )
+    reward_draws: int | None = flag(None, "assignments drawn for the reward at each step; default: the recipe's")
     search_fraction: float = flag(0.1, "share of the training split held out for the reward")
     policy_prior: str | None = flag(
         None,

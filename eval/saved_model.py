@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from cost.cost import assignment_from_json, assignment_to_json
 from quant.convert import Assignment, quantize_model, set_formats
@@ -36,8 +37,9 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bundle.model.state_dict().items()}
     save_tensors(tensors, folder / "model.safetensors")
-    if hasattr(bundle.model, "config"):
-        bundle.model.config.save_pretrained(folder)
+    if isinstance(settings := getattr(bundle.model, "config", None), PretrainedConfig):
+        settings.architectures = [type(bundle.model).__name__]  # which head: from scratch, nothing else says it
+        settings.save_pretrained(folder)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
     first = next(iter(modules.values()), None)

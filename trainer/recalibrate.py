@@ -39,8 +39,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
 def has_untrained_batch_norm(model: nn.Module) -> bool:
     """Whether a norm still holds the statistics it was made with: mean 0 and variance 1."""
-    return any(bool((n.running_mean == 0).all()) and bool((n.running_var == 1).all()) for n in _batch_norms(model))
+    return any(not n.running_mean.any() and not (n.running_var - 1).any() for n in _batch_norms(model))
 
 
-def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+def _batch_norms(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

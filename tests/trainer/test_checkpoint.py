@@ -1,5 +1,6 @@
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json(path, {"a": float("nan")})  # not JSON
 
     def fails(temporary):
-        open(temporary, "w").write("half")
+        Path(temporary).write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

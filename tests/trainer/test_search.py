@@ -78,7 +78,7 @@ def test_phases_add_up():
     "changes", [{}, {"cost_target": 1.0, "target_bits": 4.0}, {"target_bits": 4, "settle_fraction": 1.0}]
 )
 def test_contradictory_configurations_are_refused(changes):
-    with pytest.raises(ValueError, match="cost_target|settle_fraction"):
+    with pytest.raises(ValueError, match=r"cost_target|settle_fraction"):
         ReinforceConfig(**changes)
 
 
