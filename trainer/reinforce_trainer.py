@@ -30,6 +30,7 @@ SCALES = "_quantizer.grids."
 """what the names of learned scales contain"""
 STATE = "training"
 """file of a checkpoint that holds everything but the model and the random generators"""
+SEARCH_MEASURES = ("reward", "quality", "cost", "entropy")
 FLUSH_STEPS = 10
 """steps between writes of the history: losses are read from the device then, not at every step"""
 PROBABILITY_STEPS = 10
@@ -320,6 +321,12 @@ class ReinforceTrainer(Trainer):
             own = {"lr": template["lr"] * 2.0**exponent, "weight_decay": 0.0, "scale_exponent": exponent}
             optimizer.add_param_group({**template, **own, "params": members})
         return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What the Trainer logs (to TensorBoard, say), and beside it where the search stands."""
+        if "loss" in logs:
+            logs |= {f"search/{name}": self._entry[name] for name in SEARCH_MEASURES if name in self._entry}
+        super().log(logs, start_time)
 
     def _flush(self) -> None:
         """Read the losses of the last steps from the device, check them, write the history."""
