@@ -58,6 +58,27 @@ def build_model(config: Any, num_labels: int, tokenizer_corpus: Iterable[str] | 
         return transformer_utils.build(config, task, num_labels, tokenizer_corpus)
 
 
+def build_architecture(
+    task: str, model: str, num_labels: int, folder: Path, image_size: int | None = None
+) -> nn.Module:
+    """The module that `build_model` made, for the weights of a finished run to be read into.
+
+    Args:
+        folder: where the run saved it; has a config.json if it is a model of transformers.
+        image_size: what the run's `ModelBundle` had.
+    """
+    import transformers
+
+    from eval.text_nets import CandidateScorer
+
+    if not (folder / "config.json").is_file():
+        name = vision_utils.ALIASES.get(model, model)
+        return vision_utils.build_named(name, find_task(task), num_labels, image_size, scratch=True).model
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    inner = getattr(transformers, settings.architectures[0])(settings)
+    return CandidateScorer(inner) if find_task(task).candidates else inner
+
+
 def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The architecture of a model known by name, as published, and an example input of one image or 128 tokens.
 

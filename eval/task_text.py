@@ -81,7 +81,9 @@ class Encoder:
         stream = [token for text in texts["input_ids"] for token in text]
         blocks = [stream[start : start + self.max_length] for start in range(0, len(stream), self.max_length)]
         blocks = [block for block in blocks if len(block) > 1]  # a single token predicts nothing
-        return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks], "labels": blocks}
+        # Nothing predicts the first token. Models skip it anyway; the Trainer, which divides by the labels, does not.
+        labels = [[IGNORED, *block[1:]] for block in blocks]
+        return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks], "labels": labels}
 
     def encode(self, split: Any) -> Any:
         """`split` as a data set of tokens and labels."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class CandidateScorer(nn.Module):
     """One score a candidate from a model with a single output; the classes are the candidates' places."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the model inside: what the Trainer looks at, and what is saved beside the weights."""
+        return self.model.config
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
         """input_ids and the other token inputs (B, candidates, length), labels (B,) -> logits (B, candidates)."""

@@ -30,7 +30,6 @@ class TextModel:
     config: str
     """class of transformers that `settings` belong to"""
     settings: dict[str, Any] = field(default_factory=dict)
-    max_length: int = 512
 
 
 def _bert(layers: int, hidden: int) -> TextModel:
@@ -47,7 +46,7 @@ def _bert(layers: int, hidden: int) -> TextModel:
 
 def _gpt2(name: str, layers: int, hidden: int) -> TextModel:
     settings = {"n_layer": layers, "n_embd": hidden, "n_head": hidden // 64}
-    return TextModel(f"openai-community/{name}", "GPT2Config", settings, max_length=1024)
+    return TextModel(f"openai-community/{name}", "GPT2Config", settings)
 
 
 MODELS: dict[str, TextModel] = {
@@ -59,7 +58,6 @@ MODELS: dict[str, TextModel] = {
     "roberta": TextModel(
         "FacebookAI/roberta-base",
         "RobertaConfig",
-        # 512 positions: RoBERTa numbers them from the padding index on.
         {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
     ),
     "gpt2": _gpt2("gpt2", 12, 768),
@@ -73,13 +71,12 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
     from eval.model_bundle import ModelBundle
     from eval.text_nets import CandidateScorer
 
-    outputs = 1 if task.candidates else num_labels
-    regression = outputs == 1 and not task.candidates
-    head: dict[str, Any] = {
-        "num_labels": outputs,
-        "problem_type": "regression" if regression else "single_label_classification",
-    }
-    head = {} if task.kind == "lm" else head
+    head: dict[str, Any] = {}
+    if task.candidates:
+        head = {"num_labels": 1}  # a score each; CandidateScorer has the loss
+    elif task.kind != "lm":
+        problem = "regression" if num_labels == 1 else "single_label_classification"
+        head = {"num_labels": num_labels, "problem_type": problem}
     if getattr(config, "from_scratch", False):
         model, tokenizer, notes = build_scratch(str(config.model), task, head, corpus or ())
     else:
@@ -90,12 +87,13 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
         notes.append(f"padded with the token {tokenizer.pad_token!r}")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
-    positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    model.config.architectures = [type(model).__name__]  # what a saved configuration is read back as
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(model))
     return ModelBundle(
         CandidateScorer(model) if task.candidates else model,
         task.kind,
         tokenizer=tokenizer,
-        max_length=min(tokenizer.model_max_length, positions),
+        max_length=tokenizer.model_max_length,
         notes=notes,
         trained=trained,
     )
@@ -103,9 +101,8 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
 
 def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[str]) -> Built:
     """A model with random weights, and a tokenizer trained on `corpus`."""
-    settings, limit = configuration(name)
-    token_types = getattr(settings, "type_vocab_size", 0) > 1
-    tokenizer = train_tokenizer(corpus, SCRATCH_VOCABULARY, limit, token_types)
+    settings = configuration(name)
+    tokenizer = train_tokenizer(corpus, SCRATCH_VOCABULARY, getattr(settings, "type_vocab_size", 0) > 1)
     settings.update({"vocab_size": len(tokenizer), **special_tokens(tokenizer), **head})
     model = auto_class(settings, task).from_config(settings)
     return model, tokenizer, [f"random weights, a tokenizer of {len(tokenizer)} word pieces from the training texts"]
@@ -122,7 +119,7 @@ def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
     source = str(folder) if folder else MODELS[name].hub if name in MODELS else name
     tokenizer = from_anywhere(transformers.AutoTokenizer.from_pretrained, source)
     bare = folder is not None and not (folder / "config.json").is_file()
-    settings, _ = configuration(name if bare else source)
+    settings = configuration(name if bare else source)
     settings.update({**({"vocab_size": len(tokenizer)} if bare else {}), **head})
     model, notes = load_pretrained(auto_class(settings, task), source, config=settings)
     return model, tokenizer, notes
@@ -139,17 +136,31 @@ def weights_folder(path: Path, name: str) -> Path:
     return folder
 
 
-def configuration(source: str) -> tuple[PretrainedConfig, int]:
-    """(configuration, most tokens it has positions for) of a name of `MODELS`, a folder or a Hub id."""
+def configuration(source: str) -> PretrainedConfig:
+    """The configuration of a name of `MODELS`, a folder or a Hub id."""
     import transformers
 
     from eval.pretrained import from_anywhere
 
     if source in MODELS:
         known = MODELS[source]
-        return getattr(transformers, known.config)(**known.settings), known.max_length
-    settings = from_anywhere(transformers.AutoConfig.from_pretrained, source)
-    return settings, getattr(settings, "max_position_embeddings", 512)
+        return getattr(transformers, known.config)(**known.settings)
+    return from_anywhere(transformers.AutoConfig.from_pretrained, source)
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Most tokens that the model has positions for. RoBERTa numbers them from behind the padding index on."""
+    from torch import nn
+
+    total = getattr(model.config, "max_position_embeddings", 10**9)  # relative positions have no end
+    words = model.get_input_embeddings()
+    offsets = [
+        table.padding_idx + 1
+        for table in model.modules()
+        if isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == total
+        if table.padding_idx is not None
+    ]
+    return total - max(offsets, default=0)
 
 
 def auto_class(settings: PretrainedConfig, task: Task) -> Any:
@@ -175,9 +186,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     }
 
 
-def train_tokenizer(
-    corpus: Iterable[str], vocabulary: int, max_length: int, token_types: bool
-) -> PreTrainedTokenizerBase:
+def train_tokenizer(corpus: Iterable[str], vocabulary: int, token_types: bool) -> PreTrainedTokenizerBase:
     """A lower-case WordPiece tokenizer of at most `vocabulary` pieces, the same for the same texts.
 
     `token_types`: also number the first and second text, for models that embed those numbers.
@@ -215,7 +224,6 @@ def train_tokenizer(
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=max_length,
         model_input_names=["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
         **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
     )

@@ -151,6 +151,7 @@ def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle
         settings = from_anywhere(transformers.AutoConfig.from_pretrained, source, num_labels=num_labels)
         size = size or getattr(settings, "image_size", None)
     model = transformers.AutoModelForImageClassification.from_config(settings)
+    model.config.architectures = [type(model).__name__]  # what a saved configuration is read back as
     channels = getattr(settings, "num_channels", 3)
     return ModelBundle(model, "image", image_size=size, in_channels=channels, notes=["random weights"])
 

@@ -3,8 +3,11 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from eval.models import build_model, check_model
@@ -102,7 +105,7 @@ def test_bert_from_scratch_scores_the_same_whatever_the_padding():
 
 
 def test_a_tokenizer_depends_on_its_texts_alone():
-    first, second = (train_tokenizer(iter(TEXTS), 120, 64, token_types=True) for _ in range(2))
+    first, second = (train_tokenizer(iter(TEXTS), 120, token_types=True) for _ in range(2))
     assert first.get_vocab() == second.get_vocab() and len(first) <= 120
     pair = first("the cat", "looks over")
     assert pair["token_type_ids"] == sorted(pair["token_type_ids"]) and set(pair["token_type_ids"]) == {0, 1}
@@ -139,3 +142,43 @@ def test_what_cannot_be_had_is_said_in_one_line(task, flags, message, monkeypatc
 def test_known_names_pass():
     for model, task in (("bert", "mrpc"), ("resnet18", "cifar10"), ("gpt2", "lm"), ("timm:vit_tiny", "cifar10")):
         check_model(model, task)
+
+
+PROCESSORS = {
+    "resnet": transformers.ConvNextImageProcessor(
+        size={"shortest_edge": 64}, crop_pct=0.875, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
+    ),
+    "vit": transformers.ViTImageProcessor(size={"height": 64, "width": 64}),
+    "mobilenet": transformers.MobileNetV2ImageProcessor(
+        size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64}
+    ),
+    "efficientnet": transformers.EfficientNetImageProcessor(
+        size={"height": 64, "width": 64}, image_std=[0.47, 0.48, 0.49]
+    ),
+    "efficientnet-offset": transformers.EfficientNetImageProcessor(
+        size={"height": 64, "width": 64}, rescale_factor=1 / 127.5, rescale_offset=True, include_top=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_what_the_models_own_processor_makes_of_them(name, tmp_path):
+    """A saved model brings its image processor; a smooth image through it and through our own path is the same."""
+    model = transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    )
+    model.save_pretrained(tmp_path / "model")
+    PROCESSORS[name].save_pretrained(tmp_path / "model")
+    ramp = np.linspace(0, 255, 160, dtype=np.float32)
+    pixels = np.stack([np.add.outer(ramp, ramp) / 2, np.add.outer(ramp[::-1], ramp) / 2, np.full((160, 160), 77.0)], -1)
+    for split, label in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        (tmp_path / "data" / split / label).mkdir(parents=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / label / "x.png")
+    run = config(str(tmp_path / "data"), model_path=tmp_path / "model")
+    data = load_task(run)
+    bundle = build_model(run, data.num_labels)
+    ours = prepare(data, bundle, run).validation["validation"][0]["pixel_values"]
+    theirs = PROCESSORS[name](Image.fromarray(pixels.astype(np.uint8)), return_tensors="pt")["pixel_values"][0]
+    # One grey level is 1 / 255 / std; libraries differ by a level or two where they resample.
+    assert ours.shape == theirs.shape == (3, 64, 64)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2.5 / 255 / min(bundle.std))

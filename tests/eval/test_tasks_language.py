@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from eval.models import build_model
+from eval.models import build_architecture, build_model
 from eval.task_text import PadCollator, token_scores
 from eval.tasks import load_task, prepare, split_search
 from quant.errors import UserError
@@ -163,3 +163,13 @@ def test_regression_trains_on_values(tmp_path):
     output = bundle.model.eval()(**batch)
     torch.testing.assert_close(output.loss, ((output.logits[:, 0] - batch["labels"]) ** 2).mean())
     assert len(split_search(prepared.train, 0.3, seed=0)[1]) == 2
+
+
+def test_a_scorer_of_answers_is_built_again_from_what_was_saved(tmp_path):
+    run = config("piqa", model="bert-tiny")
+    model = build_model(run, 2, LINES).model.eval()
+    model.config.save_pretrained(tmp_path)
+    again = build_architecture("piqa", "bert-tiny", 2, tmp_path)
+    again.load_state_dict(model.state_dict())
+    batch = {"input_ids": torch.arange(12).view(2, 2, 3), "attention_mask": torch.ones(2, 2, 3, dtype=torch.long)}
+    torch.testing.assert_close(again.eval()(**batch).logits, model(**batch).logits, rtol=0, atol=0)
