@@ -161,10 +161,11 @@ def use_compiled(mode: Literal["auto", "on", "off"], device: torch.device | str 
     x = torch.linspace(-1, 1, 64, device=device).view(1, 1, -1)
     scale, row = torch.full((1, 1, 1), 0.1, device=device), rounding_row(IntFormat(4), device=device)
     try:
-        works = torch.equal(_compiled().forward(x, scale, row), _forward(x, scale, row))
+        with torch.no_grad():
+            works = torch.equal(_compiled().forward(x, scale, row), _forward(x, scale, row))
         reason = "the compiled kernel differs from the eager one"
     except (RuntimeError, OSError, ImportError) as error:  # dynamo's and inductor's errors are RuntimeErrors
-        works, reason = False, str(error).strip().splitlines()[0]
+        works, reason = False, (str(error).strip() or repr(error)).splitlines()[0]
     if works:
         _active = _compiled()
     elif mode == "on":

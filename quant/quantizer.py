@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_type_hints
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat, parse_format
+from quant.grid import Grid
 from quant.observers import OBSERVERS, Observation, RangeEstimator, minmax_range, observe, percentile_range
 from quant.quant_utils import (
     MIN_LEARNED_SCALE,
@@ -57,63 +57,6 @@ WEIGHT = QuantizerConfig(granularity="channel")
 ACTIVATION = QuantizerConfig(symmetric=False)
 
 
-class _Grid(nn.Module):
-    """Scale, zero point and rounding row of one tensor in one format."""
-
-    scale: Tensor
-    zero_point: Tensor
-    ready: Tensor
-    row: Tensor
-
-    def __init__(
-        self,
-        format: IntFormat | FloatFormat,
-        shape: tuple[int, ...],
-        learned: bool,
-        symmetric: bool,
-        device: torch.device,
-    ) -> None:
-        super().__init__()
-        self.format = format
-        self.moved = isinstance(format, IntFormat) and not symmetric
-        scale = torch.ones(shape, device=device)
-        if learned:
-            self.scale = nn.Parameter(scale)
-        else:
-            self.register_buffer("scale", scale)
-        if self.moved:
-            self.register_buffer("zero_point", torch.zeros(shape, device=device))
-        self.register_buffer("ready", torch.tensor(False, device=device))
-        self.register_load_state_dict_post_hook(lambda grid, keys: grid._refresh())
-        self._refresh()
-
-    @torch.no_grad()
-    def set(self, scale: Tensor, zero_point: Tensor | None) -> None:
-        self.scale.copy_(scale.view_as(self.scale))
-        if self.moved and zero_point is not None:
-            self.zero_point.copy_(zero_point.view_as(self.zero_point))
-        self.ready.fill_(True)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        """Derive the row: a new tensor, never an update in place, since a backward may still hold the old one."""
-        with torch.inference_mode(False):  # a backward cannot hold what inference mode makes
-            row = rounding_row(self.format, self.zero_point if self.moved else None, device=self.scale.device)
-        self.register_buffer("row", row, persistent=False)
-        # As Python values too: reading a buffer at every forward would stall a GPU.
-        self.is_ready = not self.ready.is_meta and bool(self.ready)
-        self.largest_code = float(row[:2].abs().max()) if self.is_ready else math.nan
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves between devices, but keeps its float32 values when the model goes to half precision."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
-
-
 class Quantizer(nn.Module):
     """Rounds one tensor to the format it is set to; formats change at every step without a new module or graph.
 
@@ -153,7 +96,7 @@ class Quantizer(nn.Module):
         assert isinstance(format, IntFormat | FloatFormat)
         learned, symmetric = self.config.range == "learned", self.config.symmetric
         with torch.inference_mode(False):
-            self.grids[format.name] = _Grid(format, self.shape, learned, symmetric, self.anchor.device)
+            self.grids[format.name] = Grid(format, self.shape, learned, symmetric, self.anchor.device)
 
     def set_format(self, format: Format) -> None:
         """Round to `format` from now on."""
@@ -185,7 +128,7 @@ class Quantizer(nn.Module):
             return
         for name, grid in self.grids.items():
             if only is None or name == only.name:
-                grid = cast(_Grid, grid)
+                grid = cast(Grid, grid)
                 low, high = self.config.estimator(self.observation, grid.format, self.config.symmetric)
                 scale, zero_point = scale_from_range(low, high, grid.format, self.config.symmetric)
                 grid.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
@@ -215,7 +158,7 @@ class Quantizer(nn.Module):
         if not format.scaled or self.config.range == "dynamic":
             scale, row = self._dynamic(x, format)
             return Rounder(scale=scale, row=row)
-        grid = cast(_Grid, self.grids[format.name])
+        grid = cast(Grid, self.grids[format.name])
         if not grid.is_ready:
             if self.observation is not None:
                 return None  # in the middle of the calibration that will find its scale

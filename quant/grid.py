@@ -1,0 +1,69 @@
+"""Grid: what a quantizer keeps for one format: scale, zero point and the row of numbers that rounds with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quant.formats import FloatFormat, IntFormat
+from quant.quant_utils import rounding_row
+
+
+class Grid(nn.Module):
+    """Scale, zero point and rounding row of one tensor in one format."""
+
+    scale: Tensor
+    zero_point: Tensor
+    ready: Tensor
+    row: Tensor
+
+    def __init__(
+        self,
+        format: IntFormat | FloatFormat,
+        shape: tuple[int, ...],
+        learned: bool,
+        symmetric: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.format = format
+        self.moved = isinstance(format, IntFormat) and not symmetric
+        scale = torch.ones(shape, device=device)
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        if self.moved:
+            self.register_buffer("zero_point", torch.zeros(shape, device=device))
+        self.register_buffer("ready", torch.tensor(False, device=device))
+        self.register_load_state_dict_post_hook(lambda grid, keys: grid._refresh())
+        self._refresh()
+
+    @torch.no_grad()
+    def set(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        self.scale.copy_(scale.view_as(self.scale))
+        if self.moved and zero_point is not None:
+            self.zero_point.copy_(zero_point.view_as(self.zero_point))
+        self.ready.fill_(True)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Derive the row: a new tensor, never an update in place, since a backward may still hold the old one."""
+        with torch.inference_mode(False):  # a backward cannot hold what inference mode makes
+            row = rounding_row(self.format, self.zero_point if self.moved else None, device=self.scale.device)
+        self.register_buffer("row", row, persistent=False)
+        # As Python values too: reading a buffer at every forward would stall a GPU.
+        self.is_ready = not self.ready.is_meta and bool(self.ready)
+        self.largest_code = float(row[:2].abs().max()) if self.is_ready else math.nan
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves between devices, but keeps its float32 values when the model goes to half precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
