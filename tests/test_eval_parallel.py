@@ -1,0 +1,389 @@
+"""The launcher without Ray: the grid, what is finished, who gets what, what is shown, and what is refused at once."""
+
+import importlib.util
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval_parallel
+from eval.flags import read_flags, to_yaml
+from eval.launch_facts import Facts
+from eval.launch_grid import expand, launch_folder, look_up
+from eval.launch_progress import Watch, duration, last_entry, make_console, result_table
+from eval.launch_ray import check_request, clean, plan_share
+from eval.launch_state import locked, read_launch, set_aside, write_launch
+from eval.launch_trial import Reporter, _run_within_memory, is_out_of_memory, objective, record_failure, with_settings
+from eval.launch_tuning import check_tuning, tried
+from quant.errors import UserError
+
+RUN = ["--task", "digits", "--model", "resnet20"]
+
+
+@pytest.fixture(scope="module")
+def fake():
+    """The module whose `run` stands in for `eval.eval_run.run`."""
+    spec = importlib.util.spec_from_file_location("fake_launcher", Path(__file__).parent / "fake_launcher.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def runs_of(*argv: str):
+    return expand(read_flags([*RUN, *argv]))
+
+
+def names(*argv: str) -> list[str]:
+    return [run.run_name for run in runs_of(*argv)]
+
+
+def test_the_grid_is_the_product_of_its_lists():
+    found = names("--methods", "search", "--search_space", "2,4,8", "--targets", "4.2,5", "--seeds", "0,1")
+    assert found == [f"resnet20-search-{target}-s{seed}" for target in ("4.2b", "5b") for seed in (0, 1)]
+    both = runs_of("--seeds", "0", "--bits", "4")
+    assert [run.method for run in both] == ["uniform"]
+    many = expand(read_flags(["--tasks", "digits,cifar10", "--models", "resnet20,resnet32"]))
+    assert [(run.task, run.model) for run in many] == [
+        (task, model) for model in ("resnet20", "resnet32") for task in ("digits", "cifar10")
+    ]
+
+
+def test_each_method_of_a_grid_keeps_the_flags_it_uses():
+    found = names("--methods", "search,uniform,float", "--search_space", "2,4,8", "--targets", "4.2,4.5,6")
+    assert found == [
+        *("resnet20-search-4.2b-s42", "resnet20-search-4.5b-s42", "resnet20-search-6b-s42"),
+        *("resnet20-uniform-int4-s42", "resnet20-uniform-int6-s42", "resnet20-float-s42"),
+    ]
+    assert names("--methods", "search,uniform", "--bits", "4") == [
+        "resnet20-search-6b-s42",
+        "resnet20-uniform-int4-s42",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--seeds", "0,x"], ["--seeds 0,x", "'x'"]),
+        (["--seeds", "0,0"], ["--seeds 0,0", "twice"]),
+        (["--seeds", "0,"], ["--seeds 0,"]),
+        (["--targets", "4.2,nan", "--search"], ["--target_bits", "nan"]),
+        (["--targets", "4.2,9", "--search"], ["--target_bits 9", "4 to 8"]),
+        (["--methods", "search,best"], ["--method", "'best'"]),
+        (["--seed", "3", "--seeds", "0,1"], ["--seeds", "--seed 3"]),
+        (["--models", "resnet20,resnet21"], ["--models contradicts --model resnet20"]),
+        (["--seeds", "0,1", "--run_id", "a"], ["--run_id a", "2"]),
+        (["--seeds", "0,1", "--save_model_path", "a"], ["--save_model_path a", "2"]),
+        (["--methods", "uniform"], ["--method uniform", "--bits"]),
+        (["--methods", "search", "--targets", "4.20000001,4.2", "--search_space", "2,8"], ["share the folder", "4.2"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_grid_is_refused_with_its_flag(argv, words):
+    with pytest.raises(UserError) as caught:
+        runs_of(*argv)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_paths_are_absolute_because_a_trial_works_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    run = runs_of("--data_dir", "data", "--log_dir", "logs")[0]
+    assert (run.data_dir, run.log_dir) == (str(tmp_path / "data"), str(tmp_path / "logs"))
+    assert run.run_folder == tmp_path / "output" / "digits" / "default" / "resnet20-float-s42"
+    assert [Path(run.log_dir).name for run in runs_of("--log_dir", "logs", "--seeds", "0,1")] == [
+        "resnet20-float-s0",
+        "resnet20-float-s1",
+    ]
+
+
+def test_two_tasks_share_a_launch_folder_of_their_own(tmp_path):
+    config = read_flags(["--tasks", "digits,cifar10", "--model", "resnet20", "--output_root_dir", str(tmp_path)])
+    assert launch_folder(expand(config)) == tmp_path / "digits+cifar10" / "default"
+
+
+def test_our_own_record_decides_what_is_finished(tmp_path, fake):
+    run = runs_of("--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
+    assert (look_up(run).finished, look_up(run).reason) == (False, None)
+    fake.run(run)
+    assert look_up(run).finished
+    record = run.run_folder / "result.json"
+    whole = record.read_text()
+    record.write_text(whole[: len(whole) // 2])
+    assert not look_up(run).finished and "truncated" in look_up(run).reason
+    record.write_text(whole.replace('"finished"', '"failed"'))
+    assert look_up(run).failed
+    set_aside([run])
+    assert not record.exists() and not look_up(run).failed and not look_up(run).finished
+
+
+def test_a_failure_before_the_run_began_is_seen(tmp_path):
+    run = runs_of("--output_root_dir", str(tmp_path))[0]
+    record_failure(run, "no disk")
+    assert look_up(run).failed and look_up(run).reason == "failed: no disk"
+
+
+def test_a_folder_of_other_flags_is_refused_by_name(tmp_path, fake):
+    given = ["--max_steps", "3", "--output_root_dir", str(tmp_path)]
+    fake.run(runs_of(*given)[0])
+    for same in (
+        ["--log_steps", "5"],
+        ["--num_cpus", "1"],
+        ["--train_batch_size", "16", "--gradient_accumulation_steps", "2"],
+    ):
+        assert look_up(runs_of(*given, *same)[0]).finished, same
+    with pytest.raises(UserError, match=r"--learning_rate 0.1 \(there: 5e-05\)"):
+        look_up(runs_of(*given, "--learning_rate", "0.1")[0])
+    (runs_of(*given)[0].run_folder / "config.yaml").write_text("task: [")
+    with pytest.raises(UserError, match="not readable"):
+        look_up(runs_of(*given)[0])
+
+
+def test_resume_reads_the_flags_of_the_launch_where_it_lies_now(tmp_path):
+    folder = tmp_path / "moved" / "digits" / "mine"
+    folder.mkdir(parents=True)
+    write_launch(folder, read_flags([*RUN, "--seeds", "0,1", "--output_root_dir", "/elsewhere", "--exp_name", "mine"]))
+    config = read_launch(["--resume", str(folder), "--num_cpus", "1"])
+    assert (config.seeds, config.num_cpus, config.resume) == ("0,1", 1, None)
+    assert launch_folder(expand(config)) == folder
+    with pytest.raises(UserError, match=r"--resume .*no launch.yaml"):
+        read_launch(["--resume", str(tmp_path)])
+
+
+def test_a_second_launch_into_one_folder_is_refused(tmp_path):
+    with locked([tmp_path / "a"]), pytest.raises(UserError, match="another launch"), locked([tmp_path / "a"]):
+        pass
+    with locked([tmp_path / "a"]):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named():
+    with (
+        pytest.raises(UserError, match="--output_root_dir: cannot write in /proc/nowhere"),
+        locked([Path("/proc/nowhere")]),
+    ):
+        pass
+
+
+CPU, GPU = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "nodes", "runs", "expected"),
+    [
+        ([], [CPU], 5, (8, 0, 1)),
+        (["--cpus_per_trial", "2"], [CPU], 5, (2, 0, 4)),
+        (["--cpus_per_trial", "2"], [CPU], 3, (2, 0, 3)),
+        ([], [GPU], 8, (4, 1, 4)),
+        ([], [GPU], 2, (8, 1, 2)),
+        (["--gpus_per_trial", "0.5"], [GPU], 8, (2, 0.5, 8)),
+        (["--device", "cpu"], [GPU], 8, (16, 0, 1)),
+        ([], [CPU, CPU], 5, (8, 0, 2)),
+        ([], [CPU, GPU], 9, (4, 1, 4)),
+        (["--ray_address", "auto", "--num_cpus", "8", "--cpus_per_trial", "4"], [CPU, CPU], 9, (4, 0, 2)),
+        (["--ray_address", "auto", "--num_gpus", "2"], [GPU, GPU], 9, (4, 1, 2)),
+    ],
+)
+def test_who_gets_what(flags, nodes, runs, expected):
+    share = plan_share(read_flags(flags), nodes, runs)
+    assert (share.cpus, share.gpus, share.concurrent) == expected
+
+
+@pytest.mark.parametrize(
+    "flags", [["--cpus_per_trial", "9"], ["--gpus_per_trial", "1"], ["--cpus_per_trial", "17", "--gpus_per_trial", "1"]]
+)
+def test_what_no_machine_has_is_refused_with_what_there_is(flags):
+    with pytest.raises(UserError, match=r"8 CPU, 0 GPU"):
+        plan_share(read_flags(flags), [CPU], 3)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.fixed_dictionaries({"CPU": st.integers(1, 64), "GPU": st.integers(0, 8)}), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.sampled_from([None, 0.25, 0.5, 1.0]),
+)
+def test_no_share_is_more_than_there_is(nodes, runs, gpus):
+    flags = [] if gpus is None else ["--gpus_per_trial", str(gpus)]
+    try:
+        share = plan_share(read_flags(flags), nodes, runs)
+    except UserError:
+        assert gpus is not None and all(node["GPU"] < gpus for node in nodes)
+        return
+    assert 1 <= share.concurrent <= runs
+    assert share.concurrent * share.cpus <= sum(node["CPU"] for node in nodes) + 1e-9
+    assert share.concurrent * share.gpus <= sum(node["GPU"] for node in nodes) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_cpus", "100000"], "--num_cpus 100000: this machine has"),
+        (["--num_gpus", "1", "--cuda_visible_devices", ""], "--num_gpus 1: this machine has 0"),
+        (["--gpus_per_trial", "1", "--cuda_visible_devices", ""], "1 GPU"),
+        (["--gpus_per_trial", "2"], "torchrun"),
+        (["--ray_address", "ray://head:10001"], "--ray_address"),
+        (["--num_cpus", "1", "--cpus_per_trial", "2"], "2 CPU"),
+    ],
+)
+def test_what_this_machine_lacks_is_refused_before_ray_starts(flags, words):
+    with pytest.raises(UserError, match=words):
+        check_request(read_flags(flags), 1)
+
+
+def test_out_of_memory_runs_once_more_with_half_the_batch(tmp_path, fake, monkeypatch):
+    monkeypatch.setenv("FAKE", "oom42")
+    run = runs_of("--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
+    record = _run_within_memory(fake.run, run, Reporter(lambda measures: None))
+    assert "--train_batch_size 32: run with 16 and --gradient_accumulation_steps 2" in record["notes"][0]
+    assert json.loads((run.run_folder / "result.json").read_text()) == record
+    assert look_up(run).finished, "the halved run counts as the one that was asked for"
+    with pytest.raises(MemoryError):
+        _run_within_memory(fake.run, run.updated(train_batch_size=33, run_id="odd"), Reporter(lambda measures: None))
+    with pytest.raises(MemoryError):
+        _run_within_memory(fake.run, run.updated(train_batch_size=64, run_id="big"), Reporter(lambda measures: None))
+
+
+def test_only_memory_counts_as_out_of_memory():
+    import torch
+
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 GB"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_tune_always_hears_the_same_keys(monkeypatch):
+    heard = []
+    monkeypatch.setattr("eval.launch_trial.REPORT_SECONDS", 0.0)
+    reporter = Reporter(heard.append)
+    reporter({"step": 1, "loss": 2.0})
+    reporter({"step": 2, "loss": 1.0, "reward": 0.5, "quality": 0.6, "cost": 3.0, "entropy": 1.0})
+    record = {
+        "status": "finished",
+        "steps": 2,
+        "cost": 3.0,
+        "metric": "accuracy",
+        "metrics": {"validation": {"accuracy": 0.9}},
+    }
+    reporter.finish(record)
+    assert {frozenset(measures) for measures in heard} == {frozenset(heard[0])}
+    assert heard[0]["score"] == pytest.approx(math.exp(-2.0))
+    assert heard[1]["score"] == pytest.approx(0.8 * math.exp(-2.0) + 0.2 * 0.6)
+    assert math.isnan(heard[1]["objective"]) and heard[2]["objective"] == 0.9
+    assert objective({**record, "metric": "perplexity", "metrics": {"validation": {"perplexity": 12.0}}}) == -12.0
+
+
+def test_a_setting_that_was_tried_names_its_run_and_is_found_again(tmp_path, fake):
+    base = runs_of("--search", "--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
+    drawn = with_settings(base, {"run": "x", "cost_beta": 0.123456, "rl_learning_rate": 0.02, "max_entropy_beta": 0.01})
+    assert drawn.run_name == "resnet20-search-6b-s42-beta0.1235-lr0.02-entropy0.01"
+    assert (drawn.cost_beta, base.cost_beta) == (0.1235, 1.0)
+    assert with_settings(base, {"run": "x"}) == base
+    fake.run(drawn)
+    fake.run(drawn.updated(learning_rate=0.5, run_id="resnet20-search-6b-s42-other"))
+    assert [known.config.run_name for known in tried(base)] == [drawn.run_name]
+
+
+def test_hpo_needs_one_search():
+    with pytest.raises(UserError, match=r"--hpo 8 .* a float run"):
+        check_tuning(read_flags([*RUN, "--hpo", "8"]), runs_of())
+    with pytest.raises(UserError, match=r"--hpo 16 .* 2 runs"):
+        check_tuning(read_flags([*RUN, "--hpo"]), runs_of("--search", "--seeds", "0,1"))
+
+
+def test_the_last_whole_line_counts(tmp_path):
+    path = tmp_path / "history.jsonl"
+    assert last_entry(path) == {}
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert last_entry(path) == {"step": 2}
+    assert last_entry(path, since=os.stat(path).st_mtime + 1) == {}
+    path.write_text(
+        '{"step": 1}\n' + json.dumps({"step": 2, "probabilities": [[0.5] * 40000]}) + "\n" + '{"step": 3}\n'
+    )
+    assert last_entry(path) == {"step": 3}
+
+
+def shown(table) -> str:
+    file = io.StringIO()
+    make_console(file).print(table)
+    return file.getvalue()
+
+
+def test_progress_shows_step_cost_target_and_time_left(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("eval.launch_progress.time.monotonic", lambda: now[0])
+    folders = {name: tmp_path / name for name in ("a", "b", "c")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["c"] / "result.json").write_text("{}")
+    watch = Watch(lambda: folders, {"a": Facts(100, (1.0, 4.0), 2.5)}.get, 4, "MiB")
+    entry = {"step": 10, "phase": "search", "loss": 0.5, "reward": 0.25, "cost": 3.0, "entropy": 4.0}
+    (folders["a"] / "history.jsonl").write_text(json.dumps(entry) + "\n")
+    watch._started = 0.0
+    assert "10/100 search" in shown(watch.render())
+    now[0] += 10
+    (folders["a"] / "history.jsonl").write_text(json.dumps({**entry, "step": 20}) + "\n")
+    text = shown(watch.render())
+    assert "20/100 search" in text and "3/2.5 MiB" in text and "80 s" in text
+    assert "1 of 4 runs done, 2 waiting or starting, about 5 min left" in text  # 80 steps and 2 runs of 100, 1 a second
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, ""), (45, "45 s"), (600, "10 min"), (3 * 3600, "3.0 h")])
+def test_durations_read_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_result_table_names_every_run_once(tmp_path, fake):
+    runs = runs_of("--seeds", "0,1,2", "--max_steps", "3", "--output_root_dir", str(tmp_path))
+    fake.run(runs[0])
+    record_failure(runs[1], "row 7 has no label")
+    text = shown(result_table([look_up(run) for run in runs], {}))
+    assert [text.count(run.run_name) for run in runs] == [1, 1, 1]
+    assert f"accuracy {fake.digest(runs[0]):.4f}" in text and "failed: row 7 has no label" in text
+    assert "not started" in text
+
+
+def test_of_tune_only_curves_stay(tmp_path):
+    for name in ("tuner.pkl", "run/params.pkl", "run/events.out.tfevents.1.host", "empty/x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    clean(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["run", "run/events.out.tfevents.1.host"]
+
+
+def test_what_is_finished_is_reported_without_ray(tmp_path, fake, capsys):
+    argv = [*RUN, "--seeds", "0,1", "--max_steps", "3", "--output_root_dir", str(tmp_path)]
+    for run in expand(read_flags(argv)):
+        fake.run(run)
+    assert eval_parallel.main(argv, runner=pytest.fail) == 0
+    told = capsys.readouterr().out
+    assert "eval/eval_parse.py" in told and "tensorboard --logdir" in told
+    assert (tmp_path / "digits" / "default" / "launch.yaml").exists()
+
+
+def test_a_dry_run_shows_steps_range_and_target_and_starts_nothing(tmp_path, capsys):
+    argv = ["--task", "digits", "--model", "convnet", "--from_scratch", "--output_root_dir", str(tmp_path / "out")]
+    argv += ["--methods", "search,uniform", "--search_space", "2,4,8", "--targets", "4", "--cost_type", "compute"]
+    assert eval_parallel.main([*argv, "--max_steps", "20", "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    search = next(line for line in told.splitlines() if line.startswith("convnet-search-4b-s42"))
+    assert " 20 " in search and "0.001219 to 0.01951 GBOPs" in search and "0.004876 GBOPs" in search
+    assert "2 runs" in told and not (tmp_path / "out").exists()
+
+
+def test_a_target_out_of_reach_ends_the_launch_before_ray(tmp_path):
+    argv = ["--task", "digits", "--model", "convnet", "--from_scratch", "--output_root_dir", str(tmp_path)]
+    with pytest.raises(UserError, match=r"--cost_target 1e-09 .* cost 0.0\d+ to 0.0\d+ MiB"):
+        eval_parallel.main([*argv, "--search", "--cost_target", "1e-9"])
+
+
+def test_flags_of_a_run_are_those_of_its_file(tmp_path):
+    run = runs_of("--search", "--target_bits", "5", "--output_root_dir", str(tmp_path))[0]
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(run))
+    assert expand(read_flags(["--config", str(path)])) == [run]
