@@ -79,11 +79,9 @@ def main() -> None:
     parser.add_argument("--only", choices=list(PAIRS), help="one model of the table")
     parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
     arguments = parser.parse_args()
-    print(
-        "| model | method | cost | validation accuracy of seeds 0 / 1 / 2 [%] | mean ± sd [%] |\n|---|---|---|---|---|"
-    )
+    print("| model | method | cost | accuracy of seeds 0 / 1 / 2 [%] | mean ± sd [%] |\n|---|---|---|---|---|")
     for model in [arguments.only] if arguments.only else PAIRS:
-        rows(model, arguments.shared.absolute(), arguments.output_root_dir.absolute())
+        rows(model, arguments.shared.resolve(), arguments.output_root_dir.resolve())
     print(f"\n{date.today()}")
 
 

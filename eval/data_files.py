@@ -126,7 +126,7 @@ def files_of(folder: Path) -> dict[str, list[str]]:
     """Split name -> its files, of the kind that most files of the folder are."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    files = sorted(file for file in folder.rglob("*") if reader_of(file) and not IGNORED.search(str(file)))
+    files = sorted(file for file in folder.rglob("*") if reader_of(file) and not ignored(file, folder))
     if not files:
         raise UserError(f"--data_dir {folder}: holds no {', '.join(READERS)} file")
     (reader, _), *_ = Counter(map(reader_of, files)).most_common(1)
@@ -231,9 +231,14 @@ def read_hub(task: Task) -> dict[str, Split]:
     return {name: Split(rows, Source(name)) for name, rows in splits.items()}
 
 
+def ignored(file: Path, folder: Path) -> bool:
+    """Whether a file is no data. What stands above the folder does not count: it may lie in ~/.cache or be ../data."""
+    return IGNORED.search(f"/{file.relative_to(folder).as_posix()}") is not None
+
+
 def folder_kind(folder: Path) -> Kind:
     """What a local folder is for: images, lines of text to continue, or tables of texts and labels. No data is read."""
-    readers = Counter(reader_of(file) for file in folder.rglob("*") if not IGNORED.search(str(file)))
+    readers = Counter(reader_of(file) for file in folder.rglob("*") if not ignored(file, folder))
     readers.pop("", None)
     if not readers:
         raise UserError(f"--task {folder}: holds no {', '.join(READERS)} file")

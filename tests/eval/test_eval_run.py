@@ -107,9 +107,8 @@ def test_an_infeasible_target_states_the_range(tmp_path):
 
 @needs_shared
 def test_resnet20_scores_its_published_accuracy(tmp_path):
-    flags = (
-        f"--task cifar10 --data_dir {SHARED}/data/cifar10 --model resnet20 "
-        f"--model_path {SHARED}/models/resnet20-cifar10 --method float --max_steps 0 --report_to none --quiet --output_root_dir {tmp_path}"
-    )
+    data = f"--task cifar10 --data_dir {SHARED}/data/cifar10"
+    model = f"--model resnet20 --model_path {SHARED}/models/resnet20-cifar10 --method float --max_steps 0"
+    flags = f"{data} {model} --report_to none --quiet --output_root_dir {tmp_path}"
     metrics = run(parse(flags.split()))["metrics"]["validation"]
     assert metrics["n"] == 1017 and round(metrics["accuracy"] * 1017) == 932

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.eval_run import search_settings
 from eval.flag_checks import NOT_YET, RANGES
 from eval.flags import RunConfig, complete, markdown_table, parse, read_flags, to_yaml
 from quant.errors import UserError
@@ -53,11 +54,14 @@ def test_published_defaults():
     assert (config.num_train_epochs, config.learning_rate, config.optimizer) == (3, 5e-5, "adamw_torch")
     assert (config.train_batch_size, config.eval_batch_size, config.gradient_accumulation_steps) == (32, 32, 1)
     assert (config.max_steps, config.seed, config.search_space, config.cost_beta) == (-1, 42, "4,8", 1.0)
-    assert (config.entropy_schedule_type, config.policy_prior, config.output_root_dir) == (
-        "cosine",
-        "measured",
-        "output",
-    )
+    assert (config.entropy_schedule_type, config.output_root_dir) == ("cosine", "output")
+
+
+def test_the_recipe_fills_in_what_search_flags_leave_open():
+    ours, published = (search_settings(parse([*RUN, "--search", *more])) for more in ([], ["--recipe", "fliqs"]))
+    assert (ours.policy_prior, ours.reward_draws, ours.settle_fraction) == ("measured", 2, 0.5)
+    assert (published.policy_prior, published.reward_draws, published.settle_fraction) == ("none", 1, 0)
+    assert search_settings(parse([*RUN, "--search", "--policy_prior", "none"])).policy_prior == "none"
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,11 @@ def test_a_corrupt_image_is_named(folder):
         data = load_task(run)
         with pytest.raises(UserError, match=r"val/dog/a.png: is not an image"):
             prepare(data, build_model(run, data.num_labels), run)
+
+
+def test_what_stands_above_the_folder_does_not_hide_its_files(tmp_path):
+    above = tmp_path / ".cache" / "reviews"
+    table(above / "train.csv", ("text", "label"), ("good film", "1"), ("bad film", "0"))
+    table(above / "test.csv", ("text", "label"), ("fine", "1"))
+    for path in (above, above.parent / ".." / ".cache" / "reviews"):
+        assert len(load_task(config(path)).train) == 2
