@@ -71,12 +71,36 @@ def make_plan(config: RunConfig) -> Plan:
     data = load_task(config)
     corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
     bundle = build_model(config, data.num_labels, corpus)
+    if config.load_model_path is not None:
+        start_from(bundle, Path(config.load_model_path))
     prepared = prepare(data, bundle, config)
     layers = searched_layers(bundle.model, data.kind, config)
-    profiles = profile_model(bundle.model, prepared.example_inputs, layers)
+    profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
     plan = Plan(config, data, bundle, prepared, layers, profiles)
     budget(plan)
     return plan
+
+
+def start_from(bundle: ModelBundle, path: Path) -> None:
+    """Copy the weights of --load_model_path: a safetensors file, or a folder with one (a run's, or its `model`).
+
+    Ranges that a quantized run learned stay behind: they belong to its formats, this run finds its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from eval.model_bundle import copy_tensors
+
+    places = [path] if path.is_file() else [path / "model.safetensors", path / "model" / "model.safetensors"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise UserError(f"--load_model_path {path}: holds no model.safetensors")
+    try:
+        tensors = {name: tensor for name, tensor in load_file(file).items() if "_quantizer." not in name}
+    except SafetensorError as error:
+        raise UserError(f"--load_model_path {file}: not readable as safetensors: {error}") from None
+    # Weights now come from the file; what the builder had to say of its own is no longer true.
+    bundle.notes = copy_tensors(bundle.model, tensors, str(file))
 
 
 def preflight(config: RunConfig) -> None:
@@ -227,7 +251,7 @@ def training_arguments(config: RunConfig) -> Any:
         data_seed=config.seed,
         fp16=config.fp16,
         bf16=config.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,

@@ -88,6 +88,16 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
     assert timeless(run(stopped)) == timeless(whole)
 
 
+def test_a_run_starts_from_the_weights_of_another(tmp_path):
+    first = config(tmp_path, "--bits 8 --max_steps 30 --run_id first")
+    trained = run(first)
+    again = run(config(tmp_path, f"--max_steps 0 --run_id again --load_model_path {first.run_folder}"))
+    before, after = (record["metrics"]["validation"]["accuracy"] for record in (trained, again))
+    assert abs(before - after) < 0.05 and after > 0.5
+    with pytest.raises(UserError, match=r"--load_model_path .* holds no model\.safetensors"):
+        run(config(tmp_path, f"--max_steps 0 --load_model_path {tmp_path}"))
+
+
 @pytest.mark.parametrize("flags", ["", "--bits 8", "--weight_bits 4 --activation_bits 0", "--bits mxfp8"])
 def test_baselines_run(tmp_path, flags):
     record = run(config(tmp_path, f"{flags} --max_steps 4"))
