@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from eval.models import build_model, check_model
 from eval.tasks import load_task, prepare
-from eval.transformer_utils import train_tokenizer
+from eval.transformer_utils import MODELS, train_tokenizer
 from quant.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -92,6 +92,10 @@ def test_a_head_is_resized_and_said_so_but_a_body_is_not(tmp_path):
     torch.testing.assert_close(bundle.model.conv1.weight, model.conv1.weight, rtol=0, atol=0)
     with pytest.raises(UserError, match=r"has no layer1.3.conv1.weight"):
         build_model(config("cifar10", "resnet32", model_path=tmp_path), 10)
+    tensors = {**model.state_dict(), "conv1.weight": model.conv1.weight[:, :1].clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"has another shape of conv1.weight"):
+        build_model(config("cifar10", "resnet20", model_path=tmp_path), 10)
 
 
 def test_bert_from_scratch_scores_the_same_whatever_the_padding():
@@ -110,6 +114,20 @@ def test_a_tokenizer_depends_on_its_texts_alone():
     pair = first("the cat", "looks over")
     assert pair["token_type_ids"] == sorted(pair["token_type_ids"]) and set(pair["token_type_ids"]) == {0, 1}
     assert first.decode(first("the cat looks")["input_ids"], skip_special_tokens=True) == "the cat looks"
+
+
+@pytest.mark.parametrize("name, positions", [("bert-tiny", 512), ("roberta", 514 - 1), ("gpt2", 1024)])
+def test_texts_are_no_longer_than_the_model_has_positions(name, positions, tmp_path):
+    known = MODELS[name]
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    small = {"n_embd": 32, "n_layer": 1, "n_head": 2} if name == "gpt2" else small
+    getattr(transformers, known.config)(**{**known.settings, **small}).save_pretrained(tmp_path)
+    bundle = build_model(config("mrpc", str(tmp_path), from_scratch=True), 2, TEXTS)
+    assert bundle.max_length == bundle.tokenizer.model_max_length == positions
+    tokens = torch.full((1, positions), bundle.tokenizer.pad_token_id + 1)
+    bundle.model(input_ids=tokens)  # would index past the last position otherwise
+    with pytest.raises((IndexError, RuntimeError)):
+        bundle.model(input_ids=torch.cat([tokens, tokens[:, :1]], dim=1))
 
 
 def test_a_saved_encoder_without_a_head_gets_one(tmp_path):

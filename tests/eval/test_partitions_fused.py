@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from eval.coverage import searched_layers
 from eval.eval_partitions import block_partition, check_partition
@@ -48,7 +49,21 @@ def test_what_a_residual_block_adds_goes_together():
     assert [len(layers) for layers in groups(*published("resnet20"))] == [10]
 
 
+class SqueezeAndExcite(nn.Module):
+    """A residual block whose output is gated just before it is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.gate = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.conv(x)
+        return x + y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+
+
 def test_a_gate_of_squeeze_and_excite_is_no_part_of_the_sum():
+    assert groups(SqueezeAndExcite(), torch.zeros(1, 3, 8, 8)) == [["stem", "conv"]]
     found = groups(*published("efficientnet-b0"))
     assert found and all("project_conv" in layer for layers in found for layer in layers)
 

@@ -75,6 +75,14 @@ def test_fractions_make_it_a_regression(folder):
     assert told == {"pearson": pytest.approx(1.0), "spearman": pytest.approx(1.0)}
 
 
+def test_a_subset_of_a_sorted_file_has_every_class(folder):
+    table(folder / "train.csv", ("text", "label"), *((f"text {n}", n // 40) for n in range(120)))
+    table(folder / "validation.csv", ("text", "label"), *((f"text {n}", n // 40) for n in range(120)))
+    data = load_task(config(folder, max_train_samples=24, max_eval_samples=24))
+    for split in (data.train, *data.validation.values()):
+        assert len(split) == 24 and set(split["label"][:]) == {0, 1, 2}
+
+
 def test_a_single_split_is_divided_alike_every_time_and_said_so(folder):
     table(folder / "mine.csv", ("text", "label"), *((f"text {n}", n % 2) for n in range(40)))
     first, second = (load_task(config(folder, seed=seed)) for seed in (0, 1))
