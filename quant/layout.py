@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+def layout_of(x: Tensor, scale: Tensor) -> Layout:
+    """The layout of x under scale; a training run meets the same few at every step."""
+    return _cached_layout(x.shape, x.stride(), scale.shape)
 
 
 class Layout:
@@ -15,15 +21,14 @@ class Layout:
     with gaps or overlaps are copied. Axes between two axes of the scale join the group, with the scale repeated.
     """
 
-    def __init__(self, x: Tensor, scale: Tensor) -> None:
-        strides = x.stride()
-        self.order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
-        if not x.permute(self.order).is_contiguous():
-            self.order = list(range(x.dim()))
-        self.inverse = sorted(range(x.dim()), key=self.order.__getitem__)
-        self.sizes = [x.shape[d] for d in self.order]
-        self.scale_shape = scale.shape
-        self.wide_scale_shape = (1,) * (x.dim() - scale.dim()) + tuple(scale.shape)
+    def __init__(self, shape: torch.Size, strides: tuple[int, ...], scale_shape: torch.Size) -> None:
+        self.order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
+        if not _dense([shape[d] for d in self.order], [strides[d] for d in self.order]):
+            self.order = list(range(len(shape)))
+        self.inverse = sorted(range(len(shape)), key=self.order.__getitem__)
+        self.sizes = [shape[d] for d in self.order]
+        self.scale_shape = scale_shape
+        self.wide_scale_shape = (1,) * (len(shape) - len(scale_shape)) + tuple(scale_shape)
         axes = [i for i, d in enumerate(self.order) if self.wide_scale_shape[d] > 1]
         first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
         self.scale_sizes = [size if first <= i < last else 1 for i, size in enumerate(self.sizes)]
@@ -50,3 +55,18 @@ class Layout:
     def pack_row(self, row: Tensor) -> Tensor:
         """(5,) as it is; one row for each scale, (5, *scale's shape), -> (5, 1, groups, 1)."""
         return row if row.dim() == 1 else torch.stack([self.pack_scale(number) for number in row])
+
+
+@lru_cache(maxsize=4096)
+def _cached_layout(shape: torch.Size, strides: tuple[int, ...], scale_shape: torch.Size) -> Layout:
+    return Layout(shape, strides, scale_shape)
+
+
+def _dense(sizes: list[int], strides: list[int]) -> bool:
+    """Whether sizes with these strides lie in memory without gaps, the first axis outermost."""
+    expected = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

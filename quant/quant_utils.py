@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quant.block_rounding import FakeQuantizeBlocks
 from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat, IntGrid
 from quant.kernels import kernels, round_to_grid, rounding_row, use_compiled
-from quant.layout import Layout
+from quant.layout import layout_of
 
 __all__ = [
     "MIN_LEARNED_SCALE",
@@ -40,14 +40,14 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, row: Tensor, gradient_scale: float) -> Tensor:
         ctx.save_for_backward(x, scale, row)
         ctx.gradient_scale = gradient_scale
-        layout = Layout(x, scale)
+        layout = layout_of(x, scale)
         out = kernels().forward(layout.pack(x), layout.pack_scale(_positive(scale)), layout.pack_row(row))
         return layout.unpack(out).data  # as a tensor of its own: a view may not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale, row = ctx.saved_tensors
-        layout = Layout(x, scale)
+        layout = layout_of(x, scale)
         arguments = layout.pack(grads[0]), layout.pack(x), layout.pack_scale(_positive(scale)), layout.pack_row(row)
         if not ctx.needs_input_grad[1]:
             return layout.unpack(kernels().input_gradient(*arguments)), None, None, None
