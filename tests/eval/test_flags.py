@@ -245,3 +245,7 @@ def test_checking_flags_needs_no_torch():
         [sys.executable, "-c", code, *RUN, "--search"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_the_readme_shows_the_flags_as_they_are():
+    assert markdown_table() in (ROOT / "README.md").read_text()
