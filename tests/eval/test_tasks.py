@@ -159,3 +159,16 @@ def test_every_task_has_a_metric_that_exists():
     from eval.metrics import METRICS
 
     assert {metric for task in TASKS.values() for metric in task.metrics if task.kind != "lm"} <= set(METRICS)
+
+
+def test_metrics_are_those_of_glue_by_hand():
+    from eval.metrics import score
+
+    # Predictions 1 1 0 1 0 against labels 1 0 0 1 1: two true and one false positive, one false and one true negative.
+    logits = np.array([[0, 1], [0, 1], [1, 0], [0, 1], [1, 0]], dtype=float)
+    told = score(("accuracy", "f1", "matthews_correlation"), logits, np.array([1, 0, 0, 1, 1]))
+    assert told == pytest.approx({"accuracy": 3 / 5, "f1": 2 * 2 / (2 * 2 + 1 + 1), "matthews_correlation": 1 / 6})
+    constant = score(("pearson", "spearman"), np.ones((3, 1)), np.array([1.0, 2.0, 3.0]))
+    assert constant == {"pearson": 0.0, "spearman": 0.0}
+    monotone = score(("pearson", "spearman"), np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0]))
+    assert monotone["spearman"] == pytest.approx(1.0) and 0.98 < monotone["pearson"] < 1
