@@ -101,6 +101,7 @@ def start_from(bundle: ModelBundle, path: Path) -> None:
         raise UserError(f"--load_model_path {file}: not readable as safetensors: {error}") from None
     # Weights now come from the file; what the builder had to say of its own is no longer true.
     bundle.notes = copy_tensors(bundle.model, tensors, str(file))
+    bundle.trained = not bundle.notes
 
 
 def preflight(config: RunConfig) -> None:
@@ -223,9 +224,8 @@ def make_trainer(
         history=config.run_folder / "history.jsonl",
         on_step=on_step,
     )
-    # Without a note on new or random weights, the model comes trained for this task.
-    trained = not plan.bundle.notes and config.method != "float"
-    return trainer, modules, evaluate(trainer, plan) if trained else None
+    known = plan.bundle.trained and config.method != "float"
+    return trainer, modules, evaluate(trainer, plan) if known else None
 
 
 def training_arguments(config: RunConfig) -> Any:
