@@ -237,6 +237,8 @@ def training_arguments(config: RunConfig) -> Any:
 
     folder = config.run_folder
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.log_dir or folder / "tensorboard").absolute())
+    # Newer versions of transformers warn at the very name, so it is left out where it is not asked for.
+    checkpointing: Any = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=config.num_train_epochs,
@@ -251,7 +253,7 @@ def training_arguments(config: RunConfig) -> Any:
         data_seed=config.seed,
         fp16=config.fp16,
         bf16=config.bf16,
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        **checkpointing,
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,
