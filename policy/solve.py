@@ -74,6 +74,7 @@ def solve_assignment(
     bounds = [(limit - low) / _unit(extra) for extra, limit, (low, _) in zip(extras, limits, ranges, strict=True)]
     one_each = LinearConstraint(csr_array(np.kron(np.eye(len(gains)), np.ones(gains.shape[1]))), 1, 1)
     cuts: list[LinearConstraint] = []
+    margin = 2 * FORGIVEN
     while True:
         rows = [_at_most(extra / _unit(extra), bound) for extra, bound in zip(extras, bounds, strict=True)]
         result = milp(
@@ -99,7 +100,8 @@ def solve_assignment(
             taken[np.arange(len(gains)), choice] = 1
             cuts.append(_at_most(taken, len(gains) - 1))
         else:  # Equal layers make it too many to name; their costs leave nothing just under the budget either.
-            bounds = [bound - 2 * FORGIVEN * exceeded for bound, exceeded in zip(bounds, over, strict=True)]
+            bounds = [bound - margin * exceeded for bound, exceeded in zip(bounds, over, strict=True)]
+            margin *= 2
 
 
 def _at_most(weights: Table, limit: float) -> LinearConstraint:
