@@ -76,7 +76,7 @@ def write_png(drawings: Sequence[Drawing], path: Path) -> None:
         cells = figure.subfigures(len(rows), columns, squeeze=False, height_ratios=heights, width_ratios=widths)
         for row, line in zip(rows, cells, strict=True):
             for drawing, cell in zip(row, line, strict=False):
-                title = textwrap.fill(drawing.title, int(11 * drawing.size[0]))
+                title = textwrap.fill(drawing.title, int(12 * drawing.size[0]))
                 cell.suptitle(title, x=0.02, ha="left", fontsize=9.5, fontweight="bold")
                 drawing.draw(cell)
         figure.savefig(path)

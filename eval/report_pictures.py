@@ -26,6 +26,7 @@ def pictures(runs: Sequence[Run], groups: Sequence[Group], max_runs: int) -> dic
         "Formats of all runs": [
             plots.all_formats(members[:MAX_ROWS], side, palette)
             for members in _by_model(mixed)
+            if len(members) > 1
             for side in _sides(members)
         ],
         "Policy": [drawing for run in shown if (drawing := plots.policy(run, histories[run.folder]))],

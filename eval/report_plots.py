@@ -30,7 +30,8 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
             for group in (g for g in panel.groups if g.record["method"] == method):
                 several = len(group.runs) > 1
                 xy = [(run.cost(panel.cost_type), run.quality) for run in group.runs]
-                axes.plot(*zip(*xy, strict=True), marker, color=colour, ms=4, alpha=0.55 if several else 0.9, mew=0)
+                size, alpha = (4, 0.55) if several else (6, 0.9)
+                axes.plot(*zip(*xy, strict=True), marker, color=colour, ms=size, alpha=alpha, mew=0)
                 if several:
                     mean = (group.cost(panel.cost_type)[0], group.quality[0])
                     axes.plot(*mean, marker, color=colour, ms=7, mec=INK, mew=0.8)
@@ -44,6 +45,8 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
         axes.margins(0.08)
         if panel.log_cost:
             _log_axis(axes)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         canvas.legend(handles=handles, loc="outside lower left", ncols=2)
 
     what = "One point a run" + ("; outlined: the mean over its seeds. " if spread else ". ")
@@ -201,6 +204,7 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
         dots = axes.scatter(points[:, 1], points[:, 2], c=points[:, 0], cmap="cividis", s=9, linewidths=0)
         canvas.colorbar(dots, ax=axes, label="step")
         axes.set_xlabel(f"{run.record['cost_type']} cost [{run.record['cost_unit']}]")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_ylabel("quality (held-out batch)")
         lines = {"target": (run.record["cost_target"], "--"), "chosen": (run.record["cost"], "-")}
         for name, (cost, dash) in lines.items():
