@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from quant.convert import find_layers
 
@@ -69,8 +68,9 @@ def block_around(modules: dict[str, nn.Module], attention: str) -> str:
 def head_layers(model: nn.Module, layers: list[str]) -> set[str]:
     """The layers of the classification or language modelling head."""
     for prefix, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            if module.base_model is module:
+        # transformers' PreTrainedModel, told by what is used of it: its own import takes two seconds.
+        if (base_model := getattr(module, "base_model", None)) is not None:
+            if base_model is module:
                 break
             start = f"{prefix}." if prefix else ""
             base = f"{start}{module.base_model_prefix}."

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from eval.tasks import Kind
 from eval.vision_nets import ImageClassifier
 from quant.errors import UserError
+
+if TYPE_CHECKING:  # a second of imports that no image model needs
+    from transformers import PreTrainedTokenizerBase
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
