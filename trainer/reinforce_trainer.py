@@ -279,7 +279,9 @@ class ReinforceTrainer(Trainer):
         # What the loader would do: a data set that makes whole batches is asked for one.
         rows = list(indices)
         items = dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[i] for i in rows]
-        return self._prepare_inputs(self.data_collator(items))
+        # Columns that the model does not take are dropped, as the Trainer's own loaders do.
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        return self._prepare_inputs(collate(items))
 
     def _calibration_batches(self) -> Iterator[Any]:
         """The same training batches every time, augmented as in training: that is what the weights have adapted to.

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
@@ -162,6 +163,21 @@ def test_fixed_formats_and_float_need_no_search(tmp_path):
     trainer.train()
     assert set(get_formats(modules).values()) == {(int4, FLOAT)}
     ReinforceTrainer(Net(), arguments(tmp_path, max_steps=2), train_dataset=Data()).train()
+
+
+def test_a_table_with_columns_the_model_does_not_take(tmp_path):
+    """As in the README: the trainer quantizes the model itself and holds out data for the reward itself."""
+    data = Data(48)
+    rows = {"pixel_values": data.images.tolist(), "labels": data.labels.tolist(), "name": ["x"] * 48}
+    trainer = ReinforceTrainer(
+        Net(),
+        arguments(tmp_path, max_steps=8, remove_unused_columns=True),
+        search=ReinforceConfig(target_bits=4.5, calibration_batches=1, sensitivity_examples=4),
+        search_space="4,8",
+        train_dataset=Dataset.from_dict(rows).with_format("torch"),
+    )
+    trainer.train()
+    assert set(trainer.assignment) == {"body.0", "body.3", "head"}
 
 
 def test_scales_learn_relative_to_their_size_under_adam_and_do_not_decay(tmp_path):
