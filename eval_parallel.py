@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import os
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from eval.flags import entry
 from eval.launch_facts import Facts, learn
 from eval.launch_grid import Progress, expand, experiment_folders, launch_folder, look_up
 from eval.launch_progress import Watch, duration, make_console, plan_table, result_table, watching
-from eval.launch_ray import Share, check_request, fit, join, ray_session
+from eval.launch_ray import Share, check_request, disk_is_full, fit, join, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import TUNED, Runner
 from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
@@ -28,8 +27,6 @@ from eval.run_config import COST_UNITS, RunConfig
 
 INTERRUPTED = 130
 """exit code after Ctrl-C, as shells know it"""
-LOW_DISK = 16 << 20
-"""bytes; with less free space a failure is the full disk's"""
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
@@ -142,8 +139,8 @@ def report(config: RunConfig, known: Sequence[Progress], folder: Path, died: Map
     if failed:
         console.print(f"\n{len(failed)} of {len(known)} runs failed: {', '.join(failed)}")
     if failed or unfinished:
-        if (free := shutil.disk_usage(folder).free) < LOW_DISK:
-            console.print(f"The disk of {folder} is full ({free >> 20} MiB left): make room first.")
+        if disk_is_full(folder):
+            console.print(f"The disk of {folder} is full: make room first.")
         resume = [sys.executable, str(Path(sys.argv[0]).resolve()), "--resume", str(folder)]
         console.print(f"\n{'Run what is missing' if unfinished else 'Try them again'} with:\n{shlex.join(resume)}")
         return 1 if failed else INTERRUPTED

@@ -14,15 +14,22 @@ from eval.run_config import RunConfig
 
 
 class Notices(Callback):
-    """Says when a run starts again because its process died; records that a run was stopped early."""
+    """Says when a run starts again because its process died, keeps why it died for good, records an early stop."""
 
     def __init__(self, runs: Mapping[str, RunConfig], console: Console) -> None:
         self._runs, self._console = runs, console
+        self.died: dict[str, str] = {}
+        """why a run ended without a record, by its name"""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         run = with_settings(self._runs[trial.config["run"]], trial.config)
         if not (run.run_folder / "result.json").exists():
             self._console.print(f"{run.run_name}: its process died; it starts again from its last checkpoint")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        run = with_settings(self._runs[trial.config["run"]], trial.config)
+        if not (run.run_folder / "result.json").exists():
+            self.died[run.run_name] = f"its process died {trial.num_failures} times; see {run.run_folder / 'run.log'}"
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         run = with_settings(self._runs[trial.config["run"]], trial.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +15,20 @@ from typing import Any
 from rich.console import Console
 
 from eval.flag_checks import gpu_count
-from eval.launch_trial import Runner, one_line, trial, with_settings
+from eval.launch_trial import Runner, trial, with_settings
 from eval.run_config import RunConfig
 from quant.errors import UserError
 
 MAX_FAILURES = 2
 """how often a run whose process died starts again from its checkpoint"""
+LOW_DISK = 16 << 20
+"""bytes"""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -168,6 +172,7 @@ def fit(
 
     from eval.launch_notices import Notices
 
+    notices = Notices(runs, console)
     clean(storage)
     storage.mkdir(parents=True, exist_ok=True)
 
@@ -189,16 +194,27 @@ def fit(
             name=datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[TBXLoggerCallback(), Notices(runs, console)],
+            callbacks=[TBXLoggerCallback(), notices],
             verbose=0,
         ),
     )
+    died = notices.died
     try:
-        results = tuner.fit()
+        tuner.fit()
+    except (EOFError, OSError):
+        if not disk_is_full(storage):
+            raise  # else Tune has read back a file of its own that the full disk has cut short
     finally:
         clean(storage)
-    ended = [results[index] for index in range(len(results))]
-    return {name_of_trial(result): one_line(result.error) for result in ended if result.error}
+    if disk_is_full(storage):
+        without = [name for name, run in runs.items() if not (run.run_folder / "result.json").exists()]
+        died |= dict.fromkeys([*died, *without], "the disk is full")
+    return died
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Whether so little is free that a failure is the disk's."""
+    return shutil.disk_usage(folder).free < LOW_DISK
 
 
 def clean(storage: Path) -> None:

@@ -60,7 +60,7 @@ def _real_run() -> Runner:
 
 def with_settings(config: RunConfig, params: Mapping[str, Any]) -> RunConfig:
     """`config` under the settings that a hyperparameter search drew, in a folder named after them."""
-    settings = {name: float(f"{params[name]:.4g}") for name in TUNED if name in params}
+    settings = {name: float(f"{params[name]:.4g}") for name in TUNED if params.get(name) is not None}
     if not settings:
         return config
     name = "-".join([config.run_name, *(f"{TUNED[key]}{value:g}" for key, value in settings.items())])

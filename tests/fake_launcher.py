@@ -1,8 +1,9 @@
 """The launcher around a run that needs no torch model: `FAKE=faults python tests/fake_launcher.py FLAGS`.
 
 The fake counts to --max_steps, writes a checkpoint at every step and resumes from it; its accuracy is a hash over the
-steps, so that a step lost or done twice shows. FAKE is a comma list of what goes wrong: `wait` (slow steps, for tests
-that kill something), and for one seed `fail1`, `die1` (kill -9 of its own process, once), `oom1`, `full1` (disk).
+steps, so that a step lost or done twice shows. FAKE is a comma list of what goes wrong: `hold` (every run waits behind
+its step 2 until the output folder holds a file `go`), `slow` steps, and for one seed `fail1`, `die1` (kill -9 of its
+own process, once), `oom1`, `full1` (disk). With `real` the runs are real, and `die1` kills one behind its step 4.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def run(config, on_step=None):
 
     folder = config.run_folder
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    replace(folder / "config.yaml", to_yaml(config))
     faults = os.environ.get("FAKE", "").split(",")
     checkpoint = folder / "checkpoints" / "state.json"
     state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "value": config.seed}
@@ -42,8 +43,10 @@ def run(config, on_step=None):
     (folder / f"pid-{os.getpid()}").touch()
     while state["step"] < config.max_steps:
         state = {"step": state["step"] + 1, "value": (31 * state["value"] + state["step"] + 1) % 1_000_003}
-        if "wait" in faults:
+        if "slow" in faults:
             time.sleep(0.2)
+        while "hold" in faults and state["step"] > 2 and not (Path(config.output_root_dir) / "go").exists():
+            time.sleep(0.05)
         if f"oom{config.seed}" in faults and config.train_batch_size > 16:
             raise MemoryError("8 GiB")
         if state["step"] == 3:
@@ -53,12 +56,11 @@ def run(config, on_step=None):
                 os.kill(os.getpid(), signal.SIGKILL)
         if f"full{config.seed}" in faults:
             (folder / f"ballast-{state['step']}").write_bytes(b"x" * (1 << 18))
-        loss = float(config.seed + 1) / state["step"]
-        entry = {"step": state["step"], "phase": "train", "loss": loss, "reward": None, "quality": None, "cost": 1.5}
-        entry |= {"entropy": None, "learning_rate": 1e-3, "time": 0.1 * state["step"]}
+        entry = {"step": state["step"], "phase": "train", "loss": config.seed + 1.0, "reward": None, "cost": 1.5}
+        entry |= {"quality": None, "entropy": None, "learning_rate": 1e-3, "time": 0.1 * state["step"]}
         with (folder / "history.jsonl").open("a") as history:
             history.write(json.dumps(entry) + "\n")
-        replace(checkpoint, state)
+        replace(checkpoint, json.dumps(state))
         if on_step:
             on_step(entry)
     record = {
@@ -73,13 +75,28 @@ def run(config, on_step=None):
         **{"layers": [LAYER], "steps": state["step"], "wall_seconds": 1.0, "versions": {}, "commit": None},
         **{"device": "cpu", "notes": []},
     }
-    replace(folder / "result.json", record)
+    replace(folder / "result.json", json.dumps(record))
     return record
 
 
-def replace(path: Path, value: dict) -> None:
+def real_run(config, on_step=None):
+    """`eval.eval_run.run`, killed once if FAKE says so."""
+    from eval.eval_run import run
+
+    marker = config.run_folder / "killed"
+
+    def watched(entry):
+        if f"die{config.seed}" in os.environ["FAKE"].split(",") and entry["step"] >= 4 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        on_step(entry)
+
+    return run(config, on_step=watched)
+
+
+def replace(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -87,4 +104,5 @@ if __name__ == "__main__":
     import eval_parallel
     from eval.flags import entry
 
-    entry(lambda argv: eval_parallel.main(argv, run))
+    runner = real_run if "real" in os.environ.get("FAKE", "").split(",") else run
+    entry(lambda argv: eval_parallel.main(argv, runner))

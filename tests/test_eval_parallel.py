@@ -285,6 +285,7 @@ def test_a_setting_that_was_tried_names_its_run_and_is_found_again(tmp_path, fak
     assert with_settings(base, {"run": "x"}) == base
     fake.run(drawn)
     fake.run(drawn.updated(learning_rate=0.5, run_id="resnet20-search-6b-s42-other"))
+    fake.run(base.updated(run_id="resnet20-search-6b-s42-untuned"))
     assert [known.config.run_name for known in tried(base)] == [drawn.run_name]
 
 
