@@ -25,12 +25,14 @@ MAGNITUDE = 1e3
 """Largest entry of the tables that HiGHS sees. It forgives 1e-6 of infeasibility and of gap, in absolute terms."""
 FORGIVEN = 1e-6
 
+FINEST = 1e-7
+"""Smallest step of a lattice, as a share of the largest entry, of which HiGHS still sees the half."""
+
 MAX_CUTS = 10
 """Assignments over a budget by less than HiGHS sees that are cut off one by one, before the budget is lowered."""
 
 MAX_NODES = 10_000
 """Branches after which the best assignment so far is taken, rather than the clock: the same input, the same output."""
-
 
 _OPTIMAL, _INFEASIBLE = 0, 2  # status of scipy's milp
 
@@ -69,20 +71,19 @@ def solve_assignment(
 
     gains = gains - gains.max(1, keepdims=True)
     objective = -gains.ravel() / _unit(gains)
-    # Over the cheapest choices, because a large constant would hide small differences.
-    extras = [table - table.min(1, keepdims=True) for table in tables]
-    bounds = [(limit - low) / _unit(extra) for extra, limit, (low, _) in zip(extras, limits, ranges, strict=True)]
+    rows = [_row(table, limit) for table, limit in zip(tables, limits, strict=True)]
+    weights, bounds, clear = [list(part) for part in zip(*rows, strict=True)]
     one_each = LinearConstraint(csr_array(np.kron(np.eye(len(gains)), np.ones(gains.shape[1]))), 1, 1)
     cuts: list[LinearConstraint] = []
     margin = 2 * FORGIVEN
     while True:
-        rows = [_at_most(extra / _unit(extra), bound) for extra, bound in zip(extras, bounds, strict=True)]
         result = milp(
             objective,
             integrality=np.ones(gains.size),
             bounds=(0, 1),
-            constraints=[one_each, *rows, *cuts],
-            options={"mip_rel_gap": 0, "node_limit": MAX_NODES},
+            constraints=[one_each, *map(_at_most, weights, bounds), *cuts],
+            # Presolve goes wrong where a bound is less than HiGHS forgives below a sum that choices can have.
+            options={"mip_rel_gap": 0, "node_limit": MAX_NODES, "presolve": all(clear)},
         )
         if result.status == _INFEASIBLE:
             raise infeasible
@@ -102,6 +103,33 @@ def solve_assignment(
         else:  # Equal layers make it too many to name; their costs leave nothing just under the budget either.
             bounds = [bound - margin * exceeded for bound, exceeded in zip(bounds, over, strict=True)]
             margin *= 2
+
+
+def _row(table: Table, limit: float) -> tuple[Table, float, bool]:
+    """Weights and their bound, as HiGHS sees a budget, and whether the bound is clear of every possible sum.
+
+    Costs count from the cheapest choice, because a large constant would hide small differences. Bits times whole
+    numbers lie on a lattice: there the bound is moved to the middle between the last sum within the limit and the next.
+    """
+    extra = table - table.min(1, keepdims=True)
+    room = limit - math.fsum(table.min(1))
+    if step := _lattice_step(extra):
+        weights, bound = np.rint(extra / step), math.floor(room / step) + 0.5
+        unit = max(_unit(weights), 1.0)
+        return weights / unit, bound / unit, True
+    return extra / _unit(extra), room / _unit(extra), False
+
+
+def _lattice_step(extra: Table) -> float:
+    """The number that all entries are multiples of, by Euclid's algorithm; 0 if it is below FINEST of the largest."""
+    largest, step = float(extra.max()), 0.0
+    for entry in np.unique(extra).tolist():
+        while entry > FINEST * largest:
+            step, entry = entry, abs(math.remainder(step, entry))
+    if not step:
+        return 1.0  # every entry is 0
+    step = largest / round(largest / step)
+    return step if np.abs(extra - np.rint(extra / step) * step).max() <= ROUNDING * largest else 0.0
 
 
 def _at_most(weights: Table, limit: float) -> LinearConstraint:
