@@ -233,6 +233,8 @@ def test_float_is_a_copy_and_one_grid_formats_only_have_a_row():
 def test_rounding_is_idempotent_monotone_odd_and_within_bounds(name, numbers, scale):
     format, x = parse_format(name), torch.tensor(sorted(numbers))
     scale = 2.0 ** round(np.log2(scale))  # a power of two: q * scale / scale is q again
+    if not format.scaled:  # bf16 reaches to the end of float32: a larger grid would end in infinity
+        scale = min(scale, 1.0)
     out = fake_quantize(x, format, scale)
     assert torch.equal(fake_quantize(out, format, scale), out)
     assert (out.diff() >= 0).all()
