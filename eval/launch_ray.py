@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,10 +62,11 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         else:
             node = local_node(config)
             ray.init(address="local", num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), **quiet)
-    except (ConnectionError, TimeoutError) as error:
-        raise UserError(
-            f"--ray_address {config.ray_address}: no cluster answers: {' '.join(str(error).split())}"
-        ) from None
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        if config.ray_address is None:
+            raise
+        hint = "; a cluster that asks for a token needs RAY_AUTH_MODE=token" if "uthenticat" in str(error) else ""
+        raise UserError(f"--ray_address {config.ray_address}: {' '.join(str(error).split())[:300]}{hint}") from None
     for name in ("ray.tune", "ray.air", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -81,14 +83,28 @@ def check_request(config: RunConfig, runs: int) -> Share | None:
             "for one run over several: torchrun --nproc_per_node N eval/eval_run.py ..."
         )
     if config.ray_address is not None:
-        if config.ray_address.startswith("ray://"):
-            raise UserError("--ray_address ray://...: start the launcher on one of the cluster's machines, with 'auto'")
+        _check_address(config.ray_address)
         return None
     for flag, have in (("num_cpus", os.cpu_count() or 1), ("num_gpus", gpu_count(config.cuda_visible_devices))):
         wanted = getattr(config, flag)
         if wanted is not None and wanted > have:
             raise UserError(f"--{flag} {wanted}: this machine has {have}")
     return plan_share(config, [local_node(config)], runs)
+
+
+def _check_address(address: str) -> None:
+    """Ray's own client takes half a minute to give up on an address where nothing listens."""
+    if address == "auto":
+        return
+    if address.startswith("ray://"):
+        raise UserError(f"--ray_address {address}: start the launcher on one of the cluster's machines, with 'auto'")
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise UserError(f"--ray_address {address}: choices: auto, or HOST:PORT of the head node")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--ray_address {address}: no cluster answers: {error}") from None
 
 
 def local_node(config: RunConfig) -> dict[str, float]:

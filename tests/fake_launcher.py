@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,7 +29,7 @@ def digest(config) -> float:
     return value / 1_000_003
 
 
-def run(config, on_step=None):
+def run(config, on_step=None, faults=()):
     """Stands in for `eval.eval_run.run`."""
     from eval.flags import to_yaml
     from quant.errors import UserError
@@ -36,7 +37,6 @@ def run(config, on_step=None):
     folder = config.run_folder
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     replace(folder / "config.yaml", to_yaml(config))
-    faults = os.environ.get("FAKE", "").split(",")
     checkpoint = folder / "checkpoints" / "state.json"
     state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "value": config.seed}
     attempts = len(list(folder.glob("pid-*")))
@@ -79,14 +79,14 @@ def run(config, on_step=None):
     return record
 
 
-def real_run(config, on_step=None):
-    """`eval.eval_run.run`, killed once if FAKE says so."""
+def real_run(config, on_step=None, faults=()):
+    """`eval.eval_run.run`, killed once if the faults say so."""
     from eval.eval_run import run
 
     marker = config.run_folder / "killed"
 
     def watched(entry):
-        if f"die{config.seed}" in os.environ["FAKE"].split(",") and entry["step"] >= 4 and not marker.exists():
+        if f"die{config.seed}" in faults and entry["step"] >= 4 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         on_step(entry)
@@ -104,5 +104,6 @@ if __name__ == "__main__":
     import eval_parallel
     from eval.flags import entry
 
-    runner = real_run if "real" in os.environ.get("FAKE", "").split(",") else run
+    wanted = tuple(os.environ.get("FAKE", "").split(","))  # of this process: the nodes of a cluster have their own
+    runner = partial(real_run if "real" in wanted else run, faults=wanted)
     entry(lambda argv: eval_parallel.main(argv, runner))

@@ -1,5 +1,6 @@
 """The launcher without Ray: the grid, what is finished, who gets what, what is shown, and what is refused at once."""
 
+import functools
 import importlib.util
 import io
 import json
@@ -226,7 +227,9 @@ def test_no_share_is_more_than_there_is(nodes, runs, gpus):
         (["--num_gpus", "1", "--cuda_visible_devices", ""], "--num_gpus 1: this machine has 0"),
         (["--gpus_per_trial", "1", "--cuda_visible_devices", ""], "1 GPU"),
         (["--gpus_per_trial", "2"], "torchrun"),
-        (["--ray_address", "ray://head:10001"], "--ray_address"),
+        (["--ray_address", "ray://head:10001"], "--ray_address ray://head:10001"),
+        (["--ray_address", "head"], "--ray_address head: choices: auto, or HOST:PORT"),
+        (["--ray_address", "127.0.0.1:1"], "--ray_address 127.0.0.1:1: no cluster answers"),
         (["--num_cpus", "1", "--cpus_per_trial", "2"], "2 CPU"),
     ],
 )
@@ -235,17 +238,17 @@ def test_what_this_machine_lacks_is_refused_before_ray_starts(flags, words):
         check_request(read_flags(flags), 1)
 
 
-def test_out_of_memory_runs_once_more_with_half_the_batch(tmp_path, fake, monkeypatch):
-    monkeypatch.setenv("FAKE", "oom42")
+def test_out_of_memory_runs_once_more_with_half_the_batch(tmp_path, fake):
+    oom = functools.partial(fake.run, faults=["oom42"])
     run = runs_of("--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
-    record = _run_within_memory(fake.run, run, Reporter(lambda measures: None))
+    record = _run_within_memory(oom, run, Reporter(lambda measures: None))
     assert "--train_batch_size 32: run with 16 and --gradient_accumulation_steps 2" in record["notes"][0]
     assert json.loads((run.run_folder / "result.json").read_text()) == record
     assert look_up(run).finished, "the halved run counts as the one that was asked for"
     with pytest.raises(MemoryError):
-        _run_within_memory(fake.run, run.updated(train_batch_size=33, run_id="odd"), Reporter(lambda measures: None))
+        _run_within_memory(oom, run.updated(train_batch_size=33, run_id="odd"), Reporter(lambda measures: None))
     with pytest.raises(MemoryError):
-        _run_within_memory(fake.run, run.updated(train_batch_size=64, run_id="big"), Reporter(lambda measures: None))
+        _run_within_memory(oom, run.updated(train_batch_size=64, run_id="big"), Reporter(lambda measures: None))
 
 
 def test_only_memory_counts_as_out_of_memory():

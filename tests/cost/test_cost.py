@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -162,6 +162,7 @@ betas = st.floats(0, 10)
 
 
 @pytest.mark.parametrize("name", REWARDS)
+@settings(deadline=None, derandomize=True)
 @given(low=qualities, high=qualities, cost=costs, target=targets, beta=betas)
 def test_more_quality_never_lowers_a_reward(name, low, high, cost, target, beta):
     low, high = sorted((low, high))
@@ -169,6 +170,7 @@ def test_more_quality_never_lowers_a_reward(name, low, high, cost, target, beta)
 
 
 @pytest.mark.parametrize("name", REWARDS)
+@settings(deadline=None, derandomize=True)
 @given(quality=qualities, factors=st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), target=targets, beta=betas)
 def test_over_the_target_more_cost_never_raises_a_reward(name, quality, factors, target, beta):
     less, more = (REWARDS[name](quality, target * factor, target, beta) for factor in sorted(factors))

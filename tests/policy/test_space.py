@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost.cost import COSTS
@@ -92,6 +92,7 @@ def spaces(draw):
 
 
 @pytest.mark.parametrize("cost_type", COSTS)
+@settings(deadline=None, derandomize=True)
 @given(drawn=spaces(), attention=st.sampled_from([0, 12345]))
 def test_table_range_and_cost_agree(cost_type, drawn, attention):
     space, choice = drawn
