@@ -16,7 +16,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,10 @@ from quant.formats import FLOAT, Format
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
     from cost.profile import LayerProfile
+    from eval.eval_partitions import Blocks
     from eval.model_bundle import ModelBundle
     from eval.tasks import PreparedData, TaskData
-    from policy.space import Partition
+    from policy.space import Partition, SearchSpace
     from quant.quant_module import QuantModule
     from trainer.reinforce_trainer import ReinforceTrainer
     from trainer.search import ReinforceConfig
@@ -52,6 +53,8 @@ class Plan:
     prepared: PreparedData
     layers: list[str]
     profiles: list[LayerProfile]
+    fused: Blocks = field(default_factory=dict)
+    """with --fuse_groups: the finest partition that divides no fused group"""
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -65,18 +68,23 @@ def make_plan(config: RunConfig) -> Plan:
     """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong."""
     from cost.profile import profile_model
     from eval.coverage import searched_layers
-    from eval.models import build_model
+    from eval.fused_groups import fused_groups
+    from eval.models import build_model, recompute_activations
     from eval.tasks import load_task, prepare
 
     data = load_task(config)
     corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
     bundle = build_model(config, data.num_labels, corpus)
+    if config.gradient_checkpointing:
+        recompute_activations(bundle.model)
     if config.load_model_path is not None:
         start_from(bundle, Path(config.load_model_path))
     prepared = prepare(data, bundle, config)
     layers = searched_layers(bundle.model, data.kind, config)
     profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
     plan = Plan(config, data, bundle, prepared, layers, profiles)
+    if config.fuse_groups:
+        plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
     budget(plan)
     return plan
 
@@ -112,26 +120,34 @@ def preflight(config: RunConfig) -> None:
 
 def budget(plan: Plan) -> float | None:
     """The run's target in its cost's unit; None without one. Raises UserError, with the range, if none can meet it."""
-    from policy.space import build_space
     from trainer.search import resolve_target
 
     config = plan.config
     if config.cost_target is None and config.target_bits is None:
         return None
-    space = build_space(
+    cost_type: Any = config.cost_type
+    return resolve_target(search_space(plan), plan.profiles, cost_type, config.cost_target, config.target_bits)
+
+
+def search_space(plan: Plan) -> SearchSpace:
+    """What the flags let a search decide."""
+    from policy.space import build_space
+
+    config = plan.config
+    return build_space(
         plan.layers, config.search_formats, partition(plan), config.weight_only_search, config.separate_activations
     )
-    cost_type: Any = config.cost_type
-    return resolve_target(space, plan.profiles, cost_type, config.cost_target, config.target_bits)
 
 
 def partition(plan: Plan) -> Partition:
     """Which layers share a decision, as the flags say."""
     from eval.eval_partitions import block_partition
+    from eval.fused_groups import merge
 
     if plan.config.partition in ("role", "depth"):
-        return block_partition(plan.bundle.model, plan.layers, plan.config.partition)
-    return plan.config.partition  # type: ignore[return-value]
+        blocks = block_partition(plan.bundle.model, plan.layers, plan.config.partition)
+        return merge(blocks, plan.fused.values())
+    return plan.fused or plan.config.partition  # type: ignore[return-value]
 
 
 def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -237,8 +253,6 @@ def training_arguments(config: RunConfig) -> Any:
 
     folder = config.run_folder
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.log_dir or folder / "tensorboard").absolute())
-    # Newer versions of transformers warn at the very name, so it is left out where it is not asked for.
-    checkpointing: Any = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=config.num_train_epochs,
@@ -253,7 +267,6 @@ def training_arguments(config: RunConfig) -> Any:
         data_seed=config.seed,
         fp16=config.fp16,
         bf16=config.bf16,
-        **checkpointing,
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,
@@ -350,6 +363,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cost_target": budget(plan),
         "metric": plan.data.metric,
         "search_space": [f.name for f in config.search_formats] if config.method == "search" else None,
+        "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions}
+        if config.method == "search"
+        else None,
         "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from eval.eval_run import Plan
     from eval.run_config import RunConfig
 
-_SHAPING = [*(entry.name for group in (DataFlags, LayerFlags) for entry in fields(group)), "load_model_path"]
+_SHAPING = [entry.name for group in (DataFlags, LayerFlags) for entry in fields(group)]
+_SHAPING += ["load_model_path", "fuse_groups"]
 """what data, model and layers depend on"""
 PASS_SHARE = 1 / 3
 """a forward pass takes about a third of a training step"""
@@ -56,20 +57,16 @@ def learn(runs: Sequence[RunConfig], measure: bool = False) -> dict[str, Facts]:
 
 
 def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
-    from eval.eval_run import budget, partition, search_settings
-    from policy.space import build_space
+    from eval.eval_run import budget, search_settings, search_space
 
     run = plan.config
-    space = build_space(
-        plan.layers, run.search_formats, partition(plan), run.weight_only_search, run.separate_activations
-    )
     cost_type: Any = run.cost_type
     steps = _steps(plan)
     seconds = None
     if seconds_per_step is not None:
         draws = search_settings(run).reward_draws if run.method == "search" else 0
         seconds = steps * seconds_per_step * (1 + draws * PASS_SHARE)
-    return Facts(steps, space.cost_range(plan.profiles, cost_type), budget(plan), seconds)
+    return Facts(steps, search_space(plan).cost_range(plan.profiles, cost_type), budget(plan), seconds)
 
 
 def _steps(plan: Plan) -> int:

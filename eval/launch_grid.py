@@ -70,7 +70,7 @@ def _items(config: RunConfig, name: str) -> list[Any] | None:
 
 def _fit_method(run: RunConfig) -> RunConfig:
     """In a grid over methods the flags of one method are not errors for the others: each run keeps what it uses."""
-    no_search: dict[str, Any] = {"search": False, "block_search": None, "single_decision": False}
+    no_search: dict[str, Any] = {"search": False, "block_search": None, "single_decision": False, "fuse_groups": False}
     no_target: dict[str, Any] = {"cost_target": None, "target_bits": None}
     no_bits: dict[str, Any] = {"bits": None, "weight_bits": None, "activation_bits": None}
     if run.method == "float":

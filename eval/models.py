@@ -79,6 +79,28 @@ def build_architecture(
     return CandidateScorer(inner) if find_task(task).candidates else inner
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Keep no activations within a block of `model`: the backward pass computes them again.
+
+    Raises UserError for a model whose library has no such switch.
+    """
+    from eval.text_nets import CandidateScorer
+    from eval.vision_nets import ImageClassifier
+
+    inner: Any = model.model if isinstance(model, CandidateScorer) else model
+    inner = inner.net if isinstance(inner, ImageClassifier) else inner
+    if getattr(inner, "supports_gradient_checkpointing", False):  # transformers; the second name is that before 5.23
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        return
+    try:
+        inner.set_grad_checkpointing(True)  # timm
+    except (AttributeError, AssertionError):  # some of its models have the method, and no more
+        raise UserError(
+            f"--gradient_checkpointing: {type(inner).__name__} has no way to recompute its activations; leave it out"
+        ) from None
+
+
 def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The architecture of a model known by name, as published, and an example input of one image or 128 tokens.
 

@@ -251,7 +251,7 @@ def _where(run: Run) -> str:
 
 def _decision_names(run: Run, count: int) -> list[str]:
     """Names of the policy's rows: the record's decisions, else its layers where there are as many, else numbers."""
-    names = run.record.get("decisions") or list(run.record["assignment"])
+    names = list(run.record.get("decisions") or run.record["assignment"])
     return short_names(names) if len(names) == count else [f"decision {i}" for i in range(count)]
 
 

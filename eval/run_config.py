@@ -93,6 +93,9 @@ class SearchFlags:
         choices=["role", "depth"],
     )
     single_decision: bool = flag(False, "search one format for the whole model")
+    fuse_groups: bool = flag(
+        False, "layers that engines run in one format share a decision: query, key, value; gate, up; residual sums"
+    )
     search_space: str = flag("4,8", "formats to choose from, e.g. 2,4,8 or int4,e2m1,e4m3")
     weight_only_search: bool = flag(False, "search weight formats; activations stay in float")
     separate_activations: bool = flag(False, "weights and activations of a layer may differ")
@@ -291,7 +294,7 @@ class RunConfig(
         formats = None
         if self.method == "uniform":
             formats = "-".join(dict.fromkeys(f.name for f in self.uniform_formats))
-        words = [self.model_name, method, formats, self.budget, f"s{self.seed}"]
+        words = [self.model_name, method, "fused" if self.fuse_groups else None, formats, self.budget, f"s{self.seed}"]
         return "-".join(safe_name(word) for word in words if word)
 
     @property

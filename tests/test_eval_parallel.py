@@ -60,6 +60,10 @@ def test_each_method_of_a_grid_keeps_the_flags_it_uses():
         *("resnet20-search-4.2b-s42", "resnet20-search-4.5b-s42", "resnet20-search-6b-s42"),
         *("resnet20-uniform-int4-s42", "resnet20-uniform-int6-s42", "resnet20-float-s42"),
     ]
+    assert names("--methods", "search,float", "--fuse_groups") == [
+        "resnet20-search-fused-6b-s42",
+        "resnet20-float-s42",
+    ]
     assert names("--methods", "search,uniform", "--bits", "4") == [
         "resnet20-search-6b-s42",
         "resnet20-uniform-int4-s42",

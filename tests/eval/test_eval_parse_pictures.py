@@ -131,6 +131,14 @@ def test_draws_show_every_assignment(tmp_path):
     assert plots.drawn_assignments(run, [{"step": 0}]) is None
 
 
+def test_rows_of_the_policy_are_called_as_the_record_calls_its_decisions(tmp_path):
+    blocks = {"encoder.*.query": BERT[::2], "encoder.*.dense": BERT[1::2]}
+    write_run(tmp_path, "search", 0, (4, 8), assignment={name: ["int4", "int4"] for name in BERT}, decisions=blocks)
+    (run,) = runs_below(tmp_path)
+    rows = drawn(plots.policy(run, [{"step": s, "probabilities": [[0.5, 0.5], [0.9, 0.1]]} for s in (1, 11)]))
+    assert [text.get_text() for text in rows.axes[0].get_yticklabels()] == ["query", "dense"]
+
+
 def test_running_mean_keeps_constants_and_ignores_the_ends():
     np.testing.assert_allclose(plots.running_mean(np.full(100, 0.3)), 0.3, rtol=1e-12)
     values = np.arange(200.0)

@@ -136,6 +136,8 @@ def test_switches_go_both_ways(flag):
         (["--bits", "4", "--target_bits", "5"], ["--target_bits 5", "--method uniform"]),
         (["--search", "--weight_only_search", "--separate_activations"], ["--weight_only_search", "--separate_act"]),
         (["--block_search", "--single_decision"], ["--block_search", "--single_decision"]),
+        (["--fuse_groups", "--single_decision"], ["--fuse_groups", "--single_decision"]),
+        (["--fuse_groups", "--bits", "4"], ["--fuse_groups", "--method uniform"]),
         (["--search", "--max_steps", "0"], ["--max_steps 0", "search"]),
         (["--search", "--max_steps", "8", "--delay_steps", "8"], ["--delay_steps 8", "--max_steps 8"]),
         (["--learning_rate", "inf"], ["--learning_rate", "inf"]),

@@ -53,8 +53,9 @@ def test_cifar_resnet_costs_what_its_paper_says():
     assert coverage("resnet20").gbops[0] / 16 == pytest.approx(0.0406, rel=1e-2)
 
 
-def test_resnet50_costs_what_fliqs_says_to_a_tenth_of_a_percent():
-    assert coverage("resnet50").gbops == pytest.approx((65.43, 261.7, 1047), rel=1e-3)
+@pytest.mark.parametrize(("name", "gbops"), [("resnet18", (29.03, 116.1, 464.4)), ("resnet50", (65.43, 261.7, 1047))])
+def test_image_models_cost_what_fliqs_says_to_a_tenth_of_a_percent(name, gbops):
+    assert coverage(name).gbops == pytest.approx(gbops, rel=1e-3)
 
 
 def test_the_table_has_a_row_for_each_model():
