@@ -20,6 +20,7 @@ from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from trainer import checkpoint
 from trainer.history import History
+from trainer.policy_pictures import show_policy
 from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior, measure_sensitivity
@@ -342,6 +343,8 @@ class ReinforceTrainer(Trainer):
             entry["loss"] = loss
         if self.history is not None:
             self.history.write(entries)
+        if self.search is not None:
+            show_policy(self.callback_handler.callbacks, self.space, entries)
         if self.on_step is not None:
             for entry in entries:
                 self.on_step(entry)

@@ -159,10 +159,11 @@ class Search:
         """Cost of a choice, in the cost's unit."""
         return float(self.costs[np.arange(len(self.costs)), np.asarray(choice)].sum())
 
-    def learn(self, choices: Tensor, qualities: Sequence[float], step: int) -> dict[str, float]:
+    def learn(self, choices: Tensor, qualities: Sequence[float], step: int) -> dict[str, Any]:
         """One policy step from choices int64 (draws, decisions) and their quality in (0, 1], at the run's `step`.
 
-        Returns the means over the draws of reward, quality and cost, and what `Reinforce.step` tells.
+        Returns the means over the draws of reward, quality and cost, "draws" as [cost, quality] each, and what
+        `Reinforce.step` tells.
         """
         reward = REWARDS[self.config.cost_function]
         costs = [self.cost(choice) for choice in choices]
@@ -175,6 +176,7 @@ class Search:
             "reward": float(np.mean(rewards)),
             "quality": float(np.mean(qualities)),
             "cost": float(np.mean(costs)),
+            "draws": [list(draw) for draw in zip(costs, qualities, strict=True)],
             **told,
         }
 

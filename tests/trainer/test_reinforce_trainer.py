@@ -82,6 +82,10 @@ def test_a_search_ends_within_its_budget_and_in_its_assignment(tmp_path):
     assert [entry["phase"] for entry in history] == ["delay"] * 6 + ["search"] * 6 + ["settle"] * 12
     assert all(math.isfinite(entry["loss"]) for entry in history)
     rewarded = [entry for entry in history if "reward" in entry]
+    for entry in rewarded:
+        costs, qualities = zip(*entry["draws"], strict=True)
+        assert len(costs) == 2 and costs[0] == pytest.approx(trainer.search.cost(entry["choice"]), rel=1e-12)
+        assert (sum(costs) / 2, sum(qualities) / 2) == pytest.approx((entry["cost"], entry["quality"]), rel=1e-12)
     assert [entry["phase"] for entry in rewarded] == ["search"] * 6
     assert all(0 < entry["quality"] <= 1 for entry in rewarded)
 
