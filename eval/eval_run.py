@@ -12,6 +12,7 @@ if __name__ == "__main__":  # started as a script, its own folder is on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import logging
+import os
 import platform
 import subprocess
 import time
@@ -163,7 +164,8 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
     from trainer.reinforce_trainer import TrainingDiverged
 
     folder = config.run_folder
-    write_atomically(folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(config)))
+    if first_process():
+        write_atomically(folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(config)))
     trainer, modules, float_metrics = make_trainer(plan, on_step)
     record = describe(plan)
     try:
@@ -174,7 +176,8 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     except TrainingDiverged as error:
         record |= {"status": "failed", "reason": str(error), "wall_seconds": round(time.monotonic() - started, 1)}
-        write_json(folder / "result.json", record)
+        if first_process():
+            write_json(folder / "result.json", record)
         return record
 
     from cost.cost import assignment_to_json
@@ -188,10 +191,16 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
         "steps": trainer.state.global_step,
         "wall_seconds": round(time.monotonic() - started, 1),
     }
-    write_json(folder / "assignment.json", record["assignment"])
-    save_result(plan, modules, assignment)
-    write_json(folder / "result.json", record)
+    if first_process():
+        write_json(folder / "assignment.json", record["assignment"])
+        save_result(plan, modules, assignment)
+        write_json(folder / "result.json", record)
     return record
+
+
+def first_process() -> bool:
+    """Whether this process writes: with torchrun, several work on one run, and all of them return its record."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def make_trainer(
@@ -246,8 +255,6 @@ def make_trainer(
 
 def training_arguments(config: RunConfig) -> Any:
     """The flags as transformers' TrainingArguments."""
-    import os
-
     import torch
     from transformers import TrainingArguments
 
@@ -274,6 +281,7 @@ def training_arguments(config: RunConfig) -> Any:
         save_total_limit=1,
         report_to=config.report_to,
         use_cpu=config.device == "cpu",
+        ddp_find_unused_parameters=True,  # each format has scales of its own, of which a step uses one
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         disable_tqdm=config.quiet or not sys.stderr.isatty(),
@@ -441,13 +449,16 @@ def device_name(config: RunConfig) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run what the flags say and print where the record is."""
+    """Run what the flags say and print where the record is. `torchrun` shares one run among several GPUs."""
     config = parse(argv)
-    logging.basicConfig(level=logging.WARNING if config.quiet else logging.INFO, format="%(message)s")
+    quiet = config.quiet or not first_process()
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     result = config.run_folder / "result.json"
     if result.exists():
         raise UserError(f"--run_id {config.run_name}: {result} exists already; choose another --exp_name or --run_id")
     record = run(config)
+    if not first_process():
+        return 0
     if record["status"] != "finished":
         print(f"failed: {record['reason']}", file=sys.stderr)
         return 1

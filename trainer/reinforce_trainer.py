@@ -21,6 +21,7 @@ from quant.quant_module import QuantModule
 from trainer import checkpoint
 from trainer.history import History
 from trainer.policy_pictures import show_policy
+from trainer.processes import mean_over_processes, of_first_process, own_share, share_buffers
 from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior, measure_sensitivity
@@ -91,8 +92,9 @@ class ReinforceTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer_arguments)
         self.search_config = search
         self.search_dataset = search_dataset
-        self.history = None if history is None else History(history)
-        self.on_step = on_step
+        first = self.is_world_process_zero()  # of several processes, one writes and tells
+        self.history = History(history) if history is not None and first else None
+        self.on_step = on_step if first else None
         self.search: Search | None = None
         self.assignment: dict[str, tuple[Format, Format]] | None = dict(assignment) if assignment else None
         self.phases: Phases | None = None
@@ -140,7 +142,7 @@ class ReinforceTrainer(Trainer):
         prior = pressure = None
         if self.search_config.policy_prior == "measured":
             prior, pressure = believing_prior(self.measure().effect, self.costs, self.cost_target)
-        self._start_search(prior, pressure)
+        self._start_search(of_first_process(prior), of_first_process(pressure))
 
     def measure(self) -> Any:
         """The measured sensitivity of every decision, on held-out data: a `Sensitivity`."""
@@ -157,6 +159,7 @@ class ReinforceTrainer(Trainer):
         """Settle on the assignment, recalibrate what it changed, and write the rest of the history."""
         if self.search is not None and not self._settled:
             self._settle()
+        share_buffers(self.model)
         self._recalibrate(batch_norm=bool(self.modules) and self.args.max_steps != 0)
         self._flush()
 
@@ -250,8 +253,8 @@ class ReinforceTrainer(Trainer):
     @torch.no_grad()
     def qualities(self, choices: Tensor, step: int) -> list[float]:
         """Quality in (0, 1] of each choice, on one held-out batch that depends on seed and step alone, in eval mode."""
-        size = self._config.search_batch_size or self.args.per_device_train_batch_size
-        indices = self._permutation(self.search_dataset, salt=2 + step)[:size]
+        size = self._config.search_batch_size or self._global_batch_size
+        indices = own_share(self._permutation(self.search_dataset, salt=2 + step)[:size])
         batch = self._batch(self.search_dataset, indices)
         training = self.model.training
         self.model.eval()
@@ -262,7 +265,7 @@ class ReinforceTrainer(Trainer):
                 loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
             measured.append(quality(loss, outputs, batch, self._config.reward_quality))
         self.model.train(training)
-        return torch.stack(measured).tolist()
+        return mean_over_processes(torch.stack(measured), len(indices)).tolist()
 
     def _plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():
@@ -271,6 +274,11 @@ class ReinforceTrainer(Trainer):
         return loss
 
     # ------------------------------------------------------ data
+
+    @property
+    def _global_batch_size(self) -> int:
+        """Training examples of a batch in all processes together."""
+        return self.args.per_device_train_batch_size * self.args.world_size
 
     def _permutation(self, dataset: Any, salt: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + salt)
@@ -291,7 +299,7 @@ class ReinforceTrainer(Trainer):
         a ResNet-20 three points of accuracy on CIFAR-10.
         """
         count = 8 if self.search_config is None else self.search_config.calibration_batches
-        size = self.args.per_device_train_batch_size
+        size = self._global_batch_size  # of several processes each sees all of it: without gradients there is room
         indices = self._permutation(self.train_dataset, salt=0)[: count * size]
         for start in range(0, len(indices), size):
             yield self._batch(self.train_dataset, indices[start : start + size])
@@ -336,7 +344,7 @@ class ReinforceTrainer(Trainer):
         entries, self._pending = self._pending, []
         if not entries:
             return
-        losses = torch.stack([entry["loss"] for entry in entries]).tolist()
+        losses = mean_over_processes(torch.stack([entry["loss"] for entry in entries])).tolist()
         for entry, loss in zip(entries, losses, strict=True):
             if not math.isfinite(loss):
                 raise self._diverged("loss", loss, entry["step"], entry.get("choice"))
@@ -360,6 +368,8 @@ class ReinforceTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._flush()
+        if not self.args.should_save:
+            return
         folder = Path(output_dir)
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -390,6 +400,7 @@ class ReinforceTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_state(checkpoint.random_state(), Path(output_dir) / f"random_{self.args.process_index}")
+        self.accelerator.wait_for_everyone()  # what follows declares the checkpoint complete
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
@@ -397,7 +408,7 @@ class ReinforceTrainer(Trainer):
             checkpoint.restore_random_state(checkpoint.load_state(path))
 
     def _save_scaler(self, output_dir: str) -> None:
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and self.args.should_save:
             checkpoint.save_state(self.accelerator.scaler.state_dict(), Path(output_dir) / "scaler")
 
     def _load_scaler(self, checkpoint_folder: str | None) -> None:
