@@ -48,11 +48,17 @@ def _blocked(x: Tensor, block_size: int, dim: int | None) -> tuple[Tensor, Calla
 
 def _round_mx(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[Tensor, Tensor]:
     """blocks rounded under power-of-two scales, and their values in units of these. NaN and infinity spoil a block."""
+    scale, _ = _mx_scales(blocks, format)
+    return kernels().forward(blocks[None], scale[None], row)[0], blocks.float() / scale
+
+
+def _mx_scales(blocks: Tensor, format: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Scale (rows, 1) of each block, and the unit it contains: mxint8's elements are whole numbers of 1/64."""
     element = format.element
     emax, unit = (0, 2.0**-6) if isinstance(element, IntFormat) else (element.emax, 1.0)
     largest_exponent = torch.full((), emax, dtype=torch.int32, device=blocks.device)
-    scale = kernels().mx_scale(blocks, largest_exponent, torch.full((), unit, device=blocks.device))
-    return kernels().forward(blocks[None], scale[None], row)[0], blocks.float() / scale
+    step = torch.full((), unit, device=blocks.device)
+    return kernels().mx_scale(blocks, largest_exponent, step), step
 
 
 def _round_two_level(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +66,13 @@ def _round_two_level(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[
 
     NaN and infinity spoil their block alone, as in MX: g is taken over the others. Also returns x / (b * g).
     """
+    b, g = _two_level_scales(blocks, format)
+    v = _in_units(blocks, b * g)
+    return (round_to_grid(v, row) * b * g).to(blocks.dtype), v
+
+
+def _two_level_scales(blocks: Tensor, format: BlockFormat) -> tuple[Tensor, Tensor]:
+    """b (rows, 1), 0 for a block that vanishes and NaN for one that is spoiled, and g (0-d)."""
     largest = blocks.float().abs().amax(dim=-1, keepdim=True)
     finite = largest.isfinite()
     # Divided by tensors: a GPU multiplies by the rounded reciprocal of a Python number.
@@ -67,7 +80,27 @@ def _round_two_level(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[
     g = torch.where(finite, largest, 0).amax() / (qmax[0, 0] * _NVFP4_SCALE.qmax)
     b = round_to_grid(largest / qmax / g, rounding_row(_NVFP4_SCALE, device=blocks.device))
     b = torch.where(finite, b, torch.nan)
-    vanished = finite & ~(b * g > 0)  # an all-zero block, or a scale that underflowed: x / inf is a zero of x's sign
-    v = blocks.float() / torch.where(vanished, torch.inf, b * g)
-    out = round_to_grid(v, row) * torch.where(vanished, 0, b) * g
-    return out.to(blocks.dtype), v
+    return torch.where(finite & ~(b * g > 0), 0, b), g  # an all-zero block, or a scale that underflowed
+
+
+def _in_units(blocks: Tensor, scale: Tensor) -> Tensor:
+    """blocks / scale; under a scale of 0 a zero of x's sign, as x / inf is."""
+    return blocks.float() / torch.where(scale == 0, torch.inf, scale)
+
+
+def round_blocks(rows: Tensor, format: BlockFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows (n, K), blocks along K, taken apart: (elements, block scales, tensor scale of nvfp4).
+
+    Elements float32 (n, K) on the element format's grid, block scales float32 (n, ceil(K / block_size)): MX powers of
+    two, without mxint8's unit of 1/64. The values that `fake_quantize` gives are elements x scales (x unit).
+    """
+    blocks, restore = _blocked(rows, format.block_size, -1)
+    row = rounding_row(format.element, device=rows.device)
+    if format.two_level:
+        scale, tensor_scale = _two_level_scales(blocks, format)
+        elements = round_to_grid(_in_units(blocks, scale * tensor_scale), row)
+    else:
+        scale, unit = _mx_scales(blocks, format)
+        elements, tensor_scale = round_to_grid(blocks.float() / scale, row), None
+        scale = scale / unit
+    return restore(elements), scale.view(len(rows), -1), tensor_scale
