@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def load_model(folder: str | Path) -> nn.Module:
     if not (folder / QUANTIZATION).is_file():
         raise UserError(f"{folder}: holds no {QUANTIZATION}; give the folder of a finished run")
     saved = json.loads((folder / QUANTIZATION).read_text())
-    model = _build(folder, saved)
+    model = build_architecture(folder, saved)
     assignment = assignment_from_json(saved["assignment"])
     if saved["weight"] is not None:
         modules = quantize_model(
@@ -83,8 +84,8 @@ def load_model(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def _build(folder: Path, saved: dict[str, Any]) -> nn.Module:
-    """The float architecture, without its weights."""
+def build_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
+    """The float architecture that `saved` (what `save_model` noted) names, without its weights."""
     if (folder / "config.json").is_file():
         import transformers
 

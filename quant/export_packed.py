@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quant.convert import quantize_model
 from quant.errors import UserError
-from quant.export_codes import decode, decode_powers, encode, encode_powers, pack_bits, packed_bytes, unpack_bits
+from quant.export_codes import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
 from quant.export_verdict import LayerVerdict, as_chosen
 from quant.export_weights import RoundedWeight, from_rows, round_weight, static_range, to_rows
 from quant.formats import FLOAT, BlockFormat, Format, IntFormat, parse_format
@@ -93,13 +93,14 @@ def write_packed(
 
 
 def read_packed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description, tensors) of a packed file. Raises UserError if it is missing, truncated, changed or something else."""
+    """(description, tensors) of a packed file. Raises UserError for a missing, damaged or changed one."""
     if not path.is_file():
         raise UserError(f"{path}: no such packed checkpoint")
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
         packed = json.loads(metadata[METADATA])
         description, stated = packed["description"], packed["sha256"]
     except SafetensorError as error:

@@ -13,8 +13,8 @@ from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat
 from quant.grid import Grid
 from quant.kernels import round_to_grid
 from quant.quant_module import QuantModule
-from quant.quantizer import Quantizer
 from quant.quant_utils import MIN_LEARNED_SCALE
+from quant.quantizer import Quantizer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,220 @@
+"""A finished run as a model for deployment: `python -m eval.export RUN_DIR --format packed`.
+
+load the run -> write the model -> assert its budget on what was written -> read it back and evaluate it -> verdict
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from eval.export_formats import EXPORT_FORMATS, Written
+from eval.export_run import FinishedRun, finished_run
+from eval.flag_checks import check_one_of
+from eval.flags import entry
+from quant.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCHEMA_VERSION = 1
+MIB = 2**20
+
+
+def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -> dict[str, Any]:
+    """Write `run` as `format` into `folder`, which appears whole or not at all; returns the verdict (export.json).
+
+    Raises UserError if the folder exists, the format cannot hold the model, or the file is over the run's target.
+    """
+    from eval.export_card import model_card
+    from trainer.checkpoint import write_atomically, write_json
+
+    if folder.exists():
+        raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if evaluate:
+        _ = run.plan  # whatever is wrong with the data is wrong before the work
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        place = Path(temporary) / folder.name
+        place.mkdir()
+        written = EXPORT_FORMATS[format].write(run, place)
+        verdict = describe(run, format, written, evaluate)
+        verdict["metrics"] = {
+            "record": run.record["metrics"],
+            "exported": evaluated(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
+        }
+        write_json(place / "export.json", verdict)
+        card = model_card(run, verdict, folder, EXPORT_FORMATS[format].usage)
+        write_atomically(place / "README.md", lambda path: Path(path).write_text(card))
+        place.rename(folder)
+    return verdict
+
+
+def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -> dict[str, Any]:
+    """The verdict without its metrics. Raises UserError if the exported weights or bit operations are over target."""
+    from cost.cost import cost_of_bits
+
+    record = run.record
+    chosen = {name: (layer.weight.bits, layer.activation.bits) for name, layer in written.layers.items()}
+    exported = {name: (layer.weight_bits, layer.activation_bits) for name, layer in written.layers.items()}
+    profiles = run.profiles(evaluated)
+    costs = {
+        name: cost_of_bits(profiles, [bits.get(profile.name, (16, 16)) for profile in profiles], record["cost_type"])
+        for name, bits in (("chosen", chosen), ("exported", exported))
+    }
+    memory = cost_of_bits(profiles, [exported.get(profile.name, (16, 16)) for profile in profiles], "memory") * MIB
+    if not math.isclose(costs["chosen"], record["cost"], rel_tol=1e-9):
+        raise UserError(
+            f"RUN_DIR {run.folder}: its saved model costs {costs['chosen']:.6g} {record['cost_unit']}, "
+            f"its record says {record['cost']:.6g}"
+        )
+    target = record["cost_target"]
+    # Both sums are exact; a target is allowed the rounding of its own last digit.
+    if target is not None and costs["exported"] > target * (1 + 1e-12):
+        widened = [name for name, layer in written.layers.items() if not layer.as_chosen]
+        raise UserError(
+            f"--format {format}: the exported model costs {costs['exported']:.6g} {record['cost_unit']}, over the "
+            f"target of {target:.6g}: {len(widened)} layers are wider than chosen ({', '.join(widened[:3])})"
+        )
+    floats = [p.params for p in profiles if exported.get(p.name, (16, 16))[0] == 16]
+    file_bytes = sum(written.sizes.values())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "format": format,
+        "task": record["task"],
+        "model": record["model"],
+        "run_id": record["run_id"],
+        "layers": {
+            name: {
+                "chosen": [layer.weight.name, layer.activation.name],
+                "exported": [layer.exported_weight, layer.exported_activation],
+                "bits": [layer.weight_bits, layer.activation_bits],
+                "as_chosen": layer.as_chosen,
+                "why": list(layer.why),
+            }
+            for name, layer in written.layers.items()
+        },
+        "cost": {"type": record["cost_type"], "unit": record["cost_unit"], "target": target, **costs},
+        "size": {
+            "float32_bytes": float_bytes(run.model),
+            "file_bytes": file_bytes,
+            "ratio": round(file_bytes / float_bytes(run.model), 4),
+            "parts": written.sizes,
+            "weights_by_cost": round(memory),
+            "weights_in_file": written.weight_bytes,
+            # Codes end at whole bytes, blocks at whole blocks, and float weights are stored in 32 bits, charged at 16.
+            "weights_beyond_cost": written.weight_bytes - round(memory),
+            "of_these_float32": sum(floats) * 2,
+        },
+        "notes": list(written.notes),
+    }
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the float32 checkpoint that the run's model would be: every tensor once, without any ranges."""
+    tensors = {
+        (tensor.data_ptr(), tensor.shape): tensor.numel()
+        for name, tensor in model.state_dict().items()
+        if "_quantizer." not in name
+    }
+    return 4 * sum(tensors.values())
+
+
+def evaluated(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]:
+    """Metrics of `model` on the run's evaluation splits, measured as the run measured its own."""
+    from transformers import PrinterCallback
+
+    from eval.eval_run import evaluate, training_arguments
+    from trainer.reinforce_trainer import ReinforceTrainer
+
+    plan = run.plan
+    with TemporaryDirectory() as scratch:  # the Trainer wants an output folder
+        config = run.config.updated(
+            output_root_dir=scratch, log_dir=scratch, report_to="none", device="cpu", fp16=False
+        )
+        trainer = ReinforceTrainer(
+            model,
+            training_arguments(config.updated(quiet=True)),
+            data_collator=plan.prepared.data_collator,
+            compute_metrics=plan.data.compute_metrics,
+            preprocess_logits_for_metrics=plan.prepared.preprocess_logits,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return evaluate(trainer, plan)
+
+
+def print_verdict(verdict: dict[str, Any]) -> None:
+    """The verdict as a table, a row a layer, and its totals."""
+    from rich.console import Console
+
+    from eval.report_tables import Column, Table, print_table
+
+    rows = [{"layer": name, **layer} for name, layer in verdict["layers"].items()]
+    columns = [
+        Column("layer", lambda row: row["layer"]),
+        Column("chosen", lambda row: "/".join(row["chosen"])),
+        Column("exported", lambda row: "/".join(row["exported"])),
+        Column("bits", lambda row: "/".join(f"{bits:g}" for bits in row["bits"])),
+        Column("verdict", lambda row: "as chosen" if row["as_chosen"] else "; ".join(row["why"])),
+    ]
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=10_000)
+    print_table(Table(f"{verdict['run_id']} as {verdict['format']}", columns, rows), console)
+    console.print("\n".join(["", *summary(verdict)]), markup=False)
+
+
+def summary(verdict: dict[str, Any]) -> list[str]:
+    """The verdict's totals: cost, size and metrics, before and after, one line each."""
+    cost, size = verdict["cost"], verdict["size"]
+    target = "" if cost["target"] is None else f", target {cost['target']:.6g}"
+    lines = [
+        f"{cost['type']}: {cost['chosen']:.6g} {cost['unit']} chosen, {cost['exported']:.6g} exported{target}",
+        f"file: {size['file_bytes']:,} bytes, {size['ratio']:.3f} of float32 ({size['float32_bytes']:,})",
+    ]
+    for split, before in verdict["metrics"]["record"].items():
+        after = (verdict["metrics"]["exported"] or {}).get(split)
+        names = [name for name in before if name not in ("n", "loss")]
+        told = [
+            f"{name} {before[name]:.5g} -> {'not evaluated' if after is None else f'{after[name]:.5g}'}"
+            for name in names
+        ]
+        lines.append(f"{split}: {', '.join(told)} (n {before['n']})")
+    return [*lines, *verdict["notes"]]
+
+
+def _flags(argv: Sequence[str]) -> Namespace:
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    parser = Parser(
+        prog="python -m eval.export", description="A finished run as a model for deployment.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")
+    add("--format", required=True, help=f"what to write: {', '.join(EXPORT_FORMATS)}")
+    add("--output_dir", type=Path, help="where to write (default: RUN_DIR/export/FORMAT)")
+    add("--data_dir", help="where the run's data stands now")
+    add("--no_evaluate", action="store_true", help="do not read the export back and evaluate it")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export, print the verdict and where it is."""
+    flags = _flags(argv)
+    check_one_of("--format", flags.format, EXPORT_FORMATS)
+    run = finished_run(flags.run, flags.data_dir)
+    folder = flags.output_dir or flags.run / "export" / flags.format
+    verdict = export(run, flags.format, folder, evaluate=not flags.no_evaluate)
+    print_verdict(verdict)
+    print(f"export: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    entry(main)

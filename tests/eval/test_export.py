@@ -1,0 +1,128 @@
+"""Exports of finished runs: what is written, that it is the run's model again, and what cannot be exported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.eval_run import run
+from eval.export import export, main
+from eval.export_run import finished_run
+from eval.flags import parse
+from eval.packed_model import load_packed
+from eval.saved_model import load_model
+from quant.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SEARCH = (
+    "--task digits --model convnet --train_batch_size 64 --learning_rate 1e-2 --report_to none --quiet "
+    "--search --search_space int3,e2m1,int8 --target_bits 5 --max_steps 30 --save_strategy no"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished search that mixes integers and a minifloat."""
+    config = parse(f"{SEARCH} --output_root_dir {tmp_path_factory.mktemp('runs')}".split())
+    run(config)
+    return config.run_folder
+
+
+def images(count=16):
+    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_packed_export_is_the_run_again(folder, tmp_path, capsys):
+    place = tmp_path / "packed"
+    assert main([str(folder), "--format", "packed", "--output_dir", str(place)]) == 0
+    record = json.loads((folder / "result.json").read_text())
+    verdict = json.loads((place / "export.json").read_text())
+    with torch.no_grad():
+        expected = load_model(folder)(pixel_values=images()).logits
+        torch.testing.assert_close(load_packed(place)(pixel_values=images()).logits, expected, rtol=0, atol=0)
+    assert verdict["metrics"]["exported"]["validation"]["accuracy"] == record["metrics"]["validation"]["accuracy"]
+    assert {name: layer["chosen"] for name, layer in verdict["layers"].items()} == record["assignment"]
+    assert all(layer["as_chosen"] and layer["exported"] == layer["chosen"] for layer in verdict["layers"].values())
+    size = verdict["size"]
+    assert size["file_bytes"] == sum(size["parts"].values()) == (place / "model.safetensors").stat().st_size
+    assert size["weights_by_cost"] == round(record["costs"]["memory"] * 2**20)
+    assert 0 <= size["weights_beyond_cost"] < len(verdict["layers"])  # codes end at whole bytes
+    stated = round(record["costs"]["overhead"] * 2**20)
+    assert size["parts"]["scales"] + size["parts"]["zero_points"] == stated
+    assert verdict["cost"]["exported"] == pytest.approx(record["cost"]) and size["ratio"] < 0.30
+    card = (place / "README.md").read_text()
+    assert "convnet on digits" in card and "load_packed(" in card and "accuracy" in card
+    told = capsys.readouterr().out
+    assert "as chosen" in told and f"export: {place}" in told
+
+
+def test_the_memory_of_a_search_is_found_in_the_file_to_the_byte(folder, tmp_path):
+    verdict = export(finished_run(folder), "packed", tmp_path / "p", evaluate=False)
+    record = json.loads((folder / "result.json").read_text())
+    bits = sum(layer["params"] * verdict["layers"][layer["name"]]["bits"][0] for layer in record["layers"])
+    size = verdict["size"]
+    assert size["weights_by_cost"] == round(bits / 8)
+    assert size["parts"]["codes"] == size["weights_in_file"] == size["weights_by_cost"] + size["weights_beyond_cost"]
+    assert verdict["metrics"]["exported"] is None
+
+
+def test_an_export_over_its_target_is_an_error_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    one = finished_run(folder)
+    monkeypatch.setitem(one.record, "cost_target", one.record["cost"] * 0.99)
+    with pytest.raises(UserError, match=r"--format packed: the exported model costs .* MiB, over the target of"):
+        export(one, "packed", tmp_path / "p", evaluate=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_the_records_is_an_error(folder, tmp_path, monkeypatch):
+    one = finished_run(folder)
+    monkeypatch.setitem(one.record, "cost", one.record["cost"] * 1.01)
+    with pytest.raises(UserError, match="its saved model costs"):
+        export(one, "packed", tmp_path / "p", evaluate=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_never_overwritten(folder, tmp_path):
+    with pytest.raises(UserError, match="exists already; choose another or remove it"):
+        export(finished_run(folder), "packed", tmp_path, evaluate=False)
+
+
+def unfinished(tmp_path, record=None, model=True):
+    (tmp_path / "config.yaml").write_text("task: digits\n")
+    if record is not None:
+        (tmp_path / "result.json").write_text(record)
+    if model:
+        (tmp_path / "model").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (None, "never finished: it has no result.json"),
+        ('{"status": "failed", "reason": "loss is nan at step 3"}', "the run failed: loss is nan at step 3"),
+        ('{"status": ', "its result.json is damaged or not a record"),
+        ('{"status": "finished"}', r"holds no model/model\.safetensors"),
+    ],
+    ids=["unfinished", "failed", "damaged", "no model"],
+)
+def test_only_finished_runs_are_exported(record, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([str(unfinished(tmp_path, record)), "--format", "packed"])
+    assert not (tmp_path / "export").exists()
+
+
+def test_wrong_names_end_with_one_line_and_exit_code_2(tmp_path):
+    def told(*arguments):
+        command = [sys.executable, "-m", "eval.export", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr.strip()
+
+    code, line = told(str(tmp_path), "--format", "tflite")
+    assert code == 2 and line.startswith("unknown --format 'tflite'; choices: ") and "\n" not in line
+    code, line = told(str(tmp_path / "none"), "--format", "packed")
+    assert code == 2 and line == f"RUN_DIR {tmp_path / 'none'}: no such folder"
+    assert not list(tmp_path.iterdir())
