@@ -26,7 +26,7 @@ from quant.errors import UserError
 from quant.export_codes import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
 from quant.export_verdict import LayerVerdict, as_chosen
 from quant.export_weights import RoundedWeight, from_rows, round_weight, static_range, to_rows
-from quant.formats import FLOAT, BlockFormat, Format, IntFormat, parse_format
+from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.quant_module import QuantModule
 from quant.quantizer import Quantizer, QuantizerConfig, Rounder
@@ -196,7 +196,7 @@ def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
 
 
 def _unpack(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, quantizer: Quantizer) -> Tensor:
-    assert not isinstance(format, type(FLOAT))
+    assert not isinstance(format, FloatOff)
     element = format.element if isinstance(format, BlockFormat) else format
     codes = unpack_bits(tensors["weight.codes"].numpy(), int(element.bits), shape.numel())
     elements = torch.from_numpy(decode(codes, element))
