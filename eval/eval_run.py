@@ -303,13 +303,15 @@ def quantizer_configs(config: RunConfig) -> tuple[Any, Any]:
     """(weight, activation) quantizers of the flags."""
     from quant.quantizer import QuantizerConfig
 
-    learned = config.quantizer == "lsq"
+    learned = config.quantizer != "fixed"
     # Learned scales start where the squared error is least; a percentile that the user names goes first.
-    observer: Any = "mse" if learned and config.observer == "minmax" else config.observer
+    observer = "mse" if learned and config.observer == "minmax" else config.observer
+    # What averages over batches, or counts on a distribution's shape, is for activations: a weight is one small batch.
+    own = observer if observer in ("mse", "mse_fast", "mse_grid", "lsq_plus") else "mse" if learned else "minmax"
     weight = QuantizerConfig(
-        range="learned" if learned else "calibrated" if observer == "mse" else "dynamic",
+        range="learned" if learned else "dynamic" if own == "minmax" else "calibrated",
         granularity="channel" if config.per_channel else "tensor",
-        observer=observer,
+        observer=own,
         percentile=config.weight_range_percentile,
     )
     activation = QuantizerConfig(
@@ -318,6 +320,7 @@ def quantizer_configs(config: RunConfig) -> tuple[Any, Any]:
         observer="minmax" if config.per_token else observer,
         percentile=config.act_range_percentile,
         symmetric=False,
+        learned_offset=config.quantizer == "lsq_plus" and not config.per_token,
     )
     return weight, activation
 

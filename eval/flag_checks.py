@@ -19,14 +19,6 @@ NOT_YET: frozenset[tuple[str, object]] = frozenset(
     [
         ("smooth_quant", True),
         ("gamma_migration", True),
-        ("observer", "entropy"),
-        ("observer", "avg_minmax"),
-        ("observer", "avg_quantile"),
-        ("observer", "mse_fast"),
-        ("observer", "avg_mse_fast"),
-        ("observer", "lsq_plus"),
-        ("observer", "avg_prune_minmax"),
-        ("quantizer", "lsq_plus"),
         ("policy_prior", "fisher"),
         ("policy_prior", "hawq_v2"),
         ("method", "measured"),
@@ -215,8 +207,9 @@ def _check_contradictions(config: RunConfig) -> None:
             _refuse("--fuse_groups", f"--method {config.method}", "nothing is searched")
     if config.from_scratch and config.model_path is not None:
         _refuse("--from_scratch", f"--model_path {config.model_path}", "its weights would not be used")
-    if config.act_range_percentile > 0 and config.observer == "mse":
-        _refuse(f"--act_range_percentile {config.act_range_percentile:g}", "--observer mse", "choose one range")
+    if config.act_range_percentile > 0 and config.observer not in ("minmax", "percentile"):
+        given = f"--act_range_percentile {config.act_range_percentile:g}"
+        _refuse(given, f"--observer {config.observer}", "choose one range")
     if config.fp16 and config.bf16:
         _refuse("--fp16", "--bf16", "choose one")
 

@@ -166,7 +166,7 @@ class QuantizationFlags:
         "range estimator",
         choices=[
             *("minmax", "percentile", "mse", "entropy", "avg_minmax", "avg_quantile"),
-            *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax"),
+            *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax", "mse_grid", "mse_histogram"),
         ],
     )
     quantizer: str = flag(

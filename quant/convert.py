@@ -217,20 +217,32 @@ def calibrate(
     Args:
         batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
         learned: also reset the learned scales, which is how they start; False leaves them as trained.
+
+    Raises UserError if there is no batch.
     """
     modes = {module: module.training for module in model.modules()}
+    unpadded = [m.input_quantizer for m in modules.values() if m.input_quantizer.config.ignore_padding]
+    empty = True
     model.eval()
     for module in modules.values():
         module.observing = True
     try:
         with torch.no_grad():
             for batch in batches:
+                empty = False
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                for quantizer in unpadded:
+                    quantizer.real_tokens = None if mask is None else mask.bool()
                 run_model(model, batch)
     finally:
         for part, training in modes.items():
             part.training = training
         for module in modules.values():
             module.observing = False
+        for quantizer in unpadded:
+            quantizer.real_tokens = None
+    if empty:
+        raise UserError("the calibration set is empty: ranges need at least one batch of training data")
     for module in modules.values():
         module.weight_quantizer.observe(module.weight)
         for quantizer in (module.weight_quantizer, module.input_quantizer):

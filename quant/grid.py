@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from quant.formats import FloatFormat, IntFormat
+from quant.formats import FloatFormat, IntFormat, IntGrid
 from quant.quant_utils import rounding_row
 
 
@@ -27,10 +27,13 @@ class Grid(nn.Module):
         learned: bool,
         symmetric: bool,
         device: torch.device,
+        learned_offset: bool = False,
     ) -> None:
         super().__init__()
         self.format = format
-        self.moved = isinstance(format, IntFormat) and not symmetric
+        asymmetric = isinstance(format, IntFormat) and not symmetric
+        self.moved = asymmetric and not learned_offset
+        """whether a zero point moves the grid; a learned offset moves the tensor instead"""
         scale = torch.ones(shape, device=device)
         if learned:
             self.scale = nn.Parameter(scale)
@@ -38,6 +41,7 @@ class Grid(nn.Module):
             self.register_buffer("scale", scale)
         if self.moved:
             self.register_buffer("zero_point", torch.zeros(shape, device=device))
+        self.offset = nn.Parameter(torch.zeros(shape, device=device)) if asymmetric and learned_offset else None
         self.register_buffer("ready", torch.tensor(False, device=device))
         self.register_load_state_dict_post_hook(lambda grid, keys: grid._refresh())
         self._refresh()
@@ -47,13 +51,17 @@ class Grid(nn.Module):
         self.scale.copy_(scale.view_as(self.scale))
         if self.moved and zero_point is not None:
             self.zero_point.copy_(zero_point.view_as(self.zero_point))
+        if self.offset is not None and zero_point is not None:
+            self.offset.copy_((-zero_point * scale).view_as(self.offset))  # the same grid: (q - zp) s = q s + offset
         self.ready.fill_(True)
         self._refresh()
 
     def _refresh(self) -> None:
         """Derive the row: a new tensor, never an update in place, since a backward may still hold the old one."""
         with torch.inference_mode(False):  # a backward cannot hold what inference mode makes
-            row = rounding_row(self.format, self.zero_point if self.moved else None, device=self.scale.device)
+            codes: IntGrid = "narrow" if self.offset is None else "full"
+            zero_point = self.zero_point if self.moved else None
+            row = rounding_row(self.format, zero_point, None if self.moved else codes, self.scale.device)
         self.register_buffer("row", row, persistent=False)
         # As Python values too: reading a buffer at every forward would stall a GPU.
         self.is_ready = not self.ready.is_meta and bool(self.ready)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
-from quant.observers import OBSERVERS, Observation, RangeEstimator, minmax_range, observe, percentile_range
+from quant.observers import AVERAGING, OBSERVERS, Observer, RangeEstimator, percentile_observer, token_observer
 from quant.quant_utils import (
     MIN_LEARNED_SCALE,
     fake_quantize,
@@ -30,14 +30,22 @@ class QuantizerConfig:
     """dynamic: from the tensor itself at every use. calibrated: fixed by `calibrate`. learned: LSQ, from there on"""
     granularity: Literal["tensor", "channel", "token"] = "tensor"
     """what shares a scale: the whole tensor, an output channel (weights), the features of one token (activations)"""
-    observer: Literal["minmax", "mse"] = "mse"
-    """range estimator; percentile > 0 replaces it"""
+    observer: str = "mse"
+    """range estimator, a name of `OBSERVERS`; percentile > 0 replaces it"""
     percentile: float = 0.0
     """percentile of |x| in (0, 100] at which the range is clipped; 0: use the observer"""
     symmetric: bool = True
     """integers: a symmetric grid; False moves the grid by a zero point (unsigned after ReLU)"""
+    learned_offset: bool = False
+    """LSQ+: an asymmetric integer grid is moved by a learned number instead of a zero point; range 'learned' only"""
+    token_quantile: float = 1.0
+    """'avg_prune_minmax': quantile of the token bounds at which the range is clipped, in (0, 1]; 1: nothing is"""
+    ignore_padding: bool = False
+    """activations: leave out the tokens that a batch's `attention_mask` says are padding"""
 
     def __post_init__(self) -> None:
+        if self.observer not in OBSERVERS:
+            raise ValueError(f"observer must be one of {', '.join(OBSERVERS)}, got {self.observer!r}")
         for field, hint in get_type_hints(type(self)).items():
             if (choices := get_args(hint)) and getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
@@ -45,12 +53,25 @@ class QuantizerConfig:
             raise ValueError(
                 f"per-token scales exist only while the token does: range must be dynamic, got {self.range}"
             )
+        if self.granularity != "tensor" and self.observer in AVERAGING and not self.percentile:
+            raise ValueError(
+                f"observer {self.observer} averages over batches and needs granularity tensor, got {self.granularity}"
+            )
+        if self.learned_offset and self.range != "learned":
+            raise ValueError(f"learned_offset needs range learned, got {self.range}")
+        if not 0 < self.token_quantile <= 1:
+            raise ValueError(f"token_quantile must lie in (0, 1], got {self.token_quantile}")
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"percentile must lie in (0, 100], or be 0 for none, got {self.percentile}")
 
     @property
-    def estimator(self) -> RangeEstimator:
-        return percentile_range(self.percentile) if self.percentile else OBSERVERS[self.observer]
+    def estimator(self) -> Observer:
+        """What watches the tensor and chooses its range."""
+        if self.percentile:
+            return percentile_observer(self.percentile)
+        if self.observer == "avg_prune_minmax":
+            return token_observer(self.token_quantile)
+        return OBSERVERS[self.observer]
 
 
 WEIGHT = QuantizerConfig(granularity="channel")
@@ -86,7 +107,10 @@ class Quantizer(nn.Module):
         self.format: Format = FLOAT
         self.grids = nn.ModuleDict()
         self.prepared: set[Format] = set()
-        self.observation: Observation | None = None
+        self.observation: Any = None
+        """what the observer has seen so far"""
+        self.real_tokens: Tensor | None = None
+        """bool, shaped like the leading axes of what is observed: False for tokens to leave out"""
 
     def prepare(self, format: Format) -> None:
         """Make room for the scale of `format`. Learned scales must exist before the optimizer does."""
@@ -96,7 +120,9 @@ class Quantizer(nn.Module):
         assert isinstance(format, IntFormat | FloatFormat)
         learned, symmetric = self.config.range == "learned", self.config.symmetric
         with torch.inference_mode(False):
-            self.grids[format.name] = Grid(format, self.shape, learned, symmetric, self.anchor.device)
+            self.grids[format.name] = Grid(
+                format, self.shape, learned, symmetric, self.anchor.device, self.config.learned_offset
+            )
 
     def set_format(self, format: Format) -> None:
         """Round to `format` from now on."""
@@ -116,23 +142,39 @@ class Quantizer(nn.Module):
 
     def observe(self, x: Tensor) -> None:
         """Add x to what `finish_calibration` will choose ranges from."""
-        if x.numel() == 0 or not self.grids:
+        if not self.grids:
             return
-        seen = observe(self._grouped(x))
-        self.observation = seen if self.observation is None else self.observation.merge(seen)
+        if self.real_tokens is not None:
+            x = without_padding(x, self.real_tokens)
+        if x.numel():
+            self.observation = self._see(x, self.observation)
 
-    @torch.no_grad()
     def finish_calibration(self, only: Format | None = None) -> None:
         """Set the scale of every prepared format (or of `only`) from what was observed, and forget that."""
+        self.set_ranges(self.config.estimator, only)
+        self.observation = None
+
+    @torch.no_grad()
+    def set_ranges(self, estimate: RangeEstimator, only: Format | None = None) -> None:
+        """Set the scale of every prepared format (or of `only`) to what `estimate` makes of the observation."""
         if self.observation is None:
             return
         for name, grid in self.grids.items():
             if only is None or name == only.name:
                 grid = cast(Grid, grid)
-                low, high = self.config.estimator(self.observation, grid.format, self.config.symmetric)
+                low, high = estimate(self.observation, grid.format, self.config.symmetric)
                 scale, zero_point = scale_from_range(low, high, grid.format, self.config.symmetric)
                 grid.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
-        self.observation = None
+
+    def _see(self, x: Tensor, before: Any) -> Any:
+        """What the observer keeps of x, on top of what it kept before."""
+        observer = self.config.estimator
+        return observer.see(self._tokens(x) if observer.per_token else self._grouped(x), before)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x as (tokens, features); the features of a convolution's position are its channels."""
+        rows = x if self.reduction_dim is None else x.movedim(self.reduction_dim, -1)
+        return rows.reshape(-1, rows.shape[-1])
 
     def _grouped(self, x: Tensor) -> Tensor:
         """x as (groups, values), one group for each scale."""
@@ -165,7 +207,7 @@ class Quantizer(nn.Module):
             self._calibrate_on(x, format)
         elements = x.numel() // x.shape[0] if self.batched else x.numel()
         gradient = lsq_gradient_scale(elements // grid.scale.numel(), grid.largest_code)
-        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient)
+        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset)
 
     def _calibrate_on(self, x: Tensor, format: Format) -> None:
         if self.batched and not self.training:
@@ -181,14 +223,15 @@ class Quantizer(nn.Module):
         """Scale and row from x itself."""
         if not format.scaled:
             return torch.ones((), device=x.device), rounding_row(format, device=x.device)
-        groups, shape = self._grouped(x), list(self.shape)
-        if self.config.granularity == "token":  # the features of a convolution's position are its channels
+        shape = list(self.shape)
+        if self.config.granularity == "token":
             assert self.reduction_dim is not None
-            tokens, shape = x.movedim(self.reduction_dim, -1), list(x.shape)
-            groups, shape[self.reduction_dim] = tokens.reshape(-1, tokens.shape[-1]), 1
-        estimator = self.config.estimator
-        seen = observe(groups, sample=estimator is not minmax_range)
-        low, high = estimator(seen, format, self.config.symmetric)
+            shape = list(x.shape)
+            shape[self.reduction_dim] = 1
+            seen = self.config.estimator.see(self._tokens(x), None)
+        else:
+            seen = self._see(x, None)
+        low, high = self.config.estimator(seen, format, self.config.symmetric)
         scale, zero_point = scale_from_range(low, high, format, self.config.symmetric)
         zero_point = None if zero_point is None else zero_point.view(shape)
         return scale.view(shape), rounding_row(format, zero_point, device=x.device)
@@ -206,8 +249,21 @@ class Rounder:
     gradient_scale: float = 1.0
     format: Format = FLOAT
     dim: int | None = -1
+    offset: Tensor | None = None
+    """LSQ+'s beta: what the middle of the grid stands at"""
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.row is None or self.scale is None:
             return fake_quantize(x, self.format, dim=self.dim)
-        return fake_quantize_row(x, self.scale, self.row, self.gradient_scale)
+        if self.offset is None:
+            return fake_quantize_row(x, self.scale, self.row, self.gradient_scale)
+        # The offset's gradient is what autograd makes of this: all of g, less what passes inside the range.
+        moved = fake_quantize_row(x - self.offset, self.scale, self.row, self.gradient_scale)
+        return (moved + self.offset).to(x.dtype)
+
+
+def without_padding(x: Tensor, real: Tensor) -> Tensor:
+    """The tokens of x where `real` (B, T) is true: (tokens, ...). x itself where its leading axes are not real's."""
+    if x.dim() >= 3 and x.shape[:2] == real.shape:
+        return x[real]
+    return x[real.flatten()] if x.dim() == 2 and len(x) == real.numel() else x

@@ -322,7 +322,12 @@ class ReinforceTrainer(Trainer):
             return optimizer
         named = {name: parameter for name, parameter in self.model.named_parameters() if SCALES in name}
         if not self._scale_exponents:  # a resumed run has them from its checkpoint: scales have moved since
-            self._scale_exponents = {name: round(math.log2(p.detach().mean().item())) for name, p in named.items()}
+            # An offset (LSQ+) may be 0 or negative: it moves at the pace of its scale.
+            size = {
+                name: named[name.removesuffix("offset") + "scale"] if name.endswith(".offset") else p
+                for name, p in named.items()
+            }
+            self._scale_exponents = {name: round(math.log2(p.detach().mean().item())) for name, p in size.items()}
         scales = {parameter: self._scale_exponents[name] for name, parameter in named.items()}
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if parameter not in scales]

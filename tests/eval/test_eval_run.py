@@ -98,7 +98,14 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path):
         run(config(tmp_path, f"--max_steps 0 --load_model_path {tmp_path}"))
 
 
-@pytest.mark.parametrize("flags", ["", "--bits 8", "--weight_bits 4 --activation_bits 0", "--bits mxfp8"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("", "--bits 8", "--weight_bits 4 --activation_bits 0", "--bits mxfp8"),
+        *("--bits 4 --quantizer lsq_plus", "--bits 4 --quantizer fixed --observer mse_fast"),
+        *("--bits 8 --quantizer fixed --observer entropy", "--bits 6 --observer avg_prune_minmax"),
+    ],
+)
 def test_baselines_run(tmp_path, flags):
     record = run(config(tmp_path, f"{flags} --max_steps 4"))
     assert record["status"] == "finished" and record["cost_target"] is None

@@ -49,6 +49,12 @@ def test_every_flag_of_the_specification_is_known():
     assert set(SPEC.split()) <= set(make_parser()._option_string_actions)
 
 
+def test_every_observer_is_a_choice():
+    from quant.observers import OBSERVERS
+
+    assert set(OBSERVERS) == set({f.name: f for f in fields(RunConfig)}["observer"].metadata["choices"])
+
+
 def test_published_defaults():
     config = parse(RUN)
     assert (config.num_train_epochs, config.learning_rate, config.optimizer) == (3, 5e-5, "adamw_torch")

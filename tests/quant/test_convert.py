@@ -24,6 +24,7 @@ from quant.convert import (
 )
 from quant.errors import UserError
 from quant.formats import FLOAT, IntFormat, parse_format
+from quant.observers import OBSERVERS
 from quant.quant_conv2d import QuantConv2d
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
@@ -325,6 +326,47 @@ def test_calibration_may_start_under_formats_that_were_never_calibrated():
         modules["0"].input_quantizer.grids["int4"].scale, others["0"].input_quantizer.grids["int4"].scale
     )
     model.eval()(images())
+
+
+def test_an_empty_calibration_set_is_refused():
+    model = small()
+    modules = quantize_model(model, formats=FORMATS)
+    with pytest.raises(UserError, match="calibration set is empty"):
+        calibrate(model, modules, [])
+    assert model.training and not any(module.observing for module in modules.values())
+
+
+@pytest.mark.parametrize("observer", list(OBSERVERS))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_leaves_no_trace_in_the_ranges_where_it_is_ignored(observer, side):
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(4, 6, 5, generator=generator)
+    lengths = torch.tensor([6, 3, 1, 5]).unsqueeze(1)
+    mask = (torch.arange(6) < lengths).long()
+    mask = mask.flip(1) if side == "left" else mask
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.flat, self.pooler = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def forward(self, x, attention_mask):
+            x = self.flat(self.first(x).flatten(0, 1)).view_as(x)
+            return self.pooler((x * attention_mask.unsqueeze(2)).sum(dim=1))
+
+    torch.manual_seed(0)
+    float_model = Tokens()
+
+    def scales(padding, ignore):
+        model = copy.deepcopy(float_model)
+        config = QuantizerConfig(range="calibrated", symmetric=False, observer=observer, ignore_padding=ignore)
+        modules = quantize_model(model, formats=FORMATS, activation=config)
+        x = torch.where(mask.bool().unsqueeze(2), real, padding)
+        calibrate(model, modules, [{"x": x, "attention_mask": mask}, {"x": 2 * x, "attention_mask": mask}])
+        return torch.stack([g.scale for m in modules.values() for g in m.input_quantizer.grids.values()])
+
+    assert torch.equal(scales(0.0, True), scales(1000.0, True))
+    assert not torch.equal(scales(0.0, False), scales(1000.0, False))
 
 
 def test_recalibrating_leaves_learned_scales_as_trained_if_asked():

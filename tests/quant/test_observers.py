@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import quant.observers
 from quant.formats import IntFormat, parse_format
-from quant.observers import OBSERVERS, mse_range, observe, percentile_range
+from quant.observers import OBSERVERS, mse_range, observe, percentile_range, token_observer
 from quant.quant_utils import fake_quantize, scale_from_range
 
 
@@ -109,3 +109,121 @@ def test_ranges_lie_within_the_extrema_and_make_a_usable_scale(numbers, estimato
     assert out.isfinite().all()
     if estimator in ("minmax", 100.0):
         assert ((out - x).abs() <= scale * 1.01).all()
+
+
+def errors_of(x, low, high, format, symmetric):
+    scale, zero_point = scale_from_range(torch.tensor(low), torch.tensor(high), format, symmetric)
+    return float((fake_quantize(x, format, scale, zero_point) - x).double().square().mean())
+
+
+def distributions():
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(1, 1500, generator=generator)
+    gelu = torch.nn.functional.gelu(normal * 2)
+    return {
+        "normal": normal,
+        "relu": normal.relu(),
+        "negative": -normal.relu() - 1,
+        "gelu": gelu,
+        "cubic": normal**3 + 2,
+    }
+
+
+@pytest.mark.parametrize("shape", list(distributions()))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mse_grid_equals_brute_force(shape, symmetric):
+    x, format = distributions()[shape], IntFormat(3)
+    low, high = OBSERVERS["mse_grid"](observe(x), format, symmetric)
+    smallest, largest = float(x.min()), float(x.max())
+    candidates = []
+    for i in range(1, 101):
+        if symmetric or smallest >= 0 or largest <= 0:
+            bound = max(-smallest, largest) * i / 100
+            candidates.append((0.0 if smallest >= 0 else -bound, 0.0 if largest <= 0 else bound))
+        else:
+            width = (largest - smallest) * i / 100
+            for below in range(8):
+                start = -below * width / 7
+                candidates.append((max(start, smallest), min(start + width, largest)))
+    best = min(errors_of(x, *candidate, format, symmetric) for candidate in candidates)
+    assert errors_of(x, float(low), float(high), format, symmetric) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", list(distributions()))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_mse_fast_loses_at_most_two_percent_to_the_grid(shape, symmetric, bits):
+    x, format = distributions()[shape], IntFormat(bits)
+    found = {name: OBSERVERS[name](observe(x), format, symmetric) for name in ("mse_grid", "mse_fast")}
+    grid, fast = (errors_of(x, float(low), float(high), format, symmetric) for low, high in found.values())
+    assert fast <= 1.02 * grid
+
+
+def test_a_large_sample_is_condensed_without_losing_its_outliers():
+    x = torch.randn(1, 60_000, generator=torch.Generator().manual_seed(0))
+    x[0, 7] = 80.0
+    low, high = OBSERVERS["mse_grid"](observe(x), IntFormat(8), False)
+    assert high < 80 and errors_of(x, float(low), float(high), IntFormat(8), False) < errors_of(
+        x, float(x.min()), 80.0, IntFormat(8), False
+    )
+
+
+def observed(name, *batches):
+    seen = None
+    for batch in batches:
+        seen = OBSERVERS[name].see(batch, seen)
+    return OBSERVERS[name](seen, IntFormat(8), False)
+
+
+def test_averages_are_of_what_each_batch_has():
+    batches = [torch.tensor([[-1.0, 3.0]]), torch.tensor([[-5.0, 1.0]])]
+    assert [float(end) for end in observed("avg_minmax", *batches)] == [-3, 2]
+    assert [float(end) for end in observed("minmax", *batches)] == [-5, 3]
+    singles = [observed("mse_fast", batch) for batch in batches]
+    low, high = observed("avg_mse_fast", *batches)
+    assert float(low) == pytest.approx(float(singles[0][0] + singles[1][0]) / 2)
+    assert float(high) == pytest.approx(float(singles[0][1] + singles[1][1]) / 2)
+
+
+def test_avg_quantile_clips_where_the_histogram_has_reached_its_share():
+    generator, bounds = torch.Generator().manual_seed(0), []
+    batches = [torch.randn(1, 300_000, generator=generator) * factor for factor in (1, 2)]
+    for batch in batches:
+        counts, edges = np.histogram(batch.abs().numpy(), bins=2048, range=(0, float(batch.abs().max())))
+        reached = next(i for i in range(2048) if counts[: i + 1].sum() >= 0.99999 * batch.numel())
+        bounds.append((edges[reached] + edges[reached + 1]) / 2)
+    _, high = observed("avg_quantile", *batches)
+    expected = np.mean([min(float(batch.max()), bound) for batch, bound in zip(batches, bounds, strict=True)])
+    assert float(high) == pytest.approx(expected, rel=2e-3) and high < observed("avg_minmax", *batches)[1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lsq_plus_spans_three_sigma(bits):
+    batches = [torch.randn(2, 500, generator=torch.Generator().manual_seed(s)) * (s + 1) + 1 for s in range(2)]
+    seen = None
+    for batch in batches:
+        seen = OBSERVERS["lsq_plus"].see(batch, seen)
+    every = torch.cat(batches, dim=1).double()
+    mean, sigma = every.mean(dim=1), every.std(dim=1, correction=0)
+    low, high = OBSERVERS["lsq_plus"](seen, IntFormat(bits), False)
+    torch.testing.assert_close(low, (mean - 3 * sigma).float())
+    torch.testing.assert_close(high, (mean + 3 * sigma).float())
+    scale, _ = scale_from_range(*OBSERVERS["lsq_plus"](seen, IntFormat(bits), True), IntFormat(bits), True)
+    expected = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / 2 ** (bits - 1)
+    torch.testing.assert_close(scale, expected.float())
+
+
+def test_pruned_bounds_are_the_largest_token_bounds_within_the_quantile():
+    tokens = torch.tensor([[-1.0, 2.0], [-3.0, 4.0], [-2.0, 80.0], [-9.0, 1.0]])
+    ends = {r: [float(end) for end in token_observer(r)(token_observer(r).see(tokens, None), IntFormat(8), False)]
+            for r in (1.0, 0.75, 0.5)}  # fmt: skip
+    # |t_max| = 1 2 4 80: quantiles 80, 23, 3; |t_min| = 1 2 3 9: 9, 4.5, 2.5
+    assert ends == {1.0: [-9, 80], 0.75: [-3, 4], 0.5: [-2, 2]}
+
+
+@pytest.mark.parametrize("quantile", [0.01, 0.5, 1.0])
+def test_pruning_never_widens_and_always_finds_a_bound(quantile):
+    for shift in (-5.0, 0.0, 5.0):
+        tokens = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + shift
+        low, high = token_observer(quantile)(token_observer(quantile).see(tokens, None), IntFormat(8), False)
+        assert tokens.min() <= low and high <= tokens.max() and high.isfinite() and low.isfinite()

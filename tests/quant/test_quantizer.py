@@ -1,6 +1,7 @@
 """Quantizer: where scales come from, when they change, and that they survive moving, saving and switching."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -78,6 +79,48 @@ def test_formats_without_a_scale_need_no_calibration(name):
     x = randn(4, 40)
     assert torch.equal(quantizer(x), fake_quantize(x, parse_format(name)))
     assert len(quantizer.state_dict()) == 0
+
+
+# ------------------------------------------------------ learned offsets (LSQ+)
+
+
+def lsq_plus(x, format="int4"):
+    quantizer = Quantizer(QuantizerConfig(symmetric=False, observer="minmax", learned_offset=True))
+    quantizer.set_format(parse_format(format))
+    quantizer.observe(x)
+    quantizer.finish_calibration()
+    return quantizer
+
+
+def test_a_learned_offset_starts_as_the_zero_point():
+    x = randn(16, 8) + 0.7
+    fixed = activation("calibrated")
+    fixed.observe(x)
+    fixed.finish_calibration()
+    torch.testing.assert_close(lsq_plus(x)(x), fixed(x), rtol=0, atol=1e-6)
+    assert lsq_plus(x.bfloat16())(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_of_lsq_plus():
+    """arXiv 2004.09576: dbeta is the gradient outside the range, ds the LSQ gradient of (x - beta) / s."""
+    x, g = (randn(16, 8) * 3).requires_grad_(), randn(16, 8, seed=1)
+    quantizer = lsq_plus(randn(16, 8, seed=2))
+    grid = quantizer.grids["int4"]
+    quantizer(x).backward(g)
+    v = ((x - grid.offset) / grid.scale).detach()
+    inside = (v >= -8) & (v <= 7)
+    assert 0 < inside.sum() < x.numel()
+    torch.testing.assert_close(grid.offset.grad, (g * ~inside).sum(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, g * inside)
+    step = torch.where(inside, v.round() - v, v.clamp(-8, 7))
+    torch.testing.assert_close(grid.scale.grad, (g * step).sum() / math.sqrt(8 * 8), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_symmetric_has_no_offset():
+    assert lsq_plus(randn(4, 4), "e4m3").grids["e4m3"].offset is None
+    quantizer = Quantizer(QuantizerConfig(learned_offset=True))
+    quantizer.set_format(IntFormat(4))
+    assert quantizer.grids["int4"].offset is None
 
 
 # ------------------------------------------------------ calibrated and learned
@@ -311,7 +354,10 @@ def test_calibrating_in_inference_mode_leaves_a_quantizer_that_trains():
     [
         ({"granularity": "token"}, "dynamic, got learned"),
         ({"granularity": "token", "range": "calibrated"}, "dynamic, got calibrated"),
-        ({"observer": "median"}, "observer must be one of minmax, mse, got 'median'"),
+        ({"observer": "median"}, "observer must be one of minmax, mse, .*entropy.*, got 'median'"),
+        ({"observer": "avg_minmax", "granularity": "channel"}, "avg_minmax averages over batches .* got channel"),
+        ({"learned_offset": True, "range": "calibrated"}, "learned_offset needs range learned, got calibrated"),
+        ({"token_quantile": 0.0}, r"token_quantile must lie in \(0, 1\], got 0.0"),
         ({"range": "static"}, "range must be one of dynamic, calibrated, learned"),
         ({"percentile": 101}, "101"),
         ({"percentile": -1}, "-1"),
