@@ -61,7 +61,7 @@ class Plan:
     def formats(self) -> tuple[Format, ...]:
         """The formats that layers may take, float left out."""
         config = self.config
-        wanted = config.search_formats if config.method == "search" else config.uniform_formats
+        wanted = config.search_formats if config.chooses else config.uniform_formats
         return tuple(dict.fromkeys(format for format in wanted if format != FLOAT))
 
 
@@ -184,6 +184,8 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
 
     assignment = final_assignment(plan, trainer)
     record |= costs_of(plan, assignment)
+    if trainer.contest is not None:
+        record["contest"] = trainer.contest
     record |= {
         "metrics": evaluate(trainer, plan),
         "float_metrics": float_metrics,
@@ -209,39 +211,41 @@ def make_trainer(
     """The trainer of the run, its quantized layers, and what the float model scores where it comes trained."""
     from transformers.trainer_utils import set_seed
 
-    from eval.tasks import split_search
+    from eval.tasks import hold_out, not_augmented
     from quant.convert import quantize_model
     from quant.quant_utils import use_compiled
     from trainer.reinforce_trainer import ReinforceTrainer
 
     config, prepared = plan.config, plan.prepared
     set_seed(config.seed)
-    searching = config.method == "search"
-    train, held_out = prepared.train, None
-    if searching:
-        train, held_out = split_search(prepared.train, config.search_fraction, config.seed)
+    train = prepared.train
+    held_rows: list[int] = []
+    if config.method == "search":
+        held_rows = hold_out(train, config.search_fraction, config.seed)
+    judged_on = not_augmented(train.select(held_rows) if held_rows else train) if config.chooses else None
     modules: dict[str, QuantModule] = {}
     if plan.formats:
         weight, activation = quantizer_configs(config)
         modules = quantize_model(
             plan.bundle.model, include=plan.layers, formats=plan.formats, weight=weight, activation=activation
         )
-    uniform = dict.fromkeys(plan.layers, config.uniform_formats) if plan.formats and not searching else None
+    uniform = dict.fromkeys(plan.layers, config.uniform_formats) if plan.formats and not config.chooses else None
     arguments = training_arguments(config)
-    use_compiled(compile_mode(plan, len(train)), arguments.device)
+    use_compiled(compile_mode(plan, len(train) - len(held_rows)), arguments.device)
     trainer = ReinforceTrainer(
         plan.bundle.model,
         arguments,
-        search=search_settings(config) if searching else None,
+        search=search_settings(config) if config.chooses else None,
         search_space=config.search_formats,
-        partition=partition(plan) if searching else "layer",
+        partition=partition(plan) if config.chooses else "layer",
         weight_only_search=config.weight_only_search,
         separate_activations=config.separate_activations,
         assignment=uniform,
         modules=modules,
         profiles=plan.profiles,
         train_dataset=train,
-        search_dataset=held_out,
+        search_dataset=judged_on,
+        search_rows=held_rows,
         eval_dataset=prepared.validation,
         data_collator=prepared.data_collator,
         compute_metrics=plan.data.compute_metrics,
@@ -373,10 +377,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cost_type": config.cost_type,
         "cost_target": budget(plan),
         "metric": plan.data.metric,
-        "search_space": [f.name for f in config.search_formats] if config.method == "search" else None,
-        "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions}
-        if config.method == "search"
-        else None,
+        "search_space": [f.name for f in config.search_formats] if config.chooses else None,
+        "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
         "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),

@@ -19,16 +19,6 @@ NOT_YET: frozenset[tuple[str, object]] = frozenset(
     [
         ("smooth_quant", True),
         ("gamma_migration", True),
-        ("policy_prior", "fisher"),
-        ("policy_prior", "hawq_v2"),
-        ("method", "measured"),
-        ("method", "random"),
-        ("method", "head_tail"),
-        ("method", "fisher"),
-        ("method", "hawq_v2"),
-        ("method", "qbert"),
-        ("method", "greedy"),
-        ("method", "exhaustive"),
         ("report_to", "wandb"),
     ]
 )
@@ -179,7 +169,7 @@ def _check_contradictions(config: RunConfig) -> None:
     if config.method == "search" or config.searches:
         if given_bits:
             _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", "the search", "drop one of them")
-        if config.method != "search":
+        if config.method in ("uniform", "float"):
             _refuse(f"--method {config.method}", "the search flag", "drop one of them")
         if config.block_search and config.single_decision:
             _refuse("--block_search", "--single_decision", "choose one")
@@ -193,13 +183,15 @@ def _check_contradictions(config: RunConfig) -> None:
             raise UserError(f"--delay_steps {config.delay_steps} must be below --max_steps {config.max_steps}")
     if config.cost_target is not None and config.target_bits is not None:
         _refuse(f"--cost_target {config.cost_target:g}", f"--target_bits {config.target_bits:g}", "give one budget")
-    if config.method == "uniform" and not given_bits:
-        raise UserError("--method uniform needs --bits, or --weight_bits and --activation_bits")
+    if config.method == "uniform" and not given_bits and config.cost_target is None and config.target_bits is None:
+        raise UserError("--method uniform needs --bits, or a budget (--target_bits, --cost_target) that it shall fit")
+    if config.method not in ("search", "uniform", "float", None) and given_bits:
+        _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", f"--method {config.method}", "drop one of them")
     if config.method == "float" and given_bits:
         _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", "--method float", "drop one of them")
     if len(given_bits) > 1 and config.bits is not None:
         _refuse(f"--bits {config.bits}", f"--{given_bits[1]}", "--bits sets weights and activations")
-    if config.method in ("uniform", "float"):
+    if config.method == "float" or given_bits:
         for flag in ("cost_target", "target_bits"):
             if getattr(config, flag) is not None:
                 _refuse(f"--{flag} {getattr(config, flag):g}", f"--method {config.method}", "nothing is searched")

@@ -45,7 +45,7 @@ def complete(config: RunConfig) -> RunConfig:
     if config.method == "search":
         config = replace(config, search=True)
     validate(config)
-    if config.method == "search" and config.cost_target is None and config.target_bits is None:
+    if config.chooses and config.cost_target is None and config.target_bits is None:
         bits = [f.bits for f in config.search_formats]
         config = replace(config, target_bits=(min(bits) + max(bits)) / 2)
     return config

@@ -208,6 +208,6 @@ def plan_table(runs: Sequence[RunConfig], facts: Mapping[str, Facts]) -> Table:
         low, high = known.cost_range
         unit = COST_UNITS[run.cost_type]
         target = "" if known.cost_target is None else f"{number(known.cost_target)} {unit}"
-        reach = f"{number(low)} to {number(high)} {unit}" if run.method == "search" else ""
+        reach = f"{number(low)} to {number(high)} {unit}" if run.chooses else ""
         table.add_row(run.run_name, str(known.steps), reach, target, duration(known.seconds))
     return table

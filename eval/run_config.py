@@ -142,7 +142,8 @@ class BaselineFlags:
 
     method: str | None = flag(
         None,
-        "default: search with a search flag, uniform with a bits flag, else float",
+        "default: search with a search flag, uniform with a bits flag, else float; the rest are competitors of the "
+        "search, which choose the formats once, before training (uniform does so if no bits are given)",
         choices=[
             *("search", "uniform", "float", "measured", "random", "head_tail"),
             *("fisher", "hawq_v2", "qbert", "greedy", "exhaustive"),
@@ -254,6 +255,12 @@ class RunConfig(
         return self.search or self.block_search is not None or self.single_decision
 
     @property
+    def chooses(self) -> bool:
+        """Whether the formats are chosen under a budget: by the search, or by a competitor of it."""
+        given = any(bits is not None for bits in (self.bits, self.weight_bits, self.activation_bits))
+        return self.method not in (None, "float", "uniform") or (self.method == "uniform" and not given)
+
+    @property
     def partition(self) -> str:
         """What shares one decision: 'layer', 'role', 'depth' or 'single'."""
         return self.block_search or ("single" if self.single_decision else "layer")
@@ -290,9 +297,11 @@ class RunConfig(
         """`run_id`, or a name made of model, method, target and seed: the same run always gets the same folder."""
         if self.run_id is not None:
             return self.run_id
-        method = self.partition + "_search" if self.method == "search" and self.partition != "layer" else self.method
+        method = str(self.method)
+        if self.chooses and self.partition != "layer":
+            method = f"{self.partition}_{method}"
         formats = None
-        if self.method == "uniform":
+        if self.method == "uniform" and not self.chooses:
             formats = "-".join(dict.fromkeys(f.name for f in self.uniform_formats))
         words = [self.model_name, method, "fused" if self.fuse_groups else None, formats, self.budget, f"s{self.seed}"]
         return "-".join(safe_name(word) for word in words if word)

@@ -147,7 +147,7 @@ class PreparedData:
     """A model's inputs. Items are dicts of tensors or lists; `data_collator` makes a batch of them."""
 
     train: Any
-    """map-style dataset with `labels`; split it with `split_search`"""
+    """map-style dataset with `labels`; `hold_out` names the rows that a search keeps apart"""
     validation: dict[str, Any]
     data_collator: Any
     example_inputs: dict[str, torch.Tensor]
@@ -202,10 +202,10 @@ def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
     return prepare_text(data, bundle, config)
 
 
-def split_search(train: Any, fraction: float, seed: int) -> tuple[Any, Any]:
-    """(rest, held-out share) of prepared training data, the classes in proportion; the share is never augmented.
+def hold_out(train: Any, fraction: float, seed: int) -> list[int]:
+    """The rows of prepared training data that feed the reward, the classes in proportion.
 
-    At least one row of each is left on both sides; UserError when there are too few rows for that.
+    At least one row is left on both sides; UserError when there are too few rows for that.
     """
     import numpy as np
     from sklearn.model_selection import train_test_split
@@ -219,6 +219,10 @@ def split_search(train: Any, fraction: float, seed: int) -> tuple[Any, Any]:
         counts = np.unique(labels, return_counts=True)[1]
         if counts.min() >= 2 and len(counts) <= min(size, len(train) - size):
             strata = labels
-    rest, held = train_test_split(np.arange(len(train)), test_size=size, random_state=seed, stratify=strata)
-    held_out = train.select(np.sort(held))
-    return train.select(np.sort(rest)), getattr(held_out, "without_augmentation", lambda: held_out)()
+    _, held = train_test_split(np.arange(len(train)), test_size=size, random_state=seed, stratify=strata)
+    return sorted(held.tolist())
+
+
+def not_augmented(data: Any) -> Any:
+    """Prepared data as evaluation sees it."""
+    return getattr(data, "without_augmentation", lambda: data)()

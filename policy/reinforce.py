@@ -72,8 +72,11 @@ class Reinforce:
         self.ema_decay = ema_decay
         self.ema_reward: float | None = None
 
-    def step(self, choices: Tensor, rewards: Tensor, step: int) -> dict[str, float]:
+    def step(self, choices: Tensor, rewards: Tensor, step: int, penalty: Tensor | None = None) -> dict[str, float]:
         """One policy update from `choices` int64 (draws, decisions) and their `rewards` (draws,).
+
+        `penalty` is a scalar that depends on the policy itself, such as its expected cost: it is added to the loss, and
+        differentiated rather than sampled.
 
         Returns, all from before the update: 'advantage' (mean magnitude), 'entropy', 'entropy_weight', 'policy_loss'.
         Raises ValueError for rewards that are not finite, do not fit the choices or are too few for the baseline.
@@ -84,6 +87,8 @@ class Reinforce:
         advantages = self.advantages(rewards)
         entropy = self.policy.entropy()
         loss = weight * entropy - (advantages * self.policy.log_prob(choices)).mean()
+        if penalty is not None:
+            loss = loss + penalty
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -5,26 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler, Subset
 from transformers import Trainer, TrainingArguments
 
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile, profile_model
+from policy.budget import Budget
 from policy.space import Partition, SearchSpace, build_space
 from quant.convert import Assignment, calibrate, quantize_model, set_formats
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from trainer import checkpoint
+from trainer.allocation import allocate, effects
+from trainer.contest import Contest
 from trainer.history import History
+from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
 from trainer.processes import mean_over_processes, of_first_process, own_share, share_buffers
 from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
-from trainer.search import Phases, ReinforceConfig, Search, resolve_target
-from trainer.sensitivity import believing_prior, measure_sensitivity
+from trainer.search import Phases, ReinforceConfig, Search, examples_to_judge, resolve_target
+from trainer.sensitivity import Sensitivity, believing_prior, divergence, increase, measure_sensitivity
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged"]
 
@@ -48,13 +54,16 @@ class ReinforceTrainer(Trainer):
 
     Args:
         model: any module that takes the datasets' columns and returns a loss (or pass `compute_loss_func`).
-        search: how to search; None: train under `assignment`.
+        search: how to search, or how a competitor of the search decides; None: train under `assignment`.
         search_space: formats to choose from, as a flag ('2,4,8') or parsed.
         partition: 'layer', 'single', or block name -> layer names.
         assignment: fixed formats, without a search; None: float.
         modules: the quantized layers, if the model is quantized already; None: all layers are quantized here.
         profiles: their profiles; None: measured on the first training example.
-        search_dataset: held-out part of the training data that the reward is measured on; None: 10 % is split off.
+        search_dataset: held-out part of the training data that assignments are judged on; None: a search splits 10 %
+            off, a competitor judges on all of it, since it learns nothing from it.
+        search_rows: where its rows stand in `train_dataset`, if they are part of it: they are left out until the
+            assignment is chosen, and trained on from then on.
         history: file that gets one line a step.
     """
 
@@ -78,6 +87,7 @@ class ReinforceTrainer(Trainer):
         profiles: Sequence[LayerProfile] | None = None,
         train_dataset: Dataset | None = None,
         search_dataset: Dataset | None = None,
+        search_rows: Sequence[int] = (),
         history: Path | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         **trainer_arguments: Any,
@@ -86,19 +96,24 @@ class ReinforceTrainer(Trainer):
         if search is not None and modules is None:
             modules = quantize_model(model, formats=formats)
         self.modules = dict(modules or {})
-        if search is not None and search_dataset is None:
-            train_dataset, search_dataset = _hold_out(train_dataset, args.seed)
+        searching = search is not None and search.method == "search"
+        if searching and search_dataset is None:
+            search_rows = _hold_out(len(train_dataset), args.seed)  # type: ignore[arg-type]
+            search_dataset = Subset(train_dataset, search_rows)  # type: ignore[arg-type]
         args.logging_nan_inf_filter = False  # it would let a diverged run end normally
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer_arguments)
         self.search_config = search
-        self.search_dataset = search_dataset
+        self.search_dataset: Any = train_dataset if search_dataset is None else search_dataset
+        self.search_rows = list(search_rows) if searching else []
         first = self.is_world_process_zero()  # of several processes, one writes and tells
         self.history = History(history) if history is not None and first else None
         self.on_step = on_step if first else None
         self.search: Search | None = None
         self.assignment: dict[str, tuple[Format, Format]] | None = dict(assignment) if assignment else None
         self.phases: Phases | None = None
-        self._settled = search is None
+        self._settled = not searching
+        self.contest: dict[str, Any] | None = None
+        """how the search's final choice was made: part of the record"""
         self._pending: list[dict[str, Any]] = []
         self._entry: dict[str, Any] = {}
         self._choices: Tensor | None = None
@@ -113,6 +128,7 @@ class ReinforceTrainer(Trainer):
             self.cost_target = resolve_target(
                 self.space, self.profiles, search.cost_type, search.cost_target, search.target_bits
             )
+            self.budget = Budget((self.costs,), (self.cost_target,))
 
     # ------------------------------------------------------ the run
 
@@ -135,25 +151,53 @@ class ReinforceTrainer(Trainer):
             if has_untrained_batch_norm(self.model):  # ranges seen through its starting values would clip everything
                 recalibrate_batch_norm(self.model, self._calibration_batches())
             calibrate(self.model, self.modules, self._calibration_batches())
-        if self.search_config is None:
+        config = self.search_config
+        if config is not None and config.method != "search":
+            self.assignment = self._agreed(allocate(config.method, self))
+        if config is None or config.method != "search":
             if self.assignment:
                 set_formats(self.modules, self.assignment)
             return
         prior = pressure = None
-        if self.search_config.policy_prior == "measured":
-            prior, pressure = believing_prior(self.measure().effect, self.costs, self.cost_target)
+        if config.policy_prior != "none":
+            prior, pressure = believing_prior(effects(config.policy_prior, self), self.budget)
         self._start_search(of_first_process(prior), of_first_process(pressure))
 
-    def measure(self) -> Any:
-        """The measured sensitivity of every decision, on held-out data: a `Sensitivity`."""
-        config = self._config
-        size = self.args.per_device_eval_batch_size
-        count = min(config.sensitivity_examples, len(self.search_dataset))  # type: ignore[arg-type]
-        indices = self._permutation(self.search_dataset, salt=1)[:count]
-        # At least four batches, so that the effects come with an error.
-        size = max(1, min(size, math.ceil(count / 4)))
-        batches = [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, count, size)]
-        return measure_sensitivity(self.model, self.modules, self.space, batches, self._plain_loss)
+    def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
+        """The measured effect of every single decision, on `search_dataset`.
+
+        outputs: on the class probabilities (see `divergence`), or on the loss where there are no classes. errors: on
+        the share of wrong answers.
+        """
+        batches = self.judging_batches(self.space.num_decisions * self.space.num_choices)
+        measured = self.model, self.modules, self.space, batches
+        if what == "errors":
+            return measure_sensitivity(*measured, self._error, increase)
+        if self._classes(batches[0]):
+            return measure_sensitivity(*measured, self._logits, divergence)
+        return measure_sensitivity(*measured, self.plain_loss, increase)
+
+    def judging_batches(self, assignments: int) -> list[Any]:
+        """Batches of `search_dataset` to judge so many assignments on; always the first of the same order."""
+        steps, batch_size = self._total_steps(), self._global_batch_size * self.args.gradient_accumulation_steps
+        available = len(self.search_dataset)
+        wanted = self._config.sensitivity_examples or examples_to_judge(steps, batch_size, assignments)
+        indices = self._permutation(self.search_dataset, salt=1)[: min(wanted, available)]
+        # At least four batches, so that what is measured comes with an error.
+        size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(len(indices) / 4)))
+        return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, len(indices), size)]
+
+    @torch.no_grad()
+    def judge(self, choices: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """Loss of each choice on the same held-out batches, in eval mode: (choices, batches)."""
+        batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
+        self.model.eval()
+        losses = np.zeros((len(choices), len(batches)))
+        for row, choice in enumerate(choices):
+            set_formats(self.modules, self.space.assignment(choice))
+            losses[row] = [float(self.plain_loss(self.model, batch)) for batch in batches]
+        self.model.train(training)
+        return losses
 
     def finish(self) -> None:
         """Settle on the assignment, recalibrate what it changed, and write the rest of the history."""
@@ -167,14 +211,18 @@ class ReinforceTrainer(Trainer):
         total = self._total_steps()
         self.phases = Phases.of(self._config, total)
         generator = torch.Generator().manual_seed(self.args.seed)
-        self.search = Search(
-            self.space, self.costs, self.cost_target, self._config, self.phases, generator, prior, pressure
-        )
+        self.search = Search(self.space, self.budget, self._config, self.phases, generator, prior, pressure)
 
     def _total_steps(self) -> int:
         if self.args.max_steps >= 0:
             return self.args.max_steps
-        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
+
+    def _steps_per_epoch(self) -> int:
+        """As the Trainer counts them: an epoch is a pass over the rows that are not held out."""
+        rows = self._rows - len(self.search_rows)
+        batches = math.ceil(rows / self._global_batch_size)
+        return math.ceil(batches / self.args.gradient_accumulation_steps)
 
     @property
     def _config(self) -> ReinforceConfig:
@@ -185,10 +233,25 @@ class ReinforceTrainer(Trainer):
     def _settle(self) -> None:
         """From here on, only the chosen assignment is trained."""
         assert self.search is not None
-        self.assignment = self.space.assignment(self.search.best())
+        best, prior = self.search.best(), self.search.prior_best()
+        if self._config.contest:
+            # The statistics of training are a mixture over all draws; the contest is between neighbours of the best.
+            share_buffers(self.model)
+            set_formats(self.modules, self.space.assignment(best))
+            recalibrate_batch_norm(self.model, self._calibration_batches())
+            candidates = {"policy": best} if prior is None else {"prior": prior, "policy": best}
+            verdict = Contest(self.budget, self.judge).decide(candidates)
+            best, self.contest = list(verdict.choice), verdict.describe()
+        self.assignment = self._agreed(best)
         set_formats(self.modules, self.assignment)
         self._settled = True
         self._recalibrate(batch_norm=False)
+
+    def _agreed(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
+        """The assignment of a choice, the first process's where there are several."""
+        agreed = of_first_process(torch.tensor(list(choice)))
+        assert agreed is not None
+        return self.space.assignment(agreed.tolist())
 
     def _recalibrate(self, batch_norm: bool) -> None:
         if not self.modules or self.assignment is None:
@@ -267,18 +330,55 @@ class ReinforceTrainer(Trainer):
         self.model.train(training)
         return mean_over_processes(torch.stack(measured), len(indices)).tolist()
 
-    def _plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, batch)
         assert isinstance(loss, Tensor)
         return loss
 
+    def _error(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, batch, return_outputs=True)
+        return 1 - quality(loss, outputs, batch, "accuracy")
+
+    def _logits(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            outputs: Any = self.compute_loss(model, batch, return_outputs=True)[1]
+        return class_logits(outputs, batch)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _classes(self, batch: Any) -> bool:
+        """Whether the model tells classes apart."""
+        training = self.model.training
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            outputs: Any = self.compute_loss(self.model, batch, return_outputs=True)[1]
+        self.model.train(training)
+        return class_logits(outputs, batch) is not None
+
     # ------------------------------------------------------ data
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if not self.search_rows:
+            return super()._get_train_sampler(train_dataset)
+        returned_at = self._position(Phases.of(self._config, self._total_steps()).settle)
+        return PhasedSampler(self._rows, self.search_rows, returned_at, self.args.seed)
+
+    @property
+    def _rows(self) -> int:
+        return len(self.train_dataset)  # type: ignore[arg-type]
 
     @property
     def _global_batch_size(self) -> int:
         """Training examples of a batch in all processes together."""
         return self.args.per_device_train_batch_size * self.args.world_size
+
+    def _position(self, step: int) -> int:
+        """Rows that all steps before `step` have taken, counted as `PhasedSampler` counts them."""
+        rows = self._rows - len(self.search_rows)
+        step_rows = self._global_batch_size * self.args.gradient_accumulation_steps
+        epoch, within = divmod(step, self._steps_per_epoch())
+        return epoch * rows + min(within * step_rows, rows)
 
     def _permutation(self, dataset: Any, salt: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + salt)
@@ -300,7 +400,9 @@ class ReinforceTrainer(Trainer):
         """
         count = 8 if self.search_config is None else self.search_config.calibration_batches
         size = self._global_batch_size  # of several processes each sees all of it: without gradients there is room
-        indices = self._permutation(self.train_dataset, salt=0)[: count * size]
+        held = set(self.search_rows)
+        order = self._permutation(self.train_dataset, salt=0)
+        indices = [row for row in order if row not in held][: count * size]
         for start in range(0, len(indices), size):
             yield self._batch(self.train_dataset, indices[start : start + size])
 
@@ -382,6 +484,7 @@ class ReinforceTrainer(Trainer):
             "search": None if self.search is None else self.search.state_dict(),
             "scale_exponents": self._scale_exponents,
             "settled": self._settled,
+            "contest": self.contest,
             "assignment": None if self.assignment is None else assignment_to_json(self.assignment),
         }
         checkpoint.save_state(state, folder / STATE)
@@ -396,7 +499,7 @@ class ReinforceTrainer(Trainer):
             self._start_search()
             assert self.search is not None
             self.search.load_state_dict(state["search"])
-        self._settled = state["settled"]
+        self._settled, self.contest = state["settled"], state["contest"]
         if state["assignment"] is not None:
             self.assignment = assignment_from_json(state["assignment"])
             set_formats(self.modules, self.assignment)
@@ -439,25 +542,25 @@ def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Tensor], kind: str) 
     likelihood: mean probability of the true class; exp(-loss) where there is no class to be sure of (language models,
     regression). accuracy: share of examples whose largest logit is the truth.
     """
-    labels: Any = batch.get("labels")
-    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
-    if not classes or labels.is_floating_point():
+    logits = class_logits(outputs, batch)
+    if logits is None:
         value = torch.exp(-loss.float())
     elif kind == "accuracy":
-        value = (logits.argmax(dim=1) == labels).float().mean()
+        value = (logits.argmax(dim=1) == batch["labels"]).float().mean()
     else:
-        value = logits.float().softmax(dim=1).gather(1, labels.view(-1, 1)).mean()
+        value = logits.float().softmax(dim=1).gather(1, batch["labels"].view(-1, 1)).mean()
     return torch.where(value > 0, value, torch.where(value.isnan(), value, torch.finfo(torch.float32).tiny))
 
 
-def _hold_out(dataset: Any, seed: int, fraction: float = 0.1) -> tuple[Any, Any]:
-    """The training data without a random tenth, and that tenth."""
-    if not hasattr(dataset, "train_test_split"):
-        from torch.utils.data import Subset
+def class_logits(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The logits (examples, classes) of a model that tells classes apart; None for any other."""
+    labels: Any = batch.get("labels")
+    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
+    return logits if classes and not labels.is_floating_point() else None
 
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        held = max(1, round(len(order) * fraction))
-        return Subset(dataset, order[held:]), Subset(dataset, order[:held])
-    split = dataset.train_test_split(test_size=fraction, seed=seed)
-    return split["train"], split["test"]
+
+def _hold_out(size: int, seed: int, fraction: float = 0.1) -> list[int]:
+    """A random tenth of `size` rows."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[: max(1, round(size * fraction))])

@@ -5,28 +5,42 @@ It knows costs and rewards, but no model and no data: a toy test can drive it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cost.cost import REWARDS, UNITS, CostType
 from cost.profile import LayerProfile
+from policy.allocators import Allocator
+from policy.budget import Budget
 from policy.reinforce import EntropySchedule, Reinforce
 from policy.simple_policy import SimplePolicy
-from policy.solve import solve_assignment
 from policy.space import SearchSpace, uniform_cost
 from quant.errors import UserError
+
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"tunas_abs": torch.abs, "one_sided_tunas_abs": torch.relu}
+"""rewards that subtract cost from quality -> what they subtract for a cost so much over the target, at beta 1"""
+
+
+def examples_to_judge(steps: int, batch_size: int, assignments: int) -> int:
+    """Held-out examples an assignment is judged on, so that judging all of them takes an eighth of the training.
+
+    A training step is taken as three forward passes. At least 64, because fewer tell nothing, and at most 512.
+    """
+    affordable = 3 * steps * batch_size / 8 / max(assignments, 1)
+    return int(min(max(affordable, 64), 512))
 
 
 @dataclass(frozen=True)
 class ReinforceConfig:
     """How to search. The names are those of the command line's flags."""
 
+    method: Literal["search"] | Allocator = "search"
+    """the policy, or a competitor that decides once, before the first step"""
     cost_type: CostType = "compute"
     cost_target: float | None = None
     """budget in MiB or GBOPs; one of cost_target and target_bits is needed"""
@@ -35,6 +49,8 @@ class ReinforceConfig:
     cost_function: Literal["tunas_abs", "one_sided_tunas_abs", "soft_exponential", "hard_exponential"] = "tunas_abs"
     cost_beta: float = 1.0
     """how hard the reward punishes cost over the target"""
+    cost_gradient: Literal["expected", "sampled"] = "expected"
+    """how the policy learns of cost: exactly, from its expectation, or from each draw (see `Search.learn`)"""
     reward_quality: Literal["likelihood", "accuracy"] = "likelihood"
     reward_draws: int = 2
     """assignments drawn and rewarded a step, on the same held-out batch; one needs the 'ema' baseline"""
@@ -45,13 +61,15 @@ class ReinforceConfig:
     entropy_schedule_type: EntropySchedule = "cosine"
     delay_steps: int | None = None
     """steps before the policy learns; None: a quarter of the steps"""
-    settle_fraction: float = 0.5
+    settle_fraction: float = 0.75
     """last share of the steps, trained under the chosen assignment"""
-    policy_prior: Literal["measured", "none"] = "measured"
+    policy_prior: Literal["measured", "none", "fisher", "hawq_v2"] = "measured"
+    contest: bool = True
+    """settle on the best of policy, prior and local swaps by held-out loss; False: on the policy's most probable"""
     calibration_batches: int = 8
     """training batches that ranges and batch norms are calibrated on"""
-    sensitivity_examples: int = 512
-    """held-out examples that each single decision is measured on"""
+    sensitivity_examples: int | None = None
+    """held-out examples that an assignment is judged on, before and after the search; None: see `examples_to_judge`"""
 
     def __post_init__(self) -> None:
         if (self.cost_target is None) == (self.target_bits is None):
@@ -72,6 +90,8 @@ class ReinforceConfig:
                 "policy_prior": "none",
                 "reward_draws": 1,
                 "settle_fraction": 0.0,
+                "contest": False,
+                "cost_gradient": "sampled",
                 "rl_learning_rate": 0.05,
                 "max_entropy_beta": 0.01,
                 **changes,
@@ -126,9 +146,7 @@ class Search:
     """A policy over a search space with its costs, and what it has learned so far."""
 
     space: SearchSpace
-    costs: NDArray[np.float64]
-    """(decisions, choices), in the cost's unit"""
-    target: float
+    budget: Budget
     config: ReinforceConfig
     phases: Phases
     generator: torch.Generator
@@ -156,22 +174,28 @@ class Search:
         return self.policy.sample(self.generator)
 
     def cost(self, choice: Sequence[int] | Tensor) -> float:
-        """Cost of a choice, in the cost's unit."""
-        return float(self.costs[np.arange(len(self.costs)), np.asarray(choice)].sum())
+        """Cost of a choice, in the unit of the run's own cost."""
+        return self.budget.costs(np.asarray(choice))[0]  # type: ignore[arg-type]
 
     def learn(self, choices: Tensor, qualities: Sequence[float], step: int) -> dict[str, Any]:
         """One policy step from choices int64 (draws, decisions) and their quality in (0, 1], at the run's `step`.
 
+        The cost of a policy is known, not only that of its draws. So by default the draws' advantages hold quality
+        alone, and the cost's share of the reward enters by its exact gradient, taken at the expected cost; with one
+        moving cost among many draws, sampled costs would drown the quality. Rewards that multiply quality and cost
+        (the exponential ones) are always sampled.
+
         Returns the means over the draws of reward, quality and cost, "draws" as [cost, quality] each, and what
         `Reinforce.step` tells.
         """
-        reward = REWARDS[self.config.cost_function]
+        reward, beta = REWARDS[self.config.cost_function], self.config.cost_beta
         costs = [self.cost(choice) for choice in choices]
-        rewards = [
-            reward(quality, cost, self.target, self.config.cost_beta)
-            for quality, cost in zip(qualities, costs, strict=True)
-        ]
-        told = self.reinforce.step(choices, torch.tensor(rewards, dtype=torch.float64), step - self.phases.delay)
+        ratios = [self.budget.ratio(choice.tolist()) for choice in choices]
+        rewards = [reward(quality, ratio, 1.0, beta) for quality, ratio in zip(qualities, ratios, strict=True)]
+        expected = self.config.cost_gradient == "expected" and self.config.cost_function in PENALTIES
+        learned_from = torch.tensor(qualities if expected else rewards, dtype=torch.float64)
+        penalty = beta * self._expected_penalty() if expected else None
+        told = self.reinforce.step(choices, learned_from, step - self.phases.delay, penalty)
         return {
             "reward": float(np.mean(rewards)),
             "quality": float(np.mean(qualities)),
@@ -180,21 +204,36 @@ class Search:
             **told,
         }
 
+    def _expected_penalty(self) -> Tensor:
+        """What the policy's expected cost takes from the reward at beta 1: scalar, with a gradient."""
+        probabilities = self.policy.probabilities()
+        tables = zip(self.budget.tables, self.budget.limits, strict=True)
+        ratio = torch.stack([(probabilities * torch.from_numpy(table / limit)).sum() for table, limit in tables]).max()
+        return PENALTIES[self.config.cost_function](ratio - 1)
+
     def best(self) -> list[int]:
-        """The most probable choice whose cost meets the target, exactly."""
+        """The most probable choice that fits the budget, exactly."""
         values = self.policy.log_probabilities().detach()
         if self.pressure is not None:
             values = values - self.pressure
-        return solve_assignment(values.numpy(), self.costs, self.target)
+        return self.budget.solve(values.numpy())
+
+    def prior_best(self) -> list[int] | None:
+        """What the prior alone would choose; None without one."""
+        if self.prior is None:
+            return None
+        values = self.prior if self.pressure is None else self.prior - self.pressure
+        return self.budget.solve(values.log_softmax(-1).numpy())
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "reinforce": self.reinforce.state_dict(),
             "generator": self.generator.get_state(),
+            "prior": self.prior,
             "pressure": self.pressure,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reinforce.load_state_dict(state["reinforce"])
         self.generator.set_state(state["generator"])
-        self.pressure = state["pressure"]
+        self.prior, self.pressure = state["prior"], state["pressure"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from policy.budget import Budget
+from policy.hessian import hessian_traces, top_eigenvalues
 from policy.space import SearchSpace
 from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
@@ -22,13 +24,16 @@ Table = NDArray[np.float64]
 PRIOR_ENTROPY = 0.2
 """entropy of the starting policy as a share of a uniform one: it mostly follows the measurement, and still explores"""
 
+EIGEN_STEPS = 20
+"""power iterations a layer: they rank layers, and a tenth of an eigenvalue changes no rank that matters"""
+
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Loss with one decision quantized and all others in float, less the float model's loss, on the same batches."""
+    """What one decision does to the outputs while all others are in float, on the same batches."""
 
     effect: Table
-    """mean over the batches, in the loss's unit"""
+    """mean over the batches, in the unit of what was compared"""
     error: Table
     """its standard error"""
 
@@ -39,33 +44,148 @@ def measure_sensitivity(
     modules: Mapping[str, QuantModule],
     space: SearchSpace,
     batches: Sequence[Mapping[str, Any]],
-    loss: Any,
+    look: Callable[[nn.Module, Any], Any],
+    compare: Callable[[Any, Any], float],
 ) -> Sensitivity:
     """Decisions x choices forward passes a batch. The model runs in eval mode; its mode and formats come back.
 
     Args:
-        loss: (model, batch) -> scalar tensor, the mean loss of the batch.
+        look: (model, batch) -> what is seen of the model, such as its loss or its logits.
+        compare: (seen in float, seen now) -> the effect, as `increase` or `divergence`.
     """
     training = model.training
     model.eval()
-    losses = np.zeros((len(batches), len(space.decisions), space.num_choices))
+    effects = np.zeros((len(batches), len(space.decisions), space.num_choices))
     try:
         with in_float(modules):
             for index, batch in enumerate(batches):
-                reference = float(loss(model, batch))
+                reference = look(model, batch)
                 for d, decision in enumerate(space.decisions):
                     for c, formats in enumerate(decision.choices):
                         set_formats(modules, dict.fromkeys(decision.layers, formats))
-                        losses[index, d, c] = float(loss(model, batch)) - reference
+                        effects[index, d, c] = compare(reference, look(model, batch))
                     set_formats(modules, dict.fromkeys(decision.layers, (FLOAT, FLOAT)))
     finally:
         model.train(training)
-    error = losses.std(axis=0, ddof=1) / np.sqrt(len(batches)) if len(batches) > 1 else np.zeros_like(losses[0])
-    return Sensitivity(losses.mean(axis=0), error)
+    error = effects.std(axis=0, ddof=1) / np.sqrt(len(batches)) if len(batches) > 1 else np.zeros_like(effects[0])
+    return Sensitivity(effects.mean(axis=0), error)
 
 
-def believing_prior(effect: Table, costs: Table, target: float) -> tuple[Tensor, Tensor]:
-    """Policy logits that follow measured effects at an expected cost of `target`.
+def increase(reference: Tensor, now: Tensor) -> float:
+    """How much a scalar, such as a loss, has grown."""
+    return float(now) - float(reference)
+
+
+def divergence(reference: Tensor, now: Tensor) -> float:
+    """Mean over the examples of KL(reference || now), in nats, from logits (examples, classes).
+
+    Where the loss of a well-trained model hangs on the few examples it gets wrong, every example has a say in this: a
+    fifth of the examples gives the same ranks.
+    """
+    before, after = reference.float().log_softmax(-1), now.float().log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def fisher_effect(
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    space: SearchSpace,
+    batches: Sequence[Mapping[str, Any]],
+    loss: Any,
+) -> Table:
+    """First-order sensitivity, (decisions, choices): sum of squared gradient x squared change of a layer's output.
+
+    One forward and one backward pass a batch; each layer also computes its own output in every choice, from its float
+    input. Mean over examples. Source: the score of NVIDIA Model Optimizer's gradient-based auto_quantize.
+    """
+    training = model.training
+    model.eval()
+    scores = {name: np.zeros(space.num_choices) for name in modules}
+    choices = {layer: decision.choices for decision in space.decisions for layer in decision.layers}
+    examples = 1
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            with torch.no_grad():
+                changes = []
+                for formats in choices[name]:
+                    module.set_formats(*formats)
+                    changes.append((module.forward(*inputs) - output).square())
+                module.set_formats(FLOAT, FLOAT)
+
+            def add(gradient: Tensor) -> None:
+                squared = (gradient * examples).square()  # of each example's own loss, not of their mean
+                scores[name] += [float((squared * change).sum()) / examples for change in changes]
+
+            output.register_hook(add)
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(watch(name)) for name in choices]
+    try:
+        with in_float(modules), torch.enable_grad():
+            for batch in batches:
+                examples = len(next(iter(batch.values())))
+                torch.autograd.grad(loss(model, batch), [m.weight for m in modules.values()], allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return np.array([sum(scores[layer] for layer in decision.layers) for decision in space.decisions]) / len(batches)
+
+
+@torch.no_grad()
+def weight_errors(modules: Mapping[str, QuantModule], space: SearchSpace) -> dict[str, NDArray[np.float64]]:
+    """Layer -> squared error of its rounded weight in each choice, (choices,)."""
+    errors = {}
+    with in_float(modules):
+        for decision in space.decisions:
+            for layer in decision.layers:
+                module = modules[layer]
+                own = []
+                for weight, _ in decision.choices:
+                    module.set_formats(weight, FLOAT)
+                    own.append(float((module.weight_quantizer(module.weight) - module.weight).square().sum()))
+                errors[layer] = np.array(own)
+    return errors
+
+
+def hessian_effect(
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    space: SearchSpace,
+    batches: Sequence[Mapping[str, Any]],
+    loss: Any,
+    kind: str,
+    seed: int,
+) -> Table:
+    """Second-order sensitivity, (decisions, choices): curvature of a layer's loss x squared error of its weight.
+
+    Args:
+        kind: 'hawq_v2': the mean diagonal of the layer's Hessian, Tr(H) / n, negative ones as 0 (arXiv 1911.03852);
+            'qbert': |mean| + standard deviation over the batches of its top eigenvalue (arXiv 1909.05840).
+
+    Activations do not enter: neither method sees them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {layer: modules[layer] for decision in space.decisions for layer in decision.layers}
+    with in_float(modules):
+        if kind == "hawq_v2":
+            traces = hessian_traces(model, layers, batches, loss, generator=generator, jointly=True)
+            curvature = {name: max(t.trace, 0.0) / modules[name].weight.numel() for name, t in traces.items()}
+        else:
+            found = top_eigenvalues(model, layers, batches, loss, max_iterations=EIGEN_STEPS, generator=generator)
+            curvature = {name: eigen.score for name, eigen in found.items()}
+    errors = weight_errors(modules, space)
+    return np.array(
+        [sum(curvature[layer] * errors[layer] for layer in decision.layers) for decision in space.decisions]
+    )
+
+
+def believing_prior(effect: Table, budget: Budget) -> tuple[Tensor, Tensor]:
+    """Policy logits that follow measured effects at an expected cost that meets the budget.
 
     The logits are -effect / temperature - pressure x cost. The temperature gives the policy `PRIOR_ENTROPY` of a
     uniform one's entropy: a decision whose formats differ clearly starts decided, one whose formats hardly differ
@@ -76,7 +196,7 @@ def believing_prior(effect: Table, costs: Table, target: float) -> tuple[Tensor,
     coldest, hottest = spread * 1e-4, spread * 1e4
     for _ in range(60):  # entropy grows with the temperature
         temperature = np.sqrt(coldest * hottest)
-        logits, pressure = _at_cost(-effect / temperature, costs, target)
+        logits, pressure = _at_cost(-effect / temperature, budget)
         if _entropy(logits) < wanted:
             coldest = temperature
         else:
@@ -84,17 +204,21 @@ def believing_prior(effect: Table, costs: Table, target: float) -> tuple[Tensor,
     return torch.from_numpy(logits), torch.from_numpy(-pressure)
 
 
-def _at_cost(logits: Table, costs: Table, target: float) -> tuple[Table, Table]:
-    """logits less the multiple of the costs that brings the expected cost down to the target; and that multiple."""
-    unit = costs / costs.sum(axis=0).max()
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        if (_softmax(logits - middle * unit) * costs).sum() > target:
-            low = middle
-        else:
-            high = middle
-    return logits - high * unit, high * unit
+def _at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
+    """logits less the pressure of the costs that brings every expected cost down to its limit; and that pressure."""
+    pressure = np.zeros_like(logits)
+    for _ in range(1 if len(budget.tables) == 1 else 20):  # several limits take turns until none gives way any more
+        for costs, limit in zip(budget.tables, budget.limits, strict=True):
+            unit = costs / costs.sum(axis=0).max()
+            low, high = 0.0, 1e6
+            for _ in range(100):
+                middle = (low + high) / 2
+                if (_softmax(logits - pressure - middle * unit) * costs).sum() > limit:
+                    low = middle
+                else:
+                    high = middle
+            pressure = pressure + high * unit
+    return logits - pressure, pressure
 
 
 def _softmax(logits: Table) -> Table:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from eval.models import build_model
-from eval.tasks import TASKS, load_task, prepare, split_search, task_kind
+from eval.tasks import TASKS, hold_out, load_task, not_augmented, prepare, task_kind
 from quant.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -84,16 +84,16 @@ def test_compute_metrics_does_not_hide_divergence():
     assert np.isnan(data.compute_metrics(SimpleNamespace(predictions=logits, label_ids=np.array([3, 5])))["accuracy"])
 
 
-def test_search_split_is_stratified_disjoint_and_seeded():
+def test_held_out_rows_are_stratified_and_seeded():
     prepared = prepared_digits()
-    rest, held = split_search(prepared.train, 0.1, seed=0)
-    assert len(held) == 144 and not set(rest.rows.tolist()) & set(held.rows.tolist())
-    counts = np.bincount(held.labels)
+    held = hold_out(prepared.train, 0.1, seed=0)
+    assert len(set(held)) == 144
+    counts = np.bincount(prepared.train.select(held).labels)
     assert counts.min() >= 13 and counts.max() <= 16
-    assert torch.equal(held.rows, split_search(prepared.train, 0.1, seed=0)[1].rows)
-    assert not torch.equal(held.rows, split_search(prepared.train, 0.1, seed=1)[1].rows)
+    assert held == hold_out(prepared.train, 0.1, seed=0)
+    assert held != hold_out(prepared.train, 0.1, seed=1)
     with pytest.raises(UserError, match="--search_fraction"):
-        split_search(prepared.train, 1.0, seed=0)
+        hold_out(prepared.train, 1.0, seed=0)
 
 
 @needs("data/cifar10")
@@ -114,7 +114,7 @@ def test_augmentation_follows_the_seed_survives_resuming_and_spares_evaluation()
     wanted = prepared.train.__getitems__(order[32:48])
     torch.testing.assert_close(cifar(seed=1).train.__getitems__(order[32:48]), wanted, rtol=0, atol=0)
 
-    held = split_search(prepared.train, 0.25, seed=0)[1]
+    held = not_augmented(prepared.train.select(hold_out(prepared.train, 0.25, seed=0)))
     torch.testing.assert_close(held[0], held.__getitems__([3, 0])[1], rtol=0, atol=0)
     split = prepared.validation["validation"]
     torch.testing.assert_close(split[0], split.__getitems__([5, 0])[1], rtol=0, atol=0)

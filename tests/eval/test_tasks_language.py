@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from eval.models import build_architecture, build_model
 from eval.task_text import PadCollator, token_scores
-from eval.tasks import load_task, prepare, split_search
+from eval.tasks import hold_out, load_task, prepare
 from quant.errors import UserError
 
 LINES = [f"the {who} sees {number} hills and {number + 1} rivers" for who in ("cat", "dog") for number in range(40)]
@@ -49,8 +49,7 @@ def test_text_files_are_cut_into_blocks_without_losing_a_token(texts, gpt2):
     assert [token for block in blocks for token in block] == stream
     assert {len(block) for block in blocks[:-1]} == {16}
     assert prepared.example_inputs["input_ids"].shape == (1, 16)
-    rest, held = split_search(prepared.train, 0.1, seed=0)
-    assert len(rest) + len(held) == len(prepared.train)
+    assert len(hold_out(prepared.train, 0.1, seed=0)) == round(0.1 * len(prepared.train))
 
 
 def test_perplexity_is_that_of_all_tokens_whatever_the_batches(texts, gpt2):
@@ -162,7 +161,7 @@ def test_regression_trains_on_values(tmp_path):
     assert batch["labels"].dtype == torch.float32
     output = bundle.model.eval()(**batch)
     torch.testing.assert_close(output.loss, ((output.logits[:, 0] - batch["labels"]) ** 2).mean())
-    assert len(split_search(prepared.train, 0.3, seed=0)[1]) == 2
+    assert len(hold_out(prepared.train, 0.3, seed=0)) == 2
 
 
 def test_a_scorer_of_answers_is_built_again_from_what_was_saved(tmp_path):

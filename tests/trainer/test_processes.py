@@ -75,7 +75,7 @@ def test_every_step_is_told_once_with_the_same_draws_and_rewards(records):
     for alone, shared in zip(one, two, strict=True):
         assert alone.keys() == shared.keys() and alone.get("choice") == shared.get("choice")
         for name in {"loss", "reward", "quality", "cost", "entropy"} & alone.keys():
-            assert alone[name] == pytest.approx(shared[name], rel=1e-4), (name, alone["step"])
+            assert alone[name] == pytest.approx(shared[name], rel=1e-3), (name, alone["step"])
 
 
 def test_the_policy_is_the_same(records):
@@ -89,6 +89,9 @@ def test_the_policy_is_the_same(records):
 def test_the_record_is_the_same(records):
     (_, one), (_, two) = records
     metrics = [record.pop("metrics")["validation"] for record in (one, two)]
+    contests = [record.pop("contest") for record in (one, two)]
+    assert contests[0]["winner"] == contests[1]["winner"]
+    assert contests[0]["held_out_loss"] == pytest.approx(contests[1]["held_out_loss"], rel=1e-3)
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
     assert {name for name in one if one[name] != two[name]} <= {"wall_seconds"}
 

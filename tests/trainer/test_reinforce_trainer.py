@@ -79,14 +79,14 @@ def test_a_search_ends_within_its_budget_and_in_its_assignment(tmp_path):
     assert get_formats(trainer.modules) == trainer.assignment
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in history] == list(range(1, 25))
-    assert [entry["phase"] for entry in history] == ["delay"] * 6 + ["search"] * 6 + ["settle"] * 12
+    assert [entry["phase"] for entry in history] == ["delay"] * 3 + ["search"] * 3 + ["settle"] * 18
     assert all(math.isfinite(entry["loss"]) for entry in history)
     rewarded = [entry for entry in history if "reward" in entry]
     for entry in rewarded:
         costs, qualities = zip(*entry["draws"], strict=True)
         assert len(costs) == 2 and costs[0] == pytest.approx(trainer.search.cost(entry["choice"]), rel=1e-12)
         assert (sum(costs) / 2, sum(qualities) / 2) == pytest.approx((entry["cost"], entry["quality"]), rel=1e-12)
-    assert [entry["phase"] for entry in rewarded] == ["search"] * 6
+    assert [entry["phase"] for entry in rewarded] == ["search"] * 3
     assert all(0 < entry["quality"] <= 1 for entry in rewarded)
 
 

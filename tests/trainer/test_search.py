@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.special import xlogy
 
+from policy.budget import Budget
 from policy.space import build_space
 from quant.errors import UserError
 from quant.formats import parse_search_space
@@ -11,12 +12,13 @@ from trainer.sensitivity import believing_prior
 
 NAMES = ["a", "b", "c", "d"]
 COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
+BUDGET = Budget((COSTS,), (20.0,))
 
 
 def make(config, phases, prior=None, pressure=None, seed=0):
     space = build_space(NAMES, parse_search_space("2,4,8"))
     generator = torch.Generator().manual_seed(seed)
-    return Search(space, COSTS, 20.0, config, phases, generator, prior, pressure)
+    return Search(space, BUDGET, config, phases, generator, prior, pressure)
 
 
 def test_finds_the_layer_that_needs_bits():
@@ -52,7 +54,7 @@ def test_state_continues_identically():
 
 def test_prior_follows_the_measurement_at_the_target_cost():
     effect = np.array([[0.9, 0.1, 0.0], [0.01, 0.0, 0.0], [0.05, 0.01, 0.0], [0.02, 0.01, 0.0]])
-    logits, pressure = believing_prior(effect, COSTS, 20.0)
+    logits, pressure = believing_prior(effect, BUDGET)
     probabilities = logits.softmax(1).numpy()
     assert (probabilities * COSTS).sum() == pytest.approx(20.0, rel=1e-6)
     entropy = -xlogy(probabilities, probabilities).sum()

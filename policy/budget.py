@@ -1,0 +1,49 @@
+"""Budget: hard limits on costs that add up over decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from policy.solve import ROUNDING, Table, solve_assignment
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One table of costs, (decisions, choices), for each limit, in the limit's unit. The first is the run's own."""
+
+    tables: tuple[Table, ...]
+    limits: tuple[float, ...]
+
+    def costs(self, choice: Sequence[int]) -> list[float]:
+        """What a choice costs in each table's unit."""
+        taken = np.asarray(choice)
+        return [math.fsum(table[np.arange(len(table)), taken]) for table in self.tables]
+
+    def ratio(self, choice: Sequence[int]) -> float:
+        """The largest share of a limit that the choice uses: above 1 it does not fit."""
+        return max(cost / limit for cost, limit in zip(self.costs(choice), self.limits, strict=True))
+
+    def fits(self, choice: Sequence[int]) -> bool:
+        """Whether no limit is exceeded, by more than the rounding of a sum."""
+        limits = zip(self.costs(choice), self.limits, strict=True)
+        return all(cost <= limit + ROUNDING * abs(limit) for cost, limit in limits)
+
+    def solve(self, values: Table) -> list[int]:
+        """The fitting choice with the largest sum of values, exactly. Raises InfeasibleError if nothing fits."""
+        return solve_assignment(values, self.tables, self.limits)
+
+    @property
+    def size(self) -> int:
+        """How many choices there are, fitting or not."""
+        decisions, choices = self.tables[0].shape
+        return int(choices) ** int(decisions)
+
+    def all_fitting(self) -> Iterator[tuple[int, ...]]:
+        """Every choice that fits, for small spaces."""
+        decisions, choices = self.tables[0].shape
+        return (choice for choice in product(range(choices), repeat=decisions) if self.fits(choice))

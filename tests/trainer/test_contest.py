@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+
+from policy.budget import Budget
+from trainer.contest import Contest, standard_error
+
+COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
+BUDGET = Budget((COSTS,), (20.0,))
+
+
+def judged(loss, noise=0.0, seed=0):
+    """Losses on eight batches: `loss` of a choice, and noise that all choices share."""
+    shared = np.random.default_rng(seed).normal(0, noise, 8)
+    return lambda choices: np.array([loss(choice) + shared for choice in choices])
+
+
+def additive(choice):
+    return 3 * (choice[1] < 2) + sum(0.1 * (2 - index) for index in choice)
+
+
+def interacting(choice):
+    """Two layers that only help together: what measuring one at a time cannot see."""
+    return 1.0 - (choice[0] >= 1 and choice[2] >= 1) - 0.01 * sum(choice)
+
+
+def best_of(loss):
+    return min(BUDGET.all_fitting(), key=loss)
+
+
+@pytest.mark.parametrize("start", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 2, 0)])
+def test_swaps_lead_to_the_best_choice_of_an_additive_loss(start):
+    verdict = Contest(BUDGET, judged(additive)).decide({"policy": start})
+    assert additive(verdict.choice) == pytest.approx(additive(best_of(additive)))
+    assert "swap" in verdict.origin and BUDGET.fits(verdict.choice)
+
+
+def test_the_better_candidate_wins():
+    verdict = Contest(BUDGET, judged(interacting)).decide({"prior": (0, 2, 0, 1), "policy": (1, 1, 1, 1)})
+    assert verdict.choice[0] >= 1 and verdict.choice[2] >= 1
+    assert verdict.candidates == {"prior": pytest.approx(interacting((0, 2, 0, 1))),
+                                  "policy": pytest.approx(interacting((1, 1, 1, 1)))}  # fmt: skip
+
+
+def test_noise_moves_nothing():
+    """Differences within the standard error of the same batches leave the best candidate alone."""
+
+    def judge(choices):
+        return np.array(
+            [np.random.default_rng(sum(c * 3**i for i, c in enumerate(x))).normal(0, 1, 8) for x in choices]
+        )
+
+    verdict = Contest(BUDGET, judge).decide({"prior": (1, 1, 1, 1)})
+    gain = judge([(1, 1, 1, 1)])[0] - judge([verdict.choice])[0]
+    assert verdict.choice == (1, 1, 1, 1) or gain.mean() > standard_error(gain)
+    shared = Contest(BUDGET, judged(lambda choice: 1.0, noise=5.0)).decide({"prior": (1, 1, 1, 1)})
+    assert shared.choice == (1, 1, 1, 1)
+
+
+def test_effects_are_differences_to_the_choice_they_surround():
+    contest = Contest(BUDGET, judged(interacting, noise=3.0))
+    effect = contest.effects((1, 1, 1, 1))
+    assert sorted(effect) == [(decision, index) for decision in range(4) for index in (0, 2)]
+    for (decision, index), value in effect.items():
+        changed = [1, 1, 1, 1]
+        changed[decision] = index
+        assert value == pytest.approx(interacting(changed) - interacting((1, 1, 1, 1)))
+
+
+def test_moves_go_to_the_next_costs_and_to_formats_of_the_same_cost():
+    contest = Contest(Budget((np.array([[2.0, 4, 4, 8, 16]]),), (16.0,)), judged(additive))
+    assert contest.moves((1,)) == [(0, 0), (0, 2), (0, 3)]
+    assert contest.moves((0,)) == [(0, 1), (0, 2)]
+    assert contest.moves((4,)) == [(0, 3)]
+
+
+def test_nothing_is_judged_twice():
+    asked = []
+
+    def judge(choices):
+        asked.extend(choices)
+        return judged(additive)(choices)
+
+    Contest(BUDGET, judge).decide({"prior": (1, 1, 1, 1), "policy": (1, 1, 1, 1)})
+    assert len(asked) == len(set(asked))
+
+
+def test_a_candidate_over_the_budget_is_refused():
+    with pytest.raises(ValueError, match="over the budget: policy"):
+        Contest(BUDGET, judged(additive)).decide({"policy": (2, 2, 2, 2)})

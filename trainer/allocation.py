@@ -1,0 +1,47 @@
+"""What the competitors of the search choose, from a trainer's model and data before its first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.allocators import best_uniform, greedy, head_tail, least_harm, random_choice
+
+if TYPE_CHECKING:
+    from trainer.reinforce_trainer import ReinforceTrainer
+
+ADDITIVE = ("measured", "fisher", "hawq_v2", "qbert")
+"""sensitivities whose effects are added up: any of them is a method, and a prior of the policy"""
+
+
+def allocate(method: str, trainer: ReinforceTrainer) -> list[int]:
+    """The choice of a competitor (`policy.allocators.Allocator`) within the trainer's budget."""
+    budget = trainer.budget
+    match method:
+        case "uniform":
+            return best_uniform(budget)
+        case "head_tail":
+            return head_tail(budget)
+        case "random":
+            return random_choice(budget, np.random.default_rng(trainer.args.seed))
+        case "greedy":
+            return greedy(trainer.measure("errors").effect, budget)
+        case "exhaustive":
+            choices = list(budget.all_fitting())
+            return list(choices[int(trainer.judge(choices).mean(1).argmin())])
+    return least_harm(effects(method, trainer), budget)
+
+
+def effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
+    """(decisions, choices): what each choice alone does to the loss, as one of `ADDITIVE` estimates it."""
+    from trainer import sensitivity
+
+    if method == "measured":
+        return trainer.measure().effect
+    batches = trainer.judging_batches(trainer.space.num_decisions * trainer.space.num_choices)
+    model, modules, space, loss = trainer.model, trainer.modules, trainer.space, trainer.plain_loss
+    if method == "fisher":
+        return sensitivity.fisher_effect(model, modules, space, batches, loss)
+    return sensitivity.hessian_effect(model, modules, space, batches, loss, method, trainer.args.seed)

@@ -1,0 +1,138 @@
+"""The final choice: candidates, and the swaps around the best of them, compared on held-out data.
+
+A policy gradient's noise is larger than a layer's effect, and effects measured one layer at a time on the float model
+miss what training has changed. So neither has the last word: both propose, the trained weights decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.budget import Budget
+
+Choice: TypeAlias = tuple[int, ...]
+Judge: TypeAlias = Callable[[Sequence[Choice]], NDArray[np.float64]]
+"""choices -> held-out loss, (choices, batches), each choice on the same batches"""
+
+ROUNDS = 3
+"""times that the neighbourhood of the best choice is measured"""
+PROPOSALS = 12
+"""choices that are proposed from what was measured, and then tried for real"""
+TOLLS = (1e-3, 0.5)
+"""least and greatest charge for a change, as a share of the largest effect"""
+
+
+@dataclass
+class Contest:
+    """Compares choices on held-out data and remembers every loss it has seen."""
+
+    budget: Budget
+    judge: Judge
+    seen: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
+    """choice -> its loss on each batch"""
+
+    def losses(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+        """(choices, batches)"""
+        new = [choice for choice in dict.fromkeys(choices) if choice not in self.seen]
+        if new:
+            self.seen.update(zip(new, self.judge(new), strict=True))
+        return np.array([self.seen[choice] for choice in choices])
+
+    def decide(self, candidates: Mapping[str, Sequence[int]]) -> Verdict:
+        """The best fitting choice among the candidates and what local swaps make of it.
+
+        A swap replaces the best so far only if it is better by more than the standard error of the difference on the
+        same batches. Raises ValueError for a candidate over the budget.
+        """
+        named = {name: tuple(choice) for name, choice in candidates.items()}
+        if over := [name for name, choice in named.items() if not self.budget.fits(choice)]:
+            raise ValueError(f"over the budget: {', '.join(over)}")
+        means = self.losses(list(named.values())).mean(1)
+        winner = list(named)[int(means.argmin())]
+        best, origin = named[winner], winner
+        for round_ in range(ROUNDS):
+            swaps = self.swaps(best)
+            if not swaps:
+                break
+            losses = self.losses(swaps)
+            challenger = int(losses.mean(1).argmin())
+            gain = self.losses([best])[0] - losses[challenger]
+            if gain.mean() <= standard_error(gain):
+                break
+            best, origin = swaps[challenger], f"swap {round_ + 1} of {winner}"
+        return Verdict(best, origin, {name: float(mean) for name, mean in zip(named, means, strict=True)}, self)
+
+    def effects(self, around: Choice) -> dict[tuple[int, int], float]:
+        """(decision, other index) -> loss with that one decision changed, less the loss of `around`; measured."""
+        moves = self.moves(around)
+        losses = self.losses([around, *(_moved(around, move) for move in moves)]).mean(1)
+        return {move: float(loss - losses[0]) for move, loss in zip(moves, losses[1:], strict=True)}
+
+    def moves(self, around: Choice) -> list[tuple[int, int]]:
+        """(decision, other index) for every step to the next cheaper, the same or the next dearer cost.
+
+        A decision that should go further gets there in another round; what lies far off would mostly be measured in
+        vain.
+        """
+        table, moves = self.budget.tables[0], []
+        for decision, taken in enumerate(around):
+            levels = np.unique(table[decision]).tolist()
+            level = levels.index(table[decision, taken])
+            near = levels[max(level - 1, 0) : level + 2]
+            moves += [(decision, c) for c, cost in enumerate(table[decision]) if cost in near and c != taken]
+        return moves
+
+    def swaps(self, around: Choice) -> list[Choice]:
+        """Fitting choices from a single swap to all that the measured effects ask for, each the best of its reach.
+
+        Effects add up less the more decisions change at once. So each change is charged a toll, and a ladder of tolls
+        gives, solved exactly, the best choice with few changes, with more, and with any number.
+        """
+        effects = self.effects(around)
+        largest = max((abs(value) for value in effects.values()), default=0.0)
+        effect = np.full(self.budget.tables[0].shape, 1e3 * (largest or 1.0))  # what was not measured is out of reach
+        effect[np.arange(len(around)), around] = 0
+        for move, value in effects.items():
+            effect[move] = value
+        changed = np.ones_like(effect)
+        changed[np.arange(len(around)), around] = 0
+        tolls = [0.0, *np.geomspace(TOLLS[0], TOLLS[1], PROPOSALS - 1) * largest]
+        found = [tuple(self.budget.solve(-effect - toll * changed)) for toll in tolls]
+        return [choice for choice in dict.fromkeys(found) if choice != around]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was chosen, and against what."""
+
+    choice: Choice
+    origin: str
+    """the candidate that won, or the swap of it"""
+    candidates: dict[str, float]
+    """held-out loss of each candidate"""
+    contest: Contest
+
+    def describe(self) -> dict[str, Any]:
+        """The part of the record that says how the choice was made."""
+        losses = self.contest.losses([self.choice])[0]
+        return {
+            "winner": self.origin,
+            "held_out_loss": float(losses.mean()),
+            "candidates": self.candidates,
+            "compared": len(self.contest.seen),
+        }
+
+
+def _moved(choice: Choice, move: tuple[int, int]) -> Choice:
+    decision, index = move
+    return (*choice[:decision], index, *choice[decision + 1 :])
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Of the mean of values (batches,); 0 for a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
