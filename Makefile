@@ -10,16 +10,22 @@ PYTEST_ARGS ?= -n 2
 # One thread a worker: two workers share the cores better than one process that waits for its own threads.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test test-faults extras check bench clean help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP) ## the whole test suite
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (5 minutes on 2 cores)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 0 benchmarks/test_faults.py benchmarks/test_faults_cluster.py
+
+extras: $(STAMP) ## what single flags need besides, such as wandb
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements-extras.txt
 
 check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,12 +17,14 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from eval.flags import entry, parse, to_yaml
 from eval.run_config import RunConfig
+from eval.tracking import tracked
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
 
@@ -159,11 +161,16 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
     """
     started = time.monotonic()
     plan = make_plan(config)
+    with tracked(config) if first_process() else nullcontext():
+        return carry_out(plan, on_step, started)
 
+
+def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, started: float) -> dict[str, Any]:
+    """`run` of a plan, as it was `started` on the monotonic clock."""
     from trainer.checkpoint import write_atomically, write_json
     from trainer.reinforce_trainer import TrainingDiverged
 
-    folder = config.run_folder
+    config, folder = plan.config, plan.config.run_folder
     if first_process():
         write_atomically(folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(config)))
     trainer, modules, float_metrics = make_trainer(plan, on_step)

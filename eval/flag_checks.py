@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from eval.run_config import RunConfig, is_path, name_of
+from eval.tracking import check_tracking
 from quant.errors import UserError
 from quant.formats import parse_format, parse_search_space
 
@@ -19,7 +20,6 @@ NOT_YET: frozenset[tuple[str, object]] = frozenset(
     [
         ("smooth_quant", True),
         ("gamma_migration", True),
-        ("report_to", "wandb"),
     ]
 )
 
@@ -52,6 +52,7 @@ def validate(config: RunConfig) -> None:
     _check_formats(config)
     _check_contradictions(config)
     _check_device(config)
+    check_tracking(config)
 
 
 def check_one_of(flag: str, value: str, choices: Iterable[str], besides: str = "") -> None:

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from eval.launch_facts import Facts
 from eval.launch_grid import Progress
+from eval.report_records import Excluded, read_run
 from eval.run_config import COST_UNITS, RunConfig
 
-PLAIN_SECONDS = 30.0
-"""how often the state is printed where there is no terminal"""
+PLAIN_SECONDS = 2.0
+"""how often the state is looked at where there is no terminal"""
 TAIL_BYTES = 1 << 16
 WIDE = 200
 """characters of a line that no terminal folds"""
@@ -47,6 +48,8 @@ class Watch:
         self._started = time.time()
         self._first: dict[str, tuple[float, int]] = {}
         """run -> (clock in seconds, step) when it was first seen at work"""
+        self._told: dict[str, str] = {}
+        """run -> the state that `news` has last told of it"""
 
     def render(self) -> Table:
         """One line for each run that is at work, and a line for the rest."""
@@ -71,6 +74,32 @@ class Watch:
         ]
         table.caption = ", ".join(word for word in words if word)
         return table
+
+    def news(self) -> list[str]:
+        """A line for each run that has started, entered another phase or ended since the last call."""
+        lines = []
+        for name, folder in self._folders().items():
+            state, detail = self._state(name, folder)
+            if state and state != self._told.get(name):
+                self._told[name] = state
+                lines.append(f"{name}: {state}{detail}")
+        return lines
+
+    def _state(self, name: str, folder: Path) -> tuple[str, str]:
+        """(what the run is doing, more about it); empty before it has started."""
+        if (folder / "result.json").exists():
+            found = read_run(folder)
+            if isinstance(found, Excluded):
+                return found.reason, ""
+            record = found.record
+            cost = f"{number(record['cost'])} {record['cost_unit']}"
+            score = f"{record['metric']} {found.quality:.4f}"
+            return "finished", f": {score}, {cost}, {duration(record['wall_seconds'])}"
+        if entry := last_entry(folder / "history.jsonl", since=self._started):
+            facts = self._facts(name)
+            return str(entry.get("phase", "train")), f", step {entry['step']}/{facts.steps if facts else '?'}"
+        log = folder / "run.log"
+        return ("started", "") if log.exists() and log.stat().st_mtime >= self._started else ("", "")
 
     def _cells(self, name: str, entry: Mapping[str, Any]) -> list[str]:
         facts = self._facts(name)
@@ -144,7 +173,8 @@ def make_console(file: TextIO, quiet: bool = False) -> Console:
 
 @contextmanager
 def watching(watch: Watch, console: Console) -> Iterator[None]:
-    """Show `watch` while the block runs: a live table in a terminal, lines now and then elsewhere, nothing if quiet."""
+    """Show `watch` while the block runs: a live table in a terminal, elsewhere a line for each change of a run's state,
+    nothing if quiet."""
     if console.quiet:
         yield
     elif console.is_terminal:
@@ -159,7 +189,7 @@ def watching(watch: Watch, console: Console) -> Iterator[None]:
             yield
     else:
         stop = threading.Event()
-        thread = threading.Thread(target=_print_now_and_then, args=(watch, console, stop), daemon=True)
+        thread = threading.Thread(target=_print_news, args=(watch, console, stop), daemon=True)
         thread.start()
         try:
             yield
@@ -168,9 +198,12 @@ def watching(watch: Watch, console: Console) -> Iterator[None]:
             thread.join()
 
 
-def _print_now_and_then(watch: Watch, console: Console, stop: threading.Event) -> None:
-    while not stop.wait(PLAIN_SECONDS):
-        console.print(watch.render())
+def _print_news(watch: Watch, console: Console, stop: threading.Event) -> None:
+    ended = False
+    while not ended:
+        ended = stop.wait(PLAIN_SECONDS)  # what happened last is told as well
+        for line in watch.news():
+            console.print(line, markup=False, highlight=False)
 
 
 def result_table(runs: Sequence[Progress], died: Mapping[str, str]) -> Table:

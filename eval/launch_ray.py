@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from eval.flag_checks import gpu_count
-from eval.launch_trial import Runner, trial, with_settings
+from eval.launch_trial import Runner, one_line, trial, with_settings
 from eval.run_config import RunConfig
 from quant.errors import UserError
 
@@ -50,7 +50,7 @@ class Share:
 def ray_session(config: RunConfig) -> Iterator[None]:
     """Ray, started on this machine for as long as the block runs, or the cluster at `--ray_address`.
 
-    Raises UserError where the cluster does not answer.
+    Raises UserError where the cluster does not answer, or this machine is too busy for Ray to start in time.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     import ray
@@ -62,9 +62,12 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         else:
             node = local_node(config)
             ray.init(address="local", num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), **quiet)
-    except (ConnectionError, TimeoutError, RuntimeError) as error:
+    except Exception as error:  # Ray raises plain ones as well, for a process that did not come up in time
         if config.ray_address is None:
-            raise
+            raise UserError(
+                f"Ray did not start on this machine: {one_line(error)[:300]}; "
+                "if the machine is busy, try again with a smaller --num_cpus"
+            ) from None
         hint = "; a cluster that asks for a token needs RAY_AUTH_MODE=token" if "uthenticat" in str(error) else ""
         raise UserError(f"--ray_address {config.ray_address}: {' '.join(str(error).split())[:300]}{hint}") from None
     for name in ("ray.tune", "ray.air", "ray.train"):

@@ -16,8 +16,8 @@ import eval_parallel
 from eval.flags import read_flags, to_yaml
 from eval.launch_facts import Facts
 from eval.launch_grid import expand, launch_folder, look_up
-from eval.launch_progress import Watch, duration, last_entry, make_console, result_table
-from eval.launch_ray import check_request, clean, plan_share
+from eval.launch_progress import Watch, duration, last_entry, make_console, result_table, watching
+from eval.launch_ray import check_request, clean, plan_share, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import Reporter, _run_within_memory, is_out_of_memory, objective, record_failure, with_settings
 from eval.launch_tuning import check_tuning, tried
@@ -338,6 +338,49 @@ def test_progress_shows_step_cost_target_and_time_left(tmp_path, monkeypatch):
     text = shown(watch.render())
     assert "20/100 search" in text and "3/2.5 MiB" in text and "80 s" in text
     assert "1 of 4 runs done, 2 waiting or starting, about 5 min left" in text  # 80 steps and 2 runs of 100, 1 a second
+
+
+def test_without_a_terminal_each_change_of_state_is_one_line(tmp_path, fake, monkeypatch):
+    runs = runs_of("--seeds", "0,1", "--max_steps", "3", "--output_root_dir", str(tmp_path))
+    first, second = (run.run_name for run in runs)
+    watch = Watch(
+        lambda: {run.run_name: run.run_folder for run in runs}, {first: Facts(3, (1.0, 4.0), 2.5)}.get, 2, "MiB"
+    )
+    watch._started -= 1  # a file's time is coarser than the clock's
+    assert watch.news() == []
+    for run in runs:
+        run.run_folder.mkdir(parents=True)
+        (run.run_folder / "run.log").touch()
+    assert watch.news() == [f"{first}: started", f"{second}: started"]
+    history = runs[0].run_folder / "history.jsonl"
+    for step, phase in ((1, "delay"), (2, "delay"), (3, "search")):
+        history.write_text(json.dumps({"step": step, "phase": phase}) + "\n")
+        assert watch.news() == ([] if step == 2 else [f"{first}: {phase}, step {step}/3"])
+    fake.run(runs[0])
+    record_failure(runs[1], "row 7 has no label")
+    assert watch.news() == [
+        f"{first}: finished: accuracy {fake.digest(runs[0]):.4f}, 1.5 MiB, 1 s",
+        f"{second}: failed: row 7 has no label",
+    ]
+    assert watch.news() == []
+    monkeypatch.setattr("eval.launch_progress.PLAIN_SECONDS", 60.0)
+    watch._told.clear()
+    file = io.StringIO()
+    with watching(watch, make_console(file)):
+        pass
+    assert file.getvalue().count("\n") == 2, "the last news is told when the launch ends"
+
+
+def test_ray_that_does_not_start_is_one_line(monkeypatch):
+    def slow(*args, **settings):
+        raise Exception("The current node timed out during startup.\nThis could happen.")
+
+    monkeypatch.setattr("ray.init", slow)
+    with (
+        pytest.raises(UserError, match=r"^Ray did not start on this machine: .*timed out during startup"),
+        ray_session(read_flags(RUN)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, ""), (45, "45 s"), (600, "10 min"), (3 * 3600, "3.0 h")])
