@@ -30,7 +30,7 @@ def allocate(method: str, trainer: ReinforceTrainer) -> list[int]:
             return greedy(trainer.measure("errors").effect, budget)
         case "exhaustive":
             choices = list(budget.all_fitting())
-            return list(choices[int(trainer.judge(choices).mean(1).argmin())])
+            return list(choices[int(trainer.judge(choices)[:, 0].mean(1).argmin())])
     return least_harm(effects(method, trainer), budget)
 
 

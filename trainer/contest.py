@@ -17,7 +17,7 @@ from policy.budget import Budget
 
 Choice: TypeAlias = tuple[int, ...]
 Judge: TypeAlias = Callable[[Sequence[Choice]], NDArray[np.float64]]
-"""choices -> held-out loss, (choices, batches), each choice on the same batches"""
+"""choices -> held-out (loss, quality), (choices, 2, batches), each choice on the same batches"""
 
 ROUNDS = 3
 """times that the neighbourhood of the best choice is measured"""
@@ -34,14 +34,18 @@ class Contest:
     budget: Budget
     judge: Judge
     seen: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
-    """choice -> its loss on each batch"""
+    """choice -> its (loss, quality) on each batch, (2, batches)"""
 
-    def losses(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
-        """(choices, batches)"""
+    def judged(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+        """Loss and quality, (choices, 2, batches); what was seen before is not judged again."""
         new = [choice for choice in dict.fromkeys(choices) if choice not in self.seen]
         if new:
             self.seen.update(zip(new, self.judge(new), strict=True))
         return np.array([self.seen[choice] for choice in choices])
+
+    def losses(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+        """(choices, batches)"""
+        return self.judged(choices)[:, 0]
 
     def decide(self, candidates: Mapping[str, Sequence[int]]) -> Verdict:
         """The best fitting choice among the candidates and what local swaps make of it.
@@ -119,10 +123,11 @@ class Verdict:
 
     def describe(self) -> dict[str, Any]:
         """The part of the record that says how the choice was made."""
-        losses = self.contest.losses([self.choice])[0]
+        loss, quality = self.contest.judged([self.choice])[0].mean(1)
         return {
             "winner": self.origin,
-            "held_out_loss": float(losses.mean()),
+            "held_out_loss": float(loss),
+            "held_out_quality": float(quality),
             "candidates": self.candidates,
             "compared": len(self.contest.seen),
         }

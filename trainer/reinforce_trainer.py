@@ -24,6 +24,7 @@ from quant.quant_module import QuantModule
 from trainer import checkpoint
 from trainer.allocation import allocate, effects
 from trainer.contest import Contest
+from trainer.evidence import additivity, certificate
 from trainer.history import History
 from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
@@ -187,17 +188,26 @@ class ReinforceTrainer(Trainer):
         size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(len(indices) / 4)))
         return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, len(indices), size)]
 
+    def _affordable_judgements(self) -> int:
+        """Assignments that can be judged, beside those of the contest, in a twentieth of the time of training."""
+        examples = sum(len(next(iter(batch.values()))) for batch in self.judging_batches(2 * self.space.num_decisions))
+        step = self._global_batch_size * self.args.gradient_accumulation_steps
+        return max(8, int(3 * self._total_steps() * step / 20 / examples))
+
     @torch.no_grad()
     def judge(self, choices: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """Loss of each choice on the same held-out batches, in eval mode: (choices, batches)."""
+        """Loss and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches)."""
         batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
         self.model.eval()
-        losses = np.zeros((len(choices), len(batches)))
+        judged = np.zeros((len(choices), 2, len(batches)))
         for row, choice in enumerate(choices):
             set_formats(self.modules, self.space.assignment(choice))
-            losses[row] = [float(self.plain_loss(self.model, batch)) for batch in batches]
+            for column, batch in enumerate(batches):
+                with self.compute_loss_context_manager():
+                    loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
+                judged[row, :, column] = float(loss), float(quality(loss, outputs, batch, self._config.reward_quality))
         self.model.train(training)
-        return losses
+        return judged
 
     def finish(self) -> None:
         """Settle on the assignment, recalibrate what it changed, and write the rest of the history."""
@@ -240,8 +250,14 @@ class ReinforceTrainer(Trainer):
             set_formats(self.modules, self.space.assignment(best))
             recalibrate_batch_norm(self.model, self._calibration_batches())
             candidates = {"policy": best} if prior is None else {"prior": prior, "policy": best}
-            verdict = Contest(self.budget, self.judge).decide(candidates)
-            best, self.contest = list(verdict.choice), verdict.describe()
+            contest = Contest(self.budget, self.judge)
+            verdict = contest.decide(candidates)
+            best = list(verdict.choice)
+            self.contest = {
+                **verdict.describe(),
+                "certificate": certificate(contest, verdict.choice, self._affordable_judgements(), self.args.seed),
+                "additivity": additivity(contest, verdict.choice, self.args.seed),
+            }
         self.assignment = self._agreed(best)
         set_formats(self.modules, self.assignment)
         self._settled = True

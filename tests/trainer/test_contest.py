@@ -11,7 +11,7 @@ BUDGET = Budget((COSTS,), (20.0,))
 def judged(loss, noise=0.0, seed=0):
     """Losses on eight batches: `loss` of a choice, and noise that all choices share."""
     shared = np.random.default_rng(seed).normal(0, noise, 8)
-    return lambda choices: np.array([loss(choice) + shared for choice in choices])
+    return lambda choices: np.array([[loss(choice) + shared, np.exp(-loss(choice) - shared)] for choice in choices])
 
 
 def additive(choice):
@@ -46,11 +46,11 @@ def test_noise_moves_nothing():
 
     def judge(choices):
         return np.array(
-            [np.random.default_rng(sum(c * 3**i for i, c in enumerate(x))).normal(0, 1, 8) for x in choices]
+            [np.random.default_rng(sum(c * 3**i for i, c in enumerate(x))).normal(0, 1, (2, 8)) for x in choices]
         )
 
     verdict = Contest(BUDGET, judge).decide({"prior": (1, 1, 1, 1)})
-    gain = judge([(1, 1, 1, 1)])[0] - judge([verdict.choice])[0]
+    gain = judge([(1, 1, 1, 1)])[0, 0] - judge([verdict.choice])[0, 0]
     assert verdict.choice == (1, 1, 1, 1) or gain.mean() > standard_error(gain)
     shared = Contest(BUDGET, judged(lambda choice: 1.0, noise=5.0)).decide({"prior": (1, 1, 1, 1)})
     assert shared.choice == (1, 1, 1, 1)

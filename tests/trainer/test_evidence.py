@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from policy.budget import Budget
+from trainer.contest import Contest
+from trainer.evidence import additivity, certificate
+
+COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
+BUDGET = Budget((COSTS,), (20.0,))
+
+
+def contest(loss, tables=BUDGET):
+    wobble = np.linspace(-0.1, 0.1, 6)
+    return Contest(tables, lambda choices: np.array([[loss(c) + wobble, np.exp(-loss(c) - wobble)] for c in choices]))
+
+
+def additive(choice):
+    return 0.1 + sum(0.1 * (d + 1) * (2 - index) for d, index in enumerate(choice))
+
+
+def interacting(choice):
+    return additive(choice) + 2.0 * (choice[0] == 0 and choice[1] == 0)
+
+
+def test_the_certificate_of_a_small_space_is_exact():
+    ranked = sorted(BUDGET.all_fitting(), key=additive)
+    for rank in (1, 2, 5, len(ranked)):
+        chosen = ranked[rank - 1]
+        told = certificate(contest(additive), chosen, affordable=81, seed=0)
+        better = sum(additive(other) < additive(chosen) - 1e-12 for other in ranked)
+        assert (told["kind"], told["among"], told["rank"]) == ("all", len(ranked), better + 1)
+        wobble = np.exp(-np.linspace(-0.1, 0.1, 6)).mean()
+        lost = np.exp(-additive(ranked[0])) - np.exp(-additive(chosen))
+        assert told["regret"] == pytest.approx(lost * wobble)
+    assert certificate(contest(additive), ranked[0], 81, 0)["regret"] == 0
+
+
+def test_a_large_space_is_sampled_and_says_so():
+    many = Budget((np.tile(COSTS, (5, 1)),), (100.0,))
+    told = certificate(contest(additive, many), (1,) * 20, affordable=10, seed=0)
+    assert told["kind"] == "sampled" and 2 <= told["among"] <= 11
+    assert certificate(contest(additive), (1, 1, 1, 1), affordable=3, seed=0)["kind"] == "sampled"
+
+
+def test_additivity_is_one_where_effects_add_up_and_less_where_they_do_not():
+    told = additivity(contest(additive), (1, 1, 1, 1), seed=0)
+    assert told["predicted"] == pytest.approx(told["actual"]) and told["correlation"] == pytest.approx(1)
+    told = additivity(contest(interacting), (1, 1, 1, 1), seed=0)
+    assert told["correlation"] < 0.99
+    assert max(np.subtract(told["actual"], told["predicted"])) == pytest.approx(2.0)
+    assert additivity(contest(lambda choice: 1.0), (1, 1, 1, 1), seed=0)["correlation"] is None

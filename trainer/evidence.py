@@ -1,0 +1,79 @@
+"""How good the chosen assignment is, and whether layer-by-layer effects could have been trusted to find it.
+
+Both are measured at the moment of the choice, under the weights that all assignments have trained together: once the
+chosen one has trained alone, the others are no longer comparable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from policy.allocators import random_choice
+from trainer.contest import Choice, Contest
+
+MAX_ALL = 4096
+"""assignments up to which a space is small enough to judge every one"""
+SAMPLES = 16
+"""assignments that the additivity is measured on"""
+
+
+def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) -> dict[str, Any]:
+    """Rank and regret of the chosen assignment, by held-out quality in (0, 1].
+
+    Among ALL assignments within the budget, if the space has at most MAX_ALL and `affordable` (or the contest) covers
+    them; else among so many random ones and every swap that the contest has judged. Returns `kind` 'all' or
+    'sampled', `among` (how many, the chosen one included), `rank` (1 is best), `regret` (best quality less the chosen
+    one's) and `regret_error` (standard error over the batches).
+    """
+    budget = contest.budget
+    fitting = {choice for choice in contest.seen if budget.fits(choice)} | {chosen}
+    everything = list(budget.all_fitting()) if budget.size <= MAX_ALL else []
+    complete = bool(everything) and len(set(everything) - fitting) <= affordable
+    if complete:
+        fitting = set(everything)
+    else:
+        generator = np.random.default_rng(seed)
+        fitting |= {tuple(random_choice(budget, generator, tries=1000)) for _ in range(affordable)}
+    others = sorted(fitting - {chosen})
+    qualities = contest.judged([chosen, *others])[:, 1]
+    means = qualities.mean(1)
+    best = qualities[int(means.argmax())]
+    lost = best - qualities[0]
+    return {
+        "kind": "all" if complete else "sampled",
+        "among": len(fitting),
+        "rank": int((means > means[0]).sum()) + 1,
+        "regret": float(lost.mean()),
+        "regret_error": float(lost.std(ddof=1) / np.sqrt(len(lost))) if len(lost) > 1 else 0.0,
+    }
+
+
+def additivity(contest: Contest, chosen: Choice, seed: int) -> dict[str, Any]:
+    """The loss that single changes predict, added up, against the loss of making them together.
+
+    Random assignments around the chosen one, with a quarter of the decisions moved to a neighbouring cost. Returns
+    `predicted` and `actual` increases of the held-out loss, and their `correlation` (None if either does not vary).
+    """
+    effects = contest.effects(chosen)
+    generator = np.random.default_rng(seed)
+    samples, predicted = [], []
+    for _ in range(SAMPLES):
+        changed, total = list(chosen), 0.0
+        for decision in range(len(chosen)):
+            moves = [(d, c) for d, c in effects if d == decision]
+            if moves and (generator.random() < 0.25 or len(chosen) <= 4):
+                move = moves[generator.integers(len(moves))]
+                changed[decision] = move[1]
+                total += effects[move]
+        samples.append(tuple(changed))
+        predicted.append(total)
+    losses = contest.losses([chosen, *samples]).mean(1)
+    actual = losses[1:] - losses[0]
+    varies = np.std(predicted) > 0 and np.std(actual) > 0
+    return {
+        "predicted": [float(value) for value in predicted],
+        "actual": actual.tolist(),
+        "correlation": float(np.corrcoef(predicted, actual)[0, 1]) if varies else None,
+    }
