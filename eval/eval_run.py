@@ -23,6 +23,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from eval.flags import entry, parse, to_yaml
+from eval.limits import limits_of
 from eval.run_config import RunConfig
 from eval.tracking import tracked
 from quant.errors import UserError
@@ -117,19 +118,35 @@ def start_from(bundle: ModelBundle, path: Path) -> None:
 
 def preflight(config: RunConfig) -> None:
     """What a launcher checks before it starts anything: only a target in MiB or GBOPs needs the model itself."""
-    if config.cost_target is not None:
+    if config.cost_target is not None or config.max_latency is not None:
         make_plan(config)
 
 
 def budget(plan: Plan) -> float | None:
-    """The run's target in its cost's unit; None without one. Raises UserError, with the range, if none can meet it."""
+    """The run's target in its cost's unit; None without one. Raises UserError, with the range, if none can meet it.
+
+    So it does if no assignment meets the target and every limit together.
+    """
+    from policy.budget import Budget
+    from policy.solve import InfeasibleError
     from trainer.search import resolve_target
 
     config = plan.config
     if config.cost_target is None and config.target_bits is None:
         return None
     cost_type: Any = config.cost_type
-    return resolve_target(search_space(plan), plan.profiles, cost_type, config.cost_target, config.target_bits)
+    space, limits = search_space(plan), limits_of(config, plan.profiles)
+    target = resolve_target(space, plan.profiles, cost_type, config.cost_target, config.target_bits)
+    if limits:
+        table = space.cost_table(plan.profiles, cost_type)
+        tables = (table, *(limit.table(space) for limit in limits))
+        together = Budget(tables, (target, *(limit.value for limit in limits)))
+        try:
+            together.solve(-table)
+        except InfeasibleError as error:
+            names = ", ".join(["the target", *(f"{limit.name} in {limit.unit}" for limit in limits)])
+            raise UserError(f"limits on {names}: {error}") from None
+    return target
 
 
 def search_space(plan: Plan) -> SearchSpace:
@@ -253,6 +270,7 @@ def make_trainer(
         train_dataset=train,
         search_dataset=judged_on,
         search_rows=held_rows,
+        limits=limits_of(config, plan.profiles) if config.chooses else (),
         eval_dataset=prepared.validation,
         data_collator=prepared.data_collator,
         compute_metrics=plan.data.compute_metrics,
@@ -411,6 +429,10 @@ def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[s
         "cost": costs[cost_type],
         "cost_unit": UNITS[cost_type],
         "cost_range": list(space.cost_range(plan.profiles, cost_type)),
+        "limits": [
+            {"name": limit.name, "unit": limit.unit, "limit": limit.value, "value": limit.total(assignment)}
+            for limit in (limits_of(config, plan.profiles) if config.chooses else ())
+        ],
         "costs": {
             **costs,
             "overhead": overhead,

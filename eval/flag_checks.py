@@ -28,6 +28,7 @@ _NOT_NEGATIVE = "[0, inf)"
 _SHARE = "(0, 1)"
 RANGES = {
     **dict.fromkeys(["num_train_epochs", "learning_rate", "rl_learning_rate", "cost_target", "target_bits"], _POSITIVE),
+    **dict.fromkeys(["max_memory", "max_compute", "latency_target"], _POSITIVE),
     **dict.fromkeys(["train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps"], _POSITIVE),
     **dict.fromkeys(["log_steps", "max_train_samples", "max_eval_samples", "max_length", "image_size"], _POSITIVE),
     **dict.fromkeys(["cost_seq_len", "reward_draws", "num_cpus", "cpus_per_trial", "hpo"], _POSITIVE),
@@ -138,6 +139,7 @@ def _check_folders(config: RunConfig) -> None:
     _check_exists("model_path", config.model_path, "file or folder")
     _check_exists("load_model_path", config.load_model_path, "file or folder")
     _check_exists("resume", config.resume, "folder")
+    _check_exists("max_latency", config.max_latency, "file")
     for flag in ("exp_name", "run_id"):
         name = getattr(config, flag)
         if name is not None and (not re.fullmatch(r"[\w.+=@ -]{1,120}", name) or set(name) <= {".", " "}):
@@ -184,6 +186,11 @@ def _check_contradictions(config: RunConfig) -> None:
             raise UserError(f"--delay_steps {config.delay_steps} must be below --max_steps {config.max_steps}")
     if config.cost_target is not None and config.target_bits is not None:
         _refuse(f"--cost_target {config.cost_target:g}", f"--target_bits {config.target_bits:g}", "give one budget")
+    if (config.max_latency is None) != (config.latency_target is None):
+        lacking = "--latency_target" if config.latency_target is None else "--max_latency"
+        raise UserError(
+            f"{lacking} is missing: a latency limit is a table (--max_latency) and a sum (--latency_target)"
+        )
     if config.method == "uniform" and not given_bits and config.cost_target is None and config.target_bits is None:
         raise UserError("--method uniform needs --bits, or a budget (--target_bits, --cost_target) that it shall fit")
     if config.method not in ("search", "uniform", "float", None) and given_bits:
@@ -193,7 +200,7 @@ def _check_contradictions(config: RunConfig) -> None:
     if len(given_bits) > 1 and config.bits is not None:
         _refuse(f"--bits {config.bits}", f"--{given_bits[1]}", "--bits sets weights and activations")
     if config.method == "float" or given_bits:
-        for flag in ("cost_target", "target_bits"):
+        for flag in ("cost_target", "target_bits", "max_memory", "max_compute", "latency_target"):
             if getattr(config, flag) is not None:
                 _refuse(f"--{flag} {getattr(config, flag):g}", f"--method {config.method}", "nothing is searched")
         if config.fuse_groups:

@@ -46,9 +46,19 @@ def complete(config: RunConfig) -> RunConfig:
         config = replace(config, search=True)
     validate(config)
     if config.chooses and config.cost_target is None and config.target_bits is None:
-        bits = [f.bits for f in config.search_formats]
-        config = replace(config, target_bits=(min(bits) + max(bits)) / 2)
+        config = replace(config, **_default_target(config))
     return config
+
+
+def _default_target(config: RunConfig) -> dict[str, Any]:
+    """The one limit that is given is the target; else latency alone counts, or the middle of the search space."""
+    limits = {"memory": config.max_memory, "compute": config.max_compute}
+    given = {kind: value for kind, value in limits.items() if value is not None}
+    if given:
+        kind = config.cost_type if config.cost_type in given else next(iter(given))
+        return {"cost_type": kind, "cost_target": given[kind]}
+    bits = [f.bits for f in config.search_formats]
+    return {"target_bits": max(bits) if config.max_latency is not None else (min(bits) + max(bits)) / 2}
 
 
 def read_flags(argv: Sequence[str]) -> RunConfig:

@@ -104,6 +104,14 @@ class SearchFlags:
     target_bits: float | None = flag(
         None, "budget as the cost of that many bits in every searched layer; default: the middle of the search space"
     )
+    max_memory: float | None = flag(None, "hard limit on the weights' memory in MiB, beside or instead of a target")
+    max_compute: float | None = flag(None, "hard limit on the compute in GBOPs, beside or instead of a target")
+    max_latency: str | None = flag(
+        None,
+        "hard limit on the latency: CSV with your own measurements (layer,weight_format,activation_format,ms); "
+        "needs --latency_target",
+    )
+    latency_target: float | None = flag(None, "largest sum of the layers' latencies in --max_latency, in ms")
     cost_function: str = flag(
         "tunas_abs",
         "reward that joins quality and cost",

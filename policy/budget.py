@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 from policy.solve import ROUNDING, Table, solve_assignment
+from policy.space import SearchSpace
+from quant.convert import Assignment
+from quant.formats import Format
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A hard limit on something that adds up over layers."""
+
+    name: str
+    """memory, compute or latency"""
+    unit: str
+    value: float
+    of: Callable[[str, tuple[Format, Format]], float]
+    """(layer, (weight format, activation format)) -> its share, in `unit`"""
+
+    def table(self, space: SearchSpace) -> Table:
+        """(decisions, choices): what each choice of a decision takes."""
+        return np.array(
+            [[math.fsum(self.of(layer, pair) for layer in d.layers) for pair in d.choices] for d in space.decisions]
+        )
+
+    def total(self, assignment: Assignment) -> float:
+        """What an assignment takes, in `unit`."""
+        return math.fsum(self.of(layer, pair) for layer, pair in assignment.items())
 
 
 @dataclass(frozen=True)

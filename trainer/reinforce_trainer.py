@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile, profile_model
-from policy.budget import Budget
+from policy.budget import Budget, Limit
 from policy.space import Partition, SearchSpace, build_space
 from quant.convert import Assignment, calibrate, quantize_model, set_formats
 from quant.formats import Format, parse_search_space
@@ -65,6 +65,7 @@ class ReinforceTrainer(Trainer):
             off, a competitor judges on all of it, since it learns nothing from it.
         search_rows: where its rows stand in `train_dataset`, if they are part of it: they are left out until the
             assignment is chosen, and trained on from then on.
+        limits: hard limits beside the search's own target.
         history: file that gets one line a step.
     """
 
@@ -89,6 +90,7 @@ class ReinforceTrainer(Trainer):
         train_dataset: Dataset | None = None,
         search_dataset: Dataset | None = None,
         search_rows: Sequence[int] = (),
+        limits: Sequence[Limit] = (),
         history: Path | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         **trainer_arguments: Any,
@@ -129,7 +131,10 @@ class ReinforceTrainer(Trainer):
             self.cost_target = resolve_target(
                 self.space, self.profiles, search.cost_type, search.cost_target, search.target_bits
             )
-            self.budget = Budget((self.costs,), (self.cost_target,))
+            self.budget = Budget(
+                (self.costs, *(limit.table(self.space) for limit in limits)),
+                (self.cost_target, *(limit.value for limit in limits)),
+            )
 
     # ------------------------------------------------------ the run
 
