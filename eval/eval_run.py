@@ -206,12 +206,13 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
 
     from cost.cost import assignment_to_json
 
+    answers: dict[str, dict[str, list[int]]] = {}
     assignment = final_assignment(plan, trainer)
     record |= costs_of(plan, assignment)
     if trainer.contest is not None:
         record["contest"] = trainer.contest
     record |= {
-        "metrics": evaluate(trainer, plan),
+        "metrics": evaluate(trainer, plan, answers),
         "float_metrics": float_metrics,
         "assignment": assignment_to_json(assignment),
         "steps": trainer.state.global_step,
@@ -219,6 +220,8 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
     }
     if first_process():
         write_json(folder / "assignment.json", record["assignment"])
+        if answers:
+            write_json(folder / "predictions.json", answers)
         save_result(plan, modules, assignment)
         write_json(folder / "result.json", record)
     return record
@@ -376,15 +379,33 @@ def final_assignment(plan: Plan, trainer: ReinforceTrainer) -> dict[str, tuple[F
     return trainer.assignment or dict.fromkeys(plan.layers, (FLOAT, FLOAT))
 
 
-def evaluate(trainer: ReinforceTrainer, plan: Plan) -> dict[str, dict[str, float]]:
-    """Metrics of every labelled evaluation split, by split: the task's own, 'loss' and 'n' (examples)."""
+def evaluate(
+    trainer: ReinforceTrainer, plan: Plan, answers: dict[str, dict[str, list[int]]] | None = None
+) -> dict[str, dict[str, float]]:
+    """Metrics of every labelled evaluation split, by split: the task's own, 'loss' and 'n' (examples).
+
+    Where there are classes, `answers` gets each split's 'predicted' and 'label', one number an example in its order:
+    two runs can then be compared example by example.
+    """
     metrics = {}
+    judge = trainer.compute_metrics
     for name, split in plan.prepared.validation.items():
+        if judge is not None and answers is not None:
+            trainer.compute_metrics = lambda seen, name=name: _noting(seen, name, answers) or judge(seen)  # type: ignore
         told = trainer.evaluate(split, metric_key_prefix=name)
         own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
         kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
         metrics[name] = {**kept, "n": len(split)}
+    trainer.compute_metrics = judge
     return metrics
+
+
+def _noting(seen: Any, name: str, answers: dict[str, dict[str, list[int]]]) -> None:
+    """Note the answers of a split with classes: logits (examples, classes) and whole-numbered labels (examples,)."""
+    logits = seen.predictions[0] if isinstance(seen.predictions, tuple) else seen.predictions
+    labels = seen.label_ids
+    if getattr(logits, "ndim", 0) == 2 and getattr(labels, "ndim", 0) == 1 and labels.dtype.kind in "iu":
+        answers[name] = {"predicted": logits.argmax(1).tolist(), "label": labels.tolist()}
 
 
 def describe(plan: Plan) -> dict[str, Any]:

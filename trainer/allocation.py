@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from policy.allocators import best_uniform, greedy, head_tail, least_harm, random_choice
+from policy.solve import InfeasibleError
+from trainer import sensitivity
+from trainer.processes import of_first_process
 
 if TYPE_CHECKING:
     from trainer.reinforce_trainer import ReinforceTrainer
@@ -35,9 +41,16 @@ def allocate(method: str, trainer: ReinforceTrainer) -> list[int]:
 
 
 def effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
-    """(decisions, choices): what each choice alone does to the loss, as one of `ADDITIVE` estimates it."""
-    from trainer import sensitivity
+    """(decisions, choices): what each choice alone does to the loss, as one of `ADDITIVE` estimates it.
 
+    Of several processes, all get the first one's.
+    """
+    agreed = of_first_process(torch.from_numpy(_effects(method, trainer)))
+    assert agreed is not None
+    return agreed.numpy()
+
+
+def _effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
     if method == "measured":
         return trainer.measure().effect
     batches = trainer.judging_batches(trainer.space.num_decisions * trainer.space.num_choices)
@@ -45,3 +58,15 @@ def effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
     if method == "fisher":
         return sensitivity.fisher_effect(model, modules, space, batches, loss)
     return sensitivity.hessian_effect(model, modules, space, batches, loss, method, trainer.args.seed)
+
+
+def propose(trainer: ReinforceTrainer, known: Mapping[str, NDArray[np.float64]]) -> dict[str, list[int]]:
+    """What the cheap competitors would choose, by name, without repetitions: candidates of the search's contest.
+
+    `known` effects are used; fisher's take one backward pass and are measured.
+    """
+    table = {**known} if "fisher" in known else {**known, "fisher": effects("fisher", trainer)}
+    choices = {name: least_harm(effect, trainer.budget) for name, effect in table.items()}
+    with suppress(InfeasibleError):  # no uniform choice fits
+        choices["uniform"] = best_uniform(trainer.budget)
+    return {name: choice for n, (name, choice) in enumerate(choices.items()) if choice not in [*choices.values()][:n]}

@@ -22,7 +22,7 @@ from quant.convert import Assignment, calibrate, quantize_model, set_formats
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from trainer import checkpoint
-from trainer.allocation import allocate, effects
+from trainer.allocation import allocate, effects, propose
 from trainer.contest import Contest
 from trainer.evidence import additivity, certificate
 from trainer.history import History
@@ -165,9 +165,13 @@ class ReinforceTrainer(Trainer):
                 set_formats(self.modules, self.assignment)
             return
         prior = pressure = None
+        candidates = {}
         if config.policy_prior != "none":
-            prior, pressure = believing_prior(effects(config.policy_prior, self), self.budget)
-        self._start_search(of_first_process(prior), of_first_process(pressure))
+            effect = effects(config.policy_prior, self)
+            prior, pressure = believing_prior(effect, self.budget)
+            if config.contest:
+                candidates = propose(self, {config.policy_prior: effect})
+        self._start_search(of_first_process(prior), of_first_process(pressure), candidates)
 
     def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
         """The measured effect of every single decision, on `search_dataset`.
@@ -222,11 +226,18 @@ class ReinforceTrainer(Trainer):
         self._recalibrate(batch_norm=bool(self.modules) and self.args.max_steps != 0)
         self._flush()
 
-    def _start_search(self, prior: Tensor | None = None, pressure: Tensor | None = None) -> None:
+    def _start_search(
+        self,
+        prior: Tensor | None = None,
+        pressure: Tensor | None = None,
+        candidates: dict[str, list[int]] | None = None,
+    ) -> None:
         total = self._total_steps()
         self.phases = Phases.of(self._config, total)
         generator = torch.Generator().manual_seed(self.args.seed)
-        self.search = Search(self.space, self.budget, self._config, self.phases, generator, prior, pressure)
+        self.search = Search(
+            self.space, self.budget, self._config, self.phases, generator, prior, pressure, candidates or {}
+        )
 
     def _total_steps(self) -> int:
         if self.args.max_steps >= 0:
@@ -248,15 +259,14 @@ class ReinforceTrainer(Trainer):
     def _settle(self) -> None:
         """From here on, only the chosen assignment is trained."""
         assert self.search is not None
-        best, prior = self.search.best(), self.search.prior_best()
+        best = self.search.best()
         if self._config.contest:
             # The statistics of training are a mixture over all draws; the contest is between neighbours of the best.
             share_buffers(self.model)
             set_formats(self.modules, self.space.assignment(best))
             recalibrate_batch_norm(self.model, self._calibration_batches())
-            candidates = {"policy": best} if prior is None else {"prior": prior, "policy": best}
             contest = Contest(self.budget, self.judge)
-            verdict = contest.decide(candidates)
+            verdict = contest.decide({**self.search.candidates, "policy": best})
             best = list(verdict.choice)
             self.contest = {
                 **verdict.describe(),
@@ -308,8 +318,7 @@ class ReinforceTrainer(Trainer):
         if self._settled:
             self._choices = None
             return
-        draws = self._config.reward_draws if step >= self.phases.delay else 1
-        self._choices = torch.stack([self.search.draw() for _ in range(draws)])
+        self._choices = self.search.draws(step)
         set_formats(self.modules, self.space.assignment(self._choices[0].tolist()))
 
     def _end_step(self) -> None:

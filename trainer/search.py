@@ -155,6 +155,8 @@ class Search:
     """starting logits (decisions, choices)"""
     pressure: Tensor | None = None
     """part of the prior that stands for the cost, which the final choice replaces by the budget itself"""
+    candidates: dict[str, list[int]] = field(default_factory=dict)
+    """choices that others propose: they are trained in turn before the policy learns, and enter the contest"""
     policy: SimplePolicy = field(init=False)
     reinforce: Reinforce = field(init=False)
 
@@ -172,6 +174,19 @@ class Search:
     def draw(self) -> Tensor:
         """One choice per decision from the policy as it is: int64 (decisions,)."""
         return self.policy.sample(self.generator)
+
+    def draws(self, step: int) -> Tensor:
+        """What the run's `step` works on, int64 (draws, decisions); the first one is trained.
+
+        In the delay every second step trains a candidate, each in its turn: a contest is only fair between choices that
+        the weights have met about as often.
+        """
+        if step < self.phases.delay:
+            turn, odd = divmod(step, 2)
+            if self.candidates and not odd:
+                return torch.tensor([list(self.candidates.values())[turn % len(self.candidates)]])
+            return self.draw()[None]
+        return torch.stack([self.draw() for _ in range(self.config.reward_draws)])
 
     def cost(self, choice: Sequence[int] | Tensor) -> float:
         """Cost of a choice, in the unit of the run's own cost."""
@@ -218,22 +233,16 @@ class Search:
             values = values - self.pressure
         return self.budget.solve(values.numpy())
 
-    def prior_best(self) -> list[int] | None:
-        """What the prior alone would choose; None without one."""
-        if self.prior is None:
-            return None
-        values = self.prior if self.pressure is None else self.prior - self.pressure
-        return self.budget.solve(values.log_softmax(-1).numpy())
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "reinforce": self.reinforce.state_dict(),
             "generator": self.generator.get_state(),
             "prior": self.prior,
             "pressure": self.pressure,
+            "candidates": self.candidates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reinforce.load_state_dict(state["reinforce"])
         self.generator.set_state(state["generator"])
-        self.prior, self.pressure = state["prior"], state["pressure"]
+        self.prior, self.pressure, self.candidates = state["prior"], state["pressure"], state["candidates"]
