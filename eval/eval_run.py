@@ -11,6 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a script, its own folder is on the path instead of the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import copy
 import logging
 import os
 import platform
@@ -241,6 +242,7 @@ def make_trainer(
     from eval.tasks import hold_out, not_augmented
     from quant.convert import quantize_model
     from quant.quant_utils import use_compiled
+    from trainer.distill import Distiller
     from trainer.reinforce_trainer import ReinforceTrainer
 
     config, prepared = plan.config, plan.prepared
@@ -251,6 +253,8 @@ def make_trainer(
         held_rows = hold_out(train, config.search_fraction, config.seed)
     judged_on = not_augmented(train.select(held_rows) if held_rows else train) if config.chooses else None
     modules: dict[str, QuantModule] = {}
+    # Before its layers are replaced: the teacher is the float model as it comes.
+    distiller = Distiller(copy.deepcopy(plan.bundle.model), config.distill) if config.distill else None
     if plan.formats:
         weight, activation = quantizer_configs(config)
         modules = quantize_model(
@@ -274,6 +278,7 @@ def make_trainer(
         search_dataset=judged_on,
         search_rows=held_rows,
         limits=limits_of(config, plan.profiles) if config.chooses else (),
+        distiller=distiller,
         eval_dataset=prepared.validation,
         data_collator=prepared.data_collator,
         compute_metrics=plan.data.compute_metrics,

@@ -37,6 +37,7 @@ RANGES = {
     "max_steps": "[-1, inf)",
     "seed": f"[0, {2**32})",
     "subset_ratio": "(0, 1]",
+    "distill": "[0, 1]",
     "search_fraction": _SHARE,
     "settle_fraction": "[0, 1)",
 }
@@ -210,6 +211,10 @@ def _check_contradictions(config: RunConfig) -> None:
     if config.act_range_percentile > 0 and config.observer not in ("minmax", "percentile"):
         given = f"--act_range_percentile {config.act_range_percentile:g}"
         _refuse(given, f"--observer {config.observer}", "choose one range")
+    if config.distill and config.method == "float":
+        _refuse(f"--distill {config.distill:g}", "--method float", "the float model would teach itself")
+    if config.distill and config.from_scratch and config.load_model_path is None:
+        _refuse(f"--distill {config.distill:g}", "--from_scratch", "an untrained model has nothing to teach")
     if config.fp16 and config.bf16:
         _refuse("--fp16", "--bf16", "choose one")
 

@@ -19,11 +19,13 @@ from cost.profile import LayerProfile, profile_model
 from policy.budget import Budget, Limit
 from policy.space import Partition, SearchSpace, build_space
 from quant.convert import Assignment, calibrate, quantize_model, set_formats
+from quant.errors import UserError
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from trainer import checkpoint
 from trainer.allocation import allocate, effects, propose
 from trainer.contest import Contest
+from trainer.distill import Distiller
 from trainer.evidence import additivity, certificate
 from trainer.history import History
 from trainer.phased_sampler import PhasedSampler
@@ -66,6 +68,7 @@ class ReinforceTrainer(Trainer):
         search_rows: where its rows stand in `train_dataset`, if they are part of it: they are left out until the
             assignment is chosen, and trained on from then on.
         limits: hard limits beside the search's own target.
+        distiller: a float teacher whose class probabilities the model is trained towards as well.
         history: file that gets one line a step.
     """
 
@@ -91,6 +94,7 @@ class ReinforceTrainer(Trainer):
         search_dataset: Dataset | None = None,
         search_rows: Sequence[int] = (),
         limits: Sequence[Limit] = (),
+        distiller: Distiller | None = None,
         history: Path | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         **trainer_arguments: Any,
@@ -111,6 +115,9 @@ class ReinforceTrainer(Trainer):
         first = self.is_world_process_zero()  # of several processes, one writes and tells
         self.history = History(history) if history is not None and first else None
         self.on_step = on_step if first else None
+        self.distiller = distiller
+        if distiller is not None:
+            distiller.teacher.to(self.args.device)
         self.search: Search | None = None
         self.assignment: dict[str, tuple[Format, Format]] | None = dict(assignment) if assignment else None
         self.phases: Phases | None = None
@@ -305,6 +312,20 @@ class ReinforceTrainer(Trainer):
             self._micro_step = 0
             self._end_step()
         return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
+        logits = class_logits(outputs, batch)
+        if logits is None:
+            raise UserError("--distill needs a model that tells classes apart, one answer for each example")
+        counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        loss = self.distiller.loss(loss, logits, batch, counted)
+        return (loss, outputs) if return_outputs else loss
 
     def _begin_step(self) -> None:
         """Draw the formats of this optimizer step: every batch accumulated into it sees the same ones."""
