@@ -217,3 +217,22 @@ def test_quality_is_a_probability():
     regression = {"labels": torch.tensor([0.3, 0.1])}
     torch.testing.assert_close(quality(loss, outputs, regression, "likelihood"), torch.exp(-loss))
     assert quality(torch.tensor(1e6), {}, {}, "likelihood") > 0
+
+
+def test_a_teacher_pulls_the_search_towards_its_answers(tmp_path):
+    import copy
+
+    from trainer.distill import Distiller
+
+    teacher = Net()
+    plain = make(tmp_path / "plain", model=copy.deepcopy(teacher), max_steps=40)
+    taught = make(tmp_path / "taught", model=copy.deepcopy(teacher), max_steps=40)
+    taught.distiller = Distiller(teacher, 1.0)
+    batch = {"pixel_values": Data().images}
+    apart = []
+    for trainer in (plain, taught):
+        trainer.train()
+        with torch.no_grad():
+            wanted, got = (model.eval()(**batch)["logits"].log_softmax(1) for model in (teacher, trainer.model))
+        apart.append(float((wanted.exp() * (wanted - got)).sum(1).mean()))
+    assert apart[1] < apart[0] / 2

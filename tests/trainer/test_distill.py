@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from trainer.distill import Distiller
+
+
+class Linear(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, labels=None):
+        return {"logits": self.layer(x)}
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(8, 4, generator=generator), "labels": torch.arange(8) % 3}
+
+
+def test_the_loss_is_torchs_own_divergence_mixed_in():
+    teacher, student, data = Linear(0), Linear(1), batch()
+    logits = student(**data)["logits"]
+    own = functional.cross_entropy(logits, data["labels"])
+    wanted = functional.kl_div(
+        logits.log_softmax(1), teacher(**data)["logits"].log_softmax(1), reduction="batchmean", log_target=True
+    )
+    got = Distiller(teacher, 0.25).loss(own, logits, data, None)
+    torch.testing.assert_close(got, 0.75 * own + 0.25 * wanted)
+    # Two accumulated halves count all eight examples.
+    halves = [{name: value[part] for name, value in data.items()} for part in (slice(0, 3), slice(3, 8))]
+    distiller = Distiller(teacher, 1.0)
+    parts = [distiller.loss(torch.tensor(0.0), student(**half)["logits"], half, 8) for half in halves]
+    torch.testing.assert_close(sum(parts), wanted)
+
+
+def test_the_teacher_never_changes_and_its_twin_has_nothing_to_learn():
+    student, data = Linear(0), batch()
+    distiller = Distiller(copy.deepcopy(student), 1.0)
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    loss = distiller.loss(torch.tensor(0.0), student(**data)["logits"], data, None)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-7)
+    assert student.layer.weight.grad.abs().max() < 1e-7
+    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in distiller.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("weight", [0, -1, 1.5])
+def test_a_share_outside_its_range_is_refused(weight):
+    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        Distiller(Linear(0), weight)
