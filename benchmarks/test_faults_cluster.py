@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.test_faults import PATIENCE, Launch
+from benchmarks.launches import PATIENCE, Launch
 
 CLUSTER = {
     "RAY_AUTH_MODE": "disabled",  # on the loopback device, for the time of a test
@@ -77,8 +77,8 @@ def test_a_run_whose_node_dies_goes_on_elsewhere(nodes, tmp_path, monkeypatch):
 
     driver = launch.start(faults="hold")
     try:
-        launch.wait_for(0, 1)
-        launch.wait_for(1, 1)
+        launch.wait_for(0, 1, driver)
+        launch.wait_for(1, 1, driver)
         kill_node(second)
         (launch.root / "go").touch()
         out, err = driver.communicate(timeout=PATIENCE)

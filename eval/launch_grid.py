@@ -80,7 +80,7 @@ def _fit_method(run: RunConfig) -> RunConfig:
         if not bits_given and run.target_bits is not None:
             run = run.updated(bits=str(int(run.target_bits)))  # the widest uniform format within the target
         return run.updated(**no_search, **no_target)
-    return run.updated(**no_bits) if run.method == "search" else run
+    return run.updated(**no_bits)
 
 
 def _absolute(run: RunConfig) -> RunConfig:

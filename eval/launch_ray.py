@@ -7,12 +7,13 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from eval.flag_checks import gpu_count
@@ -22,6 +23,7 @@ from quant.errors import UserError
 
 MAX_FAILURES = 2
 """how often a run whose process died starts again from its checkpoint"""
+START_ATTEMPTS = 3
 LOW_DISK = 16 << 20
 """bytes"""
 
@@ -56,26 +58,39 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        if config.ray_address is not None:
+    if config.ray_address is None:
+        node = local_node(config)
+        _start_here(num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), **quiet)
+    else:
+        try:
             ray.init(address=config.ray_address, **quiet)
-        else:
-            node = local_node(config)
-            ray.init(address="local", num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), **quiet)
-    except Exception as error:  # Ray raises plain ones as well, for a process that did not come up in time
-        if config.ray_address is None:
-            raise UserError(
-                f"Ray did not start on this machine: {one_line(error)[:300]}; "
-                "if the machine is busy, try again with a smaller --num_cpus"
-            ) from None
-        hint = "; a cluster that asks for a token needs RAY_AUTH_MODE=token" if "uthenticat" in str(error) else ""
-        raise UserError(f"--ray_address {config.ray_address}: {' '.join(str(error).split())[:300]}{hint}") from None
+        except (ConnectionError, TimeoutError, RuntimeError) as error:
+            hint = "; a cluster that asks for a token needs RAY_AUTH_MODE=token" if "uthenticat" in str(error) else ""
+            raise UserError(f"--ray_address {config.ray_address}: {' '.join(str(error).split())[:300]}{hint}") from None
     for name in ("ray.tune", "ray.air", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(**settings: Any) -> None:
+    """Start Ray on this machine, again where its processes did not come up in the half minute that it gives them."""
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray raises plain ones for this
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            ray.shutdown()
+            print(f"attempt {attempt} at starting Ray: {one_line(error)}")
+            reason = one_line(error)[:300]
+    raise UserError(f"Ray did not start on this machine in {START_ATTEMPTS} attempts, is it very busy? {reason}")
 
 
 def check_request(config: RunConfig, runs: int) -> Share | None:
