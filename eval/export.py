@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +34,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
     from eval.export_card import model_card
     from trainer.checkpoint import write_atomically, write_json
 
+    EXPORT_FORMATS[format].check_installed()
     if folder.exists():
         raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +112,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
             "weights_beyond_cost": written.weight_bytes - round(memory),
             "of_these_float32": sum(floats) * 2,
         },
+        "measured": written.facts,
         "notes": list(written.notes),
     }
 
@@ -201,6 +204,11 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add("--output_dir", type=Path, help="where to write (default: RUN_DIR/export/FORMAT)")
     add("--data_dir", help="where the run's data stands now")
     add("--no_evaluate", action="store_true", help="do not read the export back and evaluate it")
+    add(
+        "--fold_norms",
+        action="store_true",
+        help="onnx: int8 convolutions take in their batch norms: faster, less exact",
+    )
     return parser.parse_args(argv)
 
 
@@ -208,7 +216,9 @@ def main(argv: Sequence[str]) -> int:
     """Export, print the verdict and where it is."""
     flags = _flags(argv)
     check_one_of("--format", flags.format, EXPORT_FORMATS)
-    run = finished_run(flags.run, flags.data_dir)
+    if flags.fold_norms and flags.format != "onnx":
+        raise UserError(f"--fold_norms contradicts --format {flags.format}: only onnx has norms to fold")
+    run = replace(finished_run(flags.run, flags.data_dir), fold=flags.fold_norms)
     folder = flags.output_dir or flags.run / "export" / flags.format
     verdict = export(run, flags.format, folder, evaluate=not flags.no_evaluate)
     print_verdict(verdict)

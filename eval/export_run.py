@@ -29,6 +29,8 @@ class FinishedRun:
     record: dict[str, Any]
     data_dir: str | None = None
     """where the data stands now, if not where the run found it"""
+    fold: bool = False
+    """ONNX: whether int8 convolutions take in their batch norms"""
 
     @cached_property
     def config(self) -> RunConfig:
@@ -50,17 +52,12 @@ class FinishedRun:
 
         return load_model(self.folder)
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, QuantModule]:
-        """The model's layers that run in a format other than float, by name."""
-        from quant.formats import FLOAT
+        """The model's searched layers by name; none in a float run."""
         from quant.quant_module import QuantModule
 
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, QuantModule) and module.formats != (FLOAT, FLOAT)
-        }
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, QuantModule)}
 
     def profiles(self, evaluated: bool) -> Sequence[LayerProfile]:
         """The layers' sizes: the record's, or with attention charged, which it does not hold, measured again."""

@@ -12,6 +12,7 @@ from eval.eval_run import run
 from eval.export import export, main
 from eval.export_run import finished_run
 from eval.flags import parse
+from eval.latency import main as latency
 from eval.packed_model import load_packed
 from eval.saved_model import load_model
 from quant.errors import UserError
@@ -126,3 +127,45 @@ def test_wrong_names_end_with_one_line_and_exit_code_2(tmp_path):
     code, line = told(str(tmp_path / "none"), "--format", "packed")
     assert code == 2 and line == f"RUN_DIR {tmp_path / 'none'}: no such folder"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_export_runs_in_onnx_runtime(folder, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    place = tmp_path / "onnx"
+    assert main([str(folder), "--format", "onnx", "--output_dir", str(place)]) == 0
+    verdict = json.loads((place / "export.json").read_text())
+    record = json.loads((folder / "result.json").read_text())
+    after, before = (verdict["metrics"][name]["validation"]["accuracy"] for name in ("exported", "record"))
+    assert before == record["metrics"]["validation"]["accuracy"] and abs(after - before) <= 0.0056  # 2 of 360 examples
+    assert verdict["size"]["file_bytes"] == (place / "model.onnx").stat().st_size
+    assert verdict["measured"]["float_onnx_bytes"] > verdict["size"]["file_bytes"]
+    assert verdict["measured"]["latency_ms"] > 0 and not (place / "float.onnx").exists()
+    for name, layer in verdict["layers"].items():
+        assert layer["as_chosen"] == (record["assignment"][name] == ["int8", "int8"])
+    assert "onnxruntime.InferenceSession" in (place / "README.md").read_text()
+    assert "values stored as" in capsys.readouterr().out
+
+
+def test_an_onnx_export_wider_than_the_target_is_an_error(folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    one = finished_run(folder)
+    monkeypatch.setitem(one.record, "cost_target", one.record["cost"] * 1.001)
+    with pytest.raises(UserError, match=r"over the target of .*: \d layers are wider than chosen \(convs"):
+        export(one, "onnx", tmp_path / "p")
+    assert not list(tmp_path.iterdir())
+
+
+def test_latencies_stand_in_the_table_that_the_search_reads(folder, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    table = tmp_path / "latency.csv"
+    assert latency([str(folder), "--output", str(table), "--repeats", "3"]) == 0
+    lines = table.read_text().splitlines()
+    assert lines[0] == "layer,weight_format,activation_format,ms"
+    rows = [line.split(",") for line in lines[1:]]
+    layers = list(json.loads((folder / "assignment.json").read_text()))
+    formats = ("float", "int3", "e2m1", "int8")
+    assert [tuple(row[:3]) for row in rows] == [(layer, f, f) for layer in layers for f in formats]
+    assert all(float(row[3]) > 0 for row in rows)
+    assert "of float" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--repeats must be 1 or more, got 0"):
+        latency([str(folder), "--repeats", "0"])

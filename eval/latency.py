@@ -1,0 +1,249 @@
+"""Latencies of a run's model on ONNX Runtime: `python -m eval.latency RUN_DIR`.
+
+Measured on the CPU, one example: the whole model as exported and in float, and every searched layer alone in every
+pair of formats of the search space, between a rounded input and float. The table is what `--max_latency` reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from eval.export_formats import ONNX_PACKAGES, require
+from eval.export_run import FinishedRun, finished_run
+from eval.flags import entry
+from quant.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eval.report_tables import Column
+    from quant.formats import Format
+    from quant.quant_module import QuantModule
+
+COLUMNS = ("layer", "weight_format", "activation_format", "ms")
+TABLE = "latency.csv"
+REPEATS = 30
+WARM_UP = 5
+
+
+def median_latency(path: Path, inputs: Mapping[str, Tensor], repeats: int = REPEATS, threads: int = 1) -> float:
+    """Milliseconds that one call with `inputs` takes: the median over `repeats`, after a few that do not count."""
+    from eval.onnx_model import session
+
+    running = session(path, threads)
+    wanted = [input.name for input in running.get_inputs()]
+    feed = {name: inputs[name].numpy() for name in wanted}
+    times = []
+    for _ in range(WARM_UP + repeats):
+        start = time.perf_counter()
+        running.run(None, feed)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[WARM_UP:])
+
+
+def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> Iterator[dict[str, Any]]:
+    """The rows of the table: every searched layer in float and in every pair of formats that the search could give it.
+
+    A layer that one example calls several times is the sum of its calls. Calls alike (same kind, settings and sizes)
+    are measured once for each pair.
+    """
+    from quant.convert import get_formats, set_formats
+    from quant.export_onnx import write_onnx
+    from quant.formats import BlockFormat
+
+    modules = run.modules
+    before = get_formats(modules)
+    calls = layer_calls(run, modules)
+    known: dict[Any, float] = {}
+    traces: dict[Any, Any] = {}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        try:
+            for name, (weight, activation) in product(run.record["assignment"], format_pairs(run)):
+                module, total = modules[name], 0.0
+                set_formats(modules, {name: (weight, activation)})
+                for x in calls[name]:
+                    alike = signature(module), x.shape, activation if isinstance(activation, BlockFormat) else None
+                    key = alike, weight, activation
+                    if alike not in traces:
+                        traces[alike] = alone(module, x)
+                    if key not in known:
+                        write_onnx(path, traces[alike], {"layer": module})
+                        known[key] = median_latency(path, {"x": x}, repeats, threads)
+                    total += known[key]
+                yield dict(zip(COLUMNS, (name, weight.name, activation.name, round(total, 6)), strict=True))
+        finally:
+            set_formats(modules, before)
+
+
+def format_pairs(run: FinishedRun) -> list[tuple[Format, Format]]:
+    """(weight, activation) formats that a layer of this run can have: float first, then those of the search space."""
+    from cost.cost import assignment_from_json
+    from quant.formats import FLOAT
+
+    chosen = assignment_from_json(run.record["assignment"]).values()
+    config = run.config
+    formats = config.search_formats if config.method == "search" else ()
+    searched: list[tuple[Format, Format]]
+    if config.weight_only_search:
+        searched = [(weight, FLOAT) for weight in formats]
+    elif config.separate_activations:
+        searched = [(weight, activation) for weight in formats for activation in formats]
+    else:
+        searched = [(format, format) for format in formats]
+    return list(dict.fromkeys([(FLOAT, FLOAT), *searched, *chosen]))
+
+
+def layer_calls(run: FinishedRun, modules: Mapping[str, QuantModule]) -> dict[str, list[Tensor]]:
+    """What each layer is called with, call by call, when the model runs one example."""
+    import torch
+
+    calls: dict[str, list[Tensor]] = {name: [] for name in modules}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: calls[name].append(args[0].detach().clone()))
+        for name, module in modules.items()
+    ]
+    try:
+        with torch.no_grad():
+            run.model(**example(run))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def example(run: FinishedRun) -> dict[str, Tensor]:
+    """One example of the run's data, as the model takes it, without its label."""
+    return {name: x for name, x in run.plan.prepared.example_inputs.items() if name != "labels"}
+
+
+def alone(module: QuantModule, x: Tensor) -> Any:
+    """The trace of a model that is this layer."""
+    from torch import nn
+
+    from quant.export_onnx import trace
+
+    model = nn.Sequential()
+    model.layer = module
+    return trace(model, {"layer": module}, {"x": x})
+
+
+def signature(module: Any) -> tuple[Any, ...]:
+    """What a layer's latency depends on, besides its formats and its input."""
+    settings = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return type(module), module.weight.shape, *(str(getattr(module, name, "")) for name in settings)
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The CSV with the columns `layer,weight_format,activation_format,ms`."""
+    from trainer.checkpoint import write_atomically
+
+    def write(temporary: str) -> None:
+        with Path(temporary).open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> dict[str, float]:
+    """Milliseconds of the whole model, one example: as chosen, and in float."""
+    from quant.export_onnx import trace, write_onnx
+
+    inputs = example(run)
+    traced = trace(run.model, run.modules, inputs)
+    with TemporaryDirectory() as folder:
+        chosen, plain = Path(folder) / "chosen.onnx", Path(folder) / "float.onnx"
+        write_onnx(chosen, traced, run.modules)
+        write_float(run, traced, plain)
+        return {
+            "chosen": median_latency(chosen, inputs, repeats, threads),
+            "float": median_latency(plain, inputs, repeats, threads),
+        }
+
+
+def write_float(run: FinishedRun, traced: Any, path: Path) -> None:
+    """The run's model without any format, as ONNX; `traced` is its trace in the formats it has."""
+    from quant.convert import in_float
+    from quant.export_onnx import trace, write_onnx
+    from quant.formats import BlockFormat
+
+    blocks = any(isinstance(module.formats[1], BlockFormat) for module in run.modules.values())
+    with in_float(run.modules):
+        # Blocks of activations are in the trace itself.
+        write_onnx(path, trace(run.model, run.modules, example(run)) if blocks else traced, run.modules)
+
+
+def print_latencies(run: FinishedRun, rows: Sequence[Mapping[str, Any]], model: Mapping[str, float]) -> None:
+    """The layers as a table, a column a pair of formats, and the whole model."""
+    from rich.console import Console
+
+    from eval.report_tables import Column, Table, print_table
+
+    pairs = list(dict.fromkeys((row["weight_format"], row["activation_format"]) for row in rows))
+    layers: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        pair = f"{row['weight_format']}/{row['activation_format']}"
+        layers.setdefault(row["layer"], {"layer": row["layer"]})[pair] = row["ms"]
+    columns = [Column("layer", lambda row: row["layer"])]
+    columns += [_milliseconds("/".join(pair)) for pair in pairs]
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=10_000)
+    print_table(Table(f"{run.record['run_id']}, one example", columns, list(layers.values())), console)
+    ratio = model["chosen"] / model["float"]
+    console.print(f"\nmodel: {model['chosen']:.4g} ms, {ratio:.2f} of float ({model['float']:.4g} ms)", markup=False)
+
+
+def _milliseconds(pair: str) -> Column:
+    from eval.report_tables import Column
+
+    return Column(f"{pair} [ms]", lambda row: f"{row[pair]:.4f}", pair)
+
+
+def _flags(argv: Sequence[str]) -> Namespace:
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    parser = Parser(prog="python -m eval.latency", description="ONNX Runtime latencies of a run.", allow_abbrev=False)
+    add = parser.add_argument
+    add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")
+    add("--output", type=Path, help=f"the table (default: RUN_DIR/{TABLE})")
+    add("--data_dir", help="where the run's data stands now")
+    add("--repeats", type=int, default=REPEATS, help=f"calls that the median is over (default: {REPEATS})")
+    add("--threads", type=int, default=1, help="threads of ONNX Runtime (default: 1)")
+    flags = parser.parse_args(argv)
+    for name in ("repeats", "threads"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name} must be 1 or more, got {getattr(flags, name)}")
+    return flags
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print and write the table."""
+    flags = _flags(argv)
+    require(*ONNX_PACKAGES)
+    run = finished_run(flags.run, flags.data_dir)
+    if not run.modules:
+        raise UserError(f"RUN_DIR {flags.run}: every layer is in float, there is nothing to compare")
+    model = model_latencies(run, flags.repeats, flags.threads)
+    rows = list(layer_latencies(run, flags.repeats, flags.threads))
+    path = flags.output or flags.run / TABLE
+    write_table(rows, path)
+    print_latencies(run, rows, model)
+    print(f"table: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    entry(main)
