@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ def preflight(config: RunConfig) -> None:
 
 
 def budget(plan: Plan) -> float | None:
-    """The run's target in its cost's unit; None without one. Raises UserError, with the range, if none can meet it.
+    """The run's target (its largest) in its cost's unit; None without one. UserError, with the range, if none fits it.
 
     So it does if no assignment meets the target and every limit together.
     """
@@ -137,17 +137,20 @@ def budget(plan: Plan) -> float | None:
         return None
     cost_type: Any = config.cost_type
     space, limits = search_space(plan), limits_of(config, plan.profiles)
-    target = resolve_target(space, plan.profiles, cost_type, config.cost_target, config.target_bits)
+    targets = [
+        resolve_target(space, plan.profiles, cost_type, config.cost_target, bits)
+        for bits in config.target_list or (None,)
+    ]
     if limits:
         table = space.cost_table(plan.profiles, cost_type)
         tables = (table, *(limit.table(space) for limit in limits))
-        together = Budget(tables, (target, *(limit.value for limit in limits)))
+        together = Budget(tables, (targets[0], *(limit.value for limit in limits)))
         try:
             together.solve(-table)
         except InfeasibleError as error:
             names = ", ".join(["the target", *(f"{limit.name} in {limit.unit}" for limit in limits)])
             raise UserError(f"limits on {names}: {error}") from None
-    return target
+    return targets[-1]
 
 
 def search_space(plan: Plan) -> SearchSpace:
@@ -205,25 +208,49 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
             write_json(folder / "result.json", record)
         return record
 
+    *smaller, _ = config.target_list or (None,)
+    for turn, bits in enumerate(smaller):  # their records stand in folders of the run's own
+        own = config.updated(target_bits=f"{bits:g}", save_model_path=None)
+        trainer.use(turn)
+        complete = record | {"run_id": f"{config.run_name}-{bits:g}b", "float_metrics": float_metrics}
+        write_result(replace(plan, config=own), trainer, modules, complete, folder / f"{bits:g}b", started)
+    if smaller:
+        trainer.use(len(smaller))
+    return write_result(plan, trainer, modules, record | {"float_metrics": float_metrics}, folder, started)
+
+
+def write_result(
+    plan: Plan,
+    trainer: ReinforceTrainer,
+    modules: dict[str, QuantModule],
+    record: dict[str, Any],
+    folder: Path,
+    started: float,
+) -> dict[str, Any]:
+    """Evaluate the assignment that the model is in, and write all that `folder` keeps of it, the record last."""
     from cost.cost import assignment_to_json
+    from trainer.checkpoint import write_atomically, write_json
 
     answers: dict[str, dict[str, list[int]]] = {}
     assignment = final_assignment(plan, trainer)
-    record |= costs_of(plan, assignment)
+    record = record | costs_of(plan, assignment)
+    if plan.config.chooses:
+        record["cost_target"] = trainer.cost_target
     if trainer.contest is not None:
         record["contest"] = trainer.contest
     record |= {
         "metrics": evaluate(trainer, plan, answers),
-        "float_metrics": float_metrics,
         "assignment": assignment_to_json(assignment),
         "steps": trainer.state.global_step,
         "wall_seconds": round(time.monotonic() - started, 1),
     }
     if first_process():
+        if folder != plan.config.run_folder:
+            write_atomically(folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(plan.config)))
         write_json(folder / "assignment.json", record["assignment"])
         if answers:
             write_json(folder / "predictions.json", answers)
-        save_result(plan, modules, assignment)
+        save_result(plan, modules, assignment, folder / "model")
         write_json(folder / "result.json", record)
     return record
 
@@ -333,6 +360,8 @@ def search_settings(config: RunConfig) -> ReinforceConfig:
 
     names = {field.name for field in fields(ReinforceConfig)}
     given = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if config.target_list:
+        given["target_bits"] = config.target_list if len(config.target_list) > 1 else config.target_list[0]
     return ReinforceConfig.fliqs(**given) if config.recipe == "fliqs" else ReinforceConfig(**given)
 
 
@@ -480,11 +509,13 @@ def layer_notes(plan: Plan) -> list[str]:
     return notes
 
 
-def save_result(plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]]) -> None:
+def save_result(
+    plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]], own: Path
+) -> None:
     """The trained model, where a run keeps it and where --save_model_path wants it as well."""
     from eval.saved_model import save_model
 
-    folders: Sequence[str | Path | None] = (plan.config.run_folder / "model", plan.config.save_model_path)
+    folders: Sequence[str | Path | None] = (own, plan.config.save_model_path)
     for folder in folders:
         if folder is not None:
             save_model(Path(folder), plan.config, plan.bundle, modules, assignment, plan.data.num_labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
@@ -27,7 +27,7 @@ _POSITIVE = "(0, inf)"
 _NOT_NEGATIVE = "[0, inf)"
 _SHARE = "(0, 1)"
 RANGES = {
-    **dict.fromkeys(["num_train_epochs", "learning_rate", "rl_learning_rate", "cost_target", "target_bits"], _POSITIVE),
+    **dict.fromkeys(["num_train_epochs", "learning_rate", "rl_learning_rate", "cost_target"], _POSITIVE),
     **dict.fromkeys(["max_memory", "max_compute", "latency_target"], _POSITIVE),
     **dict.fromkeys(["train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps"], _POSITIVE),
     **dict.fromkeys(["log_steps", "max_train_samples", "max_eval_samples", "max_length", "image_size"], _POSITIVE),
@@ -160,10 +160,21 @@ def _check_formats(config: RunConfig) -> None:
     except ValueError as error:
         raise UserError(f"--search_space: {error}") from None
     if config.target_bits is not None:
-        low, high = min(f.bits for f in formats), max(f.bits for f in formats)
-        if not low <= config.target_bits <= high:
+        _check_target_bits(config, [format.bits for format in formats])
+
+
+def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
+    try:
+        targets = config.target_list
+    except ValueError:
+        raise UserError(f"--target_bits {config.target_bits}: must be a number, or several with commas") from None
+    if not targets or len(set(targets)) < len(targets):
+        raise UserError(f"--target_bits {config.target_bits} has an empty entry or names one twice")
+    low, high = min(bits), max(bits)
+    for target in targets:
+        if not low <= target <= high:
             raise UserError(
-                f"--target_bits {config.target_bits:g} is out of reach: "
+                f"--target_bits {target:g} is out of reach: "
                 f"--search_space {config.search_space} costs {low:g} to {high:g} bits"
             )
 
@@ -186,7 +197,7 @@ def _check_contradictions(config: RunConfig) -> None:
         if config.delay_steps is not None and 0 < config.max_steps <= config.delay_steps:
             raise UserError(f"--delay_steps {config.delay_steps} must be below --max_steps {config.max_steps}")
     if config.cost_target is not None and config.target_bits is not None:
-        _refuse(f"--cost_target {config.cost_target:g}", f"--target_bits {config.target_bits:g}", "give one budget")
+        _refuse(f"--cost_target {config.cost_target:g}", f"--target_bits {config.target_bits}", "give one budget")
     if (config.max_latency is None) != (config.latency_target is None):
         lacking = "--latency_target" if config.latency_target is None else "--max_latency"
         raise UserError(
@@ -203,7 +214,7 @@ def _check_contradictions(config: RunConfig) -> None:
     if config.method == "float" or given_bits:
         for flag in ("cost_target", "target_bits", "max_memory", "max_compute", "latency_target"):
             if getattr(config, flag) is not None:
-                _refuse(f"--{flag} {getattr(config, flag):g}", f"--method {config.method}", "nothing is searched")
+                _refuse(f"--{flag} {getattr(config, flag)}", f"--method {config.method}", "nothing is searched")
         if config.fuse_groups:
             _refuse("--fuse_groups", f"--method {config.method}", "nothing is searched")
     if config.from_scratch and config.model_path is not None:

@@ -20,7 +20,7 @@ from quant.errors import UserError
 __all__ = ["RunConfig", "complete", "entry", "parse", "read_flags", "to_yaml", "validate"]
 
 _LAUNCHER_ONLY = (*GRID_FLAGS, "dry_run", "asha", "hpo", "ray_address")
-_LISTS = {*GRID_FLAGS, "search_space", "include", "exclude", "cuda_visible_devices"}
+_LISTS = {*GRID_FLAGS, "search_space", "target_bits", "include", "exclude", "cuda_visible_devices"}
 _UNSET = object()
 
 
@@ -58,7 +58,7 @@ def _default_target(config: RunConfig) -> dict[str, Any]:
         kind = config.cost_type if config.cost_type in given else next(iter(given))
         return {"cost_type": kind, "cost_target": given[kind]}
     bits = [f.bits for f in config.search_formats]
-    return {"target_bits": max(bits) if config.max_latency is not None else (min(bits) + max(bits)) / 2}
+    return {"target_bits": f"{max(bits) if config.max_latency is not None else (min(bits) + max(bits)) / 2:g}"}
 
 
 def read_flags(argv: Sequence[str]) -> RunConfig:

@@ -47,6 +47,8 @@ def _grid(config: RunConfig) -> Iterator[RunConfig]:
         if lists[name] is not None and getattr(config, single) != default:
             raise UserError(f"--{name} contradicts --{single} {getattr(config, single)}: give one of them")
     axes = {GRID_FLAGS[name]: values for name, values in lists.items() if values is not None}
+    if "target_bits" in axes:
+        axes["target_bits"] = [str(bits) for bits in axes["target_bits"]]
     for values in itertools.product(*axes.values()):
         run = plain.updated(**dict(zip(axes, values, strict=True)))
         yield _fit_method(run) if "method" in axes else run
@@ -78,7 +80,7 @@ def _fit_method(run: RunConfig) -> RunConfig:
     if run.method == "uniform":
         bits_given = any(getattr(run, name) is not None for name in no_bits)
         if not bits_given and run.target_bits is not None:
-            run = run.updated(bits=str(int(run.target_bits)))  # the widest uniform format within the target
+            run = run.updated(bits=str(int(run.target_list[0])))  # the widest uniform format within the target
         return run.updated(**no_search, **no_target)
     return run.updated(**no_bits)
 

@@ -107,8 +107,10 @@ class SearchFlags:
     separate_activations: bool = flag(False, "weights and activations of a layer may differ")
     cost_type: str = flag("memory", "memory of the weights in MiB, or compute in GBOPs", choices=list(COST_UNITS))
     cost_target: float | None = flag(None, "budget in the unit of --cost_type")
-    target_bits: float | None = flag(
-        None, "budget as the cost of that many bits in every searched layer; default: the middle of the search space"
+    target_bits: str | None = flag(
+        None,
+        "budget as the cost of that many bits in every searched layer; default: the middle of the search space; "
+        "a comma list trains one model for several budgets, with a record each",
     )
     max_memory: float | None = flag(None, "hard limit on the weights' memory in MiB, beside or instead of a target")
     max_compute: float | None = flag(None, "hard limit on the compute in GBOPs, beside or instead of a target")
@@ -304,7 +306,12 @@ class RunConfig(
         """The target as a word of a run's name: '4.5b', '33.5MiB'; None without one."""
         if self.cost_target is not None:
             return f"{self.cost_target:g}{COST_UNITS[self.cost_type]}"
-        return None if self.target_bits is None else f"{self.target_bits:g}b"
+        return None if self.target_bits is None else "-".join(f"{bits:g}" for bits in self.target_list) + "b"
+
+    @property
+    def target_list(self) -> tuple[float, ...]:
+        """The budgets of --target_bits, ascending; empty without one. ValueError for what is no number."""
+        return tuple(sorted(float(bits) for bits in (self.target_bits or "").split(",") if bits.strip()))
 
     @property
     def run_name(self) -> str:

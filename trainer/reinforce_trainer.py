@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,18 @@ FLUSH_STEPS = 10
 """steps between writes of the history: losses are read from the device then, not at every step"""
 PROBABILITY_STEPS = 10
 """steps between records of the policy's probabilities"""
+
+
+@dataclass
+class Target:
+    """One budget that the run works towards, and what has become of it."""
+
+    budget: Budget | None = None
+    search: Search | None = None
+    assignment: dict[str, tuple[Format, Format]] | None = None
+    """what the layers run in at the end, once that is chosen; None: not yet, or float"""
+    contest: dict[str, Any] | None = None
+    """how a search's final choice was made: part of the record"""
 
 
 class TrainingDiverged(RuntimeError):
@@ -118,12 +131,11 @@ class ReinforceTrainer(Trainer):
         self.distiller = distiller
         if distiller is not None:
             distiller.teacher.to(self.args.device)
-        self.search: Search | None = None
-        self.assignment: dict[str, tuple[Format, Format]] | None = dict(assignment) if assignment else None
+        self.targets = [Target(assignment=dict(assignment) if assignment else None)]
+        """one, or one for each of several `target_bits`: they take turns at the steps"""
+        self._turn = 0
         self.phases: Phases | None = None
         self._settled = not searching
-        self.contest: dict[str, Any] | None = None
-        """how the search's final choice was made: part of the record"""
         self._pending: list[dict[str, Any]] = []
         self._entry: dict[str, Any] = {}
         self._choices: Tensor | None = None
@@ -135,13 +147,58 @@ class ReinforceTrainer(Trainer):
                 list(self.modules), formats, partition, weight_only_search, separate_activations
             )
             self.costs = self.space.cost_table(self.profiles, search.cost_type)
-            self.cost_target = resolve_target(
-                self.space, self.profiles, search.cost_type, search.cost_target, search.target_bits
-            )
-            self.budget = Budget(
-                (self.costs, *(limit.table(self.space) for limit in limits)),
-                (self.cost_target, *(limit.value for limit in limits)),
-            )
+            self.targets = [Target(self._budget(bits, limits)) for bits in _each(search.target_bits)]
+
+    def _budget(self, bits: float | None, limits: Sequence[Limit]) -> Budget:
+        config = self._config
+        target = resolve_target(self.space, self.profiles, config.cost_type, config.cost_target, bits)
+        tables = self.costs, *(limit.table(self.space) for limit in limits)
+        return Budget(tables, (target, *(limit.value for limit in limits)))
+
+    # ------------------------------------------------------ the target whose turn it is
+
+    @property
+    def _target(self) -> Target:
+        return self.targets[self._turn]
+
+    @property
+    def budget(self) -> Budget:
+        """The limits of the target whose turn it is. Raises ValueError for a trainer without a search."""
+        if self._target.budget is None:
+            raise ValueError("this trainer has no budget: pass search=ReinforceConfig(...)")
+        return self._target.budget
+
+    @property
+    def cost_target(self) -> float:
+        """Its limit on the run's own cost, in MiB or GBOPs."""
+        return self.budget.limits[0]
+
+    @property
+    def search(self) -> Search | None:
+        return self._target.search
+
+    @property
+    def assignment(self) -> dict[str, tuple[Format, Format]] | None:
+        """What the layers run in, once that is chosen; None: not yet, or float."""
+        return self._target.assignment
+
+    @property
+    def contest(self) -> dict[str, Any] | None:
+        """How its assignment was chosen: part of the record."""
+        return self._target.contest
+
+    def _in_turn(self) -> Iterator[Target]:
+        """Each target, which has the turn meanwhile."""
+        for turn, target in enumerate(self.targets):
+            self._turn = turn
+            yield target
+
+    def use(self, turn: int) -> None:
+        """After the training: put the model into the assignment of target `turn`, calibrated for it."""
+        self._turn = turn
+        if self.assignment is not None:
+            set_formats(self.modules, self.assignment)
+        self._recalibrate(batch_norm=bool(self.modules) and self.args.max_steps != 0)
 
     # ------------------------------------------------------ the run
 
@@ -165,20 +222,22 @@ class ReinforceTrainer(Trainer):
                 recalibrate_batch_norm(self.model, self._calibration_batches())
             calibrate(self.model, self.modules, self._calibration_batches())
         config = self.search_config
-        if config is not None and config.method != "search":
-            self.assignment = self._agreed(allocate(config.method, self))
         if config is None or config.method != "search":
+            for target in self._in_turn():
+                if config is not None:
+                    target.assignment = self._agreed(allocate(config.method, self))
             if self.assignment:
                 set_formats(self.modules, self.assignment)
             return
-        prior = pressure = None
-        candidates = {}
-        if config.policy_prior != "none":
-            effect = effects(config.policy_prior, self)
-            prior, pressure = believing_prior(effect, self.budget)
-            if config.contest:
-                candidates = propose(self, {config.policy_prior: effect})
-        self._start_search(of_first_process(prior), of_first_process(pressure), candidates)
+        effect = None if config.policy_prior == "none" else effects(config.policy_prior, self)
+        for _ in self._in_turn():
+            prior = pressure = None
+            candidates: dict[str, list[int]] = {}
+            if effect is not None:
+                prior, pressure = believing_prior(effect, self.budget)
+                if config.contest:
+                    candidates = propose(self, {config.policy_prior: effect})
+            self._start_search(of_first_process(prior), of_first_process(pressure), candidates)
 
     def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
         """The measured effect of every single decision, on `search_dataset`.
@@ -230,7 +289,7 @@ class ReinforceTrainer(Trainer):
         if self.search is not None and not self._settled:
             self._settle()
         share_buffers(self.model)
-        self._recalibrate(batch_norm=bool(self.modules) and self.args.max_steps != 0)
+        self.use(len(self.targets) - 1)
         self._flush()
 
     def _start_search(
@@ -241,9 +300,10 @@ class ReinforceTrainer(Trainer):
     ) -> None:
         total = self._total_steps()
         self.phases = Phases.of(self._config, total)
-        generator = torch.Generator().manual_seed(self.args.seed)
-        self.search = Search(
-            self.space, self.budget, self._config, self.phases, generator, prior, pressure, candidates or {}
+        generator = torch.Generator().manual_seed(self.args.seed + 7919 * self._turn)
+        sharing = len(self.targets)
+        self._target.search = Search(
+            self.space, self.budget, self._config, self.phases, generator, prior, pressure, sharing, candidates or {}
         )
 
     def _total_steps(self) -> int:
@@ -264,26 +324,32 @@ class ReinforceTrainer(Trainer):
         return self.search_config
 
     def _settle(self) -> None:
-        """From here on, only the chosen assignment is trained."""
-        assert self.search is not None
-        best = self.search.best()
-        if self._config.contest:
-            # The statistics of training are a mixture over all draws; the contest is between neighbours of the best.
-            share_buffers(self.model)
-            set_formats(self.modules, self.space.assignment(best))
-            recalibrate_batch_norm(self.model, self._calibration_batches())
-            contest = Contest(self.budget, self.judge)
-            verdict = contest.decide({**self.search.candidates, "policy": best})
-            best = list(verdict.choice)
-            self.contest = {
-                **verdict.describe(),
-                "certificate": certificate(contest, verdict.choice, self._affordable_judgements(), self.args.seed),
-                "additivity": additivity(contest, verdict.choice, self.args.seed),
-            }
-        self.assignment = self._agreed(best)
-        set_formats(self.modules, self.assignment)
+        """From here on, only the chosen assignment of each target is trained."""
+        share_buffers(self.model)
+        for target in self._in_turn():
+            target.assignment = self._agreed(self._choose(target))
         self._settled = True
-        self._recalibrate(batch_norm=False)
+        for target in self._in_turn():
+            assert target.assignment is not None
+            set_formats(self.modules, target.assignment)
+            self._recalibrate(batch_norm=False)
+
+    def _choose(self, target: Target) -> list[int]:
+        assert target.search is not None
+        best = target.search.best()
+        if not self._config.contest:
+            return best
+        # The statistics of training are a mixture over all draws; the contest is between neighbours of the best.
+        set_formats(self.modules, self.space.assignment(best))
+        recalibrate_batch_norm(self.model, self._calibration_batches())
+        contest = Contest(self.budget, self.judge)
+        verdict = contest.decide({**target.search.candidates, "policy": best})
+        target.contest = {
+            **verdict.describe(),
+            "certificate": certificate(contest, verdict.choice, self._affordable_judgements(), self.args.seed),
+            "additivity": additivity(contest, verdict.choice, self.args.seed),
+        }
+        return list(verdict.choice)
 
     def _agreed(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
         """The assignment of a choice, the first process's where there are several."""
@@ -330,11 +396,18 @@ class ReinforceTrainer(Trainer):
     def _begin_step(self) -> None:
         """Draw the formats of this optimizer step: every batch accumulated into it sees the same ones."""
         step = self.state.global_step
+        self._turn = step % len(self.targets)
         self._entry = {"step": step + 1, "phase": "train", "learning_rate": self._get_learning_rate()}
+        if len(self.targets) > 1:
+            self._entry["target"] = self.cost_target
+            if self._settled and self.assignment is not None:
+                set_formats(self.modules, self.assignment)
         if self.search is None or self.phases is None:
             return
         if not self._settled and step >= self.phases.settle:
             self._settle()
+            self._turn = step % len(self.targets)
+            set_formats(self.modules, self.assignment or {})
         self._entry["phase"] = self.phases.name(step)
         if self._settled:
             self._choices = None
@@ -532,11 +605,16 @@ class ReinforceTrainer(Trainer):
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
-            "search": None if self.search is None else self.search.state_dict(),
+            "targets": [
+                {
+                    "search": None if target.search is None else target.search.state_dict(),
+                    "contest": target.contest,
+                    "assignment": None if target.assignment is None else assignment_to_json(target.assignment),
+                }
+                for target in self.targets
+            ],
             "scale_exponents": self._scale_exponents,
             "settled": self._settled,
-            "contest": self.contest,
-            "assignment": None if self.assignment is None else assignment_to_json(self.assignment),
         }
         checkpoint.save_state(state, folder / STATE)
 
@@ -546,13 +624,17 @@ class ReinforceTrainer(Trainer):
         state = checkpoint.load_state(Path(checkpoint_folder) / STATE)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
-        if state["search"] is not None:
-            self._start_search()
-            assert self.search is not None
-            self.search.load_state_dict(state["search"])
-        self._settled, self.contest = state["settled"], state["contest"]
-        if state["assignment"] is not None:
-            self.assignment = assignment_from_json(state["assignment"])
+        self._settled = state["settled"]
+        for target, saved in zip(self._in_turn(), state["targets"], strict=True):
+            if saved["search"] is not None:
+                self._start_search()
+                assert target.search is not None
+                target.search.load_state_dict(saved["search"])
+            target.contest = saved["contest"]
+            if saved["assignment"] is not None:
+                target.assignment = assignment_from_json(saved["assignment"])
+        self._turn = self.state.global_step % len(self.targets)
+        if self.assignment is not None:
             set_formats(self.modules, self.assignment)
         if self.history is not None:
             self.history.truncate(self.state.global_step)
@@ -609,6 +691,10 @@ def class_logits(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
     logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
     return logits if classes and not labels.is_floating_point() else None
+
+
+def _each(bits: float | tuple[float, ...] | None) -> tuple[float | None, ...]:
+    return bits if isinstance(bits, tuple) else (bits,)
 
 
 def _hold_out(size: int, seed: int, fraction: float = 0.1) -> list[int]:

@@ -44,8 +44,8 @@ class ReinforceConfig:
     cost_type: CostType = "compute"
     cost_target: float | None = None
     """budget in MiB or GBOPs; one of cost_target and target_bits is needed"""
-    target_bits: float | None = None
-    """budget as the cost of every searched layer in that many bits"""
+    target_bits: float | tuple[float, ...] | None = None
+    """budget as the cost of every searched layer in that many bits; several: one policy each, over shared weights"""
     cost_function: Literal["tunas_abs", "one_sided_tunas_abs", "soft_exponential", "hard_exponential"] = "tunas_abs"
     cost_beta: float = 1.0
     """how hard the reward punishes cost over the target"""
@@ -155,6 +155,8 @@ class Search:
     """starting logits (decisions, choices)"""
     pressure: Tensor | None = None
     """part of the prior that stands for the cost, which the final choice replaces by the budget itself"""
+    sharing: int = 1
+    """searches that take turns at the steps of the run"""
     candidates: dict[str, list[int]] = field(default_factory=dict)
     """choices that others propose: they are trained in turn before the policy learns, and enter the contest"""
     policy: SimplePolicy = field(init=False)
@@ -167,7 +169,7 @@ class Search:
             self.config.rl_learning_rate,
             self.config.entropy_schedule_type,
             self.config.max_entropy_beta,
-            max(self.phases.settle - self.phases.delay, 1),
+            max(self.phases.settle - self.phases.delay, 1),  # steps of the run: of several searches, all keep its pace
             baseline="leave_one_out" if self.config.reward_draws > 1 else "ema",
         )
 
@@ -182,7 +184,7 @@ class Search:
         the weights have met about as often.
         """
         if step < self.phases.delay:
-            turn, odd = divmod(step, 2)
+            turn, odd = divmod(step // self.sharing, 2)
             if self.candidates and not odd:
                 return torch.tensor([list(self.candidates.values())[turn % len(self.candidates)]])
             return self.draw()[None]

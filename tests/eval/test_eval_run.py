@@ -129,3 +129,50 @@ def test_resnet20_scores_its_published_accuracy(tmp_path):
     flags = f"{data} {model} --report_to none --quiet --output_root_dir {tmp_path}"
     metrics = run(parse(flags.split()))["metrics"]["validation"]
     assert metrics["n"] == 1017 and round(metrics["accuracy"] * 1017) == 932
+
+
+SEVERAL = "--search --search_space 2,4,8 --cost_type compute --target_bits 3,6,4 --max_steps 40"
+
+
+def test_several_budgets_come_from_one_run_with_a_record_each(tmp_path):
+    settings = config(tmp_path, SEVERAL)
+    last = run(settings)
+    folders = [settings.run_folder / "3b", settings.run_folder / "4b", settings.run_folder]
+    records = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    assert records[2] == last and len({record["run_id"] for record in records}) == 3
+    targets = [record["cost_target"] for record in records]
+    assert targets == sorted(targets) and len(set(targets)) == 3
+    for record in records:
+        assert record["cost"] <= record["cost_target"] and record["status"] == "finished"
+        assert record["contest"]["certificate"]["rank"] >= 1
+    assert len({json.dumps(record["assignment"]) for record in records}) > 1
+    history = [json.loads(line) for line in (settings.run_folder / "history.jsonl").read_text().splitlines()]
+    assert [entry["target"] for entry in history[:6]] == targets * 2, "the targets take turns"
+    validation = make_plan(settings).prepared.validation["validation"]
+    images = torch.stack([validation[i]["pixel_values"] for i in range(len(validation))])
+    labels = torch.stack([torch.as_tensor(validation[i]["labels"]) for i in range(len(validation))])
+    for folder, record in zip(folders, records, strict=True):  # each folder holds the whole model of its own budget
+        with torch.no_grad():
+            accuracy = (load_model(folder)(pixel_values=images).logits.argmax(1) == labels).double().mean().item()
+        assert accuracy == pytest.approx(record["metrics"]["validation"]["accuracy"], abs=1e-9)
+
+
+@pytest.mark.parametrize("step", [12, 35])
+def test_several_budgets_go_on_from_a_checkpoint(tmp_path, step):
+    class Killed(Exception):
+        pass
+
+    def kill(entry):
+        if entry["step"] == step:
+            raise Killed
+
+    several = f"{SEVERAL} --save_strategy steps --log_steps 5"
+    whole = run(config(tmp_path, f"{several} --run_id whole"))
+    stopped = config(tmp_path, f"{several} --run_id stopped")
+    with pytest.raises(Killed):
+        run(stopped, on_step=kill)
+    assert timeless(run(stopped)) == timeless(whole)
+    parts = [
+        json.loads((tmp_path / f"digits/default/{name}/3b/result.json").read_text()) for name in ("whole", "stopped")
+    ]
+    assert timeless(parts[0]) == timeless(parts[1])

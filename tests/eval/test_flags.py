@@ -75,11 +75,11 @@ def test_the_recipe_fills_in_what_search_flags_leave_open():
     [
         (
             "--task mrpc --model bert --block_search --search_space 4,8 --num_train_epochs 3 --learning_rate 5e-5",
-            {"method": "search", "partition": "role", "task": "mrpc", "target_bits": 6},
+            {"method": "search", "partition": "role", "task": "mrpc", "target_bits": "6"},
         ),
         (
             "--task cifar10 --model resnet18 --search --search_space 2,4,8 --num_train_epochs 3",
-            {"method": "search", "partition": "layer", "target_bits": 5},
+            {"method": "search", "partition": "layer", "target_bits": "5"},
         ),
         ("--task sst2 --model gpt2 --single_decision --search", {"method": "search", "partition": "single"}),
         (

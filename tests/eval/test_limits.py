@@ -54,7 +54,7 @@ def test_one_limit_alone_is_the_target():
     config = parse([*RUN, "--max_compute", "0.5"])
     assert (config.cost_type, config.cost_target, config.target_bits) == ("compute", 0.5, None)
     config = parse([*RUN, "--max_memory", "1", "--target_bits", "4"])
-    assert (config.cost_type, config.cost_target, config.target_bits) == ("memory", None, 4.0)
+    assert (config.cost_type, config.cost_target, config.target_bits) == ("memory", None, "4")
 
 
 def test_limits_that_nothing_meets_are_refused_before_training(tmp_path):
