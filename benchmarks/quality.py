@@ -49,7 +49,8 @@ class Row:
 SLOW, FAST = 0.001, 0.01
 """Step sizes, with momentum 0.9. At 3 bits the slow one leaves the training loss twice as high as the fast one."""
 RESNET20 = {
-    rate: "--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 --model_path {shared}/models/resnet20-cifar10 "
+    rate: "--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 "
+    "--model_path {shared}/models/resnet20-cifar10 "
     f"--max_steps 200 --train_batch_size 128 --eval_batch_size 128 --optimizer sgd --learning_rate {rate}"
     for rate in (SLOW, FAST)
 }
