@@ -201,7 +201,8 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        dots = axes.scatter(points[:, 1], points[:, 2], c=points[:, 0], cmap="cividis", s=9, linewidths=0)
+        dots = axes.scatter(points[:, 1], points[:, 2], c=points[:, 0], cmap="cividis", s=10, linewidths=0.3)
+        dots.set_edgecolor(INK)  # shows the darkest dots on a dark page as well
         canvas.colorbar(dots, ax=axes, label="step")
         axes.set_xlabel(f"{run.record['cost_type']} cost [{run.record['cost_unit']}]")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))

@@ -1,11 +1,14 @@
 """The command line: what is typed arrives, what is wrong is refused in one line before anything loads."""
 
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,3 +260,16 @@ def test_checking_flags_needs_no_torch():
 
 def test_the_readme_shows_the_flags_as_they_are():
     assert markdown_table() in (ROOT / "README.md").read_text()
+
+
+def test_every_command_of_the_readme_is_understood():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", text, re.DOTALL)
+    (manifest,) = (block for block in blocks if block.startswith("apiVersion"))
+    lines = [line for block in blocks if block != manifest for line in block.splitlines()]
+    lines.append(yaml.safe_load(manifest)["spec"]["entrypoint"])
+    commands = [re.split(r"eval_parallel\.py|eval_run\.py", line.split("#")[0])[1] for line in lines if "py --" in line]
+    assert len(commands) >= 5
+    for command in commands:
+        config = read_flags([word for word in shlex.split(command) if word != "..."])
+        assert config.task is not None, command
