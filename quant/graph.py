@@ -1,0 +1,249 @@
+"""Who reads what in a model, found by watching one forward pass: groups of layers around a norm or a ReLU.
+
+Names of modules and classes of a library change between versions; what reads a tensor does not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
+
+from quant.convert import run_model
+
+LAYERS = (nn.Linear, nn.Conv2d, Conv1D)
+_ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+_RECTIFY = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu}
+"""functions with f(x / s) = f(x) / s for s > 0"""
+_PASS = {F.dropout, F.dropout2d, torch.dropout}
+"""in eval mode, what goes in comes out"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the same tensor, and what makes it: names of modules."""
+
+    source: str | None
+    """norm or layer whose output they read; None: nothing can absorb a scale there"""
+    consumers: tuple[str, ...]
+    shortcuts: tuple[str, ...] = ()
+    """norms that read that output with something added"""
+    normalizes: bool = False
+    """the source is a LayerNorm or RMSNorm"""
+    rectified: bool = False
+    """a ReLU lies between, which only positive scales pass"""
+
+    def only(self, layers: Collection[str]) -> Group:
+        """The group as far as it matters for `layers`: whole or empty with a source, else without the other layers."""
+        inside = tuple(name for name in self.consumers if name in layers)
+        return replace(self, consumers=self.consumers if self.source is not None and inside else inside)
+
+
+@torch.no_grad()
+def find_groups(model: nn.Module, example: Any) -> list[Group]:
+    """Every Linear, Conv1D and Conv2d that is called, in groups by what it reads, in the order of the calls.
+
+    A group has a source only if all readers of its output are known: layers, and norms behind a shortcut. Layers with
+    another reader beside them, such as a pooler's slice or the model's own output, are a group without a source.
+    Convolutions in groups other than depthwise, and those without a source, are left out.
+    """
+    watched = _Watch()
+    modes = {module: module.training for module in model.modules()}
+    names = {module: name for name, module in model.named_modules()}
+    known = [module for module in names if isinstance(module, LAYERS) or _is_norm(module)]
+    hooks = [hook for module in known for hook in (
+        module.register_forward_pre_hook(watched.enter),
+        module.register_forward_hook(watched.leave),
+    )]  # fmt: skip
+    model.eval()
+    try:
+        with watched:
+            output = run_model(model, example)
+        for tensor in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+            if isinstance(tensor, Tensor):
+                watched.flow(tensor).others += 1
+        owners = Counter(id(p) for module in names for p in module._parameters.values())
+        taken: set[str] = set()
+        groups = []
+        for flow in watched.flows:
+            for group in _groups(flow, watched, names, owners):
+                if not taken & set(group.consumers):  # a layer that is called twice is divided once
+                    groups.append(group)
+                    taken |= set(group.consumers)
+        return groups
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+
+
+@dataclass(eq=False)
+class _Flow:
+    """One tensor, under all its views, and what happens to it."""
+
+    source: nn.Module | None = None
+    source_input: Tensor | None = None
+    readers: list[nn.Module] = field(default_factory=list)
+    sums: list[_Flow] = field(default_factory=list)
+    """flows that are this one plus something else"""
+    rectified: bool = False
+    others: int = 0
+    """readers of any other kind"""
+
+
+class _Watch(TorchFunctionMode):
+    """Follows tensors through one forward pass; what happens inside a layer or norm is that module's own affair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flows: list[_Flow] = []
+        self.by_id: dict[int, _Flow] = {}
+        self.alive: list[Tensor] = []  # an id is only good while its tensor lives
+        self.depth = 0
+
+    def flow(self, tensor: Tensor) -> _Flow:
+        if id(tensor) not in self.by_id:
+            self._start(tensor, _Flow())
+        return self.by_id[id(tensor)]
+
+    def _start(self, tensor: Tensor, flow: _Flow) -> None:
+        self.by_id[id(tensor)] = flow
+        self.alive.append(tensor)
+        if flow not in self.flows:
+            self.flows.append(flow)
+
+    # ------------------------------------------------------ modules
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.depth == 0 and args and isinstance(args[0], Tensor):
+            self.flow(args[0]).readers.append(module)
+        self.depth += 1
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.depth -= 1
+        if self.depth == 0 and isinstance(output, Tensor):
+            self._start(output, _Flow(module, args[0] if args else None))
+
+    # ------------------------------------------------------ functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if self.depth or not isinstance(output, Tensor | tuple | list):
+            return output
+        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not results:
+            return output
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        result = results[0]
+        for tensor in inputs:
+            flow = self.flow(tensor)
+            if result is tensor and func not in _ADD | _RECTIFY | _PASS:
+                flow.others += 1  # changed in place
+            elif func in _RECTIFY:
+                flow.rectified = True
+                self._start(result, flow)
+            elif func in _PASS or _same_values(result, tensor):
+                self._start(result, flow)
+            elif func in _ADD and _plain_sum(inputs, kwargs) and result is not tensor:
+                flow.sums.append(self.flow(result))
+            else:
+                flow.others += 1
+        return output
+
+
+def _same_values(result: Tensor, tensor: Tensor) -> bool:
+    """Whether `result` is `tensor` seen as other rows: the same channels, last, in the same memory."""
+    return (
+        result.data_ptr() == tensor.data_ptr()
+        and result.numel() == tensor.numel()
+        and result.dim() > 0
+        and tensor.dim() > 0
+        and result.shape[-1] == tensor.shape[-1]
+        and result.is_contiguous()
+        and tensor.is_contiguous()
+    )
+
+
+def _plain_sum(inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
+    return len(inputs) == 2 and inputs[0].shape == inputs[1].shape and not kwargs
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """LayerNorm, RMSNorm by whatever name, BatchNorm2d: a weight, perhaps a bias, and nothing else."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d):
+        return module.weight is not None and module.weight.dim() == 1
+    parameters = dict(module.named_parameters(recurse=False))
+    return (
+        type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        and set(parameters) in ({"weight"}, {"weight", "bias"})
+        and parameters["weight"].dim() == 1
+    )
+
+
+def _groups(flow: _Flow, watched: _Watch, names: Mapping[nn.Module, str], owners: Mapping[int, int]) -> Iterator[Group]:
+    layers = list(dict.fromkeys(module for module in flow.readers if isinstance(module, LAYERS)))
+    if not layers:
+        return
+    # A weight that is also an embedding's, say, cannot take a scale.
+    consumers = [layer for layer in layers if _absorbs(layer) and owners[id(layer.weight)] == 1]
+    targets = [_only_norm(total) for total in flow.sums]
+    source = flow.source
+    whole = (
+        source is not None
+        and len(consumers) == len(flow.readers)
+        and not flow.others
+        and None not in targets
+        and not (targets and flow.rectified)
+        and _called_once(watched, source, *consumers, *targets)
+        and _scales(source, flow.source_input)
+    )
+    normal = not isinstance(source, (*LAYERS, nn.BatchNorm2d))
+    if whole and source is not None:
+        shortcuts = tuple(names[target] for target in targets if target is not None)
+        yield Group(names[source], tuple(names[c] for c in consumers), shortcuts, normal, flow.rectified)
+    elif alone := [layer for layer in consumers if not isinstance(layer, nn.Conv2d)]:
+        yield Group(None, tuple(names[layer] for layer in alone))
+
+
+def _absorbs(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Conv2d) or layer.groups in (1, layer.in_channels)
+
+
+def _only_norm(total: _Flow) -> nn.Module | None:
+    """The one LayerNorm or RMSNorm that reads a sum, if nothing else does."""
+    if len(total.readers) != 1 or total.others or total.sums or total.rectified:
+        return None
+    norm = total.readers[0]
+    return norm if _is_norm(norm) and not isinstance(norm, nn.BatchNorm2d) else None
+
+
+def _called_once(watched: _Watch, *modules: nn.Module | None) -> bool:
+    """Modules that a model uses in several places stand for all of them: their weights belong to no group."""
+    weights = {id(module.weight) for module in modules if module is not None}
+    calls = sum(1 for flow in watched.flows if flow.source is not None and id(flow.source.weight) in weights)
+    return calls == len({module for module in modules if module is not None})
+
+
+def _scales(source: nn.Module, example: Tensor | None) -> bool:
+    """Whether twice the weight and bias make twice the output: not so where a norm multiplies by 1 + weight."""
+    if isinstance(source, (*LAYERS, nn.LayerNorm)):
+        return True
+    forward: Callable[..., Any] = source.forward
+    parameters = [p for p in source.parameters(recurse=False)]
+    before = forward(example)
+    for parameter in parameters:
+        parameter.mul_(2)
+    after = forward(example)
+    for parameter in parameters:
+        parameter.div_(2)
+    return torch.allclose(after, 2 * before, rtol=1e-3, atol=1e-6)

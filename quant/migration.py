@@ -1,0 +1,424 @@
+"""Scale moved between layers with the float model unchanged: Gamma Migration and SmoothQuant.
+
+Where a norm (or a layer in front of a ReLU) feeds layers, its output may be divided by g, channel by channel, if every
+reader makes up for it: a layer multiplies the columns of its weight, a shortcut multiplies what it adds.
+
+Sources: Outlier Suppression (arXiv 2209.13325), SmoothQuant (arXiv 2211.10438).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from quant.convert import run_model
+from quant.errors import UserError
+from quant.formats import FloatFormat, Format, IntFormat
+from quant.graph import Group, find_groups
+from quant.quant_utils import fake_quantize, scale_from_range
+
+SMALLEST = 1e-5
+"""smallest scale of SmoothQuant, and smallest gamma that is migrated"""
+TOKENS = 2048
+"""tokens of a layer's input that auto alpha measures on"""
+
+
+# ------------------------------------------------------ the operator
+
+
+@torch.no_grad()
+def migrate(
+    source: nn.Module | None, consumers: Sequence[nn.Module], shortcuts: Sequence[nn.Module], g: Tensor
+) -> None:
+    """Divide what `consumers` read by g, in place, with the model's output unchanged.
+
+    Args:
+        source: the norm or layer whose output they read: its weight and bias are divided. None: every consumer divides
+            its input itself.
+        consumers: Linear, Conv1D or Conv2d; the weight's input channel j is multiplied by g_j, the bias stays.
+        shortcuts: norms that read the source's output plus something else: from now on g times that output.
+        g: float (channels,), not 0. Negative entries only where nothing lies between source and consumers (no ReLU).
+    """
+    for consumer in consumers:
+        weight: Any = consumer.weight
+        weight.mul_(_along_inputs(consumer, g).to(weight))
+        if source is None:
+            _divide_input(consumer, g)
+    if source is None:
+        return
+    for parameter in (source.weight, getattr(source, "bias", None)):
+        if isinstance(parameter, Tensor):
+            parameter.copy_(_divided(source, parameter, g))
+    for norm in shortcuts:
+        shortcut = add_shortcut(norm, consumers[0])
+        shortcut.gain.mul_(g.to(shortcut.gain))
+
+
+def _along_inputs(consumer: nn.Module, g: Tensor) -> Tensor:
+    """g shaped to multiply the weight's input channels."""
+    if isinstance(consumer, Conv1D):
+        return g.unsqueeze(1)
+    if isinstance(consumer, nn.Conv2d):
+        # Depthwise: output channel j is what reads input channel j.
+        return g.view(1, -1, 1, 1) if consumer.groups == 1 else g.view(-1, 1, 1, 1)
+    return g
+
+
+def _divided(source: nn.Module, parameter: Tensor, g: Tensor) -> Tensor:
+    g = g.to(parameter)
+    if parameter.dim() == 1 or isinstance(source, Conv1D):
+        return parameter / g
+    return parameter / g.view(-1, *(1,) * (parameter.dim() - 1))
+
+
+class Shortcut(nn.Module):
+    """What a shortcut adds, multiplied by `gain`: part of the norm that reads the sum.
+
+    The sum S = X + B arrives with X already added, so gain * X + B = S + (gain - 1) X. X is what `reader`, a layer of
+    the branch B, has read just before: after dropout, where there is one.
+    """
+
+    gain: Tensor
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(channels, device=device))
+        self.latest: Tensor | None = None
+
+    def remember(self, reader: nn.Module, args: tuple[Any, ...]) -> None:
+        self.latest = args[0]
+
+    def forward(self, total: Tensor) -> Tensor:
+        x, self.latest = self.latest, None
+        assert x is not None
+        return total + (self.gain - 1).to(total) * x.view_as(total)
+
+
+def add_shortcut(norm: nn.Module, reader: nn.Module) -> Shortcut:
+    """The norm's `Shortcut`, made if it has none; what it adds is what `reader` read last."""
+    if not hasattr(norm, "shortcut"):
+        weight: Any = norm.weight
+        norm.shortcut = Shortcut(len(weight), weight.device)
+        reader.register_forward_pre_hook(norm.shortcut.remember)
+        norm.register_forward_pre_hook(_add_through_shortcut)
+    assert isinstance(norm.shortcut, Shortcut)
+    return norm.shortcut
+
+
+def _add_through_shortcut(norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return norm.shortcut(args[0]), *args[1:]
+
+
+def _divide_input(layer: nn.Module, g: Tensor) -> None:
+    """The layer divides its input by g; a second call divides by both."""
+    if not hasattr(layer, "input_divisor"):
+        weight: Any = layer.weight
+        layer.register_buffer("input_divisor", torch.ones(len(g), device=weight.device))
+        layer.register_forward_pre_hook(_read_divided)
+    divisor: Any = layer.input_divisor
+    divisor.mul_(g.to(divisor))
+
+
+def _read_divided(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0] / layer.input_divisor.to(args[0]), *args[1:]
+
+
+# ------------------------------------------------------ saved and loaded
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What migrating added to a model besides changed weights: names, for a file."""
+
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
+    """norm -> the layer whose input its shortcut adds"""
+    divided: Sequence[str] = ()
+    """layers that divide their input"""
+
+
+def attach(model: nn.Module, migration: Migration) -> None:
+    """Add the same to a fresh model, all scales 1: loading a state dict then sets them."""
+    modules = dict(model.named_modules())
+    for norm, reader in migration.shortcuts.items():
+        add_shortcut(modules[norm], modules[reader])
+    for name in migration.divided:
+        layer: Any = modules[name]
+        _divide_input(layer, torch.ones(input_channels(layer)))
+
+
+def input_channels(layer: Any) -> int:
+    """Channels of what a Linear, Conv1D or Conv2d reads."""
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.shape[0])
+    return int(layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features)
+
+
+# ------------------------------------------------------ Gamma Migration
+
+
+def gamma_migration(model: nn.Module, groups: Iterable[Group]) -> Migration:
+    """Move every norm's gamma into its readers: the norm then multiplies by 1, which is what gets quantized."""
+    shortcuts: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    for group in groups:
+        if not group.normalizes or group.rectified:
+            continue
+        norm: Any = modules[group.source or ""]
+        gamma = norm.weight.detach()
+        g = torch.where(gamma.abs() < SMALLEST, torch.ones_like(gamma), gamma)
+        _migrate_group(modules, group, g)
+        shortcuts |= dict.fromkeys(group.shortcuts, group.consumers[0])
+    return Migration(shortcuts)
+
+
+def _migrate_group(modules: Mapping[str, nn.Module], group: Group, g: Tensor) -> None:
+    source = None if group.source is None else modules[group.source]
+    migrate(source, [modules[name] for name in group.consumers], [modules[name] for name in group.shortcuts], g)
+
+
+# ------------------------------------------------------ SmoothQuant
+
+
+@dataclass(frozen=True)
+class SmoothQuantConfig:
+    """How hard activation outliers are moved into weights; `auto` chooses alpha for each layer."""
+
+    alpha: float | Literal["auto"] = 0.5
+    """0: all difficulty stays in the activations, 1: all of it goes to the weights"""
+    alpha_min: float = 0.3
+    alpha_max: float = 0.7
+    alpha_step: float = 0.05
+    shared_criterion: Literal["mean", "min", "max"] = "mean"
+    """auto: the loss of layers that share an input, of their own losses"""
+    n_samples: int = 32
+    """auto: calibration examples that losses are measured on"""
+
+    def __post_init__(self) -> None:
+        if self.alpha != "auto" and not (isinstance(self.alpha, float | int) and 0 <= self.alpha <= 1):
+            raise UserError(f"smooth_quant.alpha must be auto or lie in [0, 1], got {self.alpha!r}")
+        if not 0 <= self.alpha_min <= self.alpha_max <= 1:
+            raise UserError(
+                f"smooth_quant.alpha_min and alpha_max must be ordered in [0, 1], got {self.alpha_min} and "
+                f"{self.alpha_max}"
+            )
+        if not self.alpha_step > 0:
+            raise UserError(f"smooth_quant.alpha_step must be positive, got {self.alpha_step}")
+        if self.shared_criterion not in ("mean", "min", "max"):
+            raise UserError(
+                f"smooth_quant.shared_criterion must be one of mean, min, max, got {self.shared_criterion!r}"
+            )
+        if self.n_samples < 1:
+            raise UserError(f"smooth_quant.n_samples must be at least 1, got {self.n_samples}")
+
+    @property
+    def grid(self) -> list[float]:
+        """The alphas that auto tries."""
+        steps = math.floor((self.alpha_max - self.alpha_min) / self.alpha_step + 1e-6)
+        return [round(self.alpha_min + i * self.alpha_step, 10) for i in range(steps + 1)]
+
+
+def smooth_quant(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Iterable[Any],
+    config: SmoothQuantConfig | None = None,
+    *,
+    formats: tuple[Format, Format] = (IntFormat(8), IntFormat(8)),
+) -> tuple[Migration, dict[str, float]]:
+    """Divide each group's input by s_j = amax_j^alpha / wmax_j^(1 - alpha), in place.
+
+    Args:
+        batches: calibration data; amax_j is over all of it, auto alpha measures on its first examples.
+        formats: (weights, activations) that auto alpha quantizes to.
+
+    Returns what was added to the model and the alpha of each group's first layer. Raises UserError without batches.
+    """
+    config = config or SmoothQuantConfig()
+    modules = dict(model.named_modules())
+    layers: dict[str, nn.Module] = {group.consumers[0]: modules[group.consumers[0]] for group in groups}
+    inputs = watch_inputs(model, layers, batches, config.n_samples if config.alpha == "auto" else 0)
+    alphas: dict[str, float] = {}
+    shortcuts: dict[str, str] = {}
+    divided: list[str] = []
+    for group in groups:
+        first = group.consumers[0]
+        if first not in inputs:
+            continue  # never called on this data
+        seen, consumers = inputs[first], [modules[name] for name in group.consumers]
+        largest = weight_maxima(consumers)
+        if config.alpha == "auto":
+            losses = {a: alpha_loss(consumers, seen.kept, smoothing(seen.amax, largest, a), formats, config)
+                      for a in config.grid}  # fmt: skip
+            alphas[first] = min(losses, key=lambda a: losses[a])
+        else:
+            alphas[first] = config.alpha
+        _migrate_group(modules, group, smoothing(seen.amax, largest, alphas[first]))
+        shortcuts |= dict.fromkeys(group.shortcuts, first)
+        divided += group.consumers if group.source is None else []
+    return Migration(shortcuts, divided), alphas
+
+
+def smoothing(amax: Tensor, wmax: Tensor, alpha: float) -> Tensor:
+    """s (channels,) from the largest |input| and |weight| of each channel; 1 where the input is always 0."""
+    s = (amax**alpha / wmax.clamp(min=SMALLEST) ** (1 - alpha)).clamp(min=SMALLEST)
+    return torch.where(amax > 0, s, torch.ones_like(s))
+
+
+@torch.no_grad()
+def weight_maxima(consumers: Iterable[nn.Module]) -> Tensor:
+    """Largest |weight| of each input channel over all layers that share the input: float32 (channels,)."""
+    maxima = []
+    for consumer in consumers:
+        weight: Any = consumer.weight
+        axis = 0 if isinstance(consumer, Conv1D) or getattr(consumer, "groups", 1) > 1 else 1
+        maxima.append(weight.detach().float().abs().movedim(axis, 0).flatten(1).amax(dim=1))
+    return torch.stack(maxima).amax(dim=0)
+
+
+@torch.no_grad()
+def alpha_loss(
+    consumers: Iterable[nn.Module],
+    inputs: Sequence[Tensor],
+    s: Tensor,
+    formats: tuple[Format, Format],
+    config: SmoothQuantConfig,
+) -> float:
+    """Squared error of the layers' outputs with X / s and W * s quantized, summed over all inputs.
+
+    Weights are quantized per output channel, inputs on one scale for all of them, both to their extrema.
+    """
+    losses = []
+    for consumer in consumers:
+        weight: Any = consumer.weight
+        channels = weight.movedim(1 if isinstance(consumer, Conv1D) else 0, 0)
+        scaled = weight * _along_inputs(consumer, s).to(weight)
+        axis = 1 if isinstance(consumer, Conv1D) else 0
+        rounded = _quantized(scaled.movedim(axis, 0).flatten(1), formats[0], symmetric=True)
+        rounded = rounded.view_as(channels).movedim(0, axis)
+        divisor = (s.view(-1, 1, 1) if isinstance(consumer, nn.Conv2d) else s).to(weight)
+        sizes = [x.numel() for x in inputs]
+        quantized = _quantized(torch.cat([(x / divisor).flatten() for x in inputs]).view(1, -1), formats[1], False)
+        loss = 0.0
+        for x, part in zip(inputs, quantized[0].split(sizes), strict=True):
+            made = functional_call(consumer, {"weight": rounded}, (part.view_as(x),))
+            loss += float((made - functional_call(consumer, {}, (x,))).double().square().sum())
+        losses.append(loss)
+    return {"mean": sum(losses) / len(losses), "min": min(losses), "max": max(losses)}[config.shared_criterion]
+
+
+def _quantized(rows: Tensor, format: Format, symmetric: bool) -> Tensor:
+    """Each row rounded to its own extrema; in formats without a scale, as they are."""
+    if not isinstance(format, IntFormat | FloatFormat):
+        return fake_quantize(rows, format)
+    scale, zero_point = scale_from_range(rows.amin(dim=1), rows.amax(dim=1), format, symmetric)
+    return fake_quantize(rows, format, scale.unsqueeze(1), None if zero_point is None else zero_point.unsqueeze(1))
+
+
+@dataclass
+class Inputs:
+    """What a layer has read: largest magnitude of each channel, and some of it."""
+
+    amax: Tensor
+    kept: list[Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def watch_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], samples: int
+) -> dict[str, Inputs]:
+    """What `layers` read over `batches`, in eval mode; inputs of the first `samples` examples are kept.
+
+    Of those at most `TOKENS` tokens a batch, evenly spaced. Raises UserError without batches.
+    """
+    seen: dict[str, Inputs] = {}
+    room = samples
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            channel = 1 if isinstance(layer, nn.Conv2d) else -1
+            amax = x.float().abs().movedim(channel, 0).flatten(1).amax(dim=1)
+            entry = seen.setdefault(name, Inputs(amax))
+            entry.amax = torch.maximum(entry.amax, amax)
+            if room > 0:
+                entry.kept.append(_thinned(x[:room], layer))
+
+        return hook
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    model.eval()
+    empty = True
+    try:
+        for batch in batches:
+            empty = False
+            run_model(model, batch)
+            room -= _examples(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    if empty:
+        raise UserError("the calibration set is empty: SmoothQuant needs at least one batch of training data")
+    return seen
+
+
+def _thinned(x: Tensor, layer: nn.Module) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return x.contiguous()
+    tokens = x.reshape(-1, x.shape[-1])
+    return tokens[:: max(-(-len(tokens) // TOKENS), 1)].contiguous()
+
+
+def _examples(batch: Any) -> int:
+    values: Collection[Any] = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    )
+    return next((len(value) for value in values if isinstance(value, Tensor)), 1)
+
+
+# ------------------------------------------------------ both, as a run asks for them
+
+
+def fold(
+    model: nn.Module,
+    example: Any,
+    batches: Callable[[], Iterable[Any]],
+    layers: Collection[str],
+    *,
+    gamma: bool = False,
+    smooth: SmoothQuantConfig | None = None,
+    formats: tuple[Format, Format] = (IntFormat(8), IntFormat(8)),
+) -> Migration:
+    """Gamma Migration, then SmoothQuant, as far as asked for, on a float model, in place.
+
+    Args:
+        example: a batch that shows who reads what.
+        batches: gives the calibration data.
+        layers: names of the layers that will be quantized; the others change only where they share an input with them.
+
+    Raises UserError if Gamma Migration finds no norm that can be migrated.
+    """
+    groups = [group.only(layers) for group in find_groups(model, example)]
+    groups = [group for group in groups if group.consumers]
+    parts = []
+    if gamma:
+        if not any(group.normalizes and not group.rectified for group in groups):
+            raise UserError(
+                f"--gamma_migration: {type(model).__name__} has no norm whose output only layers and shortcuts read"
+            )
+        parts.append(gamma_migration(model, groups))
+    if smooth is not None:
+        parts.append(smooth_quant(model, groups, batches(), smooth, formats=formats)[0])
+    return Migration(
+        {norm: reader for part in parts for norm, reader in part.shortcuts.items()},
+        list(dict.fromkeys(name for part in parts for name in part.divided)),
+    )
