@@ -220,6 +220,20 @@ def calibrate(
 
     Raises UserError if there is no batch.
     """
+    observe_inputs(model, modules, batches)
+    for module in modules.values():
+        module.weight_quantizer.observe(module.weight)
+        for quantizer in (module.weight_quantizer, module.input_quantizer):
+            if learned or quantizer.config.range != "learned":
+                quantizer.finish_calibration()
+            quantizer.observation = None
+
+
+def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches: Iterable[Any]) -> None:
+    """Show every layer's input to its quantizer, in eval mode: what `calibrate` chooses activation ranges from.
+
+    Raises UserError if there is no batch.
+    """
     modes = {module: module.training for module in model.modules()}
     unpadded = [m.input_quantizer for m in modules.values() if m.input_quantizer.config.ignore_padding]
     empty = True
@@ -243,12 +257,6 @@ def calibrate(
             quantizer.real_tokens = None
     if empty:
         raise UserError("the calibration set is empty: ranges need at least one batch of training data")
-    for module in modules.values():
-        module.weight_quantizer.observe(module.weight)
-        for quantizer in (module.weight_quantizer, module.input_quantizer):
-            if learned or quantizer.config.range != "learned":
-                quantizer.finish_calibration()
-            quantizer.observation = None
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:

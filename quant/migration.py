@@ -143,6 +143,20 @@ class Migration:
     """layers that divide their input"""
 
 
+def added(model: nn.Module) -> Migration:
+    """What migrating has added to `model`."""
+    norms = {
+        m.shortcut: name for name, m in model.named_modules() if isinstance(getattr(m, "shortcut", None), Shortcut)
+    }
+    readers = {
+        norms[hook.__self__]: name
+        for name, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(getattr(hook, "__self__", None), Shortcut)
+    }
+    return Migration(readers, [name for name, module in model.named_modules() if hasattr(module, "input_divisor")])
+
+
 def attach(model: nn.Module, migration: Migration) -> None:
     """Add the same to a fresh model, all scales 1: loading a state dict then sets them."""
     modules = dict(model.named_modules())
@@ -163,9 +177,8 @@ def input_channels(layer: Any) -> int:
 # ------------------------------------------------------ Gamma Migration
 
 
-def gamma_migration(model: nn.Module, groups: Iterable[Group]) -> Migration:
+def gamma_migration(model: nn.Module, groups: Iterable[Group]) -> None:
     """Move every norm's gamma into its readers: the norm then multiplies by 1, which is what gets quantized."""
-    shortcuts: dict[str, str] = {}
     modules = dict(model.named_modules())
     for group in groups:
         if not group.normalizes or group.rectified:
@@ -174,8 +187,6 @@ def gamma_migration(model: nn.Module, groups: Iterable[Group]) -> Migration:
         gamma = norm.weight.detach()
         g = torch.where(gamma.abs() < SMALLEST, torch.ones_like(gamma), gamma)
         _migrate_group(modules, group, g)
-        shortcuts |= dict.fromkeys(group.shortcuts, group.consumers[0])
-    return Migration(shortcuts)
 
 
 def _migrate_group(modules: Mapping[str, nn.Module], group: Group, g: Tensor) -> None:
@@ -231,22 +242,20 @@ def smooth_quant(
     config: SmoothQuantConfig | None = None,
     *,
     formats: tuple[Format, Format] = (IntFormat(8), IntFormat(8)),
-) -> tuple[Migration, dict[str, float]]:
+) -> dict[str, float]:
     """Divide each group's input by s_j = amax_j^alpha / wmax_j^(1 - alpha), in place.
 
     Args:
         batches: calibration data; amax_j is over all of it, auto alpha measures on its first examples.
         formats: (weights, activations) that auto alpha quantizes to.
 
-    Returns what was added to the model and the alpha of each group's first layer. Raises UserError without batches.
+    Returns the alpha of each group, by its first layer. Raises UserError without batches.
     """
     config = config or SmoothQuantConfig()
     modules = dict(model.named_modules())
     layers: dict[str, nn.Module] = {group.consumers[0]: modules[group.consumers[0]] for group in groups}
     inputs = watch_inputs(model, layers, batches, config.n_samples if config.alpha == "auto" else 0)
     alphas: dict[str, float] = {}
-    shortcuts: dict[str, str] = {}
-    divided: list[str] = []
     for group in groups:
         first = group.consumers[0]
         if first not in inputs:
@@ -260,9 +269,7 @@ def smooth_quant(
         else:
             alphas[first] = config.alpha
         _migrate_group(modules, group, smoothing(seen.amax, largest, alphas[first]))
-        shortcuts |= dict.fromkeys(group.shortcuts, first)
-        divided += group.consumers if group.source is None else []
-    return Migration(shortcuts, divided), alphas
+    return alphas
 
 
 def smoothing(amax: Tensor, wmax: Tensor, alpha: float) -> Tensor:
@@ -397,7 +404,7 @@ def fold(
     gamma: bool = False,
     smooth: SmoothQuantConfig | None = None,
     formats: tuple[Format, Format] = (IntFormat(8), IntFormat(8)),
-) -> Migration:
+) -> None:
     """Gamma Migration, then SmoothQuant, as far as asked for, on a float model, in place.
 
     Args:
@@ -409,16 +416,11 @@ def fold(
     """
     groups = [group.only(layers) for group in find_groups(model, example)]
     groups = [group for group in groups if group.consumers]
-    parts = []
     if gamma:
         if not any(group.normalizes and not group.rectified for group in groups):
             raise UserError(
                 f"--gamma_migration: {type(model).__name__} has no norm whose output only layers and shortcuts read"
             )
-        parts.append(gamma_migration(model, groups))
+        gamma_migration(model, groups)
     if smooth is not None:
-        parts.append(smooth_quant(model, groups, batches(), smooth, formats=formats)[0])
-    return Migration(
-        {norm: reader for part in parts for norm, reader in part.shortcuts.items()},
-        list(dict.fromkeys(name for part in parts for name in part.divided)),
-    )
+        smooth_quant(model, groups, batches(), smooth, formats=formats)

@@ -38,8 +38,6 @@ class QuantizerConfig:
     """integers: a symmetric grid; False moves the grid by a zero point (unsigned after ReLU)"""
     learned_offset: bool = False
     """LSQ+: an asymmetric integer grid is moved by a learned number instead of a zero point; range 'learned' only"""
-    token_quantile: float = 1.0
-    """'avg_prune_minmax': quantile of the token bounds at which the range is clipped, in (0, 1]; 1: nothing is"""
     ignore_padding: bool = False
     """activations: leave out the tokens that a batch's `attention_mask` says are padding"""
 
@@ -59,19 +57,13 @@ class QuantizerConfig:
             )
         if self.learned_offset and self.range != "learned":
             raise ValueError(f"learned_offset needs range learned, got {self.range}")
-        if not 0 < self.token_quantile <= 1:
-            raise ValueError(f"token_quantile must lie in (0, 1], got {self.token_quantile}")
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"percentile must lie in (0, 100], or be 0 for none, got {self.percentile}")
 
     @property
     def estimator(self) -> Observer:
         """What watches the tensor and chooses its range."""
-        if self.percentile:
-            return percentile_observer(self.percentile)
-        if self.observer == "avg_prune_minmax":
-            return token_observer(self.token_quantile)
-        return OBSERVERS[self.observer]
+        return percentile_observer(self.percentile) if self.percentile else OBSERVERS[self.observer]
 
 
 WEIGHT = QuantizerConfig(granularity="channel")
@@ -109,6 +101,8 @@ class Quantizer(nn.Module):
         self.prepared: set[Format] = set()
         self.observation: Any = None
         """what the observer has seen so far"""
+        self.token_quantiles: dict[str, float] = {}
+        """'avg_prune_minmax': name of a format -> quantile of the token bounds at which it clips, see `clip_tokens`"""
         self.real_tokens: Tensor | None = None
         """bool, shaped like the leading axes of what is observed: False for tokens to leave out"""
 
@@ -151,20 +145,21 @@ class Quantizer(nn.Module):
 
     def finish_calibration(self, only: Format | None = None) -> None:
         """Set the scale of every prepared format (or of `only`) from what was observed, and forget that."""
-        self.set_ranges(self.config.estimator, only)
+        for name, grid in self.grids.items():
+            if only is None or name == only.name:
+                clipped = token_observer(self.token_quantiles[name]) if name in self.token_quantiles else None
+                self.set_ranges(clipped or self.config.estimator, cast(Grid, grid).format)
         self.observation = None
 
     @torch.no_grad()
-    def set_ranges(self, estimate: RangeEstimator, only: Format | None = None) -> None:
-        """Set the scale of every prepared format (or of `only`) to what `estimate` makes of the observation."""
-        if self.observation is None:
+    def set_ranges(self, estimate: RangeEstimator, format: Format) -> None:
+        """Set the scale of a prepared format to what `estimate` makes of the observation, if there is one."""
+        if self.observation is None or format.name not in self.grids:
             return
-        for name, grid in self.grids.items():
-            if only is None or name == only.name:
-                grid = cast(Grid, grid)
-                low, high = estimate(self.observation, grid.format, self.config.symmetric)
-                scale, zero_point = scale_from_range(low, high, grid.format, self.config.symmetric)
-                grid.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
+        grid = cast(Grid, self.grids[format.name])
+        low, high = estimate(self.observation, grid.format, self.config.symmetric)
+        scale, zero_point = scale_from_range(low, high, grid.format, self.config.symmetric)
+        grid.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
 
     def _see(self, x: Tensor, before: Any) -> Any:
         """What the observer keeps of x, on top of what it kept before."""

@@ -1,6 +1,8 @@
 """Scale moved across norms and ReLUs: the float model stays what it was, and quantization gets easier."""
 
 import copy
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from quant.graph import find_groups
 from quant.migration import (
     Migration,
     SmoothQuantConfig,
+    added,
     alpha_loss,
     attach,
     fold,
@@ -77,13 +80,13 @@ def test_gamma_migration_leaves_the_float_model_as_it_is(name):
     before = logits(model, batch)
     groups = [group for group in find_groups(model, batch) if group.normalizes]
     assert all(bool(group.shortcuts) == (name in POST_NORM) for group in groups)
-    migration = gamma_migration(model, groups)
+    gamma_migration(model, groups)
     assert_same(before, logits(model, batch))
     modules = dict(model.named_modules())
     for group in groups:
         gamma = modules[group.source].weight
         assert torch.equal(gamma, torch.where(torch.arange(16) == 3, 0.0, 1.0)), group
-    assert set(migration.shortcuts) == {target for group in groups for target in group.shortcuts}
+    assert set(added(model).shortcuts) == {target for group in groups for target in group.shortcuts}
 
 
 @pytest.mark.parametrize("name", POST_NORM)
@@ -259,9 +262,9 @@ def test_smooth_quant_leaves_the_float_model_as_it_is(name, alpha):
     model, batch = build(name)
     before = logits(model, batch)
     groups = find_groups(model, batch)
-    migration, alphas = smooth_quant(model, groups, [batch, batch], SmoothQuantConfig(alpha=alpha, n_samples=2))
+    alphas = smooth_quant(model, groups, [batch, batch], SmoothQuantConfig(alpha=alpha, n_samples=2))
     assert_same(before, logits(model, batch))
-    assert migration.divided and len(alphas) == len(groups)
+    assert added(model).divided and len(alphas) == len(groups)
     assert all(0.3 <= chosen <= 0.7 for chosen in alphas.values())
 
 
@@ -270,9 +273,11 @@ def test_both_together_leave_the_float_model_as_it_is_and_come_back_from_a_file(
     model, batch = build(name)
     fresh, before = copy.deepcopy(model), logits(model, batch)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | transformers.pytorch_utils.Conv1D)]
-    done = fold(model, batch, lambda: [batch], layers, gamma=True, smooth=SmoothQuantConfig())
+    fold(model, batch, lambda: [batch], layers, gamma=True, smooth=SmoothQuantConfig())
     assert_same(before, logits(model, batch))
-    attach(fresh, Migration(dict(done.shortcuts), list(done.divided)))
+    done = json.loads(json.dumps(asdict(added(model))))
+    attach(fresh, Migration(**done))
+    assert added(fresh) == added(model)
     assert_same(before, logits(fresh, batch))
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(fresh, batch), logits(model, batch), rtol=0, atol=0)
@@ -363,7 +368,7 @@ def test_the_pick_of_auto_equals_brute_force_and_never_loses_to_a_half(criterion
     for alpha, loss in expected.items():
         found = alpha_loss(linears, [seen[:40], seen[40:]], smoothing(amax, wmax, alpha), (IntFormat(8),) * 2, config)
         assert found == pytest.approx(loss, rel=1e-4)
-    _, alphas = smooth_quant(copy.deepcopy(model), find_groups(model, x), [x], config)
+    alphas = smooth_quant(copy.deepcopy(model), find_groups(model, x), [x], config)
     assert alphas == {"one": min(expected, key=expected.get)}
     assert expected[alphas["one"]] <= expected[0.5]
 
