@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -266,6 +267,7 @@ def make_trainer(
     """The trainer of the run, its quantized layers, and what the float model scores where it comes trained."""
     from transformers.trainer_utils import set_seed
 
+    from eval.ptq import clip_outlier_tokens, clips_tokens, migrate_outliers, quantizer_configs
     from eval.tasks import hold_out, not_augmented
     from quant.convert import quantize_model
     from quant.quant_utils import use_compiled
@@ -312,7 +314,10 @@ def make_trainer(
         preprocess_logits_for_metrics=prepared.preprocess_logits,
         history=config.run_folder / "history.jsonl",
         on_step=on_step,
+        calibration_samples=config.calibration_samples,
+        after_calibration=partial(clip_outlier_tokens, plan) if plan.formats and clips_tokens(config) else None,
     )
+    migrate_outliers(plan, trainer)
     known = plan.bundle.trained and config.method != "float"
     return trainer, modules, evaluate(trainer, plan) if known else None
 
@@ -363,32 +368,6 @@ def search_settings(config: RunConfig) -> ReinforceConfig:
     if config.target_list:
         given["target_bits"] = config.target_list if len(config.target_list) > 1 else config.target_list[0]
     return ReinforceConfig.fliqs(**given) if config.recipe == "fliqs" else ReinforceConfig(**given)
-
-
-def quantizer_configs(config: RunConfig) -> tuple[Any, Any]:
-    """(weight, activation) quantizers of the flags."""
-    from quant.quantizer import QuantizerConfig
-
-    learned = config.quantizer != "fixed"
-    # Learned scales start where the squared error is least; a percentile that the user names goes first.
-    observer = "mse" if learned and config.observer == "minmax" else config.observer
-    # What averages over batches, or counts on a distribution's shape, is for activations: a weight is one small batch.
-    own = observer if observer in ("mse", "mse_fast", "mse_grid", "lsq_plus") else "mse" if learned else "minmax"
-    weight = QuantizerConfig(
-        range="learned" if learned else "dynamic" if own == "minmax" else "calibrated",
-        granularity="channel" if config.per_channel else "tensor",
-        observer=own,
-        percentile=config.weight_range_percentile,
-    )
-    activation = QuantizerConfig(
-        range="dynamic" if config.per_token else "learned" if learned else "calibrated",
-        granularity="token" if config.per_token else "tensor",
-        observer="minmax" if config.per_token else observer,
-        percentile=config.act_range_percentile,
-        symmetric=False,
-        learned_offset=config.quantizer == "lsq_plus" and not config.per_token,
-    )
-    return weight, activation
 
 
 def compile_mode(plan: Plan, examples: int) -> Any:

@@ -74,6 +74,7 @@ def write_packed(run: FinishedRun, folder: Path) -> Written:
 
     saved = json.loads((run.folder / "model" / QUANTIZATION).read_text())
     extra = {"build": saved["build"], "num_labels": saved["num_labels"], "metrics": run.record["metrics"]}
+    extra |= {key: saved[key] for key in ("migration",) if key in saved}
     layers = write(folder / PACKED, run.model, run.modules, extra)
     copy_side_files(run, folder)
     sizes = packed_sizes(folder / PACKED)

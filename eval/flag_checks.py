@@ -10,18 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from eval.quant_yaml import alpha_settings
 from eval.run_config import RunConfig, is_path, name_of
 from eval.tracking import check_tracking
 from quant.errors import UserError
 from quant.formats import parse_format, parse_search_space
 
 # What belongs to a later capability. It is known, and never ignored: delete a line to switch it on.
-NOT_YET: frozenset[tuple[str, object]] = frozenset(
-    [
-        ("smooth_quant", True),
-        ("gamma_migration", True),
-    ]
-)
+NOT_YET: frozenset[tuple[str, object]] = frozenset([])
 
 _POSITIVE = "(0, inf)"
 _NOT_NEGATIVE = "[0, inf)"
@@ -39,6 +35,8 @@ RANGES = {
     "subset_ratio": "(0, 1]",
     "distill": "[0, 1]",
     "search_fraction": _SHARE,
+    "calibration_samples": _POSITIVE,
+    "smooth_quant_samples": _POSITIVE,
     "settle_fraction": "[0, 1)",
 }
 """Flag -> the interval its value must lie in."""
@@ -219,15 +217,33 @@ def _check_contradictions(config: RunConfig) -> None:
             _refuse("--fuse_groups", f"--method {config.method}", "nothing is searched")
     if config.from_scratch and config.model_path is not None:
         _refuse("--from_scratch", f"--model_path {config.model_path}", "its weights would not be used")
-    if config.act_range_percentile > 0 and config.observer not in ("minmax", "percentile"):
+    if config.act_range_percentile > 0 and config.observer not in (None, "minmax", "percentile"):
         given = f"--act_range_percentile {config.act_range_percentile:g}"
         _refuse(given, f"--observer {config.observer}", "choose one range")
     if config.distill and config.method == "float":
         _refuse(f"--distill {config.distill:g}", "--method float", "the float model would teach itself")
     if config.distill and config.from_scratch and config.load_model_path is None:
         _refuse(f"--distill {config.distill:g}", "--from_scratch", "an untrained model has nothing to teach")
+    _check_ptq(config)
     if config.fp16 and config.bf16:
         _refuse("--fp16", "--bf16", "choose one")
+
+
+def _check_ptq(config: RunConfig) -> None:
+    own = config.weight_observer
+    if own is not None and config.weight_range_percentile > 0:
+        given = f"--weight_range_percentile {config.weight_range_percentile:g}"
+        _refuse(given, f"--weight_observer {own}", "choose one range")
+    if own is not None and own.startswith("avg_") and config.per_channel:
+        _refuse(f"--weight_observer {own}", "--per_channel", "it averages over batches; choose one without avg_")
+    if config.smooth_quant_alpha != "0.5" and not config.smooth_quant:
+        _refuse(f"--smooth_quant_alpha {config.smooth_quant_alpha}", "no --smooth_quant", "give both or none")
+    alpha_settings(config.smooth_quant_alpha)
+    for flag in ("gamma_migration", "smooth_quant"):
+        if getattr(config, flag) and config.method == "float":
+            _refuse(f"--{flag}", "--method float", "nothing is quantized")
+        if getattr(config, flag) and config.gradient_checkpointing:
+            _refuse(f"--{flag}", "--gradient_checkpointing", "shortcuts cannot be computed again")
 
 
 def _check_device(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.flag_checks import validate
+from eval.quant_yaml import quant_flags
 from eval.run_config import GRID_FLAGS, GROUPS, RunConfig, name_of
 from quant.errors import UserError
 
@@ -162,6 +163,10 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
     names = {f.name: f for f in fields(RunConfig)}
     names |= {alias.lstrip("-"): f for f in fields(RunConfig) for alias in f.metadata.get("aliases", ())}
     values: dict[str, Any] = {}
+    if "quant" in loaded:
+        values = quant_flags(loaded.pop("quant"), f"{flag} {path}")
+        if twice := values.keys() & loaded.keys():
+            raise UserError(f"{flag} {path}: {min(twice)!r} is said by the quant section too; say it once")
     for key, value in loaded.items():
         if key not in names or key == "config":
             close = difflib.get_close_matches(str(key), names, n=1)

@@ -14,6 +14,10 @@ from typing import Any
 
 from quant.formats import Format, parse_format, parse_search_space
 
+OBSERVERS = [
+    *("minmax", "percentile", "mse", "entropy", "avg_minmax", "avg_quantile"),
+    *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax", "mse_grid", "mse_histogram"),
+]
 COST_UNITS = {"memory": "MiB", "compute": "GBOPs"}
 
 
@@ -178,19 +182,37 @@ class QuantizationFlags:
     per_token: bool = flag(False, "one activation scale per token")
     act_range_percentile: float = flag(0.0, "activation range: percentile of |x| in (0, 100]; 0 = min-max")
     weight_range_percentile: float = flag(0.0, "weight range: percentile of |x| in (0, 100]; 0 = min-max")
-    observer: str = flag(
-        "minmax",
-        "range estimator",
-        choices=[
-            *("minmax", "percentile", "mse", "entropy", "avg_minmax", "avg_quantile"),
-            *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax", "mse_grid", "mse_histogram"),
-        ],
+    observer: str | None = flag(
+        None,
+        "range estimator; default: mse for learned scales, minmax for fixed ranges",
+        choices=OBSERVERS,
+    )
+    weight_observer: str | None = flag(
+        None,
+        "range estimator of weights; default: --observer where it suits weights, else its default",
+        choices=OBSERVERS,
     )
     quantizer: str = flag(
         "lsq", "fixed ranges, learned scales, or learned scales and offsets", choices=["fixed", "lsq", "lsq_plus"]
     )
-    smooth_quant: bool = flag(False, "move activation outliers into the weights (SmoothQuant)")
+    weight_quantizer: str | None = flag(
+        None, "the same for weights, which have no offsets; default: as --quantizer", choices=["fixed", "lsq"]
+    )
+    act_symmetric: bool = flag(False, "integer grid of activations without a zero point")
+    weight_symmetric: bool = flag(True, "integer grid of weights without a zero point")
+    calibration_samples: int | None = flag(
+        None, "training examples that ranges are calibrated on; default: 8 training batches"
+    )
+    remove_padding: bool = flag(False, "leave padded tokens out of activation ranges")
     gamma_migration: bool = flag(False, "move LayerNorm's gamma into the next layer (Outlier Suppression)")
+    smooth_quant: bool = flag(False, "move activation outliers into the weights (SmoothQuant)")
+    smooth_quant_alpha: str = flag(
+        "0.5", "how much is moved: a number in [0, 1], or the best for each layer: auto, auto:MIN:MAX:STEP"
+    )
+    smooth_quant_criterion: str = flag(
+        "mean", "auto alpha: loss of layers that share an input", choices=["mean", "min", "max"]
+    )
+    smooth_quant_samples: int = flag(32, "auto alpha: calibration examples that losses are measured on")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from cost.cost import assignment_from_json, assignment_to_json
 from quant.convert import Assignment, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
+from quant.migration import Migration, added, attach
 from quant.quantizer import QuantizerConfig
 from trainer.checkpoint import load_tensors, save_tensors, write_json
 
@@ -54,6 +55,7 @@ def save_model(
             "formats": list(dict.fromkeys(formats)),
             "weight": None if first is None else asdict(first.weight_quantizer.config),
             "activation": None if first is None else asdict(first.input_quantizer.config),
+            "migration": asdict(added(bundle.model)),
         },
     )
 
@@ -86,6 +88,13 @@ def load_model(folder: str | Path) -> nn.Module:
 
 def build_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
     """The float architecture that `saved` (what `save_model` noted) names, without its weights."""
+    model = _build(folder, saved)
+    if "migration" in saved:
+        attach(model, Migration(**saved["migration"]))
+    return model
+
+
+def _build(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
     if (folder / "config.json").is_file():
         import transformers
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from quant.convert import run_model
+from quant.shortcut import Shortcut
 
 LAYERS = (nn.Linear, nn.Conv2d, Conv1D)
 _ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
@@ -58,7 +59,7 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
     watched = _Watch()
     modes = {module: module.training for module in model.modules()}
     names = {module: name for name, module in model.named_modules()}
-    known = [module for module in names if isinstance(module, LAYERS) or _is_norm(module)]
+    known = [module for module in names if isinstance(module, (*LAYERS, Shortcut)) or _is_norm(module)]
     hooks = [hook for module in known for hook in (
         module.register_forward_pre_hook(watched.enter),
         module.register_forward_hook(watched.leave),
@@ -124,13 +125,17 @@ class _Watch(TorchFunctionMode):
     # ------------------------------------------------------ modules
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.depth == 0 and args and isinstance(args[0], Tensor):
+        if self.depth == 0 and isinstance(module, Shortcut):
+            self.flow(args[0])
+        elif self.depth == 0 and args and isinstance(args[0], Tensor):
             self.flow(args[0]).readers.append(module)
         self.depth += 1
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.depth -= 1
-        if self.depth == 0 and isinstance(output, Tensor):
+        if self.depth == 0 and isinstance(module, Shortcut):
+            self._start(output, self.flow(args[0]))  # the same sum, of an earlier migration
+        elif self.depth == 0 and isinstance(output, Tensor):
             self._start(output, _Flow(module, args[0] if args else None))
 
     # ------------------------------------------------------ functions

@@ -83,6 +83,8 @@ class ReinforceTrainer(Trainer):
         limits: hard limits beside the search's own target.
         distiller: a float teacher whose class probabilities the model is trained towards as well.
         history: file that gets one line a step.
+        calibration_samples: training examples that ranges are calibrated on; None: 8 batches.
+        after_calibration: called once ranges are there, to make them better.
     """
 
     # The Trainer types these as optional: they are None before its constructor and `train` have set them.
@@ -110,6 +112,8 @@ class ReinforceTrainer(Trainer):
         distiller: Distiller | None = None,
         history: Path | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        calibration_samples: int | None = None,
+        after_calibration: Callable[[ReinforceTrainer], None] | None = None,
         **trainer_arguments: Any,
     ) -> None:
         formats = parse_search_space(search_space) if isinstance(search_space, str) else tuple(search_space)
@@ -134,6 +138,8 @@ class ReinforceTrainer(Trainer):
         self.targets = [Target(assignment=dict(assignment) if assignment else None)]
         """one, or one for each of several `target_bits`: they take turns at the steps"""
         self._turn = 0
+        self.calibration_samples = calibration_samples
+        self.after_calibration = after_calibration
         self.phases: Phases | None = None
         self._settled = not searching
         self._pending: list[dict[str, Any]] = []
@@ -221,6 +227,8 @@ class ReinforceTrainer(Trainer):
             if has_untrained_batch_norm(self.model):  # ranges seen through its starting values would clip everything
                 recalibrate_batch_norm(self.model, self._calibration_batches())
             calibrate(self.model, self.modules, self._calibration_batches())
+            if self.after_calibration is not None:
+                self.after_calibration(self)
         config = self.search_config
         if config is None or config.method != "search":
             for target in self._in_turn():
@@ -516,6 +524,10 @@ class ReinforceTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         return self._prepare_inputs(collate(items))
 
+    def calibration_batches(self) -> Iterator[Any]:
+        """Training batches for whatever looks at the model before it is trained: the same at every call."""
+        return self._calibration_batches()
+
     def _calibration_batches(self) -> Iterator[Any]:
         """The same training batches every time, augmented as in training: that is what the weights have adapted to.
 
@@ -526,7 +538,7 @@ class ReinforceTrainer(Trainer):
         size = self._global_batch_size  # of several processes each sees all of it: without gradients there is room
         held = set(self.search_rows)
         order = self._permutation(self.train_dataset, salt=0)
-        indices = [row for row in order if row not in held][: count * size]
+        indices = [row for row in order if row not in held][: self.calibration_samples or count * size]
         for start in range(0, len(indices), size):
             yield self._batch(self.train_dataset, indices[start : start + size])
 

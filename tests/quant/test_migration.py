@@ -121,6 +121,20 @@ def test_the_groups_of_the_paper_are_found():
     )
 
 
+@pytest.mark.parametrize("name", POST_NORM)
+def test_a_migrated_model_has_the_same_groups_and_can_be_migrated_again(name):
+    model, batch = build(name)
+    before, groups = logits(model, batch), find_groups(model, batch)
+    modules = dict(model.named_modules())
+    for group in groups:
+        if group.source:
+            sides = [modules[n] for n in group.consumers], [modules[n] for n in group.shortcuts]
+            migrate(modules[group.source], *sides, torch.linspace(0.1, -4, 16))
+    assert find_groups(model, batch) == groups
+    gamma_migration(model, groups)
+    assert_same(before, logits(model, batch))
+
+
 def test_dropout_in_training_is_what_the_shortcut_adds_too():
     """The embeddings' dropout stands between the norm and both of its readers."""
     model, batch = build("bert")

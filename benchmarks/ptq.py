@@ -1,0 +1,150 @@
+"""Post-training quantization of a fine-tuned encoder, method by method; the table goes into benchmarks/RESULTS.md.
+
+    python -m benchmarks.ptq --task mrpc --data_dir ../shared/data/glue/mrpc --model_path FOLDER [--planted] --out FILE
+
+`--model_path` holds a fine-tuned model. `--planted` multiplies four channels of every LayerNorm's gamma by 15 to 60 and
+divides what reads them, so that the float model stays what it is. Ranges come from 128 training examples; weights are
+quantized per channel to their least squared error in every row. The whole validation split is evaluated. Rows that
+stand in the file are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eval.eval_run import evaluate, make_plan, make_trainer
+from eval.flags import parse
+from quant.convert import calibrate, quantize_model, set_formats
+from quant.formats import parse_format
+from quant.graph import find_groups
+from quant.migration import SmoothQuantConfig, gamma_migration, migrate, smooth_quant
+from quant.quantizer import QuantizerConfig
+from quant.token_clipping import clip_tokens
+
+SETTINGS = {"W8A8": ("int8", "int8"), "W6A6": ("int6", "int6"), "W4A8": ("int4", "int8")}
+METHODS: dict[str, dict[str, Any]] = {
+    "MinMax": {"observer": "minmax"},
+    "percentile": {"observer": "percentile"},
+    "MSE": {"observer": "mse_histogram"},
+    "entropy": {"observer": "entropy"},
+    "SmoothQuant 0.5": {"observer": "minmax", "alpha": 0.5},
+    "SmoothQuant auto": {"observer": "minmax", "alpha": "auto"},
+    "Gamma Migration": {"observer": "minmax", "gamma": True},
+    "Token-Wise Clipping": {"observer": "avg_prune_minmax"},
+    "both": {"observer": "avg_prune_minmax", "gamma": True},
+}
+FACTORS = (15.0, -20.0, 25.0, 60.0)
+
+
+def plant(model: nn.Module, example: Any) -> None:
+    """Outliers in the gammas of every norm that can be compensated for."""
+    modules = dict(model.named_modules())
+    generator = torch.Generator().manual_seed(0)
+    for group in find_groups(model, example):
+        if group.normalizes and group.source is not None:
+            norm: Any = modules[group.source]
+            g = torch.ones(len(norm.weight))
+            g[torch.randperm(len(g), generator=generator)[: len(FACTORS)]] = 1 / torch.tensor(FACTORS)
+            migrate(norm, [modules[n] for n in group.consumers], [modules[n] for n in group.shortcuts], g)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Every row that is missing in the file."""
+    flags = f"--task {arguments.task} --data_dir {arguments.data_dir} --model_path {arguments.model_path}"
+    flags += f" {arguments.flags} --method float --max_steps 0 --report_to none --quiet --seed 0"
+    plan = make_plan(parse([*flags.split(), "--calibration_samples", "128"]))
+    trainer, *_ = make_trainer(plan)
+    batches = list(trainer.calibration_batches())
+    if arguments.planted:
+        plant(trainer.model, batches[0])
+    original, groups = trainer.model, find_groups(trainer.model, batches[0])
+    inside = [group for group in (group.only(plan.layers) for group in groups) if group.consumers]
+
+    def score(method: str, setting: str, seconds: float, **facts: Any) -> None:
+        metrics = evaluate(trainer, plan)["validation"]
+        row = {"task": arguments.task, "planted": arguments.planted, "method": method, "setting": setting, **facts}
+        row |= {"metrics": metrics, "seconds": round(seconds, 1)}
+        print(json.dumps(row), flush=True)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    done = {(r["task"], r["planted"], r["method"], r["setting"]) for r in read(arguments.out)}
+    if (arguments.task, arguments.planted, "float", "") not in done:
+        started = time.monotonic()
+        with torch.no_grad():
+            for batch in batches:
+                original.eval()(**batch)
+        score("float", "", time.monotonic() - started)
+    for setting in arguments.settings.split(","):
+        for method, chosen in METHODS.items():
+            if (arguments.task, arguments.planted, method, setting) in done:
+                continue
+            model: Any = copy.deepcopy(original)
+            weight, activation = (parse_format(name) for name in SETTINGS[setting])
+            started = time.monotonic()
+            if chosen.get("gamma"):
+                gamma_migration(model, inside)
+            if "alpha" in chosen:
+                smooth = SmoothQuantConfig(alpha=chosen["alpha"])
+                smooth_quant(model, inside, batches, smooth, formats=(weight, activation))
+            modules = quantize_model(
+                model,
+                include=plan.layers,
+                formats=[weight, activation],
+                weight=QuantizerConfig(range="calibrated", granularity="channel", observer="mse"),
+                activation=QuantizerConfig(
+                    range="calibrated", observer=chosen["observer"], symmetric=False, ignore_padding=True
+                ),
+            )
+            calibrate(model, modules, batches)
+            facts = {}
+            if chosen["observer"] == "avg_prune_minmax":
+                facts["ratio"] = clip_tokens(model, modules, batches, activation)
+            seconds = time.monotonic() - started
+            set_formats(modules, dict.fromkeys(modules, (weight, activation)))
+            trainer.model = trainer.model_wrapped = model
+            score(method, setting, seconds, **facts)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows: list[dict[str, Any]], metric: str) -> str:
+    """Method x setting, in points, as Markdown."""
+    settings = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
+    lines = ["| method | " + " | ".join(settings) + " |", "|---|" + "---|" * len(settings)]
+    for method in ["float", *METHODS]:
+        found = {row["setting"]: row["metrics"][metric] for row in rows if row["method"] == method}
+        cells = [found.get(name, found.get("")) for name in settings]
+        lines.append(f"| {method} | " + " | ".join("" if c is None else f"{100 * c:.2f}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--model_path", required=True)
+    parser.add_argument("--planted", action="store_true", help="with outliers in the gammas, compensated for")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="comma list of bit widths")
+    parser.add_argument("--flags", default="--max_length 64 --eval_batch_size 64", help="more flags of the run")
+    parser.add_argument("--out", type=Path, default=Path("output/ptq.jsonl"), help="rows, one JSON object a line")
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    run(arguments)
+    rows = [r for r in read(arguments.out) if (r["task"], r["planted"]) == (arguments.task, arguments.planted)]
+    print(table(rows, "accuracy"))
+
+
+if __name__ == "__main__":
+    main()

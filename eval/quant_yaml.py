@@ -1,0 +1,180 @@
+"""The `quant:` section of a YAML file, in the words of Outlier Suppression's users, as flags of a run. No torch.
+
+quant:
+  is_remove_padding: true
+  calibrate: 256                # training examples
+  ln: {delay: true}             # Gamma Migration
+  a_qconfig: {quantizer: FixedFakeQuantize, observer: AvgPruneMinMaxObserver, bit: 6, symmetric: false, ch_axis: -1}
+  w_qconfig: {quantizer: FixedFakeQuantize, observer: MinMaxObserver, bit: 6, symmetric: true, ch_axis: 0}
+  smooth_quant: {alpha: auto, auto_alpha_args: {alpha_min: 0.3, alpha_max: 0.7, alpha_step: 0.05}}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quant.errors import UserError
+from quant.formats import parse_format
+
+OBSERVERS = {
+    "MinMaxObserver": "minmax",
+    "AvgMinMaxObserver": "avg_minmax",
+    "AvgQuantileObserver": "avg_quantile",
+    "MSEObserver": "mse_grid",
+    "MSEFastObserver": "mse_fast",
+    "AvgMSEFastObserver": "avg_mse_fast",
+    "LSQPlusObserver": "lsq_plus",
+    "AvgPruneMinMaxObserver": "avg_prune_minmax",
+    "PercentileCalibrator": "percentile",
+    "MSECalibrator": "mse_histogram",
+    "EntropyCalibrator": "entropy",
+}
+"""name in the file -> --observer"""
+QUANTIZERS = {"FixedFakeQuantize": "fixed", "LSQFakeQuantize": "lsq", "LSQPlusFakeQuantize": "lsq_plus"}
+"""name in the file -> --quantizer"""
+SIDES = {
+    "a_qconfig": {
+        "quantizer": "quantizer", "observer": "observer", "bit": "activation_bits", "symmetric": "act_symmetric",
+    },
+    "w_qconfig": {
+        "quantizer": "weight_quantizer", "observer": "weight_observer", "bit": "weight_bits",
+        "symmetric": "weight_symmetric",
+    },
+}  # fmt: skip
+"""section -> key -> flag"""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "a_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "MinMaxObserver", "symmetric": False, "ch_axis": -1},
+    "w_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "MinMaxObserver", "symmetric": True, "ch_axis": 0},
+}
+AUTO_ALPHA = {"alpha_min": 0.3, "alpha_max": 0.7, "alpha_step": 0.05, "shared_criterion": "mean", "n_samples": 32}
+
+
+def quant_flags(section: Any, source: str) -> dict[str, Any]:
+    """The flags that a `quant:` section stands for. Raises UserError naming `source`, key, value and choices."""
+    return _Section(section, f"{source}: quant").flags()
+
+
+class _Section:
+    """One mapping of the file, with the place that errors name."""
+
+    def __init__(self, values: Any, place: str) -> None:
+        if not isinstance(values, Mapping):
+            raise UserError(f"{place} must hold 'name: value' lines, got {values!r}")
+        self.values, self.place = values, place
+
+    def check_keys(self, known: Iterable[str]) -> None:
+        known = list(known)
+        for key in self.values:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UserError(f"{self.place}: unknown key {key!r}; choices: {', '.join(known)}{hint}")
+
+    def choice(self, key: str, choices: Iterable[Any], default: Any) -> Any:
+        value = self.values.get(key, default)
+        # In Python 1 == True; in a file they are different answers.
+        choices = list(choices)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            told = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
+            raise UserError(f"{self.place}.{key}: unknown value {value!r}; choices: {told}")
+        return value
+
+    def number(self, key: str, kind: type, default: Any, interval: str) -> Any:
+        value = self.values.get(key, default)
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        fits = isinstance(value, kind | int) and not isinstance(value, bool)
+        if not fits or not low <= value <= high or (interval[0] == "(" and value == low):
+            raise UserError(f"{self.place}.{key} must be a number in {interval}, got {value!r}")
+        return value
+
+    def inner(self, key: str) -> _Section:
+        return _Section(self.values.get(key) or {}, f"{self.place}.{key}")
+
+    def flags(self) -> dict[str, Any]:
+        self.check_keys(["is_remove_padding", "calibrate", "ln", "a_qconfig", "w_qconfig", "smooth_quant"])
+        ln = self.inner("ln")
+        ln.check_keys(["delay"])
+        flags: dict[str, Any] = {
+            "remove_padding": self.choice("is_remove_padding", [True, False], False),
+            "gamma_migration": ln.choice("delay", [True, False], False),
+        }
+        if "calibrate" in self.values:
+            flags["calibration_samples"] = self.number("calibrate", int, None, "[1,inf)")
+        for side in SIDES:
+            flags |= self.inner(side).side(side)
+        if "smooth_quant" in self.values:
+            flags |= {"smooth_quant": True, **self.inner("smooth_quant").smoothing()}
+        return flags
+
+    def side(self, side: str) -> dict[str, Any]:
+        """What a_qconfig or w_qconfig stands for."""
+        names, default = SIDES[side], DEFAULTS[side]
+        self.check_keys([*names, "ch_axis"])
+        # A learned offset stands in for a zero point, and weights have none.
+        quantizers = list(QUANTIZERS) if side == "a_qconfig" else list(QUANTIZERS)[:2]
+        quantizer = self.choice("quantizer", quantizers, default["quantizer"])
+        observer = self.choice("observer", OBSERVERS, default["observer"])
+        axis = self.choice("ch_axis", [-1] if side == "a_qconfig" else [-1, 0], default["ch_axis"])
+        if axis == 0 and observer.startswith("Avg"):
+            raise UserError(
+                f"{self.place}.ch_axis: 0 does not go with {observer}, which averages over batches; choices: -1, or an "
+                "observer without Avg"
+            )
+        flags = {
+            names["quantizer"]: QUANTIZERS[quantizer],
+            names["observer"]: OBSERVERS[observer],
+            names["symmetric"]: self.choice("symmetric", [True, False], default["symmetric"]),
+        }
+        if side == "w_qconfig":
+            flags["per_channel"] = axis == 0
+        if "bit" in self.values:
+            try:
+                flags[names["bit"]] = parse_format(self.values["bit"]).name
+            except ValueError as error:
+                raise UserError(f"{self.place}.bit: {error}") from None
+        return flags
+
+    def smoothing(self) -> dict[str, Any]:
+        """What smooth_quant stands for."""
+        self.check_keys(["alpha", "auto_alpha_args"])
+        alpha = self.values.get("alpha", 0.5)
+        if alpha != "auto":
+            if "auto_alpha_args" in self.values:
+                raise UserError(f"{self.place}.auto_alpha_args needs alpha: auto, got alpha: {alpha!r}")
+            if isinstance(alpha, str):
+                raise UserError(f"{self.place}.alpha: unknown value {alpha!r}; choices: auto, a number in [0,1]")
+            return {"smooth_quant_alpha": str(self.number("alpha", float, 0.5, "[0,1]"))}
+        auto = self.inner("auto_alpha_args")
+        auto.check_keys(AUTO_ALPHA)
+        low, high = (auto.number(key, float, AUTO_ALPHA[key], "[0,1]") for key in ("alpha_min", "alpha_max"))
+        if low > high:
+            raise UserError(f"{auto.place}.alpha_min {low} is above alpha_max {high}")
+        step = auto.number("alpha_step", float, AUTO_ALPHA["alpha_step"], "(0,1]")
+        return {
+            "smooth_quant_alpha": f"auto:{low}:{high}:{step}",
+            "smooth_quant_criterion": auto.choice("shared_criterion", ["mean", "min", "max"], "mean"),
+            "smooth_quant_samples": auto.number("n_samples", int, AUTO_ALPHA["n_samples"], "[1,inf)"),
+        }
+
+
+def alpha_settings(text: str) -> dict[str, Any]:
+    """`--smooth_quant_alpha` as fields of SmoothQuantConfig: a number in [0, 1], auto, or auto:MIN:MAX:STEP."""
+    wrong = UserError(
+        f"--smooth_quant_alpha {text!r}: choices: a number in [0, 1], auto, auto:MIN:MAX:STEP with 0 <= MIN <= MAX <= 1"
+    )
+    word, *numbers = text.split(":")
+    try:
+        values = [float(number) for number in (numbers if word == "auto" else [word])]
+    except ValueError:
+        raise wrong from None
+    if word != "auto":
+        if numbers or not 0 <= values[0] <= 1:
+            raise wrong
+        return {"alpha": values[0]}
+    if not values:
+        return {"alpha": "auto"}
+    if len(values) != 3 or not 0 <= values[0] <= values[1] <= 1 or not values[2] > 0:
+        raise wrong
+    return {"alpha": "auto", **dict(zip(("alpha_min", "alpha_max", "alpha_step"), values, strict=True))}
