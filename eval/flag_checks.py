@@ -34,6 +34,7 @@ RANGES = {
     "seed": f"[0, {2**32})",
     "subset_ratio": "(0, 1]",
     "distill": "[0, 1]",
+    "max_drop": _SHARE,
     "search_fraction": _SHARE,
     "calibration_samples": _POSITIVE,
     "smooth_quant_samples": _POSITIVE,
@@ -196,6 +197,14 @@ def _check_contradictions(config: RunConfig) -> None:
             raise UserError(f"--delay_steps {config.delay_steps} must be below --max_steps {config.max_steps}")
     if config.cost_target is not None and config.target_bits is not None:
         _refuse(f"--cost_target {config.cost_target:g}", f"--target_bits {config.target_bits}", "give one budget")
+    if config.max_drop is not None:
+        for flag in ("cost_target", "target_bits"):
+            if getattr(config, flag) is not None:
+                _refuse(
+                    f"--max_drop {config.max_drop:g}", f"--{flag} {getattr(config, flag)}", "the drop sets the budget"
+                )
+        if config.method != "search" or config.policy_prior == "none" or config.recipe == "fliqs":
+            raise UserError(f"--max_drop {config.max_drop:g} needs a search that starts from a prior (--policy_prior)")
     if (config.max_latency is None) != (config.latency_target is None):
         lacking = "--latency_target" if config.latency_target is None else "--max_latency"
         raise UserError(

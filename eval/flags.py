@@ -46,7 +46,7 @@ def complete(config: RunConfig) -> RunConfig:
     if config.method == "search":
         config = replace(config, search=True)
     validate(config)
-    if config.chooses and config.cost_target is None and config.target_bits is None:
+    if config.chooses and config.cost_target is None and config.target_bits is None and config.max_drop is None:
         config = replace(config, **_default_target(config))
     return config
 

@@ -123,6 +123,10 @@ class SearchFlags:
         "hard limit on the latency: CSV with your own measurements (layer,weight_format,activation_format,ms); "
         "needs --latency_target",
     )
+    max_drop: float | None = flag(
+        None,
+        "instead of a budget: the cheapest assignment whose held-out quality is within this of float, e.g. 0.01",
+    )
     latency_target: float | None = flag(None, "largest sum of the layers' latencies in --max_latency, in ms")
     cost_function: str = flag(
         "tunas_abs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from transformers import Trainer, TrainingArguments
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile, profile_model
 from policy.budget import Budget, Limit
+from policy.solve import Table
 from policy.space import Partition, SearchSpace, build_space
-from quant.convert import Assignment, calibrate, quantize_model, set_formats
+from quant.convert import Assignment, calibrate, in_float, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
@@ -27,6 +28,7 @@ from trainer import checkpoint
 from trainer.allocation import allocate, effects, propose
 from trainer.contest import Contest
 from trainer.distill import Distiller
+from trainer.drop import cheapest_budget
 from trainer.evidence import additivity, certificate
 from trainer.history import History
 from trainer.phased_sampler import PhasedSampler
@@ -147,16 +149,21 @@ class ReinforceTrainer(Trainer):
         self._choices: Tensor | None = None
         self._micro_step = 0
         self._scale_exponents: dict[str, int] = {}
+        self._float_quality: float | None = None
+        """held-out quality of the float model, which `max_drop` counts from"""
+        self._limits = tuple(limits)
         if search is not None:
             self.profiles = list(profiles or profile_model(self.model, self._batch(train_dataset, [0]), self.modules))
             self.space: SearchSpace = build_space(
                 list(self.modules), formats, partition, weight_only_search, separate_activations
             )
             self.costs = self.space.cost_table(self.profiles, search.cost_type)
-            self.targets = [Target(self._budget(bits, limits)) for bits in _each(search.target_bits)]
+            self.targets = [Target(self._budget(bits, self._limits)) for bits in _each(search.target_bits)]
 
     def _budget(self, bits: float | None, limits: Sequence[Limit]) -> Budget:
         config = self._config
+        if config.max_drop is not None:  # until the bisection: anything goes
+            bits = max(weight.bits for weight, _ in self.space.decisions[0].choices)
         target = resolve_target(self.space, self.profiles, config.cost_type, config.cost_target, bits)
         tables = self.costs, *(limit.table(self.space) for limit in limits)
         return Budget(tables, (target, *(limit.value for limit in limits)))
@@ -240,6 +247,9 @@ class ReinforceTrainer(Trainer):
         effect = None if config.policy_prior == "none" else effects(config.policy_prior, self)
         for _ in self._in_turn():
             prior = pressure = None
+            if effect is not None and config.max_drop is not None:
+                self._float_quality = self._quality_in_float()
+                self._lower_budget(-effect)
             candidates: dict[str, list[int]] = {}
             if effect is not None:
                 prior, pressure = believing_prior(effect, self.budget)
@@ -278,13 +288,17 @@ class ReinforceTrainer(Trainer):
         return max(8, int(3 * self._total_steps() * step / 20 / examples))
 
     @torch.no_grad()
-    def judge(self, choices: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """Loss and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches)."""
+    def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:
+        """Loss and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches).
+
+        Without `in_formats` the layers stay in the formats they are in.
+        """
         batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
         self.model.eval()
         judged = np.zeros((len(choices), 2, len(batches)))
         for row, choice in enumerate(choices):
-            set_formats(self.modules, self.space.assignment(choice))
+            if in_formats:
+                set_formats(self.modules, self.space.assignment(choice))
             for column, batch in enumerate(batches):
                 with self.compute_loss_context_manager():
                     loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
@@ -299,6 +313,29 @@ class ReinforceTrainer(Trainer):
         share_buffers(self.model)
         self.use(len(self.targets) - 1)
         self._flush()
+
+    def _drop_of(self, quality: float) -> dict[str, Any]:
+        """What the record says of `max_drop`, if it was asked for."""
+        if self._config.max_drop is None or self._float_quality is None:
+            return {}
+        kept = quality >= self._float_quality - self._config.max_drop
+        return {"float_quality": self._float_quality, "max_drop": self._config.max_drop, "within_drop": kept}
+
+    def _quality_in_float(self) -> float:
+        nowhere = np.zeros(self.space.num_decisions, dtype=int)
+        with in_float(self.modules):
+            return float(self.judge([nowhere.tolist()], in_formats=False)[0, 1].mean())
+
+    def _lower_budget(self, values: Table) -> None:
+        """The least budget whose most valuable choice keeps the held-out quality within `max_drop` of float."""
+        assert self._config.max_drop is not None and self._float_quality is not None
+        floor = self._float_quality - self._config.max_drop
+        whole = self._budget(None, self._limits)
+
+        def quality_of(choice: Sequence[int]) -> float:
+            return float(self.judge([choice])[0, 1].mean())
+
+        self._target.budget = cheapest_budget(whole, values, quality_of, floor)
 
     def _start_search(
         self,
@@ -350,10 +387,16 @@ class ReinforceTrainer(Trainer):
         # The statistics of training are a mixture over all draws; the contest is between neighbours of the best.
         set_formats(self.modules, self.space.assignment(best))
         recalibrate_batch_norm(self.model, self._calibration_batches())
+        if self._config.max_drop is not None:
+            self._lower_budget(target.search.values())
+            target.search.budget = self.budget
+            best = target.search.best()
         contest = Contest(self.budget, self.judge)
-        verdict = contest.decide({**target.search.candidates, "policy": best})
+        candidates = {name: c for name, c in target.search.candidates.items() if self.budget.fits(c)}
+        verdict = contest.decide({**candidates, "policy": best})
         target.contest = {
             **verdict.describe(),
+            **self._drop_of(verdict.describe()["held_out_quality"]),
             "certificate": certificate(contest, verdict.choice, self._affordable_judgements(), self.args.seed),
             "additivity": additivity(contest, verdict.choice, self.args.seed),
         }
@@ -621,12 +664,14 @@ class ReinforceTrainer(Trainer):
                 {
                     "search": None if target.search is None else target.search.state_dict(),
                     "contest": target.contest,
+                    "limits": None if target.budget is None else list(target.budget.limits),
                     "assignment": None if target.assignment is None else assignment_to_json(target.assignment),
                 }
                 for target in self.targets
             ],
             "scale_exponents": self._scale_exponents,
             "settled": self._settled,
+            "float_quality": self._float_quality,
         }
         checkpoint.save_state(state, folder / STATE)
 
@@ -636,8 +681,10 @@ class ReinforceTrainer(Trainer):
         state = checkpoint.load_state(Path(checkpoint_folder) / STATE)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
-        self._settled = state["settled"]
+        self._settled, self._float_quality = state["settled"], state["float_quality"]
         for target, saved in zip(self._in_turn(), state["targets"], strict=True):
+            if target.budget is not None:
+                target.budget = replace(target.budget, limits=tuple(saved["limits"]))
             if saved["search"] is not None:
                 self._start_search()
                 assert target.search is not None

@@ -19,6 +19,7 @@ from policy.allocators import Allocator
 from policy.budget import Budget
 from policy.reinforce import EntropySchedule, Reinforce
 from policy.simple_policy import SimplePolicy
+from policy.solve import Table
 from policy.space import SearchSpace, uniform_cost
 from quant.errors import UserError
 
@@ -46,6 +47,8 @@ class ReinforceConfig:
     """budget in MiB or GBOPs; one of cost_target and target_bits is needed"""
     target_bits: float | tuple[float, ...] | None = None
     """budget as the cost of every searched layer in that many bits; several: one policy each, over shared weights"""
+    max_drop: float | None = None
+    """instead of a budget: the cheapest assignment whose held-out quality is at most so far below the float model's"""
     cost_function: Literal["tunas_abs", "one_sided_tunas_abs", "soft_exponential", "hard_exponential"] = "tunas_abs"
     cost_beta: float = 1.0
     """how hard the reward punishes cost over the target"""
@@ -72,11 +75,12 @@ class ReinforceConfig:
     """held-out examples that an assignment is judged on, before and after the search; None: see `examples_to_judge`"""
 
     def __post_init__(self) -> None:
-        if (self.cost_target is None) == (self.target_bits is None):
-            raise ValueError(
-                f"set one of cost_target and target_bits, got cost_target={self.cost_target} "
-                f"and target_bits={self.target_bits}"
-            )
+        aims = {name: getattr(self, name) for name in ("cost_target", "target_bits", "max_drop")}
+        if sum(value is not None for value in aims.values()) != 1:
+            given = ", ".join(f"{name}={value}" for name, value in aims.items())
+            raise ValueError(f"set one of cost_target, target_bits and max_drop, got {given}")
+        if self.max_drop is not None and (self.method != "search" or self.policy_prior == "none" or not self.contest):
+            raise ValueError("max_drop needs a search with a prior and a contest: both bisect over budgets")
         if not 0 <= self.settle_fraction < 1:
             raise ValueError(f"settle_fraction must lie in [0, 1), got {self.settle_fraction}")
         if self.reward_draws < 1:
@@ -230,10 +234,12 @@ class Search:
 
     def best(self) -> list[int]:
         """The most probable choice that fits the budget, exactly."""
+        return self.budget.solve(self.values())
+
+    def values(self) -> Table:
+        """What the policy holds of each choice, (decisions, choices): its log-probability without the cost's part."""
         values = self.policy.log_probabilities().detach()
-        if self.pressure is not None:
-            values = values - self.pressure
-        return self.budget.solve(values.numpy())
+        return (values if self.pressure is None else values - self.pressure).numpy()
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -176,3 +176,17 @@ def test_several_budgets_go_on_from_a_checkpoint(tmp_path, step):
         json.loads((tmp_path / f"digits/default/{name}/3b/result.json").read_text()) for name in ("whole", "stopped")
     ]
     assert timeless(parts[0]) == timeless(parts[1])
+
+
+def test_the_cheapest_within_a_drop_needs_no_budget(tmp_path):
+    first = config(tmp_path, "--max_steps 150 --run_id float")
+    run(first)
+    start = f"--load_model_path {first.run_folder} --search --search_space 2,4,8 --max_steps 40 --learning_rate 1e-4"
+    tight, loose = (run(config(tmp_path, f"{start} --max_drop {drop} --run_id {drop}")) for drop in (0.02, 0.5))
+    for record, drop in ((tight, 0.02), (loose, 0.5)):
+        assert record["cost"] <= record["cost_target"] <= record["cost_range"][1] * (1 + 1e-12)
+        contest = record["contest"]
+        assert contest["within_drop"] and contest["held_out_quality"] >= contest["float_quality"] - drop
+    assert loose["cost"] < tight["cost"], "more may be lost for less cost"
+    with pytest.raises(UserError, match="the drop sets the budget"):
+        config(tmp_path, "--search --max_drop 0.1 --target_bits 5")

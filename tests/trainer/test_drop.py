@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy.budget import Budget
+from trainer.drop import cheapest_budget
+
+COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
+WHOLE = Budget((COSTS,), (32.0,))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    effect=st.lists(st.lists(st.floats(0.001, 1), min_size=3, max_size=3), min_size=4, max_size=4),
+    floor=st.floats(0.0, 1.0),
+)
+def test_the_cheapest_that_keeps_an_additive_quality(effect, floor):
+    """Trying everything is the oracle."""
+    table = -np.sort(-np.array(effect), axis=1)  # more bits never harm
+
+    def quality(choice):
+        return 1 - table[range(4), list(choice)].sum() / 4
+
+    found = cheapest_budget(WHOLE, -table, quality, floor)
+    choice = found.solve(-table)
+    keeping = [c for c in WHOLE.all_fitting() if quality(c) >= floor]
+    if not keeping:
+        assert found == WHOLE
+        return
+    assert quality(choice) >= floor
+    least = min(WHOLE.costs(c)[0] for c in keeping)
+    assert WHOLE.costs(choice)[0] == pytest.approx(least), "costs are whole numbers, a thousandth of the range apart"
+
+
+def test_what_already_suffices_at_the_bottom_costs_the_least():
+    found = cheapest_budget(WHOLE, COSTS, lambda choice: 1.0, 0.5)
+    assert found.limits == (8.0,)
