@@ -252,8 +252,25 @@ def write_result(
         if answers:
             write_json(folder / "predictions.json", answers)
         save_result(plan, modules, assignment, folder / "model")
+    if plan.config.verify_retrain:
+        record["retrained"] = retrain(plan.config, assignment, folder)
+    if first_process():
         write_json(folder / "result.json", record)
     return record
+
+
+def retrain(
+    config: RunConfig, assignment: dict[str, tuple[Format, Format]], folder: Path
+) -> dict[str, dict[str, float]]:
+    """Metrics of the assignment trained alone, from the float weights that the run started from, for as many steps.
+
+    What the one-shot search is worth: near these, its weights need no retraining. Beside the record, in `retrained`.
+    """
+    alone = config.updated(run_id=f"{folder.relative_to(config.experiment_folder)}/retrained", save_model_path=None)
+    plan = make_plan(alone)
+    trainer, _, _ = make_trainer(plan, assignment=assignment)
+    trainer.train(resume_from_checkpoint=last_checkpoint(alone.run_folder / "checkpoints"))
+    return evaluate(trainer, plan)
 
 
 def first_process() -> bool:
@@ -262,9 +279,14 @@ def first_process() -> bool:
 
 
 def make_trainer(
-    plan: Plan, on_step: Callable[[dict[str, Any]], None] | None = None
+    plan: Plan,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    assignment: dict[str, tuple[Format, Format]] | None = None,
 ) -> tuple[ReinforceTrainer, dict[str, QuantModule], dict[str, Any] | None]:
-    """The trainer of the run, its quantized layers, and what the float model scores where it comes trained."""
+    """The trainer of the run, its quantized layers, and what the float model scores where it comes trained.
+
+    With an `assignment`, that is trained and nothing is chosen.
+    """
     from transformers.trainer_utils import set_seed
 
     from eval.ptq import clip_outlier_tokens, clips_tokens, migrate_outliers, quantizer_configs
@@ -276,11 +298,12 @@ def make_trainer(
 
     config, prepared = plan.config, plan.prepared
     set_seed(config.seed)
+    chooses = config.chooses and assignment is None
     train = prepared.train
     held_rows: list[int] = []
-    if config.method == "search":
+    if chooses and config.method == "search":
         held_rows = hold_out(train, config.search_fraction, config.seed)
-    judged_on = not_augmented(train.select(held_rows) if held_rows else train) if config.chooses else None
+    judged_on = not_augmented(train.select(held_rows) if held_rows else train) if chooses else None
     modules: dict[str, QuantModule] = {}
     # Before its layers are replaced: the teacher is the float model as it comes.
     distiller = Distiller(copy.deepcopy(plan.bundle.model), config.distill) if config.distill else None
@@ -289,24 +312,25 @@ def make_trainer(
         modules = quantize_model(
             plan.bundle.model, include=plan.layers, formats=plan.formats, weight=weight, activation=activation
         )
-    uniform = dict.fromkeys(plan.layers, config.uniform_formats) if plan.formats and not config.chooses else None
+    if plan.formats and not config.chooses:
+        assignment = dict.fromkeys(plan.layers, config.uniform_formats)
     arguments = training_arguments(config)
     use_compiled(compile_mode(plan, len(train) - len(held_rows)), arguments.device)
     trainer = ReinforceTrainer(
         plan.bundle.model,
         arguments,
-        search=search_settings(config) if config.chooses else None,
+        search=search_settings(config) if chooses else None,
         search_space=config.search_formats,
-        partition=partition(plan) if config.chooses else "layer",
+        partition=partition(plan) if chooses else "layer",
         weight_only_search=config.weight_only_search,
         separate_activations=config.separate_activations,
-        assignment=uniform,
+        assignment=assignment,
         modules=modules,
         profiles=plan.profiles,
         train_dataset=train,
         search_dataset=judged_on,
         search_rows=held_rows,
-        limits=limits_of(config, plan.profiles) if config.chooses else (),
+        limits=limits_of(config, plan.profiles) if chooses else (),
         distiller=distiller,
         eval_dataset=prepared.validation,
         data_collator=prepared.data_collator,

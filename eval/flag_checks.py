@@ -197,6 +197,8 @@ def _check_contradictions(config: RunConfig) -> None:
             raise UserError(f"--delay_steps {config.delay_steps} must be below --max_steps {config.max_steps}")
     if config.cost_target is not None and config.target_bits is not None:
         _refuse(f"--cost_target {config.cost_target:g}", f"--target_bits {config.target_bits}", "give one budget")
+    if config.verify_retrain and (not config.chooses or config.max_steps == 0):
+        raise UserError("--verify_retrain needs a run that chooses formats and trains them")
     if config.max_drop is not None:
         for flag in ("cost_target", "target_bits"):
             if getattr(config, flag) is not None:

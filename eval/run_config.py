@@ -157,6 +157,9 @@ class SearchFlags:
     settle_fraction: float | None = flag(
         None, "last share of the steps, trained under the chosen assignment; default: the recipe's"
     )
+    verify_retrain: bool = flag(
+        False, "train the chosen assignment once more, alone and from the float weights; its metrics join the record"
+    )
     recipe: str = flag("default", "the search as we run it, or as published (FLIQS)", choices=["default", "fliqs"])
 
 

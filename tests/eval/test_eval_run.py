@@ -190,3 +190,16 @@ def test_the_cheapest_within_a_drop_needs_no_budget(tmp_path):
     assert loose["cost"] < tight["cost"], "more may be lost for less cost"
     with pytest.raises(UserError, match="the drop sets the budget"):
         config(tmp_path, "--search --max_drop 0.1 --target_bits 5")
+
+
+def test_the_chosen_assignment_is_trained_once_more_alone(tmp_path):
+    settings = config(tmp_path, f"{SEARCH} --verify_retrain")
+    record = run(settings)
+    retrained = record["retrained"]["validation"]
+    assert retrained["n"] == 360 and retrained["accuracy"] > 0.6
+    assert retrained != record["metrics"]["validation"]
+    history = (settings.run_folder / "retrained" / "history.jsonl").read_text().splitlines()
+    assert len(history) == 40 and {json.loads(line)["phase"] for line in history} == {"train"}
+    assert timeless(run(config(tmp_path, f"{SEARCH} --run_id plain")))["metrics"] == record["metrics"]
+    with pytest.raises(UserError, match="--verify_retrain needs"):
+        config(tmp_path, "--bits 4 --verify_retrain")
