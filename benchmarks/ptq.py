@@ -3,9 +3,9 @@
     python -m benchmarks.ptq --task mrpc --data_dir ../shared/data/glue/mrpc --model_path FOLDER [--planted] --out FILE
 
 `--model_path` holds a fine-tuned model. `--planted` multiplies four channels of every LayerNorm's gamma by 15 to 60 and
-divides what reads them, so that the float model stays what it is. Ranges come from 128 training examples; weights are
-quantized per channel to their least squared error in every row. The whole validation split is evaluated. Rows that
-stand in the file are not run again.
+divides what reads them, so that the float model stays what it is. Ranges come from 128 training examples, the ratio of
+Token-Wise Clipping from 64 of them; weights are quantized per channel to their least squared error in every row. The
+whole validation split is evaluated. Rows that stand in the file are not run again.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             calibrate(model, modules, batches)
             facts = {}
             if chosen["observer"] == "avg_prune_minmax":
-                facts["ratio"] = clip_tokens(model, modules, batches, activation)
+                facts["ratio"] = clip_tokens(model, modules, batches[:2], activation)
             seconds = time.monotonic() - started
             set_formats(modules, dict.fromkeys(modules, (weight, activation)))
             trainer.model = trainer.model_wrapped = model

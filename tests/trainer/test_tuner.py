@@ -1,0 +1,310 @@
+"""Accuracy-aware tuning: by script and a fake clock, then with a real trainer whose model is saved and comes back."""
+
+import logging
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+from eval.saved_model import load_model
+from quant.errors import UserError
+from trainer.tuner import NLPTrainer, QuantizationConfig, metrics, objectives
+from trainer.tuning import OTHER, RECIPES, Measured, Recipe, Setting, tune
+
+LAYERS = {"a": "Linear", "b": "Linear", "c": "Conv1D", "d": "Linear"}
+STATIC, DYNAMIC = "PostTrainingStatic", "PostTrainingDynamic"
+SIMPLE = 1 + len(RECIPES) + 2 + 1  # default, recipes, two layer types, the other approach
+
+
+def metric(**fields):
+    return metrics.Metric(**{"name": "eval_f1", "criterion": 0.01, **fields})
+
+
+def run(score, base=0.9, fields=(), **config):
+    """Tune by a script: `score` is a function of the setting. Returns (best, trials)."""
+
+    def evaluate(setting):
+        value = score(setting)
+        return value if isinstance(value, Measured) else Measured({"eval_f1": value})
+
+    config = QuantizationConfig(**{"metrics": [metric(**dict(fields))], **config})
+    return tune(evaluate, {"eval_f1": base}, LAYERS, config)
+
+
+def test_the_first_acceptance_ends_it():
+    best, trials = run(lambda setting: 0.895)
+    assert len(trials) == 1 and best.setting == Setting(STATIC)
+
+
+@pytest.mark.parametrize(
+    ("value", "base", "fields", "accepted"),
+    [
+        (0.891, 0.9, {}, True),
+        (0.8909, 0.9, {}, False),
+        (0.89, 0.9, {"is_relative": False}, True),
+        (0.8899, 0.9, {"is_relative": False}, False),
+        (-2.02, -2.0, {}, True),  # |base|: the share of a negative metric
+        (-2.021, -2.0, {}, False),
+        (3.03, 3.0, {"greater_is_better": False}, True),
+        (3.031, 3.0, {"greater_is_better": False}, False),
+        (-1.99, -2.0, {"greater_is_better": False, "is_relative": False}, True),
+        (-1.98, -2.0, {"greater_is_better": False, "is_relative": False}, False),
+        (0.0, 0.0, {}, True),
+        (-1e-6, 0.0, {}, False),
+        (float("nan"), 0.9, {}, False),
+    ],
+)
+def test_what_is_accepted(value, base, fields, accepted):
+    best, _ = run(lambda setting: value, base, fields.items(), max_trials=1)
+    assert (best is not None) == accepted
+
+
+def test_the_order_of_trials():
+    _, trials = run(lambda setting: 0.5)
+    settings = [trial.setting for trial in trials]
+    assert settings[0] == Setting(STATIC)
+    assert [setting.recipe for setting in settings[1:5]] == list(RECIPES)
+    assert [set(setting.wide) for setting in settings[5:7]] == [{"Linear"}, {"Conv1D"}]
+    assert settings[7].approach == DYNAMIC
+    assert [set(setting.high_precision) for setting in settings[8:12]] == [{"a"}, {"b"}, {"c"}, {"d"}]
+    assert [len(setting.high_precision) for setting in settings[12:]] == [2, 3, 4]
+    assert len(settings) == len(set(settings)) == SIMPLE + 4 + 3
+
+
+@pytest.mark.parametrize("bad", list(LAYERS))
+def test_only_the_planted_bad_layer_falls_back(bad):
+    best, trials = run(lambda setting: 0.9 if bad in setting.high_precision else 0.4)
+    assert set(best.setting.high_precision) == {bad}
+    assert len(trials) == SIMPLE + list(LAYERS).index(bad) + 1
+
+
+def test_two_bad_layers_fall_back_together_the_most_effective_first():
+    def score(setting):
+        return 0.4 + 0.2 * ("d" in setting.high_precision) + 0.3 * ("b" in setting.high_precision)
+
+    best, trials = run(score)
+    assert set(best.setting.high_precision) == {"b", "d"} and len(trials) == SIMPLE + 4 + 1
+
+
+def test_layers_are_tried_in_the_order_of_their_rank():
+    config = QuantizationConfig(metrics=[metric()])
+
+    def evaluate(setting):
+        return Measured({"eval_f1": 0.9 if "c" in setting.high_precision else 0.4})
+
+    best, trials = tune(evaluate, {"eval_f1": 0.9}, LAYERS, config, rank=lambda setting: ["c", "a", "b", "d"])
+    assert set(best.setting.high_precision) == {"c"} and len(trials) == SIMPLE + 1
+
+
+def test_each_stage_starts_from_the_best_so_far():
+    good = Recipe(False, 0.5)
+    _, trials = run(lambda setting: 0.7 if setting.recipe == good else 0.4)
+    assert all(trial.setting.recipe == good for trial in trials[5:])
+
+
+def test_no_setting_is_tried_twice():
+    seen = []
+    tune(
+        lambda setting: seen.append(setting) or Measured({"eval_f1": 0.1}),
+        {"eval_f1": 0.9},
+        LAYERS,
+        QuantizationConfig(metrics=[metric()]),
+        recipes=[Recipe(), Recipe(True), Recipe(True)],  # the default again, and one twice
+    )
+    assert len(seen) == len(set(seen)) == 1 + 1 + 2 + 1 + 4 + 3
+
+
+def test_training_has_no_counterpart():
+    _, trials = run(lambda setting: 0.1, approach="QuantizationAwareTraining")
+    assert len(trials) == SIMPLE - 1 + 4 + 3 and not OTHER.get("QuantizationAwareTraining")
+
+
+def test_trials_are_counted():
+    assert len(run(lambda setting: 0.1, max_trials=3)[1]) == 3
+
+
+@pytest.mark.parametrize(("seconds", "trials"), [(10, 1), (25, 3), (1000, SIMPLE + 7)])
+def test_time_is_kept(seconds, trials):
+    now = [0.0]
+
+    def evaluate(setting):
+        now[0] += 10
+        return Measured({"eval_f1": 0.95}, {"performance": 100 - now[0]})
+
+    config = QuantizationConfig(metrics=[metric()], timeout=seconds)
+    best, done = tune(evaluate, {"eval_f1": 0.9}, LAYERS, config, clock=lambda: now[0])
+    assert len(done) == trials
+    assert best is done[-1]  # all are accepted: the one of least cost
+
+
+def test_the_best_accepted_is_the_cheapest():
+    def score(setting):
+        costs = {"performance": 4.0 if setting.wide else 5.0, "modelsize": 9.0 if setting.wide else 3.0}
+        return Measured({"eval_f1": 0.9}, costs)
+
+    chosen = {
+        (objectives.performance,): True,
+        (objectives.modelsize,): False,
+        (objectives.performance, objectives.modelsize): False,
+        (
+            objectives.Objective("performance", weight_ratio=0.99),
+            objectives.Objective("modelsize", weight_ratio=0.01),
+        ): True,
+    }
+    for wanted, wide in chosen.items():
+        best, _ = run(score, timeout=1e9, objectives=list(wanted))
+        assert bool(best.setting.wide) == wide, wanted
+
+
+@pytest.mark.parametrize(
+    ("weights", "accepted"), [((None, None), True), ((0.9, 0.1), False), ((0.1, 0.9), True)], ids=str
+)
+def test_several_metrics_are_weighed(weights, accepted):
+    """The first falls by 0.03, the second rises by 0.02; 0.01 is allowed."""
+    both = [
+        metrics.Metric(name, is_relative=False, criterion=0.01, weight_ratio=weight)
+        for name, weight in zip(("eval_f1", "eval_accuracy"), weights, strict=True)
+    ]
+    config = QuantizationConfig(metrics=both, max_trials=1)
+    best, _ = tune(
+        lambda setting: Measured({"eval_f1": 0.87, "eval_accuracy": 0.82}),
+        {"eval_f1": 0.9, "eval_accuracy": 0.8},
+        LAYERS,
+        config,
+    )
+    assert (best is not None) == accepted
+
+
+def test_nothing_accepted_says_what_was_best(caplog):
+    with caplog.at_level(logging.INFO, logger="trainer.tuning"):
+        best, trials = run(lambda setting: 0.6 if setting.wide else 0.5)
+    assert best is None
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(trials) + 1
+    assert lines[0].startswith("trial 1/100: PostTrainingStatic: eval_f1 0.5 (float 0.9): not accepted")
+    assert lines[-1].startswith("no trial of 15 was accepted; best: ") and "'eval_f1': 0.6" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"approach": "Static"}, "approach must be one of PostTrainingStatic, PostTrainingDynamic, .* got 'Static'"),
+        ({"metrics": []}, "metrics must hold at least one"),
+        ({"max_trials": 0}, "max_trials must be at least 1, got 0"),
+        ({"timeout": -1}, "timeout must be at least 0, got -1"),
+        ({"objectives": [objectives.Objective("speed")]}, "unknown objective 'speed'; choices: performance, modelsize"),
+        ({"metrics": [metric(weight_ratio=0.5), metric()]}, "metrics: give weight_ratio for all of them or for none"),
+        (
+            {"objectives": [objectives.performance, objectives.Objective("modelsize", weight_ratio=1)]},
+            "objectives: give weight_ratio for all of them or for none, got 1 of 2",
+        ),
+    ],
+)
+def test_configurations_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        QuantizationConfig(**{"metrics": [metric()], **fields})
+
+
+def test_a_metric_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="metric 'eval_f2' is not in the evaluation; choices: eval_f1"):
+        run(lambda setting: 0.9, fields={"name": "eval_f2"}.items())
+    with pytest.raises(UserError, match=r"criterion must lie in \[0, inf\), got -1"):
+        metric(criterion=-1)
+
+
+# ------------------------------------------------------ a real trainer
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sequences whose class is whether their first token is odd."""
+
+    def __init__(self, size, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(5, 30, (size, 8), generator=generator)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        row = self.tokens[index]
+        return {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 2}
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make_trainer(folder, **arguments):
+    torch.manual_seed(0)
+    settings = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=2
+    )
+    return NLPTrainer(
+        BertForSequenceClassification(settings),
+        TrainingArguments(
+            str(folder), report_to="none", per_device_eval_batch_size=64, max_steps=5, use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=Rows(150, 0),
+        eval_dataset=Rows(100, 1),
+        compute_metrics=accuracy,
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("approach", [STATIC, DYNAMIC, "QuantizationAwareTraining"])
+def test_a_quantized_model_is_the_trainers_and_comes_back_from_disk(tmp_path, approach):
+    trainer = make_trainer(tmp_path)
+    metric = metrics.Metric(name="eval_accuracy", is_relative=False, criterion=0.2)
+    q_config = QuantizationConfig(
+        approach=approach, metrics=[metric], objectives=[objectives.performance], timeout=0, max_trials=100
+    )
+    model = trainer.quantize(quant_config=q_config)
+    assert model is trainer.model and not model.training
+    layers, assignment = trainer.quantized
+    assert {str(f) for formats in assignment.values() for f in formats} == {"int8"} and len(layers) == 14
+    trainer.save_model(str(tmp_path / "saved"))
+    again = load_model(tmp_path / "saved")
+    batch = {"input_ids": Rows(20, 2).tokens}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+    assert trainer.evaluate()["eval_accuracy"] > 0.2
+
+
+def test_a_bad_layer_falls_back_in_a_real_model(tmp_path):
+    """The loss doubles as soon as one layer is quantized; the others do no harm."""
+    trainer = make_trainer(tmp_path)
+    bad = "bert.encoder.layer.1.output.dense"
+
+    original = trainer.evaluate
+    float_loss = original()["eval_loss"]
+
+    def evaluate(*arguments, **keywords):
+        told = original(*arguments, **keywords)
+        layer = trainer.model.get_submodule(bad)
+        broken = hasattr(layer, "formats") and layer.formats[0].name != "float"
+        return {**told, "eval_loss": float_loss * (2.0 if broken else 1.0)}
+
+    trainer.evaluate = evaluate
+    metric = metrics.Metric(name="eval_loss", greater_is_better=False, criterion=0.05)
+    trainer.quantize(QuantizationConfig(metrics=[metric], sampling_size=20))
+    _, assignment = trainer.quantized
+    assert [name for name, formats in assignment.items() if formats[0].name == "float"] == [bad]
+
+
+def test_no_model_is_accepted_and_the_float_model_stays(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = trainer.model
+    impossible = metrics.Metric(name="eval_loss", greater_is_better=True, is_relative=False, criterion=0.0)
+    original = trainer.evaluate
+    trainer.evaluate = lambda: {**original(), "eval_loss": -1.0 if trainer.model is not before else 1.0}
+    assert trainer.quantize(QuantizationConfig(metrics=[impossible], max_trials=2)) is None
+    assert trainer.model is before and trainer.quantized is None
+
+
+def test_what_is_missing_is_said(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(UserError, match=r"metric 'eval_f1' is not in the evaluation; choices: .*eval_accuracy"):
+        trainer.quantize(QuantizationConfig(metrics=[metric()]))
+    trainer.train_dataset = None
+    with pytest.raises(UserError, match="calibration set is empty"):
+        trainer.quantize(QuantizationConfig(metrics=[metric()]))

@@ -1,0 +1,241 @@
+"""Accuracy-aware tuning: which quantization to try next, which one is good enough. It knows no model and no data."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar, get_args
+
+from quant.errors import UserError
+from trainer.metrics import Metric
+from trainer.objectives import Objective, performance
+
+logger = logging.getLogger(__name__)
+
+Approach = Literal["PostTrainingStatic", "PostTrainingDynamic", "QuantizationAwareTraining"]
+OTHER: dict[str, Approach] = {
+    "PostTrainingStatic": "PostTrainingDynamic",
+    "PostTrainingDynamic": "PostTrainingStatic",
+}
+"""what is tried instead; training has no counterpart"""
+OBJECTIVES = ("performance", "modelsize")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is moved between layers before they are quantized."""
+
+    gamma_migration: bool = False
+    smooth_quant: float | Literal["auto"] | None = None
+    """SmoothQuant's alpha; None: not used"""
+
+
+PLAIN = Recipe()
+RECIPES = (Recipe(True), Recipe(False, 0.5), Recipe(False, "auto"), Recipe(True, "auto"))
+"""in the order they are tried"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to quantize a model; equal settings are tried once."""
+
+    approach: Approach
+    recipe: Recipe = PLAIN
+    wide: frozenset[str] = frozenset()
+    """layer types whose activations have int16 instead of int8"""
+    high_precision: frozenset[str] = frozenset()
+    """layers that stay in float"""
+
+    def __str__(self) -> str:
+        words: list[str] = [self.approach]
+        words += ["gamma_migration"] * self.recipe.gamma_migration
+        words += [] if self.recipe.smooth_quant is None else [f"smooth_quant={self.recipe.smooth_quant}"]
+        words += [f"int16 inputs: {', '.join(sorted(self.wide))}"] * bool(self.wide)
+        words += [f"float: {', '.join(sorted(self.high_precision))}"] * bool(self.high_precision)
+        return " + ".join(words)
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What `NLPTrainer.quantize` looks for, and for how long."""
+
+    approach: Approach = "PostTrainingStatic"
+    metrics: Sequence[Metric] = ()
+    objectives: Sequence[Objective] = (performance,)
+    timeout: float = 0
+    """seconds; 0: stop at the first model that is accepted"""
+    max_trials: int = 100
+    sampling_size: int = 100
+    """training examples that static ranges are calibrated on"""
+
+    def __post_init__(self) -> None:
+        if self.approach not in get_args(Approach):
+            raise UserError(f"approach must be one of {', '.join(get_args(Approach))}, got {self.approach!r}")
+        if not self.metrics:
+            raise UserError("metrics must hold at least one Metric: nothing else says what is good enough")
+        for number, least in (("timeout", 0), ("max_trials", 1), ("sampling_size", 1)):
+            if not getattr(self, number) >= least:
+                raise UserError(f"{number} must be at least {least}, got {getattr(self, number)}")
+        for objective in self.objectives:
+            if objective.name not in OBJECTIVES:
+                raise UserError(f"unknown objective {objective.name!r}; choices: {', '.join(OBJECTIVES)}")
+        weights_of("metrics", self.metrics)
+        weights_of("objectives", self.objectives)
+
+
+Weighed = TypeVar("Weighed", Metric, Objective)
+
+
+def weights_of(what: str, parts: Sequence[Weighed]) -> list[float]:
+    """Their weights, 1/n each where none is given. Raises UserError where only some are."""
+    given = [part.weight_ratio for part in parts if part.weight_ratio is not None]
+    if given and len(given) < len(parts):
+        raise UserError(f"{what}: give weight_ratio for all of them or for none, got {len(given)} of {len(parts)}")
+    return given or [1 / len(parts)] * len(parts)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a trial has shown."""
+
+    metrics: Mapping[str, float]
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """objective -> cost"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried."""
+
+    setting: Setting
+    measured: Measured
+    excess: float
+    """weighted drop of the metrics beyond what is allowed: accepted at 0 and below"""
+
+    @property
+    def accepted(self) -> bool:
+        return self.excess <= 0
+
+
+class _Stop(Exception):
+    """Enough trials, enough time, or good enough."""
+
+
+def tune(
+    evaluate: Callable[[Setting], Measured],
+    base: Mapping[str, float],
+    layers: Mapping[str, str],
+    config: QuantizationConfig,
+    *,
+    recipes: Sequence[Recipe] = RECIPES,
+    rank: Callable[[Setting], Sequence[str]] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> tuple[Trial | None, list[Trial]]:
+    """Try settings until one is accepted, or until the time or the trials are used up.
+
+    In order: the default; the recipes; wider activations, a layer type at a time; static for dynamic ranges or the
+    other way round; one layer back to high precision at a time; ever more of them together, the most effective first.
+    Each stage starts from the best setting so far.
+
+    Args:
+        evaluate: setting -> metrics of the evaluation, and costs.
+        base: metrics of the float model.
+        layers: name -> type of each layer that is quantized.
+        rank: setting -> layers in the order to try them in; None: as in `layers`.
+        on_trial: called with every trial, before the next one.
+
+    Returns the accepted trial of least cost (None if none is accepted) and all trials. Raises UserError for a metric
+    that the evaluation does not return.
+    """
+    check_metrics(config.metrics, base)
+    weights = weights_of("metrics", config.metrics)
+    allowed = sum(w * metric.allowed(base[metric.name]) for w, metric in zip(weights, config.metrics, strict=True))
+    trials: list[Trial] = []
+    tried: set[Setting] = set()
+    started = clock()
+
+    def attempt(setting: Setting) -> Trial | None:
+        if setting in tried:
+            return None
+        if len(trials) >= config.max_trials or (config.timeout and clock() - started >= config.timeout):
+            raise _Stop
+        tried.add(setting)
+        begun = clock()
+        measured = evaluate(setting)
+        check_metrics(config.metrics, measured.metrics)
+        drops = [metric.drop(measured.metrics[metric.name], base[metric.name]) for metric in config.metrics]
+        dropped = sum(w * drop for w, drop in zip(weights, drops, strict=True))
+        excess = dropped - allowed
+        if math.isnan(excess) or abs(excess) <= 1e-12 * max(abs(allowed), abs(dropped)):
+            excess = math.inf if math.isnan(excess) else 0.0  # the bound itself is accepted, whatever was rounded
+        trials.append(trial := Trial(setting, measured, excess))
+        values = ", ".join(
+            f"{m.name} {measured.metrics[m.name]:.5g} (float {base[m.name]:.5g})" for m in config.metrics
+        )
+        verdict = "accepted" if trial.accepted else "not accepted"
+        logger.info(f"trial {len(trials)}/{config.max_trials}: {setting}: {values}: {verdict}, {clock() - begun:.1f} s")
+        on_trial(trial)
+        if trial.accepted and config.timeout == 0:
+            raise _Stop
+        return trial
+
+    try:
+        for setting in _simple_settings(trials, layers, config, recipes):
+            attempt(setting)
+        start = _best(trials).setting
+        singles = []
+        for name in rank(start) if rank is not None else layers:
+            if trial := attempt(replace(start, high_precision=frozenset([name]))):
+                singles.append((trial.excess, name))
+        order = [name for _, name in sorted(singles, key=lambda pair: pair[0])]
+        for count in range(2, len(order) + 1):
+            attempt(replace(start, high_precision=frozenset(order[:count])))
+    except _Stop:
+        pass
+    accepted = [trial for trial in trials if trial.accepted]
+    if not accepted:
+        best = _best(trials)
+        logger.warning(f"no trial of {len(trials)} was accepted; best: {best.setting}: {dict(best.measured.metrics)}")
+        return None, trials
+    return min(accepted, key=lambda trial: _cost(trial, trials[0], config.objectives)), trials
+
+
+def check_metrics(metrics: Sequence[Metric], returned: Mapping[str, float]) -> None:
+    """Raises UserError for a metric that is not there."""
+    for metric in metrics:
+        if metric.name not in returned:
+            raise UserError(f"metric {metric.name!r} is not in the evaluation; choices: {', '.join(sorted(returned))}")
+
+
+def _simple_settings(
+    trials: list[Trial], layers: Mapping[str, str], config: QuantizationConfig, recipes: Sequence[Recipe]
+) -> Iterator[Setting]:
+    """All stages in which no single layer is named; later ones read what `trials` has become by then."""
+    yield Setting(config.approach)
+    for recipe in recipes:
+        yield Setting(config.approach, recipe)
+    start = _best(trials).setting
+    for kind in dict.fromkeys(layers.values()):
+        yield replace(start, wide=frozenset([kind]))
+    if config.approach in OTHER:
+        yield replace(_best(trials).setting, approach=OTHER[config.approach])
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.excess)
+
+
+def _cost(trial: Trial, first: Trial, objectives: Sequence[Objective]) -> tuple[float, float]:
+    """Weighted costs as shares of the first trial's, then the metrics."""
+    if not objectives:
+        return 0.0, trial.excess
+    total = 0.0
+    for weight, objective in zip(weights_of("objectives", objectives), objectives, strict=True):
+        reference = first.measured.costs.get(objective.name) or 1.0
+        sign = -1 if objective.greater_is_better else 1
+        total += sign * weight * trial.measured.costs.get(objective.name, 0.0) / reference
+    return total, trial.excess
