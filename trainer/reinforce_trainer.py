@@ -232,8 +232,8 @@ class ReinforceTrainer(Trainer):
         """Before the first step: ranges from training data, the policy's prior from measured sensitivities."""
         if self.modules:
             if has_untrained_batch_norm(self.model):  # ranges seen through its starting values would clip everything
-                recalibrate_batch_norm(self.model, self._calibration_batches())
-            calibrate(self.model, self.modules, self._calibration_batches())
+                recalibrate_batch_norm(self.model, self.calibration_batches())
+            calibrate(self.model, self.modules, self.calibration_batches())
             if self.after_calibration is not None:
                 self.after_calibration(self)
         config = self.search_config
@@ -386,7 +386,7 @@ class ReinforceTrainer(Trainer):
             return best
         # The statistics of training are a mixture over all draws; the contest is between neighbours of the best.
         set_formats(self.modules, self.space.assignment(best))
-        recalibrate_batch_norm(self.model, self._calibration_batches())
+        recalibrate_batch_norm(self.model, self.calibration_batches())
         if self._config.max_drop is not None:
             self._lower_budget(target.search.values())
             target.search.budget = self.budget
@@ -411,9 +411,9 @@ class ReinforceTrainer(Trainer):
     def _recalibrate(self, batch_norm: bool) -> None:
         if not self.modules or self.assignment is None:
             return
-        calibrate(self.model, self.modules, self._calibration_batches(), learned=False)
+        calibrate(self.model, self.modules, self.calibration_batches(), learned=False)
         if batch_norm:
-            recalibrate_batch_norm(self.model, self._calibration_batches())
+            recalibrate_batch_norm(self.model, self.calibration_batches())
 
     # ------------------------------------------------------ one step
 
@@ -568,10 +568,6 @@ class ReinforceTrainer(Trainer):
         return self._prepare_inputs(collate(items))
 
     def calibration_batches(self) -> Iterator[Any]:
-        """Training batches for whatever looks at the model before it is trained: the same at every call."""
-        return self._calibration_batches()
-
-    def _calibration_batches(self) -> Iterator[Any]:
         """The same training batches every time, augmented as in training: that is what the weights have adapted to.
 
         Statistics of plain images would be others (a black border raises the first layer's variance by half), and cost

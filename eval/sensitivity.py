@@ -1,0 +1,163 @@
+"""How sensitive each layer is, as a table and a picture, without training: `python -m eval.sensitivity FLAGS OF A RUN`.
+
+    python -m eval.sensitivity --task cifar10 --model resnet20 --model_path DIR --search_space 2,4,8 [--kinds trace]
+
+measured: divergence of the class probabilities (or growth of the loss) with one decision quantized, with its standard
+error; fisher: squared gradient x squared change of the output; trace, eigenvalue: of the loss' Hessian in a layer's
+weight, with the standard error over draws, and the spread over batches.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from eval.flags import entry, parse
+from quant.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.reinforce_trainer import ReinforceTrainer
+
+KINDS = ("measured", "fisher", "trace", "eigenvalue")
+Columns: TypeAlias = dict[str, list[tuple[float, float | None]]]
+"""title -> per decision (value, standard error or spread; None without one)"""
+
+
+def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
+    """Every decision's sensitivities. The trainer has a search, and its layers' ranges are calibrated."""
+    import torch
+
+    from policy.hessian import hessian_traces, top_eigenvalues
+    from quant.convert import in_float
+    from trainer.allocation import effects
+
+    space, modules = trainer.space, trainer.modules
+    formats = [weight.name if weight == act else f"{weight}/{act}" for weight, act in space.decisions[0].choices]
+    columns: Columns = {}
+    if "measured" in kinds:
+        told = trainer.measure()
+        for index, name in enumerate(formats):
+            columns[f"measured {name}"] = list(zip(told.effect[:, index], told.error[:, index], strict=True))
+    if "fisher" in kinds:
+        table = effects("fisher", trainer)
+        for index, name in enumerate(formats):
+            columns[f"fisher {name}"] = [(float(value), None) for value in table[:, index]]
+    layers = {layer: modules[layer] for decision in space.decisions for layer in decision.layers}
+    batches = trainer.judging_batches(space.num_decisions * space.num_choices)
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    with in_float(modules):
+        if "trace" in kinds:
+            traces = hessian_traces(
+                trainer.model, layers, batches, trainer.plain_loss, generator=generator, jointly=True
+            )
+            own = [[traces[layer] for layer in decision.layers] for decision in space.decisions]
+            columns["trace"] = [(sum(t.trace for t in ts), sum(t.error**2 for t in ts) ** 0.5) for ts in own]
+        if "eigenvalue" in kinds:
+            tops = top_eigenvalues(
+                trainer.model, layers, batches, trainer.plain_loss, max_iterations=20, generator=generator
+            )
+            columns["eigenvalue"] = [
+                max(((tops[layer].mean, tops[layer].spread) for layer in d.layers), key=lambda pair: abs(pair[0]))
+                for d in space.decisions
+            ]
+    return columns
+
+
+def show(names: Sequence[str], columns: Columns) -> Any:
+    """The table for a terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("decision", overflow="fold")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for row, name in enumerate(names):
+        cells = (values[row] for values in columns.values())
+        table.add_row(name, *(f"{v:.3g}" if e is None else f"{v:.3g} ± {e:.1g}" for v, e in cells))
+    return table
+
+
+def draw(names: Sequence[str], columns: Columns, path: Path) -> None:
+    """A panel for each kind, a line of marks for each decision, on a logarithmic axis with its errors, as a PNG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from eval.report_canvas import COLOURS, MARKERS, STYLE
+
+    kinds = [kind for kind in KINDS if any(title.split()[0] == kind for title in columns)]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.8 + 2.6 * len(kinds), 1.2 + 0.19 * len(names)), layout="constrained", dpi=150)
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for panel, kind in zip(panels, kinds, strict=True):
+            own = {title: values for title, values in columns.items() if title.split()[0] == kind}
+            for number, (title, values) in enumerate(own.items()):
+                sizes = [abs(value) for value, _ in values]
+                errors = None if values[0][1] is None else [error or 0.0 for _, error in values]
+                panel.errorbar(
+                    sizes,
+                    range(len(names)),
+                    xerr=errors,
+                    fmt=MARKERS[number % len(MARKERS)],
+                    color=COLOURS[number % len(COLOURS)],
+                    ms=3.5,
+                    lw=0.8,
+                    label=title.removeprefix(kind).strip() or None,
+                )
+            panel.set_xscale("log")
+            panel.set_title(kind)
+            panel.set_xlabel({"measured": "divergence or loss [nats]", "fisher": "score"}.get(kind, f"|{kind}|"))
+            if len(own) > 1:
+                panel.legend(loc="best")
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].invert_yaxis()
+        figure.savefig(path)
+
+
+def write_csv(names: Sequence[str], columns: Columns, path: Path) -> None:
+    """decision, then each column and its error."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["decision", *(f"{title}{part}" for title in columns for part in ("", " error"))])
+        for row, name in enumerate(names):
+            writer.writerow([name, *(part for values in columns.values() for part in values[row])])
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print the table, and write sensitivity.csv and sensitivity.png into the run's folder."""
+    kinds: Sequence[str] = ("measured", "fisher", "trace")
+    if "--kinds" in argv:
+        at = argv.index("--kinds")
+        kinds = (argv[at + 1] if len(argv) > at + 1 else "").split(",")
+        argv = argv[:at] + argv[at + 2 :]
+        for kind in kinds:
+            if kind not in KINDS:
+                raise UserError(f"--kinds {','.join(kinds)}: unknown {kind!r}; choices: {', '.join(KINDS)}")
+    config = parse([*argv, "--report_to", "none"])
+    if not config.chooses:
+        config = parse([*argv, "--report_to", "none", "--search"])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    from rich.console import Console
+
+    from eval.eval_run import make_plan, make_trainer
+    from quant.convert import calibrate
+
+    trainer, modules, _ = make_trainer(make_plan(config))
+    calibrate(trainer.model, modules, trainer.calibration_batches())
+    names = [decision.name for decision in trainer.space.decisions]
+    columns = measure(trainer, kinds)
+    Console().print(show(names, columns))
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    for name, write in (("sensitivity.csv", write_csv), ("sensitivity.png", draw)):
+        write(names, columns, config.run_folder / name)
+        print(config.run_folder / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    entry(main)
