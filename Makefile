@@ -32,9 +32,10 @@ check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## step time and memory against float training, then the report of 2,000 runs
+bench: $(STAMP) ## step time and memory against float training, the report of 2,000 runs, the launcher's overhead
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.launcher
 
 bench-quality: $(STAMP) ## the search and its competitors at one budget, over seeds (hours; goes on where it was)
 	$(BIN)/python -m benchmarks.quality --shared ../shared

@@ -287,6 +287,7 @@ def make_trainer(
 
     With an `assignment`, that is trained and nothing is chosen.
     """
+    from transformers import PrinterCallback
     from transformers.trainer_utils import set_seed
 
     from eval.ptq import clip_outlier_tokens, clips_tokens, migrate_outliers, quantizer_configs
@@ -341,6 +342,8 @@ def make_trainer(
         calibration_samples=config.calibration_samples,
         after_calibration=partial(clip_outlier_tokens, plan) if plan.formats and clips_tokens(config) else None,
     )
+    if config.quiet:
+        trainer.remove_callback(PrinterCallback)
     migrate_outliers(plan, trainer)
     known = plan.bundle.trained and config.method != "float"
     return trainer, modules, evaluate(trainer, plan) if known else None

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.eval_run import last_checkpoint, make_plan, run
+from eval.eval_run import last_checkpoint, main, make_plan, run
 from eval.flags import parse
 from eval.saved_model import load_model
 from quant.errors import UserError
@@ -96,6 +96,11 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path):
     assert abs(before - after) < 0.05 and after > 0.5
     with pytest.raises(UserError, match=r"--load_model_path .* holds no model\.safetensors"):
         run(config(tmp_path, f"--max_steps 0 --load_model_path {tmp_path}"))
+
+
+def test_a_quiet_run_prints_its_result_only(tmp_path, capsys):
+    assert main(f"{DIGITS} --output_root_dir {tmp_path} --max_steps 2 --log_steps 1".split()) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["validation", "cost", "record"]
 
 
 @pytest.mark.parametrize(
