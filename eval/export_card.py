@@ -38,7 +38,7 @@ def model_card(run: FinishedRun, verdict: dict[str, Any], folder: Path, usage: s
         "## How to run it",
         "",
         "```python",
-        usage.format(folder=folder, inputs=example_call(run)),
+        usage.format(folder=folder, inputs=example_call(run), architecture=type(run.model).__name__),
         "```",
     ]
     return "\n".join(lines) + "\n"

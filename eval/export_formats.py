@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,10 +120,70 @@ def load_onnx(run: FinishedRun, folder: Path) -> nn.Module:
     return OnnxModel(folder / ONNX, run.plan.data.kind)
 
 
+def write_torchao(run: FinishedRun, folder: Path) -> Written:
+    from eval.packed_model import load_torchao
+
+    written = write_packed(run, folder)
+    _, layers = load_torchao(folder)
+    told = sum(layer.as_chosen for layer in layers.values())
+    note = f"torchao runs {told} of {len(layers)} layers; the file holds every weight in its own bits, torchao in bytes"
+    return replace(written, layers=layers, notes=(note,))
+
+
+def load_torchao(run: FinishedRun, folder: Path) -> nn.Module:
+    from eval.packed_model import load_torchao
+
+    return load_torchao(folder)[0]
+
+
+def write_compressed(run: FinishedRun, folder: Path) -> Written:
+    import json
+
+    from transformers import PreTrainedModel
+
+    from eval.fused_groups import fused_groups
+    from eval.latency import example
+    from eval.saved_model import QUANTIZATION, build_architecture
+    from quant.export_compressed import check_fused, export_compressed
+
+    if not isinstance(run.model, PreTrainedModel):
+        raise UserError(
+            "--format compressed-tensors: needs a model of transformers, this run's is not one; choose packed or onnx"
+        )
+    check_fused(fused_groups(run.model, run.modules, example(run)).values(), run.modules)
+    saved = json.loads((run.folder / "model" / QUANTIZATION).read_text())
+    plain = build_architecture(run.folder / "model", saved)
+    weights = {name: tensor for name, tensor in run.model.state_dict().items() if "_quantizer." not in name}
+    plain.load_state_dict(weights)
+    copy_side_files(run, folder)
+    layers, weight_bytes = export_compressed(folder, plain.eval(), run.modules)
+    file = folder / "model.safetensors"
+    sizes = {"weights": weight_bytes, "rest_and_header": file.stat().st_size - weight_bytes}
+    return Written(layers, sizes, weight_bytes)
+
+
+def load_compressed(run: FinishedRun, folder: Path) -> nn.Module:
+    import transformers
+
+    return getattr(transformers, type(run.model).__name__).from_pretrained(folder)
+
+
 PACKED_USAGE = """\
 from eval.packed_model import load_packed
 
 model = load_packed("{folder}")  # a torch.nn.Module in eval mode
+logits = model({inputs}).logits"""
+
+TORCHAO_USAGE = """\
+from eval.packed_model import load_torchao
+
+model, _ = load_torchao("{folder}")  # a torch.nn.Module whose Linear weights are torchao's
+logits = model({inputs}).logits"""
+
+COMPRESSED_USAGE = """\
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("{folder}")  # needs the package compressed-tensors
 logits = model({inputs}).logits"""
 
 ONNX_USAGE = """\
@@ -135,4 +195,6 @@ logits = session.run(["logits"], {{name: array for name, array in inputs.items()
 EXPORT_FORMATS: dict[str, ExportFormat] = {
     "packed": ExportFormat(write_packed, load_packed, PACKED_USAGE),
     "onnx": ExportFormat(write_onnx, load_onnx, ONNX_USAGE, ONNX_PACKAGES),
+    "torchao": ExportFormat(write_torchao, load_torchao, TORCHAO_USAGE, ("torchao",)),
+    "compressed-tensors": ExportFormat(write_compressed, load_compressed, COMPRESSED_USAGE, ("compressed_tensors",)),
 }

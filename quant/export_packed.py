@@ -40,6 +40,9 @@ ZERO_POINTS = ("weight.zero_point", "input.zero_point")
 class OnGrid(Quantizer):
     """The quantizer of a weight that was unpacked: it lies on its format's grid already, and is not rounded again."""
 
+    scale: Tensor | None = None
+    """what stretched the codes, broadcasting to the weight; None for block formats and those without a scale"""
+
     def prepare(self, format: Format) -> None:
         """Nothing: the scale is in the weight."""
         self.prepared.add(format)
@@ -137,7 +140,9 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
             old = module.weight_quantizer
             values = _unpack(own, weight_format, module.weight.shape, old)
             module.weight = nn.Parameter(values, requires_grad=False)
-            module.weight_quantizer = OnGrid(old.config, old.shape, old.reduction_dim, batched=False)
+            on_grid = OnGrid(old.config, old.shape, old.reduction_dim, batched=False)
+            on_grid.scale = own["weight.scale"].view(old.shape) if "weight.scale" in own else None
+            module.weight_quantizer = on_grid
             taken |= {f"{name}.{key}" for key in own if key.startswith("weight.")}
         module.set_formats(weight_format, activation_format)
         if "input.scale" in own:

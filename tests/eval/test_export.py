@@ -173,3 +173,24 @@ def test_latencies_stand_in_the_table_that_the_search_reads(folder, tmp_path, ca
     assert "of float" in capsys.readouterr().out
     with pytest.raises(UserError, match="--repeats must be 1 or more, got 0"):
         latency([str(folder), "--repeats", "0"])
+
+
+def test_a_torchao_export_says_what_torchao_runs(folder, tmp_path):
+    pytest.importorskip("torchao")
+    verdict = export(finished_run(folder), "torchao", tmp_path / "ao")
+    before, after = (verdict["metrics"][name]["validation"]["accuracy"] for name in ("record", "exported"))
+    assert before == after
+    assert any("this is a Conv2d" in why for layer in verdict["layers"].values() for why in layer["why"])
+    assert verdict["size"]["file_bytes"] == (tmp_path / "ao" / "model.safetensors").stat().st_size
+
+
+def test_compressed_tensors_is_for_models_of_transformers(folder, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    with pytest.raises(UserError, match="--format compressed-tensors: needs a model of transformers"):
+        export(finished_run(folder), "compressed-tensors", tmp_path / "ct")
+    assert not list(tmp_path.iterdir())
+
+
+def test_norms_are_folded_in_onnx_alone(folder):
+    with pytest.raises(UserError, match="--fold_norms contradicts --format packed"):
+        main([str(folder), "--format", "packed", "--fold_norms"])
