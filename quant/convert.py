@@ -16,7 +16,7 @@ from quant.errors import UserError
 from quant.formats import FLOAT, Format
 from quant.quant_conv2d import QuantConv2d
 from quant.quant_linear import QuantConv1D, QuantLinear
-from quant.quant_module import QuantModule
+from quant.quant_module import KeptWeight, QuantModule
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
 
 QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
@@ -204,6 +204,21 @@ def in_float(modules: Mapping[str, QuantModule]) -> Iterator[None]:
         yield
     finally:
         set_formats(modules, before)
+
+
+@contextmanager
+def weights_kept(modules: Mapping[str, QuantModule]) -> Iterator[None]:
+    """Within, forward passes without gradients round each weight once, not once a batch; the same values, bit by bit.
+
+    Weights may change within, through the optimizer or `load_state_dict`, but not through `.data`.
+    """
+    for module in modules.values():
+        module.kept_weight = KeptWeight()
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.kept_weight = None
 
 
 def calibrate(

@@ -29,6 +29,7 @@ class QuantModule(nn.Module):
     weight: Tensor
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
+    kept_weight: KeptWeight | None = None
 
     def add_quantizers(self, weight: QuantizerConfig, activation: QuantizerConfig) -> None:
         """Attach the two quantizers, in float until `set_formats`. Raises ValueError for a granularity not theirs."""
@@ -64,11 +65,43 @@ class QuantModule(nn.Module):
         if self.observing:
             self.input_quantizer.observe(input)
         weight = self.weight  # read once: a parametrization computes it at every access
-        round_input, round_weight = self.input_quantizer.rounding(input), self.weight_quantizer.rounding(weight)
         recompute = Recompute()
-        quantized_input, quantized_weight = recompute.round(round_input, input), recompute.round(round_weight, weight)
+        quantized_input = recompute.round(self.input_quantizer.rounding(input), input)
+        if self.kept_weight is not None and not torch.is_grad_enabled():
+            quantized_weight = self.kept_weight.rounded(self.weight_quantizer, weight)
+        else:
+            quantized_weight = recompute.round(self.weight_quantizer.rounding(weight), weight)
         with recompute.saved_tensors():
             return self.compute(quantized_input, quantized_weight)
+
+
+class KeptWeight:
+    """A layer's weight, rounded once for as many forward passes as nothing that the rounding depends on changes.
+
+    Tensors are told apart by identity and version, which every change in place raises, an optimizer's step and
+    `load_state_dict` among them. Only a change behind autograd's back (`weight.data[...] = x`) is not seen: so weights
+    are kept within `quant.convert.weights_kept` alone, not in general.
+    """
+
+    def __init__(self) -> None:
+        self.sources: list[tuple[Tensor, int]] = []
+        self.format: Format | None = None
+        self.value: Tensor | None = None
+
+    def rounded(self, quantizer: Quantizer, weight: Tensor) -> Tensor:
+        """The weight as the quantizer rounds it now."""
+        tensors = [weight, *quantizer.grid_tensors()]
+        if any(tensor.is_inference() for tensor in tensors):  # these have no version
+            return quantizer(weight)
+        sources = [(tensor, tensor._version) for tensor in tensors]
+        fresh = len(sources) == len(self.sources) and all(
+            now is then and version == before
+            for (now, version), (then, before) in zip(sources, self.sources, strict=True)
+        )
+        if self.value is None or self.format != quantizer.format or not fresh:
+            self.value = quantizer(weight)
+            self.sources, self.format = [(t, t._version) for t in (weight, *quantizer.grid_tensors())], quantizer.format
+        return self.value
 
 
 class Recompute:

@@ -180,6 +180,13 @@ class Quantizer(nn.Module):
 
     # ------------------------------------------------------ rounding
 
+    def grid_tensors(self) -> list[Tensor]:
+        """What is held of the format set now: everything but x that the rounding depends on."""
+        if self.format.name not in self.grids:
+            return []
+        grid = self.grids[self.format.name]
+        return [*grid.parameters(), *grid.buffers()]
+
     def forward(self, x: Tensor) -> Tensor:
         """x rounded: same shape and dtype. Raises RuntimeError in eval mode if the format was never calibrated."""
         rounding = self.rounding(x)

@@ -20,7 +20,7 @@ from cost.profile import LayerProfile, profile_model
 from policy.budget import Budget, Limit
 from policy.solve import Table
 from policy.space import Partition, SearchSpace, build_space
-from quant.convert import Assignment, calibrate, in_float, quantize_model, set_formats
+from quant.convert import Assignment, calibrate, in_float, quantize_model, set_formats, weights_kept
 from quant.errors import UserError
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
@@ -296,13 +296,15 @@ class ReinforceTrainer(Trainer):
         batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
         self.model.eval()
         judged = np.zeros((len(choices), 2, len(batches)))
-        for row, choice in enumerate(choices):
-            if in_formats:
-                set_formats(self.modules, self.space.assignment(choice))
-            for column, batch in enumerate(batches):
-                with self.compute_loss_context_manager():
-                    loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-                judged[row, :, column] = float(loss), float(quality(loss, outputs, batch, self._config.reward_quality))
+        kind = self._config.reward_quality
+        with weights_kept(self.modules):
+            for row, choice in enumerate(choices):
+                if in_formats:
+                    set_formats(self.modules, self.space.assignment(choice))
+                for column, batch in enumerate(batches):
+                    with self.compute_loss_context_manager():
+                        loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
+                    judged[row, :, column] = float(loss), float(quality(loss, outputs, batch, kind))
         self.model.train(training)
         return judged
 
@@ -614,6 +616,10 @@ class ReinforceTrainer(Trainer):
             own = {"lr": template["lr"] * 2.0**exponent, "weight_decay": 0.0, "scale_exponent": exponent}
             optimizer.add_param_group({**template, **own, "params": members})
         return optimizer
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with weights_kept(self.modules):
+            return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What the Trainer logs (to TensorBoard, say), and beside it where the search stands."""
