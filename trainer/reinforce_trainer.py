@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile, profile_model
@@ -31,14 +30,15 @@ from trainer.distill import Distiller
 from trainer.drop import cheapest_budget
 from trainer.evidence import additivity, certificate
 from trainer.history import History
+from trainer.judging_trainer import JudgingTrainer, class_logits, quality
 from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
-from trainer.processes import mean_over_processes, of_first_process, own_share, share_buffers
+from trainer.processes import mean_over_processes, of_first_process, share_buffers
 from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
-from trainer.search import Phases, ReinforceConfig, Search, examples_to_judge, resolve_target
-from trainer.sensitivity import Sensitivity, believing_prior, divergence, increase, measure_sensitivity
+from trainer.search import Phases, ReinforceConfig, Search, resolve_target
+from trainer.sensitivity import believing_prior
 
-__all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged"]
+__all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 
 SCALES = "_quantizer.grids."
 """what the names of learned scales contain"""
@@ -67,7 +67,7 @@ class TrainingDiverged(RuntimeError):
     """A loss or reward that is not finite; the message names the step and the assignment."""
 
 
-class ReinforceTrainer(Trainer):
+class ReinforceTrainer(JudgingTrainer):
     """Trains shared weights while a policy picks the formats; ends with the chosen assignment, trained and calibrated.
 
     Args:
@@ -88,11 +88,6 @@ class ReinforceTrainer(Trainer):
         calibration_samples: training examples that ranges are calibrated on; None: 8 batches.
         after_calibration: called once ranges are there, to make them better.
     """
-
-    # The Trainer types these as optional: they are None before its constructor and `train` have set them.
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
 
     def __init__(
         self,
@@ -257,57 +252,6 @@ class ReinforceTrainer(Trainer):
                     candidates = propose(self, {config.policy_prior: effect})
             self._start_search(of_first_process(prior), of_first_process(pressure), candidates)
 
-    def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
-        """The measured effect of every single decision, on `search_dataset`.
-
-        outputs: on the class probabilities (see `divergence`), or on the loss where there are no classes. errors: on
-        the share of wrong answers.
-        """
-        batches = self.judging_batches(self.space.num_decisions * self.space.num_choices)
-        measured = self.model, self.modules, self.space, batches
-        if what == "errors":
-            return measure_sensitivity(*measured, self._error, increase)
-        if self._classes(batches[0]):
-            return measure_sensitivity(*measured, self._logits, divergence)
-        return measure_sensitivity(*measured, self.plain_loss, increase)
-
-    def judging_batches(self, assignments: int) -> list[Any]:
-        """Batches of `search_dataset` to judge so many assignments on; always the first of the same order."""
-        steps, batch_size = self._total_steps(), self._global_batch_size * self.args.gradient_accumulation_steps
-        available = len(self.search_dataset)
-        wanted = self._config.sensitivity_examples or examples_to_judge(steps, batch_size, assignments)
-        indices = self._permutation(self.search_dataset, salt=1)[: min(wanted, available)]
-        # At least four batches, so that what is measured comes with an error.
-        size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(len(indices) / 4)))
-        return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, len(indices), size)]
-
-    def _affordable_judgements(self) -> int:
-        """Assignments that can be judged, beside those of the contest, in a twentieth of the time of training."""
-        examples = sum(len(next(iter(batch.values()))) for batch in self.judging_batches(2 * self.space.num_decisions))
-        step = self._global_batch_size * self.args.gradient_accumulation_steps
-        return max(8, int(3 * self._total_steps() * step / 20 / examples))
-
-    @torch.no_grad()
-    def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:
-        """Loss and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches).
-
-        Without `in_formats` the layers stay in the formats they are in.
-        """
-        batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
-        self.model.eval()
-        judged = np.zeros((len(choices), 2, len(batches)))
-        kind = self._config.reward_quality
-        with weights_kept(self.modules):
-            for row, choice in enumerate(choices):
-                if in_formats:
-                    set_formats(self.modules, self.space.assignment(choice))
-                for column, batch in enumerate(batches):
-                    with self.compute_loss_context_manager():
-                        loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-                    judged[row, :, column] = float(loss), float(quality(loss, outputs, batch, kind))
-        self.model.train(training)
-        return judged
-
     def finish(self) -> None:
         """Settle on the assignment, recalibrate what it changed, and write the rest of the history."""
         if self.search is not None and not self._settled:
@@ -352,23 +296,6 @@ class ReinforceTrainer(Trainer):
         self._target.search = Search(
             self.space, self.budget, self._config, self.phases, generator, prior, pressure, sharing, candidates or {}
         )
-
-    def _total_steps(self) -> int:
-        if self.args.max_steps >= 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
-
-    def _steps_per_epoch(self) -> int:
-        """As the Trainer counts them: an epoch is a pass over the rows that are not held out."""
-        rows = self._rows - len(self.search_rows)
-        batches = math.ceil(rows / self._global_batch_size)
-        return math.ceil(batches / self.args.gradient_accumulation_steps)
-
-    @property
-    def _config(self) -> ReinforceConfig:
-        if self.search_config is None:
-            raise ValueError("this trainer was made without a search: pass search=ReinforceConfig(...)")
-        return self.search_config
 
     def _settle(self) -> None:
         """From here on, only the chosen assignment of each target is trained."""
@@ -490,49 +417,6 @@ class ReinforceTrainer(Trainer):
         if len(self._pending) >= FLUSH_STEPS:
             self._flush()
 
-    @torch.no_grad()
-    def qualities(self, choices: Tensor, step: int) -> list[float]:
-        """Quality in (0, 1] of each choice, on one held-out batch that depends on seed and step alone, in eval mode."""
-        size = self._config.search_batch_size or self._global_batch_size
-        indices = own_share(self._permutation(self.search_dataset, salt=2 + step)[:size])
-        batch = self._batch(self.search_dataset, indices)
-        training = self.model.training
-        self.model.eval()
-        measured = []
-        for choice in choices:
-            set_formats(self.modules, self.space.assignment(choice.tolist()))
-            with self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-            measured.append(quality(loss, outputs, batch, self._config.reward_quality))
-        self.model.train(training)
-        return mean_over_processes(torch.stack(measured), len(indices)).tolist()
-
-    def plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch)
-        assert isinstance(loss, Tensor)
-        return loss
-
-    def _error(self, model: nn.Module, batch: Any) -> Tensor:
-        with self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, batch, return_outputs=True)
-        return 1 - quality(loss, outputs, batch, "accuracy")
-
-    def _logits(self, model: nn.Module, batch: Any) -> Tensor:
-        with self.compute_loss_context_manager():
-            outputs: Any = self.compute_loss(model, batch, return_outputs=True)[1]
-        return class_logits(outputs, batch)  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def _classes(self, batch: Any) -> bool:
-        """Whether the model tells classes apart."""
-        training = self.model.training
-        self.model.eval()
-        with self.compute_loss_context_manager():
-            outputs: Any = self.compute_loss(self.model, batch, return_outputs=True)[1]
-        self.model.train(training)
-        return class_logits(outputs, batch) is not None
-
     # ------------------------------------------------------ data
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -541,47 +425,12 @@ class ReinforceTrainer(Trainer):
         returned_at = self._position(Phases.of(self._config, self._total_steps()).settle)
         return PhasedSampler(self._rows, self.search_rows, returned_at, self.args.seed)
 
-    @property
-    def _rows(self) -> int:
-        return len(self.train_dataset)  # type: ignore[arg-type]
-
-    @property
-    def _global_batch_size(self) -> int:
-        """Training examples of a batch in all processes together."""
-        return self.args.per_device_train_batch_size * self.args.world_size
-
     def _position(self, step: int) -> int:
         """Rows that all steps before `step` have taken, counted as `PhasedSampler` counts them."""
         rows = self._rows - len(self.search_rows)
         step_rows = self._global_batch_size * self.args.gradient_accumulation_steps
         epoch, within = divmod(step, self._steps_per_epoch())
         return epoch * rows + min(within * step_rows, rows)
-
-    def _permutation(self, dataset: Any, salt: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + salt)
-        return torch.randperm(len(dataset), generator=generator).tolist()
-
-    def _batch(self, dataset: Any, indices: Sequence[int]) -> Any:
-        # What the loader would do: a data set that makes whole batches is asked for one.
-        rows = list(indices)
-        items = dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[i] for i in rows]
-        # Columns that the model does not take are dropped, as the Trainer's own loaders do.
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        return self._prepare_inputs(collate(items))
-
-    def calibration_batches(self) -> Iterator[Any]:
-        """The same training batches every time, augmented as in training: that is what the weights have adapted to.
-
-        Statistics of plain images would be others (a black border raises the first layer's variance by half), and cost
-        a ResNet-20 three points of accuracy on CIFAR-10.
-        """
-        count = 8 if self.search_config is None else self.search_config.calibration_batches
-        size = self._global_batch_size  # of several processes each sees all of it: without gradients there is room
-        held = set(self.search_rows)
-        order = self._permutation(self.train_dataset, salt=0)
-        indices = [row for row in order if row not in held][: self.calibration_samples or count * size]
-        for start in range(0, len(indices), size):
-            yield self._batch(self.train_dataset, indices[start : start + size])
 
     # ------------------------------------------------------ optimizer, history
 
@@ -699,59 +548,6 @@ class ReinforceTrainer(Trainer):
             set_formats(self.modules, self.assignment)
         if self.history is not None:
             self.history.truncate(self.state.global_step)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        checkpoint.save_state(checkpoint.random_state(), Path(output_dir) / f"random_{self.args.process_index}")
-        self.accelerator.wait_for_everyone()  # what follows declares the checkpoint complete
-
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is not None:
-            path = Path(checkpoint_folder) / f"random_{self.args.process_index}"
-            checkpoint.restore_random_state(checkpoint.load_state(path))
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.accelerator.scaler is not None and self.args.should_save:
-            checkpoint.save_state(self.accelerator.scaler.state_dict(), Path(output_dir) / "scaler")
-
-    def _load_scaler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(checkpoint.load_state(Path(checkpoint_folder) / "scaler"))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        state = {
-            name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in (state_dict or self.model.state_dict()).items()
-        }
-        checkpoint.save_tensors(state, folder / "model.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        tensors = checkpoint.load_tensors(Path(resume_from_checkpoint) / "model.safetensors")
-        (model or self.model).load_state_dict(tensors)
-
-
-def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Tensor], kind: str) -> Tensor:
-    """Quality in (0, 1] of a batch, 0-d: what the reward sees.
-
-    likelihood: mean probability of the true class; exp(-loss) where there is no class to be sure of (language models,
-    regression). accuracy: share of examples whose largest logit is the truth.
-    """
-    logits = class_logits(outputs, batch)
-    if logits is None:
-        value = torch.exp(-loss.float())
-    elif kind == "accuracy":
-        value = (logits.argmax(dim=1) == batch["labels"]).float().mean()
-    else:
-        value = logits.float().softmax(dim=1).gather(1, batch["labels"].view(-1, 1)).mean()
-    return torch.where(value > 0, value, torch.where(value.isnan(), value, torch.finfo(torch.float32).tiny))
-
-
-def class_logits(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """The logits (examples, classes) of a model that tells classes apart; None for any other."""
-    labels: Any = batch.get("labels")
-    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
-    return logits if classes and not labels.is_floating_point() else None
 
 
 def _each(bits: float | tuple[float, ...] | None) -> tuple[float | None, ...]:
