@@ -145,6 +145,13 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from eval.latency import example
     from eval.saved_model import QUANTIZATION, build_architecture
     from quant.export_compressed import check_fused, export_compressed
+    from quant.migration import added
+
+    if (migration := added(run.model)).shortcuts or migration.divided:
+        raise UserError(
+            "--format compressed-tensors: has no place for the factors of this run's --gamma_migration or --smooth_quant; "
+            "choose packed or onnx"
+        )
 
     if not isinstance(run.model, PreTrainedModel):
         raise UserError(
