@@ -149,8 +149,8 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
 
     if (migration := added(run.model)).shortcuts or migration.divided:
         raise UserError(
-            "--format compressed-tensors: has no place for the factors of this run's --gamma_migration or --smooth_quant; "
-            "choose packed or onnx"
+            "--format compressed-tensors: has no place for the factors of this run's --gamma_migration or "
+            "--smooth_quant; choose packed or onnx"
         )
 
     if not isinstance(run.model, PreTrainedModel):
