@@ -114,9 +114,9 @@ def mismatch(module: QuantModule) -> str | None:
         return None
     if not (activation == E4M3 or (isinstance(activation, IntFormat) and activation.width <= 8)):
         return f"compressed-tensors has no scheme for {activation} inputs"
-    if static_range(module.input_quantizer) is None:
+    if (range := static_range(module.input_quantizer)) is None:
         return "the range of its inputs is not fixed"
-    return None
+    return None if range.offset is None else "compressed-tensors has no offsets learned beside the zero point (LSQ+)"
 
 
 def scheme(names: list[str], module: QuantModule, weight: Format, activation: Format) -> Any:

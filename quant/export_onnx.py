@@ -373,6 +373,9 @@ class Replacement:
         if range is None:
             return x
         start = f"{node.output[0]}/{layer.name}"
+        if range.offset is not None:
+            offset = self._constant(f"{layer.name}.input.offset", np.float32(range.offset))
+            x = self._node("Sub", [x, offset], f"{start}/moved")
         scale = self._constant(f"{layer.name}.input.scale", np.float32(range.scale))
         if layer.emulated:
             x = self._emulated(layer, x, start)
@@ -393,7 +396,8 @@ class Replacement:
             dtype, zero_point = unsigned[storage.bits], zero_point + 2 ** (storage.bits - 1)
         point = self._constant(f"{layer.name}.input.zero_point", np.asarray(zero_point).astype(dtype))
         codes = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes")
-        return self._node("DequantizeLinear", [codes, scale, point], f"{start}/rounded")
+        rounded = self._node("DequantizeLinear", [codes, scale, point], f"{start}/rounded")
+        return rounded if range.offset is None else self._node("Add", [rounded, offset], f"{start}/back")
 
     def _emulated(self, layer: OnnxLayer, x: str, start: str) -> str:
         """Float operations that round to a minifloat, see `export_emulation`."""

@@ -2,8 +2,9 @@
 
 Tensors of a layer L, beside whatever stays as it is: `L.weight.codes` uint8 (codes side by side, see `export_codes`),
 `L.weight.scale` float32, `L.weight.zero_point` int16 (asymmetric weights), `L.weight.block_scales` uint8 (MX e8m0,
-nvfp4 e4m3), `L.weight.tensor_scale` float32 (nvfp4), `L.input.scale` float32, `L.input.zero_point` int8 or int16. The
-file's metadata holds a description (formats, shapes, what the caller adds) and a SHA-256 over it and every tensor.
+nvfp4 e4m3), `L.weight.tensor_scale` float32 (nvfp4), `L.input.scale` float32, and `L.input.zero_point` int8 or int16 or
+`L.input.offset` float32 (LSQ+). The file's metadata holds a description (formats, shapes, what the caller adds) and a
+SHA-256 over it and every tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from quant.quantizer import Quantizer, QuantizerConfig, Rounder
 
 VERSION = 1
 METADATA = "packed"
-SCALES = ("weight.scale", "weight.tensor_scale", "input.scale")
+SCALES = ("weight.scale", "weight.tensor_scale", "input.scale", "input.offset")
 ZERO_POINTS = ("weight.zero_point", "input.zero_point")
 
 
@@ -76,7 +77,9 @@ def write_packed(
             tensors |= {f"{name}.weight.{key}": value for key, value in _pack(rounded).items()}
         if (range := static_range(module.input_quantizer)) is not None and range.format.scaled:
             tensors[f"{name}.input.scale"] = torch.tensor(range.scale)
-            if isinstance(range.format, IntFormat):
+            if range.offset is not None:
+                tensors[f"{name}.input.offset"] = torch.tensor(range.offset)
+            elif isinstance(range.format, IntFormat):
                 dtype = torch.int8 if range.format.width <= 8 else torch.int16
                 tensors[f"{name}.input.zero_point"] = torch.tensor(range.zero_point, dtype=dtype)
     rest, tied = _rest(model, modules)
@@ -149,6 +152,8 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
             grid = module.input_quantizer.grids[activation_format.name]
             assert isinstance(grid, Grid)
             grid.set(own["input.scale"], own.get("input.zero_point"))
+            if grid.offset is not None:
+                grid.offset.data.copy_(own["input.offset"])
             taken |= {f"{name}.{key}" for key in own if key.startswith("input.")}
     rest = {name: value for name, value in tensors.items() if name not in taken}
     rest |= {alias: rest[name] for alias, name in description["tied"].items()}

@@ -77,6 +77,8 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
         return RoundedWeight(format, *round_blocks(rows, format))
     rounder = quantizer.rounding(weight)
     assert rounder is not None and rounder.scale is not None and rounder.row is not None
+    if rounder.offset is not None:
+        raise UserError(f"layer {name}: its weight has a learned offset (LSQ+), which no export holds")
     scale = used_scale(rounder.scale)
     elements = round_to_grid(weight.float() / scale, rounder.row)
     zero_point = None
@@ -114,6 +116,8 @@ class StaticRange:
     low: float
     """smallest value of the grid, in units of the scale"""
     high: float
+    offset: float | None = None
+    """LSQ+: what is taken off the input before and added after"""
 
 
 def static_range(quantizer: Quantizer) -> StaticRange | None:
@@ -132,4 +136,5 @@ def static_range(quantizer: Quantizer) -> StaticRange | None:
     assert isinstance(grid, Grid)
     zero_point = int(grid.zero_point) if grid.moved else 0
     low, high = grid.row[:2].flatten().tolist()
-    return StaticRange(format, float(used_scale(grid.scale)), zero_point, low, high)
+    offset = None if grid.offset is None else float(grid.offset.detach())
+    return StaticRange(format, float(used_scale(grid.scale)), zero_point, low, high, offset)

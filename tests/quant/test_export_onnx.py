@@ -155,6 +155,19 @@ def test_asymmetric_weights_keep_their_zero_points(tmp_path):
         )
 
 
+def test_learned_offsets_are_taken_off_and_added_again(tmp_path):
+    activation = QuantizerConfig(symmetric=False, learned_offset=True)
+    model, modules, images = quantized(
+        ["int8/int8", "int8/int4", "int8/int3", "int8/int8", "int8/e4m3"], activation=activation
+    )
+    modules["conv"].input_quantizer.grids["int8"].offset.data.add_(0.123)
+    export_onnx(tmp_path / "m.onnx", model, modules, {"images": images[:1]})
+    with torch.no_grad():
+        expected = model(images)
+    difference = (run(tmp_path / "m.onnx", images, optimized=False) - expected).abs() / expected.abs().max()
+    assert (difference > 1e-5).float().mean() < 0.05 and difference.max() < 0.05
+
+
 def test_ranges_found_at_run_time_are_refused(tmp_path):
     activation = QuantizerConfig(range="dynamic", granularity="token", symmetric=False)
     model, modules, images = quantized(["int8/int8"] * 5, activation=activation)

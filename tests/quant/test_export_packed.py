@@ -170,6 +170,18 @@ def test_any_way_to_find_scales_survives(range, granularity, symmetric, tmp_path
         torch.testing.assert_close(fresh(batch), model(batch), rtol=0, atol=0)
 
 
+def test_learned_offsets_survive(tmp_path):
+    pairs = [(parse_format("int4"), parse_format("int4")), (parse_format("int3"), parse_format("e2m1"))]
+    activation = QuantizerConfig(symmetric=False, learned_offset=True)
+    model, modules, batch = quantized(pairs, activation=activation)
+    modules["conv"].input_quantizer.grids["int4"].offset.data.add_(0.123)
+    write_packed(tmp_path / "m.safetensors", model, modules)
+    fresh = Net().eval()
+    restore(fresh, *read_packed(tmp_path / "m.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(batch), model(batch), rtol=0, atol=0)
+
+
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
