@@ -410,3 +410,16 @@ def test_what_cannot_be_done_is_said():
     plain = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UserError, match="--gamma_migration: Sequential has no norm"):
         fold(plain, torch.randn(2, 4), lambda: [], ["0"], gamma=True)
+
+
+def test_a_layer_traced_for_onnx_reads_what_its_hooks_make_of_its_input():
+    from quant.export_onnx import _Traced
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    migrate(None, [model[0]], [], torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    modules = quantize_model(model)
+    seen = []
+    modules["0"].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    _Traced("0", modules["0"])(torch.ones(2, 4))
+    assert torch.equal(seen[0], torch.tensor([1, 0.5, 0.25, 0.125]).expand(2, 4))
