@@ -17,7 +17,7 @@ MAX_ALL = 4096
 """assignments up to which a space is small enough to judge every one"""
 ALL_SHARE = 10
 """times the affordable judgements that may go into judging every assignment: a proof is worth more than a sample"""
-SAMPLES = 16
+SAMPLES = 8
 """assignments that the additivity is measured on"""
 
 
