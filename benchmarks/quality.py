@@ -1,6 +1,6 @@
 """Accuracy of the search and of its competitors at one budget, on real data, over seeds; for benchmarks/RESULTS.md.
 
-    python -m benchmarks.quality --shared ../shared [--rows resnet20-4.1,digits] [--methods search,measured] [--seeds 0]
+    python -m benchmarks.quality --shared ../shared [--rows resnet20-4.1,digits] [--methods "search;measured"] [--seeds 0]
 
 `--shared` holds data/ and models/. All methods of a row start from the same float weights, and train for the same
 steps on the same data. A run that has its record is not run again, so an interrupted call goes on where it was. The
@@ -208,13 +208,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
     parser.add_argument("--rows", default=",".join(rows()), help="comma list of rows")
-    parser.add_argument("--methods", help="comma list of methods; default: all of the row")
+    parser.add_argument("--methods", help="list of methods with semicolons between; default: all of the row")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
     arguments = parser.parse_args()
     output = arguments.output_root_dir.resolve()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    only = None if arguments.methods is None else set(arguments.methods.split(","))
+    only = None if arguments.methods is None else set(arguments.methods.split(";"))
     for name in arguments.rows.split(","):
         if name not in rows():
             parser.error(f"unknown row {name}; choices: {', '.join(rows())}")
