@@ -16,9 +16,6 @@ from eval.tracking import check_tracking
 from quant.errors import UserError
 from quant.formats import parse_format, parse_search_space
 
-# What belongs to a later capability. It is known, and never ignored: delete a line to switch it on.
-NOT_YET: frozenset[tuple[str, object]] = frozenset([])
-
 _POSITIVE = "(0, inf)"
 _NOT_NEGATIVE = "[0, inf)"
 _SHARE = "(0, 1)"
@@ -45,7 +42,6 @@ RANGES = {
 
 def validate(config: RunConfig) -> None:
     """Raises UserError, one line that names flag, value and choices, for the first thing wrong in a complete config."""
-    _check_available(config)
     _check_choices(config)
     _check_ranges(config)
     _check_names(config)
@@ -67,16 +63,6 @@ def check_one_of(flag: str, value: str, choices: Iterable[str], besides: str = "
 
 def _refuse(first: str, second: str, why: str) -> NoReturn:
     raise UserError(f"{first} contradicts {second}: {why}")
-
-
-def _check_available(config: RunConfig) -> None:
-    for entry in fields(RunConfig):
-        value = getattr(config, entry.name)
-        if (entry.name, value) in NOT_YET:
-            written = name_of(entry) if value is True else f"{name_of(entry)} {value}"
-            choices = entry.metadata.get("choices", ())
-            now = ", ".join(choice for choice in choices if (entry.name, choice) not in NOT_YET)
-            raise UserError(f"{written} is not available yet: {f'choose one of {now}' if now else 'leave it out'}")
 
 
 def _check_choices(config: RunConfig) -> None:

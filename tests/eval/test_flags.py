@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.eval_run import search_settings
-from eval.flag_checks import NOT_YET, RANGES
+from eval.flag_checks import RANGES
 from eval.flags import RunConfig, complete, markdown_table, parse, read_flags, to_yaml
 from quant.errors import UserError
 
@@ -173,13 +173,6 @@ def test_switches_go_both_ways(flag):
 def test_wrong_input_is_one_line_with_flag_value_and_choices(argv, words):
     message = refusal(*argv)
     assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize(("flag", "value"), sorted(NOT_YET, key=str))
-def test_later_capabilities_are_known_and_never_ignored(flag, value):
-    argv = [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    assert f"--{flag}" in (message := refusal(*argv)) and "is not available yet" in message
-    assert flag in {f.name for f in fields(RunConfig)}
 
 
 def test_a_missing_task_or_model_is_named():
