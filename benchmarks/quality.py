@@ -1,6 +1,6 @@
 """Accuracy of the search and of its competitors at one budget, on real data, over seeds; for benchmarks/RESULTS.md.
 
-    python -m benchmarks.quality --shared ../shared [--rows resnet20-4.1,digits] [--methods "search;measured"] [--seeds 0]
+    python -m benchmarks.quality --shared ../shared [--rows digits,sst2] [--methods "search;measured"] [--seeds 0]
 
 `--shared` holds data/ and models/. All methods of a row start from the same float weights, and train for the same
 steps on the same data. A run that has its record is not run again, so an interrupted call goes on where it was. The
