@@ -167,6 +167,8 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
             for index, (run, history) in enumerate(zip(runs, histories, strict=True)):
                 colour, dash = _line(index)
                 steps, values = series(history, name)
+                if not len(values):  # only a search has rewards
+                    continue
                 axes.plot(steps, values, color=colour, lw=0.5, alpha=0.3)
                 axes.plot(steps, running_mean(values), dash, color=colour, lw=1.3)
                 if name == "cost" and run.record["cost_target"] is not None:

@@ -1,5 +1,6 @@
 """The report's pictures: what they show is what the records hold, and nothing is cut off."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -202,3 +203,14 @@ def test_files_of_a_report(tmp_path):
     names = ["pareto", "formats", "policy", "curves", "draws"]
     assert set(sizes) == {"summary.csv", "runs.csv", *(f"{name}.png" for name in names)}
     assert all((tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_a_competitor_of_the_search_has_a_curve_of_its_loss_alone(tmp_path):
+    write_run(tmp_path)
+    path = write_run(tmp_path, "measured", search_space=["int2", "int8"]) / "history.jsonl"
+    history = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"step": line["step"], "loss": line["loss"]}) + "\n" for line in history))
+    runs = runs_below(tmp_path)
+    figure = drawn(plots.curves(runs, [run.history() for run in runs]))
+    lines = {axes.get_title(loc="left"): len(axes.lines) for axes in figure.axes}
+    assert lines["loss"] == 4 and lines["reward"] == 2
