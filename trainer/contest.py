@@ -20,7 +20,7 @@ Judge: TypeAlias = Callable[[Sequence[Choice]], NDArray[np.float64]]
 """choices -> held-out (loss, quality), (choices, 2, batches), each choice on the same batches"""
 
 ROUNDS = 3
-"""times that the neighbourhood of the best choice is measured"""
+"""times at most that the neighbourhood of the best choice is measured"""
 PROPOSALS = 12
 """choices that are proposed from what was measured, and then tried for real"""
 TOLLS = (1e-3, 0.5)
@@ -33,6 +33,7 @@ class Contest:
 
     budget: Budget
     judge: Judge
+    rounds: int = ROUNDS
     seen: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
     """choice -> its (loss, quality) on each batch, (2, batches)"""
 
@@ -59,7 +60,7 @@ class Contest:
         means = self.losses(list(named.values())).mean(1)
         winner = list(named)[int(means.argmin())]
         best, origin = named[winner], winner
-        for round_ in range(ROUNDS):
+        for round_ in range(self.rounds):
             swaps = self.swaps(best)
             if not swaps:
                 break

@@ -60,11 +60,11 @@ class JudgingTrainer(PickleFreeTrainer):
         size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(len(indices) / 4)))
         return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, len(indices), size)]
 
-    def _affordable_judgements(self) -> int:
-        """Assignments that can be judged, beside those of the contest, in a twentieth of the time of training."""
+    def _affordable_judgements(self, share: float) -> int:
+        """Assignments that can be judged in a share of the time of training, whose steps count as three passes."""
         examples = sum(len(next(iter(batch.values()))) for batch in self.judging_batches(2 * self.space.num_decisions))
         step = self._global_batch_size * self.args.gradient_accumulation_steps
-        return max(8, int(3 * self._total_steps() * step / 20 / examples))
+        return int(share * 3 * self._total_steps() * step / examples)
 
     @torch.no_grad()
     def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:

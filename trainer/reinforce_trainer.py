@@ -25,7 +25,7 @@ from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from trainer import checkpoint
 from trainer.allocation import allocate, effects, propose
-from trainer.contest import Contest
+from trainer.contest import ROUNDS, Contest
 from trainer.distill import Distiller
 from trainer.drop import cheapest_budget
 from trainer.evidence import additivity, certificate
@@ -320,13 +320,17 @@ class ReinforceTrainer(JudgingTrainer):
             self._lower_budget(target.search.values())
             target.search.budget = self.budget
             best = target.search.best()
-        contest = Contest(self.budget, self.judge)
+        # Measuring the neighbours of a choice is most of the contest's work; once is the least.
+        rounds = self._affordable_judgements(1 / 4) // (2 * self.space.num_decisions)
+        contest = Contest(self.budget, self.judge, min(max(rounds, 1), ROUNDS))
         candidates = {name: c for name, c in target.search.candidates.items() if self.budget.fits(c)}
         verdict = contest.decide({**candidates, "policy": best})
         target.contest = {
             **verdict.describe(),
             **self._drop_of(verdict.describe()["held_out_quality"]),
-            "certificate": certificate(contest, verdict.choice, self._affordable_judgements(), self.args.seed),
+            "certificate": certificate(
+                contest, verdict.choice, max(8, self._affordable_judgements(1 / 20)), self.args.seed
+            ),
             "additivity": additivity(contest, verdict.choice, self.args.seed),
         }
         return list(verdict.choice)

@@ -87,3 +87,18 @@ def test_nothing_is_judged_twice():
 def test_a_candidate_over_the_budget_is_refused():
     with pytest.raises(ValueError, match="over the budget: policy"):
         Contest(BUDGET, judged(additive)).decide({"policy": (2, 2, 2, 2)})
+
+
+def test_rounds_bound_how_often_neighbours_are_measured():
+    asked = []
+
+    def judge(choices):
+        asked.append(len(choices))
+        return judged(additive)(choices)
+
+    costs = []
+    for rounds in (1, 3):
+        asked.clear()
+        Contest(BUDGET, judge, rounds).decide({"policy": (0, 0, 0, 0)})
+        costs.append(sum(asked))
+    assert costs[0] < costs[1]
