@@ -19,15 +19,15 @@ COMMANDS = {
     "imagenet-1k": "--task imagenet-1k --model efficientnet-b0 --weight_bits 8 --activation_bits 8" + COMMON,
 }
 MEANING = {
-    "mrpc": {"method": "search", "partition": "role", "model": "bert", "search_space": "4,8", "target_bits": 6},
+    "mrpc": {"method": "search", "partition": "role", "model": "bert", "search_space": "4,8", "target_bits": "6"},
     "cifar10": {
         "method": "search",
         "partition": "layer",
         "model": "resnet18",
         "search_space": "2,4,8",
-        "target_bits": 5,
+        "target_bits": "5",
     },
-    "sst2": {"method": "search", "partition": "single", "model": "gpt2", "search_space": "4,8", "target_bits": 6},
+    "sst2": {"method": "search", "partition": "single", "model": "gpt2", "search_space": "4,8", "target_bits": "6"},
     "imagenet-1k": {"method": "uniform", "model": "efficientnet-b0", "target_bits": None},
 }
 SAME = {
