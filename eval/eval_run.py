@@ -129,6 +129,7 @@ def budget(plan: Plan) -> float | None:
 
     So it does if no assignment meets the target and every limit together.
     """
+    from policy.allocators import MAX_EXHAUSTIVE
     from policy.budget import Budget
     from policy.solve import InfeasibleError
     from trainer.search import resolve_target
@@ -142,12 +143,12 @@ def budget(plan: Plan) -> float | None:
         resolve_target(space, plan.profiles, cost_type, config.cost_target, bits)
         for bits in config.target_list or (None,)
     ]
+    if config.method == "exhaustive" and (size := space.num_choices**space.num_decisions) > MAX_EXHAUSTIVE:
+        raise UserError(f"--method exhaustive: {size:.3g} assignments are too many to try, at most {MAX_EXHAUSTIVE}")
     if limits:
         table = space.cost_table(plan.profiles, cost_type)
-        tables = (table, *(limit.table(space) for limit in limits))
-        together = Budget(tables, (targets[0], *(limit.value for limit in limits)))
         try:
-            together.solve(-table)
+            Budget.of(space, table, targets[0], limits).solve(-table)
         except InfeasibleError as error:
             names = ", ".join(["the target", *(f"{limit.name} in {limit.unit}" for limit in limits)])
             raise UserError(f"limits on {names}: {error}") from None

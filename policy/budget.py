@@ -44,6 +44,12 @@ class Budget:
     tables: tuple[Table, ...]
     limits: tuple[float, ...]
 
+    @classmethod
+    def of(cls, space: SearchSpace, costs: Table, target: float, limits: Sequence[Limit]) -> Budget:
+        """A target on `costs`, the run's own, and hard limits beside it."""
+        tables = costs, *(limit.table(space) for limit in limits)
+        return cls(tables, (target, *(limit.value for limit in limits)))
+
     def costs(self, choice: Sequence[int]) -> list[float]:
         """What a choice costs in each table's unit."""
         taken = np.asarray(choice)

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from policy.allocators import random_choice
-from trainer.contest import Choice, Contest
+from policy.allocators import MAX_EXHAUSTIVE, random_choice
+from trainer.contest import Choice, Contest, standard_error
 
-MAX_ALL = 4096
-"""assignments up to which a space is small enough to judge every one"""
 ALL_SHARE = 10
 """times the affordable judgements that may go into judging every assignment: a proof is worth more than a sample"""
 SAMPLES = 8
@@ -24,15 +22,14 @@ SAMPLES = 8
 def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) -> dict[str, Any]:
     """Rank and regret of the chosen assignment, by held-out quality in (0, 1].
 
-    Among ALL assignments within the budget, if the space has at most MAX_ALL and judging those that the contest has not
-    seen takes no more than ALL_SHARE x `affordable`; else among `affordable` random ones and every swap of the contest.
-    Returns `kind` 'all' or
-    'sampled', `among` (how many, the chosen one included), `rank` (1 is best), `regret` (best quality less the chosen
-    one's) and `regret_error` (standard error over the batches).
+    Among ALL assignments within the budget, if the space has at most MAX_EXHAUSTIVE and judging those that the contest
+    has not seen takes no more than ALL_SHARE x `affordable`; else among `affordable` random ones and every swap of the
+    contest. Returns `kind` 'all' or 'sampled', `among` (how many, the chosen one included), `rank` (1 is best),
+    `regret` (best quality less the chosen one's) and `regret_error` (standard error over the batches).
     """
     budget = contest.budget
     fitting = {choice for choice in contest.seen if budget.fits(choice)} | {chosen}
-    everything = list(budget.all_fitting()) if budget.size <= MAX_ALL else []
+    everything = list(budget.all_fitting()) if budget.size <= MAX_EXHAUSTIVE else []
     complete = bool(everything) and len(set(everything) - fitting) <= ALL_SHARE * affordable
     if complete:
         fitting = set(everything)
@@ -49,7 +46,7 @@ def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) ->
         "among": len(fitting),
         "rank": int((means > means[0]).sum()) + 1,
         "regret": float(lost.mean()),
-        "regret_error": float(lost.std(ddof=1) / np.sqrt(len(lost))) if len(lost) > 1 else 0.0,
+        "regret_error": standard_error(lost),
     }
 
 

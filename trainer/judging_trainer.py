@@ -52,19 +52,23 @@ class JudgingTrainer(PickleFreeTrainer):
 
     def judging_batches(self, assignments: int) -> list[Any]:
         """Batches of `search_dataset` to judge so many assignments on; always the first of the same order."""
-        steps, batch_size = self._total_steps(), self._global_batch_size * self.args.gradient_accumulation_steps
-        available = len(self.search_dataset)
-        wanted = self._config.sensitivity_examples or examples_to_judge(steps, batch_size, assignments)
-        indices = self._permutation(self.search_dataset, salt=1)[: min(wanted, available)]
+        count = self._judging_examples(assignments)
+        indices = self._permutation(self.search_dataset, salt=1)[:count]
         # At least four batches, so that what is measured comes with an error.
-        size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(len(indices) / 4)))
-        return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, len(indices), size)]
+        size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(count / 4)))
+        return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, count, size)]
+
+    def _judging_examples(self, assignments: int) -> int:
+        """Examples of `search_dataset` to judge so many assignments on."""
+        wanted = self._config.sensitivity_examples or examples_to_judge(
+            self._total_steps(), self._step_examples, assignments
+        )
+        return min(wanted, len(self.search_dataset))
 
     def _affordable_judgements(self, share: float) -> int:
         """Assignments that can be judged in a share of the time of training, whose steps count as three passes."""
-        examples = sum(len(next(iter(batch.values()))) for batch in self.judging_batches(2 * self.space.num_decisions))
-        step = self._global_batch_size * self.args.gradient_accumulation_steps
-        return int(share * 3 * self._total_steps() * step / examples)
+        passes = 3 * self._total_steps() * self._step_examples
+        return int(share * passes / self._judging_examples(2 * self.space.num_decisions))
 
     @torch.no_grad()
     def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:
@@ -155,6 +159,11 @@ class JudgingTrainer(PickleFreeTrainer):
     def _global_batch_size(self) -> int:
         """Training examples of a batch in all processes together."""
         return self.args.per_device_train_batch_size * self.args.world_size
+
+    @property
+    def _step_examples(self) -> int:
+        """Training examples of an optimizer step."""
+        return self._global_batch_size * self.args.gradient_accumulation_steps
 
     def _permutation(self, dataset: Any, salt: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + salt)

@@ -160,8 +160,7 @@ class ReinforceTrainer(JudgingTrainer):
         if config.max_drop is not None:  # until the bisection: anything goes
             bits = max(weight.bits for weight, _ in self.space.decisions[0].choices)
         target = resolve_target(self.space, self.profiles, config.cost_type, config.cost_target, bits)
-        tables = self.costs, *(limit.table(self.space) for limit in limits)
-        return Budget(tables, (target, *(limit.value for limit in limits)))
+        return Budget.of(self.space, self.costs, target, limits)
 
     # ------------------------------------------------------ the target whose turn it is
 
@@ -325,9 +324,10 @@ class ReinforceTrainer(JudgingTrainer):
         contest = Contest(self.budget, self.judge, min(max(rounds, 1), ROUNDS))
         candidates = {name: c for name, c in target.search.candidates.items() if self.budget.fits(c)}
         verdict = contest.decide({**candidates, "policy": best})
+        told = verdict.describe()
         target.contest = {
-            **verdict.describe(),
-            **self._drop_of(verdict.describe()["held_out_quality"]),
+            **told,
+            **self._drop_of(told["held_out_quality"]),
             "certificate": certificate(
                 contest, verdict.choice, max(8, self._affordable_judgements(1 / 20)), self.args.seed
             ),
@@ -432,9 +432,8 @@ class ReinforceTrainer(JudgingTrainer):
     def _position(self, step: int) -> int:
         """Rows that all steps before `step` have taken, counted as `PhasedSampler` counts them."""
         rows = self._rows - len(self.search_rows)
-        step_rows = self._global_batch_size * self.args.gradient_accumulation_steps
         epoch, within = divmod(step, self._steps_per_epoch())
-        return epoch * rows + min(within * step_rows, rows)
+        return epoch * rows + min(within * self._step_examples, rows)
 
     # ------------------------------------------------------ optimizer, history
 

@@ -93,3 +93,9 @@ def test_nothing_is_interpolated(tmp_path):
         make_plan(parse([*RUN, "--max_latency", str(tmp_path / "t.csv"), "--latency_target", "3"]))
     with pytest.raises(UserError, match="--latency_target is missing"):
         parse([*RUN, "--max_latency", str(tmp_path / "t.csv")])
+
+
+def test_trying_everything_is_refused_where_it_is_too_much():
+    argv = [*RUN[:4], "--method", "exhaustive", "--search_space", "2,3,4,5,6,8", "--target_bits", "4"]
+    with pytest.raises(UserError, match=r"--method exhaustive: 7.78e\+03 assignments .* at most 4096"):
+        make_plan(parse(argv))
