@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quant.formats import Format
 from quant.quantizer import Quantizer, QuantizerConfig, Rounder
+from quant.replay import Replay
 
 
 class QuantModule(nn.Module):
@@ -30,6 +31,7 @@ class QuantModule(nn.Module):
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
     kept_weight: KeptWeight | None = None
+    replay: Replay | None = None
 
     def add_quantizers(self, weight: QuantizerConfig, activation: QuantizerConfig) -> None:
         """Attach the two quantizers, in float until `set_formats`. Raises ValueError for a granularity not theirs."""
@@ -62,6 +64,11 @@ class QuantModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must say how it computes")
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.replay is not None:
+            return self.replay.output(self, self._forward, input)
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         if self.observing:
             self.input_quantizer.observe(input)
         weight = self.weight  # read once: a parametrization computes it at every access

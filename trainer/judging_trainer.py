@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policy.space import SearchSpace
-from quant.convert import set_formats, weights_kept
+from quant.convert import set_formats
 from quant.quant_module import QuantModule
+from quant.replay import replayed
 from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
 from trainer.search import ReinforceConfig, examples_to_judge
@@ -80,11 +81,14 @@ class JudgingTrainer(PickleFreeTrainer):
         self.model.eval()
         judged = np.zeros((len(choices), 2, len(batches)))
         kind = self._config.reward_quality
-        with weights_kept(self.modules):
-            for row, choice in enumerate(choices):
-                if in_formats:
-                    set_formats(self.modules, self.space.assignment(choice))
-                for column, batch in enumerate(batches):
+        # Sorted, each choice shares with the one before it all layers up to the first that differs.
+        order = sorted(range(len(choices)), key=lambda row: tuple(choices[row]))
+        for column, batch in enumerate(batches):
+            with replayed(self.modules) as replay:
+                for row in order:
+                    if in_formats:
+                        set_formats(self.modules, self.space.assignment(choices[row]))
+                    replay.restart()
                     with self.compute_loss_context_manager():
                         loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
                     judged[row, :, column] = float(loss), float(quality(loss, outputs, batch, kind))

@@ -17,6 +17,7 @@ from policy.space import SearchSpace
 from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
 from quant.quant_module import QuantModule
+from quant.replay import replayed
 
 Table = NDArray[np.float64]
 """(decisions, choices)"""
@@ -57,12 +58,13 @@ def measure_sensitivity(
     model.eval()
     effects = np.zeros((len(batches), len(space.decisions), space.num_choices))
     try:
-        with in_float(modules):
-            for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches):
+            with in_float(modules), replayed(modules) as replay:
                 reference = look(model, batch)
                 for d, decision in enumerate(space.decisions):
                     for c, formats in enumerate(decision.choices):
                         set_formats(modules, dict.fromkeys(decision.layers, formats))
+                        replay.restart()
                         effects[index, d, c] = compare(reference, look(model, batch))
                     set_formats(modules, dict.fromkeys(decision.layers, (FLOAT, FLOAT)))
     finally:
