@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.sensitivity import divergences
+
 
 class Distiller:
     """Mixes the loss with the divergence from a float teacher's class probabilities (Hinton et al., arXiv 1503.02531).
@@ -31,6 +33,5 @@ class Distiller:
         with torch.no_grad():
             answer = self.teacher(**batch)
         known = answer["logits"] if isinstance(answer, Mapping) else answer.logits
-        before, now = known.float().log_softmax(-1), logits.float().log_softmax(-1)
-        divergence = (before.exp() * (before - now)).sum() / (len(logits) if counted is None else counted)
+        divergence = divergences(known, logits).sum() / (len(logits) if counted is None else counted)
         return (1 - self.weight) * loss + self.weight * divergence

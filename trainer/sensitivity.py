@@ -84,8 +84,13 @@ def divergence(reference: Tensor, now: Tensor) -> float:
     The loss of a well-trained model hangs on the few examples it gets wrong; in this, every example has a say. From 96
     examples of CIFAR-10, an exact knapsack over it loses half as much as over the loss (benchmarks/RESULTS.md).
     """
+    return float(divergences(reference, now).mean())
+
+
+def divergences(reference: Tensor, now: Tensor) -> Tensor:
+    """KL(reference || now) of each example, float32 (examples,) in nats, from logits (examples, classes)."""
     before, after = reference.float().log_softmax(-1), now.float().log_softmax(-1)
-    return float((before.exp() * (before - after)).sum(-1).mean())
+    return (before.exp() * (before - after)).sum(-1)
 
 
 def fisher_effect(
