@@ -22,6 +22,10 @@ _SHAPING += ["load_model_path", "fuse_groups"]
 """what data, model and layers depend on"""
 PASS_SHARE = 1 / 3
 """a forward pass takes about a third of a training step"""
+REPLAYED_SHARE = 0.6
+"""of a forward pass, where what comes before the first changed layer is played back; benchmarks/RESULTS.md"""
+JUDGED_BESIDE = 40
+"""assignments that a contest judges beside the neighbours of the best: proposals, samples, the certificate's"""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,35 @@ def learn(runs: Sequence[RunConfig], measure: bool = False) -> dict[str, Facts]:
 
 
 def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
-    from eval.eval_run import budget, search_settings, search_space
+    from eval.eval_run import budget, search_space
 
     run = plan.config
     cost_type: Any = run.cost_type
     steps = _steps(plan)
     seconds = None
     if seconds_per_step is not None:
-        draws = search_settings(run).reward_draws if run.method == "search" else 0
-        seconds = steps * seconds_per_step * (1 + draws * PASS_SHARE)
+        passes = _passes(plan, steps) if run.method == "search" else 0.0
+        seconds = seconds_per_step * (steps + passes * PASS_SHARE)
     return Facts(steps, search_space(plan).cost_range(plan.profiles, cost_type), budget(plan), seconds)
+
+
+def _passes(plan: Plan, steps: int) -> float:
+    """Forward passes over a step's examples that a search takes beside training: rewards, sensitivities, contests."""
+    from eval.eval_run import search_settings, search_space
+    from trainer.search import Phases, examples_to_judge
+
+    run, config, space = plan.config, search_settings(plan.config), search_space(plan)
+    phases = Phases.of(config, steps)
+    batch = run.train_batch_size * run.gradient_accumulation_steps
+    neighbours = 2 * space.num_decisions
+    judged = 0.0
+    if config.policy_prior == "measured":
+        pairs = space.num_decisions * space.num_choices
+        judged += pairs * examples_to_judge(steps, batch, pairs)
+    if config.contest:
+        targets = max(1, len(run.target_list))
+        judged += targets * (neighbours + JUDGED_BESIDE) * examples_to_judge(steps, batch, neighbours)
+    return config.reward_draws * (phases.settle - phases.delay) + REPLAYED_SHARE * judged / batch
 
 
 def _steps(plan: Plan) -> int:

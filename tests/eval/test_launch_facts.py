@@ -1,0 +1,22 @@
+import pytest
+
+from eval import launch_facts
+from eval.flags import parse
+
+RUN = ["--task", "digits", "--model", "convnet", "--max_steps", "80", "--train_batch_size", "32"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"),
+    [
+        (["--bits", "4"], 80.0),
+        # 10 of the 80 steps reward two draws. Five layers x 2 formats are judged on 3 * 80 * 32 / 8 / 10 = 96 examples,
+        # as are 10 neighbours and 40 others; a judged pass takes 0.6 of one, a pass a third of a step.
+        (["--search", "--search_space", "4,8", "--target_bits", "5"], 80 + (10 * 2 + 0.6 * 60 * 96 / 32) / 3),
+        (["--search", "--recipe", "fliqs", "--search_space", "4,8", "--target_bits", "5"], 80 + 60 / 3),
+    ],
+)
+def test_a_search_takes_longer_by_the_passes_that_it_makes(monkeypatch, flags, seconds):
+    monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
+    run = parse([*RUN, *flags])
+    assert launch_facts.learn([run], measure=True)[run.run_name].seconds == pytest.approx(seconds)
