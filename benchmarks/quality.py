@@ -87,6 +87,12 @@ def rows() -> dict[str, Row]:
         "resnet20-4.1": Row(
             f"{RESNET20[SLOW]} --cost_type compute", "--search_space 2,4,8 --target_bits 4.09", ("int4",), CHEAP
         ),
+        "resnet20-4.1-wide": Row(
+            f"{RESNET20[FAST]} --cost_type compute",
+            "--search_space 2,3,4,5,6,8 --target_bits 4.09",
+            ("int4",),
+            ("measured", "fisher", "hawq_v2"),
+        ),
         "resnet20-3.5": Row(
             f"{RESNET20[FAST]} --cost_type compute",
             "--search_space 2,3,4,6,8 --target_bits 3.5",
