@@ -3,9 +3,9 @@
     python -m benchmarks.ptq --task mrpc --data_dir ../shared/data/glue/mrpc --model_path FOLDER [--planted] --out FILE
 
 `--model_path` holds a fine-tuned model. `--planted` multiplies four channels of every LayerNorm's gamma by 15 to 60 and
-divides what reads them, so that the float model stays what it is. Ranges come from 128 training examples, the ratio of
-Token-Wise Clipping from 64 of them; weights are quantized per channel to their least squared error in every row. The
-whole validation split is evaluated. Rows that stand in the file are not run again.
+divides what reads them, so that the float model stays what it is. Ranges and the ratio of Token-Wise Clipping come from
+128 training examples; weights are quantized per channel to their least squared error in every row. The whole validation
+split is evaluated. Rows that stand in the file are not run again.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from torch import nn
 from eval.eval_run import evaluate, make_plan, make_trainer
 from eval.flags import parse
 from quant.convert import calibrate, quantize_model, set_formats
-from quant.formats import parse_format
+from quant.formats import Format, IntFormat
 from quant.graph import find_groups
 from quant.migration import SmoothQuantConfig, gamma_migration, migrate, smooth_quant
+from quant.quant_module import QuantModule
+from quant.quant_utils import use_compiled
 from quant.quantizer import QuantizerConfig
 from quant.token_clipping import clip_tokens
 
-SETTINGS = {"W8A8": ("int8", "int8"), "W6A6": ("int6", "int6"), "W4A8": ("int4", "int8")}
+INT4, INT6, INT8 = IntFormat(4), IntFormat(6), IntFormat(8)
+SETTINGS: dict[str, tuple[Format, Format]] = {"W8A8": (INT8, INT8), "W6A6": (INT6, INT6), "W4A8": (INT4, INT8)}
 METHODS: dict[str, dict[str, Any]] = {
     "MinMax": {"observer": "minmax"},
     "percentile": {"observer": "percentile"},
@@ -40,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Gamma Migration": {"observer": "minmax", "gamma": True},
     "Token-Wise Clipping": {"observer": "avg_prune_minmax"},
     "both": {"observer": "avg_prune_minmax", "gamma": True},
+    "both + fine stage": {"observer": "avg_prune_minmax", "gamma": True, "fine": True},
 }
 FACTORS = (15.0, -20.0, 25.0, 60.0)
 
@@ -62,11 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
     flags += f" {arguments.flags} --method float --max_steps 0 --report_to none --quiet --seed 0"
     plan = make_plan(parse([*flags.split(), "--calibration_samples", "128"]))
     trainer, *_ = make_trainer(plan)
+    use_compiled("auto")
+    for name, split in plan.prepared.validation.items():  # neighbours of one length need little padding
+        lengths = [len(tokens) for tokens in split["input_ids"]]
+        plan.prepared.validation[name] = split.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))
     batches = list(trainer.calibration_batches())
     if arguments.planted:
         plant(trainer.model, batches[0])
-    original, groups = trainer.model, find_groups(trainer.model, batches[0])
-    inside = [group for group in (group.only(plan.layers) for group in groups) if group.consumers]
+    original: Any = trainer.model
+    done = {(r["task"], r["planted"], r["method"], r["setting"]) for r in read(arguments.out)}
 
     def score(method: str, setting: str, seconds: float, **facts: Any) -> None:
         metrics = evaluate(trainer, plan)["validation"]
@@ -76,42 +84,56 @@ def run(arguments: argparse.Namespace) -> None:
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    done = {(r["task"], r["planted"], r["method"], r["setting"]) for r in read(arguments.out)}
-    if (arguments.task, arguments.planted, "float", "") not in done:
-        started = time.monotonic()
-        with torch.no_grad():
-            for batch in batches:
-                original.eval()(**batch)
-        score("float", "", time.monotonic() - started)
-    for setting in arguments.settings.split(","):
-        for method, chosen in METHODS.items():
-            if (arguments.task, arguments.planted, method, setting) in done:
-                continue
-            model: Any = copy.deepcopy(original)
-            weight, activation = (parse_format(name) for name in SETTINGS[setting])
+    def missing(method: str, setting: str) -> bool:
+        return (arguments.task, arguments.planted, method, setting) not in done
+
+    if missing("float", ""):
+        score("float", "", 0.0)
+    for method in arguments.methods.split(","):
+        settings = [name for name in arguments.settings.split(",") if missing(method, name)]
+        # Auto alpha depends on the formats; everything else is calibrated for all settings at once.
+        together = [[name] for name in settings] if METHODS[method].get("alpha") == "auto" else [settings]
+        for names in filter(None, together):
+            trainer.model = trainer.model_wrapped = model = copy.deepcopy(original)
             started = time.monotonic()
-            if chosen.get("gamma"):
-                gamma_migration(model, inside)
-            if "alpha" in chosen:
-                smooth = SmoothQuantConfig(alpha=chosen["alpha"])
-                smooth_quant(model, inside, batches, smooth, formats=(weight, activation))
-            modules = quantize_model(
-                model,
-                include=plan.layers,
-                formats=[weight, activation],
-                weight=QuantizerConfig(range="calibrated", granularity="channel", observer="mse"),
-                activation=QuantizerConfig(
-                    range="calibrated", observer=chosen["observer"], symmetric=False, ignore_padding=True
-                ),
-            )
-            calibrate(model, modules, batches)
-            facts = {}
-            if chosen["observer"] == "avg_prune_minmax":
-                facts["ratio"] = clip_tokens(model, modules, batches[:2], activation)
+            modules, facts = quantized(model, METHODS[method], names, plan.layers, batches)
             seconds = time.monotonic() - started
-            set_formats(modules, dict.fromkeys(modules, (weight, activation)))
-            trainer.model = trainer.model_wrapped = model
-            score(method, setting, seconds, **facts)
+            for name in names:
+                set_formats(modules, dict.fromkeys(modules, SETTINGS[name]))
+                score(method, name, seconds, **facts.get(name, {}))
+
+
+def quantized(
+    model: nn.Module, method: dict[str, Any], settings: list[str], layers: list[str], batches: list[Any]
+) -> tuple[dict[str, QuantModule], dict[str, dict[str, Any]]]:
+    """`model` quantized in place for all `settings`, and what there is to say of each."""
+    groups = [group for group in (group.only(layers) for group in find_groups(model, batches[0])) if group.consumers]
+    if method.get("gamma"):
+        gamma_migration(model, groups)
+    if "alpha" in method:
+        smooth_quant(model, groups, batches, SmoothQuantConfig(alpha=method["alpha"]), formats=SETTINGS[settings[0]])
+    clips, fine = method["observer"] == "avg_prune_minmax", "fine" in method
+    modules = quantize_model(
+        model,
+        include=layers,
+        formats=dict.fromkeys(format for name in settings for format in SETTINGS[name]),
+        weight=QuantizerConfig(range="calibrated", granularity="channel", observer="mse"),
+        activation=QuantizerConfig(
+            range="learned" if fine else "calibrated",
+            observer=method["observer"],
+            symmetric=False,
+            learned_offset=fine,
+            ignore_padding=True,
+        ),
+    )
+    calibrate(model, modules, batches)
+    if not clips:
+        return modules, {}
+    found = {
+        format: clip_tokens(model, modules, batches, format, fine)
+        for format in dict.fromkeys(SETTINGS[name][1] for name in settings)
+    }
+    return modules, {name: {"ratio": found[SETTINGS[name][1]]} for name in settings}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -137,6 +159,7 @@ def main() -> None:
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--planted", action="store_true", help="with outliers in the gammas, compensated for")
     parser.add_argument("--settings", default=",".join(SETTINGS), help="comma list of bit widths")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma list of rows")
     parser.add_argument("--flags", default="--max_length 64 --eval_batch_size 64", help="more flags of the run")
     parser.add_argument("--out", type=Path, default=Path("output/ptq.jsonl"), help="rows, one JSON object a line")
     arguments = parser.parse_args()

@@ -291,7 +291,13 @@ def make_trainer(
     from transformers import PrinterCallback
     from transformers.trainer_utils import set_seed
 
-    from eval.ptq import clip_outlier_tokens, clips_tokens, migrate_outliers, quantizer_configs
+    from eval.ptq import (
+        clip_outlier_tokens,
+        clips_tokens,
+        migrate_outliers,
+        place_around_layers,
+        quantizer_configs,
+    )
     from eval.tasks import hold_out, not_augmented
     from quant.convert import quantize_model
     from quant.quant_utils import use_compiled
@@ -346,6 +352,7 @@ def make_trainer(
     if config.quiet:
         trainer.remove_callback(PrinterCallback)
     migrate_outliers(plan, trainer)
+    place_around_layers(plan, trainer)
     known = plan.bundle.trained and config.method != "float"
     return trainer, modules, evaluate(trainer, plan) if known else None
 

@@ -49,8 +49,15 @@ class FinishedRun:
     def model(self) -> nn.Module:
         """The trained model in its formats, in eval mode, on the CPU."""
         from eval.saved_model import load_model
+        from quant.placement import placed_sites
 
-        return load_model(self.folder)
+        model = load_model(self.folder)
+        if placed_sites(model):
+            raise UserError(
+                f"RUN_DIR {self.folder}: quantizes more than layers (--high_precision_ops, --quantize_residual_adds, "
+                "--quantize_products or --quantize_embeddings), which no export has a place for"
+            )
+        return model
 
     @cached_property
     def modules(self) -> dict[str, QuantModule]:

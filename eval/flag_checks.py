@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from eval.quant_yaml import alpha_settings
+from eval.quant_yaml import HIGH_PRECISION_OPS, PLACED, alpha_settings
 from eval.run_config import RunConfig, is_path, name_of
 from eval.tracking import check_tracking
 from quant.errors import UserError
@@ -236,6 +236,11 @@ def _check_ptq(config: RunConfig) -> None:
     if config.smooth_quant_alpha != "0.5" and not config.smooth_quant:
         _refuse(f"--smooth_quant_alpha {config.smooth_quant_alpha}", "no --smooth_quant", "give both or none")
     alpha_settings(config.smooth_quant_alpha)
+    for op in filter(None, (config.high_precision_ops or "").split(",")):
+        check_one_of("--high_precision_ops", op.strip(), HIGH_PRECISION_OPS)
+    for flag in ("high_precision_ops", *PLACED):
+        if getattr(config, flag) and config.method == "float":
+            _refuse(f"--{flag}", "--method float", "nothing is quantized")
     for flag in ("gamma_migration", "smooth_quant"):
         if getattr(config, flag) and config.method == "float":
             _refuse(f"--{flag}", "--method float", "nothing is quantized")

@@ -21,7 +21,10 @@ from quant.errors import UserError
 __all__ = ["RunConfig", "complete", "entry", "parse", "read_flags", "to_yaml", "validate"]
 
 _LAUNCHER_ONLY = (*GRID_FLAGS, "dry_run", "asha", "hpo", "ray_address")
-_LISTS = {*GRID_FLAGS, "search_space", "target_bits", "include", "exclude", "cuda_visible_devices"}
+_LISTS = {
+    *GRID_FLAGS,
+    *("search_space", "target_bits", "include", "exclude", "high_precision_ops", "cuda_visible_devices"),
+}
 _UNSET = object()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from eval.quant_yaml import alpha_settings
 from quant.formats import FLOAT, Format, IntFormat
 from quant.migration import SmoothQuantConfig, fold
+from quant.placement import Placement, place_quantizers
 from quant.quantizer import QuantizerConfig
 from quant.token_clipping import clip_tokens
 
@@ -69,6 +70,19 @@ def migrate_outliers(plan: Plan, trainer: ReinforceTrainer) -> None:
         smooth=smooth if config.smooth_quant else None,
         formats=tuple(IntFormat(8) if f == FLOAT else f for f in (weight, activation)),  # type: ignore[arg-type]
     )
+
+
+def place_around_layers(plan: Plan, trainer: ReinforceTrainer) -> None:
+    """Quantize what the flags name besides layers: after migrations, before ranges are looked for."""
+    config = plan.config
+    placement = Placement(
+        [op.strip() for op in (config.high_precision_ops or "").split(",") if op.strip()],
+        residual_adds=config.quantize_residual_adds,
+        products=config.quantize_products,
+        embeddings=config.quantize_embeddings,
+    )
+    if placement and trainer.modules:
+        place_quantizers(trainer.model, trainer.modules, next(iter(trainer.calibration_batches())), placement)
 
 
 def clips_tokens(config: RunConfig) -> bool:

@@ -6,6 +6,10 @@ quant:
   ln: {delay: true}             # Gamma Migration
   a_qconfig: {quantizer: FixedFakeQuantize, observer: AvgPruneMinMaxObserver, bit: 6, symmetric: false, ch_axis: -1}
   w_qconfig: {quantizer: FixedFakeQuantize, observer: MinMaxObserver, bit: 6, symmetric: true, ch_axis: 0}
+  high_precision_ops: [gelu, softmax, layernorm]  # in float, between quantized inputs and outputs
+  quantize_residual_adds: true
+  quantize_products: true       # queries, keys, attention probabilities, values
+  quantize_embeddings: true
   smooth_quant: {alpha: auto, auto_alpha_args: {alpha_min: 0.3, alpha_max: 0.7, alpha_step: 0.05}}
 """
 
@@ -48,6 +52,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "a_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "MinMaxObserver", "symmetric": False, "ch_axis": -1},
     "w_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "MinMaxObserver", "symmetric": True, "ch_axis": 0},
 }
+HIGH_PRECISION_OPS = ("gelu", "softmax", "layernorm")
+PLACED = ("quantize_residual_adds", "quantize_products", "quantize_embeddings")
+"""keys that are called as the flags are"""
 AUTO_ALPHA = {"alpha_min": 0.3, "alpha_max": 0.7, "alpha_step": 0.05, "shared_criterion": "mean", "n_samples": 32}
 
 
@@ -89,11 +96,21 @@ class _Section:
             raise UserError(f"{self.place}.{key} must be a number in {interval}, got {value!r}")
         return value
 
+    def several(self, key: str, choices: Iterable[str]) -> list[str]:
+        values = self.values[key]
+        if not isinstance(values, list):
+            raise UserError(f"{self.place}.{key} must be a list of {', '.join(choices)}, got {values!r}")
+        for value in values:
+            if value not in choices:
+                raise UserError(f"{self.place}.{key}: unknown value {value!r}; choices: {', '.join(choices)}")
+        return values
+
     def inner(self, key: str) -> _Section:
         return _Section(self.values.get(key) or {}, f"{self.place}.{key}")
 
     def flags(self) -> dict[str, Any]:
-        self.check_keys(["is_remove_padding", "calibrate", "ln", "a_qconfig", "w_qconfig", "smooth_quant"])
+        known = ["is_remove_padding", "calibrate", "ln", "a_qconfig", "w_qconfig", "smooth_quant"]
+        self.check_keys([*known, "high_precision_ops", *PLACED])
         ln = self.inner("ln")
         ln.check_keys(["delay"])
         flags: dict[str, Any] = {
@@ -102,6 +119,9 @@ class _Section:
         }
         if "calibrate" in self.values:
             flags["calibration_samples"] = self.number("calibrate", int, None, "[1,inf)")
+        if "high_precision_ops" in self.values:
+            flags["high_precision_ops"] = ",".join(self.several("high_precision_ops", HIGH_PRECISION_OPS))
+        flags |= {key: self.choice(key, [True, False], False) for key in PLACED if key in self.values}
         for side in SIDES:
             flags |= self.inner(side).side(side)
         if "smooth_quant" in self.values:

@@ -211,6 +211,12 @@ class QuantizationFlags:
         None, "training examples that ranges are calibrated on; default: 8 training batches"
     )
     remove_padding: bool = flag(False, "leave padded tokens out of activation ranges")
+    high_precision_ops: str | None = flag(
+        None, "comma list of gelu, softmax, layernorm: they compute in float between quantized inputs and outputs"
+    )
+    quantize_residual_adds: bool = flag(False, "quantize both inputs of residual additions")
+    quantize_products: bool = flag(False, "quantize queries, keys, values and attention probabilities where multiplied")
+    quantize_embeddings: bool = flag(False, "quantize embedding tables, one scale a row")
     gamma_migration: bool = flag(False, "move LayerNorm's gamma into the next layer (Outlier Suppression)")
     smooth_quant: bool = flag(False, "move activation outliers into the weights (SmoothQuant)")
     smooth_quant_alpha: str = flag(

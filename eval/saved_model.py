@@ -16,6 +16,7 @@ from quant.convert import Assignment, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
 from quant.migration import Migration, added, attach
+from quant.placement import attach_quantizers, placed_sites
 from quant.quantizer import QuantizerConfig
 from trainer.checkpoint import load_tensors, save_tensors, write_json
 
@@ -56,6 +57,7 @@ def save_model(
             "weight": None if first is None else asdict(first.weight_quantizer.config),
             "activation": None if first is None else asdict(first.input_quantizer.config),
             "migration": asdict(added(bundle.model)),
+            "placement": placed_sites(bundle.model),
         },
     )
 
@@ -80,6 +82,7 @@ def load_model(folder: str | Path) -> nn.Module:
             weight=QuantizerConfig(**saved["weight"]),
             activation=QuantizerConfig(**saved["activation"]),
         )
+        attach_quantizers(model, modules, saved.get("placement", {}))
         used = {format for pair in assignment.values() for format in pair if format != FLOAT}
         set_formats(modules, assignment if used else {})
     model.load_state_dict(load_tensors(folder / "model.safetensors"))

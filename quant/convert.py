@@ -238,7 +238,7 @@ def calibrate(
     observe_inputs(model, modules, batches)
     for module in modules.values():
         module.weight_quantizer.observe(module.weight)
-        for quantizer in (module.weight_quantizer, module.input_quantizer):
+        for quantizer in (module.weight_quantizer, *module.activation_quantizers):
             if learned or quantizer.config.range != "learned":
                 quantizer.finish_calibration()
             quantizer.observation = None
@@ -250,7 +250,8 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
     Raises UserError if there is no batch.
     """
     modes = {module: module.training for module in model.modules()}
-    unpadded = [m.input_quantizer for m in modules.values() if m.input_quantizer.config.ignore_padding]
+    quantizers = [quantizer for module in modules.values() for quantizer in module.activation_quantizers]
+    unpadded = [quantizer for quantizer in quantizers if quantizer.config.ignore_padding]
     empty = True
     model.eval()
     for module in modules.values():

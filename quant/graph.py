@@ -21,7 +21,7 @@ from quant.convert import run_model
 from quant.shortcut import Shortcut
 
 LAYERS = (nn.Linear, nn.Conv2d, Conv1D)
-_ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 _RECTIFY = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu}
 """functions with f(x / s) = f(x) / s for s > 0"""
 _PASS = {F.dropout, F.dropout2d, torch.dropout}
@@ -59,7 +59,7 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
     watched = _Watch()
     modes = {module: module.training for module in model.modules()}
     names = {module: name for name, module in model.named_modules()}
-    known = [module for module in names if isinstance(module, (*LAYERS, Shortcut)) or _is_norm(module)]
+    known = [module for module in names if isinstance(module, (*LAYERS, Shortcut)) or is_norm(module)]
     hooks = [hook for module in known for hook in (
         module.register_forward_pre_hook(watched.enter),
         module.register_forward_hook(watched.leave),
@@ -152,14 +152,14 @@ class _Watch(TorchFunctionMode):
         result = results[0]
         for tensor in inputs:
             flow = self.flow(tensor)
-            if result is tensor and func not in _ADD | _RECTIFY | _PASS:
+            if result is tensor and func not in ADD | _RECTIFY | _PASS:
                 flow.others += 1  # changed in place
             elif func in _RECTIFY:
                 flow.rectified = True
                 self._start(result, flow)
             elif func in _PASS or _same_values(result, tensor):
                 self._start(result, flow)
-            elif func in _ADD and _plain_sum(inputs, kwargs) and result is not tensor:
+            elif func in ADD and _plain_sum(inputs, kwargs) and result is not tensor:
                 flow.sums.append(self.flow(result))
             else:
                 flow.others += 1
@@ -183,7 +183,7 @@ def _plain_sum(inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
     return len(inputs) == 2 and inputs[0].shape == inputs[1].shape and not kwargs
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """LayerNorm, RMSNorm by whatever name, BatchNorm2d: a weight, perhaps a bias, and nothing else."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d):
         return module.weight is not None and module.weight.dim() == 1
@@ -229,7 +229,7 @@ def _only_norm(total: _Flow) -> nn.Module | None:
     if len(total.readers) != 1 or total.others or total.sums or total.rectified:
         return None
     norm = total.readers[0]
-    return norm if _is_norm(norm) and not isinstance(norm, nn.BatchNorm2d) else None
+    return norm if is_norm(norm) and not isinstance(norm, nn.BatchNorm2d) else None
 
 
 def _called_once(watched: _Watch, *modules: nn.Module | None) -> bool:

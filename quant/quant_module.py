@@ -13,6 +13,9 @@ from quant.formats import Format
 from quant.quantizer import Quantizer, QuantizerConfig, Rounder
 from quant.replay import Replay
 
+TABLE = "table"
+"""what the names of quantizers of embeddings hold: these take the weight's format"""
+
 
 class QuantModule(nn.Module):
     """A layer whose weight and input are rounded to formats that may change at every step.
@@ -53,6 +56,22 @@ class QuantModule(nn.Module):
         modules = self._modules  # nn.Module's own lookup costs more than the switch, for every layer at every step
         cast(Quantizer, modules["weight_quantizer"]).set_format(weight)
         cast(Quantizer, modules["input_quantizer"]).set_format(activation)
+        if (placed := modules.get("placed")) is not None:
+            for name, quantizer in cast(nn.ModuleDict, placed).items():
+                cast(Quantizer, quantizer).set_format(weight if TABLE in name else activation)
+
+    def place(self, name: str, quantizer: Quantizer) -> None:
+        """Take in the quantizer of a tensor around this layer, in the layer's format: see `quant.placement`."""
+        if "placed" not in self._modules:
+            self.add_module("placed", nn.ModuleDict())
+        cast(nn.ModuleDict, self._modules["placed"])[name] = quantizer
+        self.set_formats(*self.formats)
+
+    @property
+    def activation_quantizers(self) -> list[Quantizer]:
+        """That of the input first, then those placed around."""
+        placed = cast("nn.ModuleDict | None", self._modules.get("placed"))
+        return [self.input_quantizer, *(cast(Quantizer, q) for q in (placed.values() if placed is not None else ()))]
 
     @property
     def formats(self) -> tuple[Format, Format]:

@@ -1,7 +1,9 @@
 """Token-Wise Clipping (Outlier Suppression, arXiv 2209.13325): one clipping ratio for all layers, then learned scales.
 
-Coarse: of the ratios r, the one under which quantized activations change the model's output least. Fine: the scales
-found are trained on the same loss.
+Coarse: of the ratios r, the one under which quantized activations change the model's output least. Fine: on the same
+loss, each tensor keeps the clipping only if that pays, and the scales found are trained. The first of the two is ours:
+often a few tensors need the ratio (GELU outputs, say) and the others suffer from it, by far more than steps of 1e-5
+can mend.
 """
 
 from __future__ import annotations
@@ -38,10 +40,15 @@ def clip_tokens(
 
     Args:
         batches: calibration data; they are run once to observe, and once for each ratio.
-        fine: also train the scales (and learned offsets); the loss is never worse than before.
+        fine: where scales are learned, also ask of each tensor alone whether to clip it, then train the scales (and
+            learned offsets); the loss is never worse than before.
     """
+    taking_part = {n: m for n, m in modules.items() if m.input_quantizer.config.observer == "avg_prune_minmax"}
     quantizers = [
-        m.input_quantizer for m in modules.values() if m.input_quantizer.config.observer == "avg_prune_minmax"
+        quantizer
+        for module in taking_part.values()
+        for quantizer in module.activation_quantizers
+        if quantizer.config.observer == "avg_prune_minmax"
     ]
     training = model.training
     model.eval()
@@ -51,14 +58,14 @@ def clip_tokens(
                 quantizer.prepare(format)
             targets = [outputs(model, batch) for batch in batches]
             observe_inputs(model, modules, batches)
-            taking_part = {n: m for n, m in modules.items() if m.input_quantizer in quantizers}
-            ratio = _coarse(model, taking_part, batches, targets, format)
+            ratio = _coarse(model, taking_part, quantizers, batches, targets, format)
             if fine:
                 set_formats(taking_part, dict.fromkeys(taking_part, (FLOAT, format)))
-                _fine(model, quantizers, batches, targets, format)
+                _fine(model, quantizers, batches, targets, format, ratio)
     finally:
         for module in modules.values():
-            module.input_quantizer.observation = None
+            for quantizer in module.activation_quantizers:
+                quantizer.observation = None
         model.train(training)
     return ratio
 
@@ -73,11 +80,11 @@ def ratios(bits: float, tokens: int) -> list[float]:
 def _coarse(
     model: nn.Module,
     modules: Mapping[str, QuantModule],
+    quantizers: Sequence[Quantizer],
     batches: Sequence[Any],
     targets: Sequence[Tensor],
     format: Format,
 ) -> float:
-    quantizers = [module.input_quantizer for module in modules.values()]
     seen = [quantizer.observation for quantizer in quantizers if quantizer.observation is not None]
     if not seen:
         return 1.0
@@ -98,14 +105,45 @@ def _clip(quantizers: Sequence[Quantizer], ratio: float, format: Format) -> None
         quantizer.set_ranges(token_observer(ratio), format)
 
 
-def _fine(
-    model: nn.Module, quantizers: Sequence[Quantizer], batches: Sequence[Any], targets: Sequence[Tensor], format: Format
+def _unclip(
+    model: nn.Module,
+    quantizers: Sequence[Quantizer],
+    batches: Sequence[Any],
+    targets: Sequence[Tensor],
+    format: Format,
+    ratio: float,
 ) -> None:
-    """Adam on scales and offsets, the learning rate falling to 0 along a cosine; the best epoch's values stay."""
+    """Take the clipping back, tensor by tensor in the order of the layers, wherever the loss falls by that."""
+    least = output_loss(model, batches, targets)
+    for quantizer in quantizers:
+        if quantizer.observation is None:
+            continue
+        _clip([quantizer], 1.0, format)
+        loss = output_loss(model, batches, targets)
+        if loss < least:
+            least = loss
+        else:
+            _clip([quantizer], ratio, format)
+
+
+def _fine(
+    model: nn.Module,
+    quantizers: Sequence[Quantizer],
+    batches: Sequence[Any],
+    targets: Sequence[Tensor],
+    format: Format,
+    ratio: float,
+) -> None:
+    """Each tensor's own clipping; then Adam on scales and offsets, the learning rate falling to 0 along a cosine.
+
+    The best epoch's values stay.
+    """
     grids = [cast(Grid, quantizer.grids[format.name]) for quantizer in quantizers if format.name in quantizer.grids]
     learned = [parameter for grid in grids for parameter in grid.parameters()]
     if not learned:
         return
+    if ratio < 1:
+        _unclip(model, quantizers, batches, targets, format, ratio)
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     best, least = [p.detach().clone() for p in learned], output_loss(model, batches, targets)
     optimizer = torch.optim.Adam(learned, lr=LEARNING_RATE)

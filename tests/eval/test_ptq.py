@@ -42,6 +42,8 @@ PTQ = "--max_steps 0 --remove_padding --calibration_samples 32 --bits 6"
         f"{PTQ} --gamma_migration --smooth_quant --quantizer lsq_plus --observer avg_prune_minmax",
         f"{PTQ} --smooth_quant --smooth_quant_alpha auto --smooth_quant_samples 8 --quantizer fixed --observer entropy",
         "--max_steps 3 --gamma_migration --bits 4 --quantizer lsq_plus --observer avg_prune_minmax",
+        f"{PTQ} --gamma_migration --quantizer fixed --high_precision_ops gelu,softmax,layernorm "
+        "--quantize_residual_adds --quantize_products --quantize_embeddings",
         "--max_steps 12 --search --target_bits 6 --gamma_migration --smooth_quant --observer mse_fast",
     ],
 )

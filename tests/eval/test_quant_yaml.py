@@ -20,6 +20,8 @@ calibrate: 256
 ln: {delay: true}
 a_qconfig: {quantizer: LSQPlusFakeQuantize, observer: AvgPruneMinMaxObserver, bit: 6, symmetric: false, ch_axis: -1}
 w_qconfig: {quantizer: FixedFakeQuantize, observer: MSEObserver, bit: 4, symmetric: true, ch_axis: 0}
+high_precision_ops: [gelu, softmax]
+quantize_residual_adds: true
 smooth_quant: {alpha: auto, auto_alpha_args: {alpha_min: 0.2, alpha_step: 0.1, shared_criterion: max, n_samples: 8}}
 """
 
@@ -57,6 +59,8 @@ def test_the_section_becomes_flags():
         "remove_padding": True,
         "calibration_samples": 256,
         "gamma_migration": True,
+        "high_precision_ops": "gelu,softmax",
+        "quantize_residual_adds": True,
         "quantizer": "lsq_plus",
         "observer": "avg_prune_minmax",
         "activation_bits": "int6",
@@ -130,6 +134,9 @@ def test_a_file_with_the_section_comes_back_from_what_the_run_writes(tmp_path):
             r"quant.smooth_quant.alpha: unknown value 'best'; choices: auto, a number",
         ),
         ({"smooth_quant": {"alpha": 2}}, r"quant.smooth_quant.alpha must be a number in \[0,1\], got 2"),
+        ({"high_precision_ops": ["relu"]}, "high_precision_ops: unknown value 'relu'; choices: gelu, softmax, layer"),
+        ({"high_precision_ops": "gelu"}, "high_precision_ops must be a list of gelu, softmax, layernorm, got 'gelu'"),
+        ({"quantize_products": 1}, "quant.quantize_products: unknown value 1; choices: true, false"),
         ({"smooth_quant__auto_alpha_args__alpha_min": 0.9}, "auto_alpha_args.alpha_min 0.9 is above alpha_max 0.7"),
         ({"smooth_quant__auto_alpha_args__shared_criterion": "sum"}, "unknown value 'sum'; choices: mean, min, max"),
     ],

@@ -99,6 +99,25 @@ def test_the_fine_stage_is_never_worse(offset, rate, monkeypatch):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_the_fine_stage_clips_only_where_that_pays():
+    """The ratio is for the first layer's outliers; the second layer's largest token is what the output is made of."""
+
+    class TwoKinds(Tokens):
+        def forward(self, x):
+            hidden = self.first(x) * self.weights
+            hidden[:, 100:115] += torch.linspace(3, 4, 15).view(-1, 1)
+            return self.second(hidden)
+
+    model, modules, batches = problem(important=False, learned=True)
+    model.__class__ = TwoKinds
+    ratio = clip_tokens(model, modules, batches, INT6)
+    before = loss_now(model, modules, batches, INT6)
+    assert ratio < 1
+    assert clip_tokens(model, modules, batches, INT6, fine=True) == ratio
+    assert [m.input_quantizer.token_quantiles["int6"] for m in modules.values()] == [ratio, 1.0]
+    assert loss_now(model, modules, batches, INT6) < 0.9 * before
+
+
 def test_formats_modes_and_other_observers_are_left_alone():
     model, modules, batches = problem(important=False)
     model.train()
