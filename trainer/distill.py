@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.sensitivity import divergences
+from trainer.sensitivity import divergence
 
 
 class Distiller:
@@ -33,5 +33,5 @@ class Distiller:
         with torch.no_grad():
             answer = self.teacher(**batch)
         known = answer["logits"] if isinstance(answer, Mapping) else answer.logits
-        divergence = divergences(known, logits).sum() / (len(logits) if counted is None else counted)
-        return (1 - self.weight) * loss + self.weight * divergence
+        told = divergence(known, logits).sum() / (len(logits) if counted is None else counted)
+        return (1 - self.weight) * loss + self.weight * told

@@ -21,7 +21,10 @@ from quant.replay import replayed
 from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
 from trainer.search import ReinforceConfig, examples_to_judge
-from trainer.sensitivity import Sensitivity, divergence, increase, measure_sensitivity
+from trainer.sensitivity import DIVERGENCE_POWER, Sensitivity, divergence, increase, measure_sensitivity
+
+LEAST_MEASURED = 32
+"""examples that single formats are measured on: against float, effects are larger than between neighbours"""
 
 
 class JudgingTrainer(PickleFreeTrainer):
@@ -43,26 +46,26 @@ class JudgingTrainer(PickleFreeTrainer):
         outputs: on the class probabilities (see `divergence`), or on the loss where there are no classes. errors: on
         the share of wrong answers.
         """
-        batches = self.judging_batches(self.space.num_decisions * self.space.num_choices)
+        batches = self.judging_batches(self.space.num_decisions * self.space.num_choices, LEAST_MEASURED)
         measured = self.model, self.modules, self.space, batches
         if what == "errors":
             return measure_sensitivity(*measured, self._error, increase)
         if self._classes(batches[0]):
-            return measure_sensitivity(*measured, self._logits, divergence)
+            return measure_sensitivity(*measured, self._logits, divergence, DIVERGENCE_POWER)
         return measure_sensitivity(*measured, self.plain_loss, increase)
 
-    def judging_batches(self, assignments: int) -> list[Any]:
+    def judging_batches(self, assignments: int, least: int = 64) -> list[Any]:
         """Batches of `search_dataset` to judge so many assignments on; always the first of the same order."""
-        count = self._judging_examples(assignments)
+        count = self._judging_examples(assignments, least)
         indices = self._permutation(self.search_dataset, salt=1)[:count]
         # At least four batches, so that what is measured comes with an error.
         size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(count / 4)))
         return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, count, size)]
 
-    def _judging_examples(self, assignments: int) -> int:
+    def _judging_examples(self, assignments: int, least: int = 64) -> int:
         """Examples of `search_dataset` to judge so many assignments on."""
         wanted = self._config.sensitivity_examples or examples_to_judge(
-            self._total_steps(), self._step_examples, assignments
+            self._total_steps(), self._step_examples, assignments, least
         )
         return min(wanted, len(self.search_dataset))
 

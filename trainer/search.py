@@ -27,13 +27,13 @@ PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"tunas_abs": torch.abs, "one
 """rewards that subtract cost from quality -> what they subtract for a cost so much over the target, at beta 1"""
 
 
-def examples_to_judge(steps: int, batch_size: int, assignments: int) -> int:
+def examples_to_judge(steps: int, batch_size: int, assignments: int, least: int = 64) -> int:
     """Held-out examples an assignment is judged on, so that judging all of them takes an eighth of the training.
 
-    A training step is taken as three forward passes. At least 64, because fewer tell nothing, and at most 512.
+    A training step is taken as three forward passes. At least `least`, because fewer tell nothing, and at most 512.
     """
     affordable = 3 * steps * batch_size / 8 / max(assignments, 1)
-    return int(min(max(affordable, 64), 512))
+    return int(min(max(affordable, least), 512))
 
 
 @dataclass(frozen=True)

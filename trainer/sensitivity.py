@@ -25,6 +25,10 @@ Table = NDArray[np.float64]
 PRIOR_ENTROPY = 0.2
 """entropy of the starting policy as a share of a uniform one: it mostly follows the measurement, and still explores"""
 
+DIVERGENCE_POWER = 0.5
+"""Of the mean over examples. A few of them hold most of the divergence, so the plain mean of a small sample is the luck
+of the draw; lower powers forget layers that matter to few examples (measured in benchmarks/RESULTS.md)."""
+
 EIGEN_STEPS = 20
 """power iterations a layer: they rank layers, and a tenth of an eigenvalue changes no rank that matters"""
 
@@ -34,7 +38,7 @@ class Sensitivity:
     """What one decision does to the outputs while all others are in float, on the same batches."""
 
     effect: Table
-    """mean over the batches, in the unit of what was compared"""
+    """mean over what was compared, in its unit"""
     error: Table
     """its standard error"""
 
@@ -46,51 +50,52 @@ def measure_sensitivity(
     space: SearchSpace,
     batches: Sequence[Mapping[str, Any]],
     look: Callable[[nn.Module, Any], Any],
-    compare: Callable[[Any, Any], float],
+    compare: Callable[[Any, Any], Tensor],
+    power: float = 1.0,
 ) -> Sensitivity:
     """Decisions x choices forward passes a batch. The model runs in eval mode; its mode and formats come back.
 
     Args:
         look: (model, batch) -> what is seen of the model, such as its loss or its logits.
-        compare: (seen in float, seen now) -> the effect, as `increase` or `divergence`.
+        compare: (seen in float, seen now) -> effects, one for the batch, as `increase`, or one for each example, as
+            `divergence`.
+        power: the mean is mean(effect ** power) ** (1 / power); other powers than 1 need effects >= 0.
     """
     training = model.training
     model.eval()
-    effects = np.zeros((len(batches), len(space.decisions), space.num_choices))
+    seen = []
     try:
-        for index, batch in enumerate(batches):
+        for batch in batches:
+            effects: list[list[Tensor]] = [[] for _ in space.decisions]
             with in_float(modules), replayed(modules) as replay:
                 reference = look(model, batch)
                 for d, decision in enumerate(space.decisions):
-                    for c, formats in enumerate(decision.choices):
+                    for formats in decision.choices:
                         set_formats(modules, dict.fromkeys(decision.layers, formats))
                         replay.restart()
-                        effects[index, d, c] = compare(reference, look(model, batch))
+                        effects[d].append(compare(reference, look(model, batch)).view(-1))
                     set_formats(modules, dict.fromkeys(decision.layers, (FLOAT, FLOAT)))
+            seen.append(np.array([[own.double().cpu().numpy() for own in row] for row in effects]))
     finally:
         model.train(training)
-    error = effects.std(axis=0, ddof=1) / np.sqrt(len(batches)) if len(batches) > 1 else np.zeros_like(effects[0])
-    return Sensitivity(effects.mean(axis=0), error)
+    values = np.concatenate(seen, axis=-1) ** power
+    mean, count = values.mean(axis=-1), values.shape[-1]
+    error = values.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros_like(mean)
+    return Sensitivity(mean ** (1 / power), error * mean ** (1 / power - 1) / power)
 
 
-def increase(reference: Tensor, now: Tensor) -> float:
-    """How much a scalar, such as a loss, has grown."""
-    return float(now) - float(reference)
+def increase(reference: Tensor, now: Tensor) -> Tensor:
+    """How much a scalar, such as a loss, has grown, float64 0-d."""
+    return now.double() - reference.double()
 
 
-def divergence(reference: Tensor, now: Tensor) -> float:
-    """Mean over the examples of KL(reference || now), in nats, from logits (examples, classes).
+def divergence(reference: Tensor, now: Tensor) -> Tensor:
+    """KL(reference || now) >= 0 of each example, float32 (examples,) in nats, from logits (examples, classes).
 
-    The loss of a well-trained model hangs on the few examples it gets wrong; in this, every example has a say. From 96
-    examples of CIFAR-10, an exact knapsack over it loses half as much as over the loss (benchmarks/RESULTS.md).
+    The loss of a well-trained model hangs on the few examples it gets wrong; in this, every example has a say.
     """
-    return float(divergences(reference, now).mean())
-
-
-def divergences(reference: Tensor, now: Tensor) -> Tensor:
-    """KL(reference || now) of each example, float32 (examples,) in nats, from logits (examples, classes)."""
     before, after = reference.float().log_softmax(-1), now.float().log_softmax(-1)
-    return (before.exp() * (before - after)).sum(-1)
+    return (before.exp() * (before - after)).sum(-1).clamp(min=0)
 
 
 def fisher_effect(
