@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
-COMPILE_ABOVE = 1e9
-"""activation elements rounded over a whole CPU run, from which compiling the kernels (half a minute) pays"""
+COMPILE_ABOVE = 1e8
+"""activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
 
 
 @dataclass

@@ -49,7 +49,7 @@ def _blocked(x: Tensor, block_size: int, dim: int | None) -> tuple[Tensor, Calla
 def _round_mx(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[Tensor, Tensor]:
     """blocks rounded under power-of-two scales, and their values in units of these. NaN and infinity spoil a block."""
     scale, _ = _mx_scales(blocks, format)
-    return kernels().forward(blocks[None], scale[None], row)[0], blocks.float() / scale
+    return kernels().round(blocks, scale, row), blocks.float() / scale
 
 
 def _mx_scales(blocks: Tensor, format: BlockFormat) -> tuple[Tensor, Tensor]:

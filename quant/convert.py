@@ -102,6 +102,7 @@ def _quant_class(float_class: Any) -> type[QuantModule]:
     members: dict[str, Any] = {"__module__": quant_class.__module__}
     if float_class.forward is not base.forward:  # a forward of its own, such as timm's "same" padding
         members |= {"compute": _compute_with_own_forward, "weight": _RoundedWeight(float_class), "own": float_class}
+        members["differentiable"] = False
     return type(f"Quant{float_class.__name__}", (quant_class, float_class), members)
 
 

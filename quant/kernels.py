@@ -10,25 +10,44 @@ import logging
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from quant.formats import FloatFormat, Format, IntFormat, IntGrid, Rounding
+from quant.layout import Layout, layout_of
 
 logger = logging.getLogger(__name__)
 
 _EXPONENT_BITS = 0x7F800000
 
 
-class Kernels(NamedTuple):
-    """The four functions that do arithmetic on whole tensors, laid out as (outer, groups, inner)."""
+class Kernels(Protocol):
+    """What does arithmetic on whole tensors, of any shape and memory order."""
 
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
-    input_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    gradients: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    mx_scale: Callable[[Tensor, Tensor, Tensor], Tensor]
+    def round(self, x: Tensor, scale: Tensor, row: Tensor, least: float = 0.0) -> Tensor:
+        """x rounded on the grid stretched by scale, which is used as at least `least` if that is above 0."""
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        row: Tensor,
+        least: float = 0.0,
+        *,
+        learned: bool,
+        again: bool = False,
+        reuse: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradient for x (straight-through), for scale (LSQ) where it is learned, and x rounded `again` where asked.
+
+        reuse: `grad` belongs to the caller and may be written to. May be differentiated where gradients are enabled.
+        """
+
+    def mx_scale(self, blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
+        """See `_mx_scale`."""
 
 
 @cache
@@ -97,6 +116,11 @@ def _gradients(grad: Tensor, x: Tensor, scale: Tensor, row: Tensor) -> tuple[Ten
     return torch.where(inside, grad, 0), per_element.sum_to_size(scale.shape)
 
 
+def _gradients_and_forward(grad: Tensor, x: Tensor, scale: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both, in one pass over x."""
+    return *_gradients(grad, x, scale, row), _forward(x, scale, row)
+
+
 def _mx_scale(blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
     """Power-of-two scale of each MX block (OCP MX v1.0, section 6.3), NaN where the block holds NaN or infinity.
 
@@ -113,8 +137,60 @@ def _mx_scale(blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
     return torch.where(largest.isfinite(), power * unit, torch.nan)
 
 
-EAGER = Kernels(_forward, _input_gradient, _gradients, _mx_scale)
-_active = EAGER
+class PackedKernels:
+    """Kernels made of functions of torch, on tensors laid out as (outer, groups, inner); eager, or each compiled."""
+
+    def __init__(
+        self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+    ) -> None:
+        self._forward = compiled(_forward)
+        self._input_gradient = compiled(_input_gradient)
+        self._gradients = compiled(_gradients)
+        self._gradients_and_forward = compiled(_gradients_and_forward)
+        self._mx_scale = compiled(_mx_scale)
+
+    def mx_scale(self, blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
+        return self._mx_scale(blocks, largest_exponent, unit)
+
+    def round(self, x: Tensor, scale: Tensor, row: Tensor, least: float = 0.0) -> Tensor:
+        layout = layout_of(x, scale)
+        return layout.unpack(self._forward(*_packed(layout, x, scale, row, least)))
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        row: Tensor,
+        least: float = 0.0,
+        *,
+        learned: bool,
+        again: bool = False,
+        reuse: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        layout = layout_of(x, scale)
+        packed = _packed(layout, x, scale, row, least)
+        g, dscale, rounded = layout.pack(grad), None, None
+        if not learned:
+            dx, rounded = self._input_gradient(g, *packed), self._forward(*packed) if again else None
+        elif again:
+            dx, dscale, rounded = self._gradients_and_forward(g, *packed)
+        else:
+            dx, dscale = self._gradients(g, *packed)
+        return (
+            layout.unpack(dx),
+            None if dscale is None else layout.unpack_scale_gradient(dscale),
+            None if rounded is None else layout.unpack(rounded),
+        )
+
+
+def _packed(layout: Layout, x: Tensor, scale: Tensor, row: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    positive = scale.detach().clamp(min=least) if least > 0 else scale
+    return layout.pack(x), layout.pack_scale(positive), layout.pack_row(row)
+
+
+EAGER = PackedKernels()
+_active: Kernels = EAGER
 
 
 def kernels() -> Kernels:
@@ -123,7 +199,8 @@ def kernels() -> Kernels:
 
 
 @cache
-def _compiled() -> Kernels:
+def _inductor() -> Kernels:
+    """By torch.compile: for GPUs."""
     # Without these a GPU's compiled division is approximate and drops subnormals; older versions lack some names.
     exact = ("eager_numerics.division_rounding", "eager_numerics.disable_ftz", "emulate_divison_rounding")
     known = torch._inductor.list_options()
@@ -131,7 +208,7 @@ def _compiled() -> Kernels:
     # Axes of size 1 and input dtypes make graphs of their own: few, but together more than the 8 that are allowed.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # dynamic=True: one graph for all layer sizes; without it every layer's shape would compile its own.
-    return Kernels(*(_region(torch.compile(kernel, dynamic=True, options=options), kernel) for kernel in EAGER))
+    return PackedKernels(lambda kernel: _region(torch.compile(kernel, dynamic=True, options=options), kernel))
 
 
 def _region(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,8 +226,20 @@ def _region(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable
     return run
 
 
-def use_compiled(mode: Literal["auto", "on", "off"], device: torch.device | str = "cpu") -> bool:
-    """Run the kernels compiled (True) or eager (False), and say which.
+def _native() -> Kernels:
+    from quant.native import NativeKernels  # which takes its fallback from here
+
+    return NativeKernels.load()
+
+
+Compiler = Literal["native", "inductor"]
+"""a C++ compiler on `native.cpp`, for CPUs alone; torch.compile on the eager kernels, for every device"""
+
+
+def use_compiled(
+    mode: Literal["auto", "on", "off"], device: torch.device | str = "cpu", compiler: Compiler | None = None
+) -> bool:
+    """Run the kernels compiled (True) or eager (False), and say which. compiler: None is the one that suits the device.
 
     'auto' falls back to eager with a one-line notice when there is no working compiler; 'on' raises RuntimeError then.
     """
@@ -158,16 +247,19 @@ def use_compiled(mode: Literal["auto", "on", "off"], device: torch.device | str 
     _active = EAGER
     if mode == "off":
         return False
-    x = torch.linspace(-1, 1, 64, device=device).view(1, 1, -1)
-    scale, row = torch.full((1, 1, 1), 0.1, device=device), rounding_row(IntFormat(4), device=device)
+    # As large as a layer's: torch.compile makes a graph that suits the first size it meets.
+    x = torch.linspace(-1, 1, 2**20, device=device).view(4, -1)
+    scale, row = torch.full((4, 1), 0.1, device=device), rounding_row(IntFormat(4), device=device)
     try:
         with torch.no_grad():
-            works = torch.equal(_compiled().forward(x, scale, row), _forward(x, scale, row))
+            suited = "native" if torch.device(device).type == "cpu" else "inductor"
+            compiled = _native() if (compiler or suited) == "native" else _inductor()
+            works = torch.equal(compiled.round(x, scale, row), EAGER.round(x, scale, row))
         reason = "the compiled kernel differs from the eager one"
     except (RuntimeError, OSError, ImportError) as error:  # dynamo's and inductor's errors are RuntimeErrors
         works, reason = False, (str(error).strip() or repr(error)).splitlines()[0]
     if works:
-        _active = _compiled()
+        _active = compiled
     elif mode == "on":
         raise RuntimeError(f"--compile on: kernels cannot be compiled here: {reason}")
     else:

@@ -23,7 +23,9 @@ class Layout:
 
     def __init__(self, shape: torch.Size, strides: tuple[int, ...], scale_shape: torch.Size) -> None:
         self.order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
-        if not _dense([shape[d] for d in self.order], [strides[d] for d in self.order]):
+        self.dense = _dense([shape[d] for d in self.order], [strides[d] for d in self.order])
+        """whether the elements lie in memory without gaps, in the order of (outer, groups, inner)"""
+        if not self.dense:
             self.order = list(range(len(shape)))
         self.inverse = sorted(range(len(shape)), key=self.order.__getitem__)
         self.sizes = [shape[d] for d in self.order]
@@ -32,6 +34,8 @@ class Layout:
         axes = [i for i, d in enumerate(self.order) if self.wide_scale_shape[d] > 1]
         first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
         self.scale_sizes = [size if first <= i < last else 1 for i, size in enumerate(self.sizes)]
+        self.plain_scale = len(axes) < 2
+        """whether a contiguous scale is (groups,) as it lies"""
         self.shape = tuple(math.prod(part) for part in (self.sizes[:first], self.sizes[first:last], self.sizes[last:]))
 
     def pack(self, x: Tensor) -> Tensor:

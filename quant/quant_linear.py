@@ -13,8 +13,19 @@ from quant.quant_module import QuantModule
 class QuantLinear(QuantModule, nn.Linear):
     """y = Q(x) Q(W)^T + b; x (..., in_features), W (out_features, in_features)."""
 
+    differentiable = True
+
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, weight, self.bias)
+
+    def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        return (_rows(grad) @ weight).view(input.shape)
+
+    def parameter_gradients(
+        self, grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        rows = _rows(grad)
+        return rows.t() @ _rows(input) if wanted[0] else None, rows.sum(0) if wanted[1] else None
 
 
 class QuantConv1D(QuantModule, Conv1D):
@@ -22,8 +33,22 @@ class QuantConv1D(QuantModule, Conv1D):
 
     channel_dim = 1
     weight_reduction_dim = 0
+    differentiable = True
     weight: nn.Parameter
 
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
-        rows = input.reshape(-1, input.shape[-1])
-        return torch.addmm(self.bias, rows, weight).view(*input.shape[:-1], self.nf)
+        return torch.addmm(self.bias, _rows(input), weight).view(*input.shape[:-1], self.nf)
+
+    def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        return (_rows(grad) @ weight.t()).view(input.shape)
+
+    def parameter_gradients(
+        self, grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        rows = _rows(grad)
+        return _rows(input).t() @ rows if wanted[0] else None, rows.sum(0) if wanted[1] else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., features) as (rows, features)."""
+    return x.reshape(-1, x.shape[-1])

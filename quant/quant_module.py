@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from quant import fused
 from quant.formats import Format
 from quant.quantizer import Quantizer, QuantizerConfig, Rounder
 from quant.replay import Replay
@@ -29,8 +30,12 @@ class QuantModule(nn.Module):
     weight_reduction_dim: ClassVar[int | None] = None
     """the weight's axis that is summed over, along which block formats run; None: all but the first, flattened"""
     input_reduction_dim: ClassVar[int] = -1
+    differentiable: ClassVar[bool] = False
+    """whether the class states the gradients of its `compute`, see `quant.fused`"""
 
     weight: Tensor
+    bias: Any
+    """a tensor or None"""
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
     kept_weight: KeptWeight | None = None
@@ -82,6 +87,18 @@ class QuantModule(nn.Module):
         """The float layer's own arithmetic on the given input and weight."""
         raise NotImplementedError(f"{type(self).__name__} must say how it computes")
 
+    def knows_gradients(self, input: Tensor) -> bool:
+        """Whether the gradients below are those of `compute` on this input."""
+        return self.differentiable
+
+    def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how it is differentiated")
+
+    def parameter_gradients(
+        self, grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        raise NotImplementedError(f"{type(self).__name__} must say how it is differentiated")
+
     def forward(self, input: Tensor) -> Tensor:
         if self.replay is not None:
             return self.replay.output(self, self._forward, input)
@@ -91,12 +108,18 @@ class QuantModule(nn.Module):
         if self.observing:
             self.input_quantizer.observe(input)
         weight = self.weight  # read once: a parametrization computes it at every access
-        recompute = Recompute()
-        quantized_input = recompute.round(self.input_quantizer.rounding(input), input)
-        if self.kept_weight is not None and not torch.is_grad_enabled():
+        differentiated = torch.is_grad_enabled()
+        input_rounder = self.input_quantizer.rounding(input)
+        if self.kept_weight is not None and not differentiated:
             quantized_weight = self.kept_weight.rounded(self.weight_quantizer, weight)
-        else:
-            quantized_weight = recompute.round(self.weight_quantizer.rounding(weight), weight)
+            return self.compute(input if input_rounder is None else input_rounder(input), quantized_weight)
+        weight_rounder = self.weight_quantizer.rounding(weight)
+        rounders = [rounder for rounder in (input_rounder, weight_rounder) if rounder is not None]
+        if differentiated and rounders and self.knows_gradients(input) and all(r.plain for r in rounders):
+            return fused.run(self, input, weight, input_rounder, weight_rounder)
+        recompute = Recompute()
+        quantized_input = recompute.round(input_rounder, input)
+        quantized_weight = recompute.round(weight_rounder, weight)
         with recompute.saved_tensors():
             return self.compute(quantized_input, quantized_weight)
 
@@ -133,6 +156,7 @@ class KeptWeight:
 class Recompute:
     """Rounded tensors are not kept for the backward pass: they are rounded again, from what is kept anyway.
 
+    For layers that `quant.fused` does not know: with a forward of their own, block formats, learned offsets.
     A layer's backward needs its rounded input and weight, a quantizer's backward the unrounded ones. Keeping both would
     raise the peak memory of training by half; rounding is a small share of a step.
     """

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from quant.block_rounding import FakeQuantizeBlocks
 from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat, IntGrid
 from quant.kernels import kernels, round_to_grid, rounding_row, use_compiled
-from quant.layout import layout_of
 
 __all__ = [
     "MIN_LEARNED_SCALE",
     "fake_quantize",
     "fake_quantize_row",
+    "least_scale",
     "lsq_gradient_scale",
     "round_to_grid",
     "rounding_row",
@@ -40,25 +40,20 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, row: Tensor, gradient_scale: float) -> Tensor:
         ctx.save_for_backward(x, scale, row)
         ctx.gradient_scale = gradient_scale
-        layout = layout_of(x, scale)
-        out = kernels().forward(layout.pack(x), layout.pack_scale(_positive(scale)), layout.pack_row(row))
-        return layout.unpack(out).data  # as a tensor of its own: a view may not be changed in place
+        # Without autograd's view of it: a view may not be changed in place.
+        return kernels().round(x, scale, row, least_scale(scale)).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale, row = ctx.saved_tensors
-        layout = layout_of(x, scale)
-        arguments = layout.pack(grads[0]), layout.pack(x), layout.pack_scale(_positive(scale)), layout.pack_row(row)
-        if not ctx.needs_input_grad[1]:
-            return layout.unpack(kernels().input_gradient(*arguments)), None, None, None
-        dx, dscale = kernels().gradients(*arguments)
-        return layout.unpack(dx), layout.unpack_scale_gradient(dscale) * ctx.gradient_scale, None, None
+        learned = ctx.needs_input_grad[1]
+        dx, dscale, _ = kernels().gradients(grads[0], x, scale, row, least_scale(scale), learned=learned)
+        return dx, None if dscale is None else dscale * ctx.gradient_scale, None, None
 
 
-def _positive(scale: Tensor) -> Tensor:
-    """What a learned scale is used as (also once frozen, hence the type); a given scale is used as it is."""
-    learned = scale.requires_grad or isinstance(scale, nn.Parameter)
-    return scale.detach().clamp(min=MIN_LEARNED_SCALE) if learned else scale
+def least_scale(scale: Tensor) -> float:
+    """What a learned scale (also once frozen, hence the type) is used as at least; 0: a given one, used as it is."""
+    return MIN_LEARNED_SCALE if scale.requires_grad or isinstance(scale, nn.Parameter) else 0.0
 
 
 def fake_quantize(

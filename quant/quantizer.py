@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
+from quant.kernels import kernels
 from quant.observers import AVERAGING, OBSERVERS, Observer, RangeEstimator, percentile_observer, token_observer
 from quant.quant_utils import (
     MIN_LEARNED_SCALE,
     fake_quantize,
     fake_quantize_row,
+    least_scale,
     lsq_gradient_scale,
     rounding_row,
     scale_from_range,
@@ -253,6 +255,25 @@ class Rounder:
     dim: int | None = -1
     offset: Tensor | None = None
     """LSQ+'s beta: what the middle of the grid stands at"""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one grid and its scale, so that `gradients` are known."""
+        return self.row is not None and self.scale is not None and self.offset is None
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, scale: Tensor, learned: bool, again: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """If plain: for x and, if learned, for scale, from the gradient of what it gave; and that `again` if asked.
+
+        `grad` may be overwritten. scale: the one of the forward pass, as autograd has saved it.
+        """
+        assert self.row is not None
+        least = least_scale(scale)
+        dx, dscale, rounded = kernels().gradients(
+            grad, x, scale, self.row, least, learned=learned, again=again, reuse=True
+        )
+        return dx, None if dscale is None else dscale * self.gradient_scale, rounded
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.row is None or self.scale is None:

@@ -20,9 +20,9 @@ NAMES = [*MX, "nvfp4"]
 E4M3, E2M1 = float_values(4, 3, 1), float_values(2, 1)
 
 
-@pytest.fixture(scope="module", params=["off", "on"], autouse=True)
+@pytest.fixture(scope="module", params=["eager", "native", "inductor"], autouse=True)
 def mode(request):
-    if use_compiled("auto" if request.param == "on" else "off") != (request.param == "on"):
+    if request.param != "eager" and not use_compiled("auto", compiler=request.param):
         pytest.skip("no compiler here")
     yield request.param
     use_compiled("off")

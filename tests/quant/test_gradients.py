@@ -8,9 +8,9 @@ from quant.quant_utils import MIN_LEARNED_SCALE, fake_quantize, lsq_gradient_sca
 from tests.quant.oracles import float_values, nearest
 
 
-@pytest.fixture
-def compiled():
-    if not use_compiled("auto"):
+@pytest.fixture(params=["native", "inductor"])
+def compiled(request):
+    if not use_compiled("auto", compiler=request.param):
         pytest.skip("no compiler here")
     yield
     use_compiled("off")

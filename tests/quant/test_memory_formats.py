@@ -75,7 +75,7 @@ def test_fifty_assignments_share_the_graphs_of_the_first():
         set_formats(layers, {layer: (formats[i], formats[i]) for layer, i in zip(layers, drawn, strict=True)})
         model(images()).sum().backward()
 
-    use_compiled("on", "cpu")
+    use_compiled("on", "cpu", "inductor")
     try:
         for _ in range(6):
             step()

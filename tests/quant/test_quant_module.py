@@ -170,7 +170,8 @@ def test_rounded_tensors_are_not_kept_for_the_backward(kind, needs_gradient, rou
     output = module(x.requires_grad_(needs_gradient))
     assert len(rounded) == 2 and all(storage.expired() for storage in rounded)
     output.sum().backward()
-    assert len(rounded) == 4  # both again, since the input's learned scale needs a gradient in any case
+    # The weight again; the input's values come with its gradients, except where autograd differentiates the layer.
+    assert len(rounded) == (4 if kind == "same" else 3)
     assert all(storage.expired() for storage in rounded)
 
 
@@ -246,7 +247,7 @@ def test_a_tensor_changed_in_place_before_the_backward_is_an_error(what):
     output = module(x.requires_grad_(what == "weight"))
     with torch.no_grad():
         (x if what == "input" else module.weight).add_(1)
-    with pytest.raises(RuntimeError, match="in place"):
+    with pytest.raises(RuntimeError, match=r"in ?place"):
         output.sum().backward()
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant.kernels
+import quant.native
 from quant.formats import FLOAT, IntFormat, parse_format
 from quant.quant_utils import fake_quantize, rounding_row, scale_from_range, use_compiled
 from tests.quant.oracles import (
@@ -32,17 +33,17 @@ RANDOM = bit_patterns(1_000_000)
 @pytest.fixture(scope="module", autouse=True)
 def modes():
     """How the kernels can run here; the module leaves them eager."""
-    works = use_compiled("auto")
+    works = [compiler for compiler in ("native", "inductor") if use_compiled("auto", compiler=compiler)]
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else "compiled" could quietly become eager
-        yield ["off", "on"] if works else ["off"]
+        yield [None, *works]
     use_compiled("off")
 
 
 def quantized(modes, *args, **kwargs):
     """What fake_quantize gives, having given the same eager and compiled, and having left its input alone."""
     before, results = args[0].clone(), []
-    for mode in modes:
-        use_compiled(mode)
+    for compiler in modes:
+        use_compiled("on" if compiler else "off", compiler=compiler)
         results.append(fake_quantize(*args, **kwargs))
         assert_same_bits(results[-1], results[0])
     assert_same_bits(args[0], before)
@@ -297,10 +298,10 @@ def test_formats_as_wide_as_the_data_keep_scale_one():
 
 
 def test_all_sizes_and_formats_share_one_graph(modes):
-    if "on" not in modes:
+    if "inductor" not in modes:
         pytest.skip("no compiler here")
     torch._dynamo.reset()
-    use_compiled("on")
+    use_compiled("on", compiler="inductor")
     torch._dynamo.utils.counters.clear()
     names = ["int2", "int4", "int8", "e4m3", "e2m1", "e5m2"]
     for name, rows, columns in itertools.product(names, (3, 7), (33, 100)):
@@ -310,20 +311,57 @@ def test_all_sizes_and_formats_share_one_graph(modes):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # per row and per tensor
 
 
+@pytest.mark.parametrize("compiler", ["native", "inductor"])
 @pytest.mark.parametrize("message", ["no C++ compiler\nsecond line", ""])
-def test_without_a_compiler_auto_says_so_once_and_on_raises(message, monkeypatch, caplog):
+def test_without_a_compiler_auto_says_so_once_and_on_raises(message, compiler, monkeypatch, caplog):
     def compiling_fails(*tensors):
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: compiling_fails)
-    quant.kernels._compiled.cache_clear()
+    monkeypatch.setattr(quant.native, "library", compiling_fails)
+    caches = quant.kernels._inductor, quant.native.NativeKernels.load
     try:
+        for cache in caches:
+            cache.cache_clear()
         with caplog.at_level("WARNING"):
-            assert use_compiled("auto") is False
+            assert use_compiled("auto", compiler=compiler) is False
         assert [record.getMessage().count("\n") for record in caplog.records] == [0]
         assert (message.partition("\n")[0] or "RuntimeError") in caplog.text
         with pytest.raises(RuntimeError, match="--compile on"):
-            use_compiled("on")
+            use_compiled("on", compiler=compiler)
         assert quant.kernels.kernels() is quant.kernels.EAGER
     finally:
-        quant.kernels._compiled.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("MPQ_CACHE_DIR", str(tmp_path))
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main() { return nonsense; }")
+    monkeypatch.setattr(quant.native, "SOURCE", broken)
+    with pytest.raises(RuntimeError, match=r"broken\.cpp.*error.*nonsense"):
+        quant.native.library.__wrapped__()
+    assert list(tmp_path.iterdir()) == [broken]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        quant.native.library.__wrapped__()
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    if not use_compiled("auto"):
+        pytest.skip("no compiler here")
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x, grad = torch.randn(3, 20_000, 7, generator=generator), torch.randn(3, 20_000, 7, generator=generator)
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            for shape in ((), (20_000, 1), (7,)):
+                scale = torch.full(shape, 0.1, requires_grad=True)
+                fake_quantize(x, IntFormat(4), scale).backward(grad)
+                found.append(scale.grad)
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(found, found[3:], strict=False):
+        assert torch.equal(one, other)
