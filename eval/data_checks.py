@@ -83,7 +83,7 @@ def is_labelled(task: Task, split: Split) -> bool:
 
 def read_labels(task: Task, train: Split) -> Labels:
     """How the labels of the task are read, from its training split."""
-    if task.kind == "lm":
+    if task.kind in ("lm", "qa", "summary"):
         return Labels((), {})
     names = getattr(train.rows.features[task.label], "names", None)
     return labels_of(train.values(task.label), names, task.regression, in_column(train, task.label))
@@ -93,7 +93,9 @@ def check_split(task: Task, split: Split, labels: Labels) -> Split:
     """The split with its labels as numbers. UserError for the first row that is wrong."""
     if task.kind != "image":
         check_texts(task, split)
-    if task.kind == "lm":
+    if task.kind == "qa":
+        check_answers(task, split)
+    if task.kind in ("lm", "qa", "summary"):
         return split
     place = in_column(split, task.label)
     numbers: list[int | float] = []
@@ -111,7 +113,8 @@ def check_split(task: Task, split: Split, labels: Labels) -> Split:
 
 def check_texts(task: Task, split: Split) -> None:
     """Every cell is text, and every row has some; a language model's lines may be empty."""
-    columns = {name: split.values(name) for name in task.inputs}
+    names = (*task.inputs, task.label) if task.kind == "summary" else task.inputs
+    columns = {name: split.values(name) for name in names}
     for name, texts in columns.items():
         for row, text in enumerate(texts):
             if not isinstance(text, str):
@@ -121,6 +124,17 @@ def check_texts(task: Task, split: Split) -> None:
         for row, together in enumerate(zip(*columns.values(), strict=True)):
             if not any(text.strip() for text in together):
                 raise UserError(f"{in_column(split, task.inputs[0])(row)}: is empty")
+
+
+def check_answers(task: Task, split: Split) -> None:
+    """SQuAD's answers: {text: [...], answer_start: [...]} with every text where it is said to start; none is fine."""
+    place, context = in_column(split, task.label), split.values(task.inputs[1])
+    for row, answers in enumerate(split.values(task.label)):
+        if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+            raise UserError(f"{place(row)}: {answers!r} is not SQuAD's text and answer_start")
+        for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+            if context[row][start : start + len(text)] != text:
+                raise UserError(f"{place(row)}: the context has no {text!r} at character {start}")
 
 
 def in_column(split: Split, column: str) -> Callable[[int], str]:

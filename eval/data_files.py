@@ -116,10 +116,35 @@ def read_folder(task: Task, folder: Path) -> dict[str, Split]:
         raise UserError(f"--data_dir {folder}: no such folder")
     if task.hub and (folder / task.hub[-1]).is_dir():  # the folder of a repository with several configurations
         folder = folder / task.hub[-1]
-    return {
+    splits = {
         name: Split(read_files(files, folder), Source(name, tuple(files)))
         for name, files in files_of(folder).items()
     }  # fmt: skip
+    return {name: flat(split) for name, split in splits.items()} if task.kind == "qa" else splits
+
+
+def flat(split: Split) -> Split:
+    """SQuAD's own files, articles of paragraphs of questions, as a row a question; the Hub's rows as they are."""
+    if "data" not in split.rows.column_names:
+        return split
+    from datasets import Dataset
+
+    rows = [
+        {
+            "id": str(question.get("id")),
+            "question": question["question"],
+            "context": paragraph["context"],
+            "answers": {
+                "text": [answer["text"] for answer in question["answers"]],
+                "answer_start": [answer["answer_start"] for answer in question["answers"]],
+            },
+        }
+        for part in split.values("data")
+        for article in (part if isinstance(part, list) else [part])
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+    return Split(Dataset.from_list(rows), Source(split.source.split))
 
 
 def files_of(folder: Path) -> dict[str, list[str]]:

@@ -63,6 +63,12 @@ class Plan:
     """with --fuse_groups: the finest partition that divides no fused group"""
 
     @property
+    def compute_metrics(self) -> Any:
+        """The Trainer's own metrics; None, the loss alone, where metrics need a split's texts: see `evaluate`."""
+        own = self.prepared.judges or self.prepared.writer
+        return None if own else self.data.compute_metrics
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """The formats that layers may take, float left out."""
         config = self.config
@@ -342,7 +348,7 @@ def make_trainer(
         distiller=distiller,
         eval_dataset=prepared.validation,
         data_collator=prepared.data_collator,
-        compute_metrics=plan.data.compute_metrics,
+        compute_metrics=plan.compute_metrics,
         preprocess_logits_for_metrics=prepared.preprocess_logits,
         history=config.run_folder / "history.jsonl",
         on_step=on_step,
@@ -435,15 +441,22 @@ def evaluate(
     Where there are classes, `answers` gets each split's 'predicted' and 'label', one number an example in its order:
     two runs can then be compared example by example.
     """
+    from quant.convert import weights_kept
+
     metrics = {}
     judge = trainer.compute_metrics
     for name, split in plan.prepared.validation.items():
-        if judge is not None and answers is not None:
+        if name in plan.prepared.judges:
+            trainer.compute_metrics = plan.prepared.judges[name]
+        elif judge is not None and answers is not None:
             trainer.compute_metrics = lambda seen, name=name: _noting(seen, name, answers) or judge(seen)  # type: ignore
         told = trainer.evaluate(split, metric_key_prefix=name)
         own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
         kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
-        metrics[name] = {**kept, "n": len(split)}
+        if plan.prepared.writer is not None:
+            with weights_kept(trainer.modules):
+                kept |= plan.prepared.writer(name, trainer.model, trainer.batches_of(split))
+        metrics[name] = {**kept, "n": len(plan.data.validation[name] if name in plan.prepared.judges else split)}
     trainer.compute_metrics = judge
     return metrics
 

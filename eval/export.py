@@ -143,7 +143,7 @@ def evaluated(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]
             model,
             training_arguments(config.updated(quiet=True)),
             data_collator=plan.prepared.data_collator,
-            compute_metrics=plan.data.compute_metrics,
+            compute_metrics=plan.compute_metrics,
             preprocess_logits_for_metrics=plan.prepared.preprocess_logits,
         )
         trainer.remove_callback(PrinterCallback)

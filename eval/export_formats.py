@@ -96,6 +96,8 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
     from quant.export_onnx import onnx_sizes, trace
     from quant.export_onnx import write_onnx as write
 
+    if (kind := run.plan.data.kind) in ("qa", "summary"):
+        raise UserError(f"--format onnx: a {kind} model has several outputs or writes; choose packed")
     inputs, modules = example(run), run.modules
     traced = trace(run.model, modules, inputs)
     layers = write(folder / ONNX, traced, modules, run.fold)

@@ -24,6 +24,7 @@ RANGES = {
     **dict.fromkeys(["max_memory", "max_compute", "latency_target"], _POSITIVE),
     **dict.fromkeys(["train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps"], _POSITIVE),
     **dict.fromkeys(["log_steps", "max_train_samples", "max_eval_samples", "max_length", "image_size"], _POSITIVE),
+    **dict.fromkeys(["max_target_length", "num_beams"], _POSITIVE),
     **dict.fromkeys(["cost_seq_len", "reward_draws", "num_cpus", "cpus_per_trial", "hpo"], _POSITIVE),
     **dict.fromkeys(["cost_beta", "max_entropy_beta", "delay_steps", "num_gpus", "gpus_per_trial"], _NOT_NEGATIVE),
     **dict.fromkeys(["act_range_percentile", "weight_range_percentile"], "[0, 100]"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -36,6 +39,34 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
     return float(spearmanr(predictions, labels).statistic) if np.ptp(predictions) and np.ptp(labels) else 0.0
+
+
+def words_of(answer: str) -> list[str]:
+    """SQuAD's normalisation: lower case, no punctuation, no articles."""
+    kept = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def exact_match(answer: str, truth: str) -> float:
+    """1 where both are the same words, see `words_of`."""
+    return float(words_of(answer) == words_of(truth))
+
+
+def token_f1(answer: str, truth: str) -> float:
+    """SQuAD's F1 of the words, counted as often as both have them; without any words, whether both have none."""
+    said, right = words_of(answer), words_of(truth)
+    common = (Counter(said) & Counter(right)).total()
+    return 2 * common / (len(said) + len(right)) if said and right else float(said == right)
+
+
+def rouge(summaries: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(truth, said) for truth, said in zip(references, summaries, strict=True)]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {

@@ -113,8 +113,12 @@ def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         known = transformer_utils.MODELS[name]
         settings = getattr(transformers, known.config)(**known.settings)
         with torch.device("meta"):
+            tokens = torch.ones(1, 128, dtype=torch.long)
+            if settings.is_encoder_decoder:
+                model = transformers.AutoModelForSeq2SeqLM.from_config(settings)
+                return model, {"input_ids": tokens, "decoder_input_ids": tokens}
             model = transformers.AutoModelForSequenceClassification.from_config(settings)
-            return model, {"input_ids": torch.ones(1, 128, dtype=torch.long)}
+            return model, {"input_ids": tokens}
     own = name in vision_utils.OWN
     task = find_task("digits" if name == "convnet" else "cifar10" if own else "imagenet-1k")
     alias = vision_utils.ALIASES.get(name, name)

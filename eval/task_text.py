@@ -29,7 +29,7 @@ class PadCollator:
     multiple: int = 8
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        tokens = [key for key in items[0] if key != "labels"]
+        tokens = [key for key, value in items[0].items() if isinstance(value, list) and key != "labels"]
         candidates = isinstance(items[0]["input_ids"][0], list)
         rows = {key: [row for item in items for row in (item[key] if candidates else [item[key]])] for key in tokens}
         longest = max(map(len, rows["input_ids"]))
@@ -40,11 +40,11 @@ class PadCollator:
             batch[key] = torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows[key]])
             if candidates:
                 batch[key] = batch[key].view(len(items), -1, length)
-        if isinstance(items[0]["labels"], list):  # language modelling: a label per token
-            labels = [item["labels"] for item in items]
-            batch["labels"] = torch.tensor([[*row, *[IGNORED] * (length - len(row))] for row in labels])
-        else:
-            batch["labels"] = torch.tensor([item["labels"] for item in items])
+        for key in items[0].keys() - set(tokens):
+            values = [item[key] for item in items]
+            if isinstance(values[0], list):  # a label per token
+                values = [[*row, *[IGNORED] * (length - len(row))] for row in values]
+            batch[key] = torch.tensor(values)
         return batch
 
 
@@ -100,30 +100,48 @@ class Encoder:
         return encoded
 
 
-def prepare_text(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
-    """Tokens of at most `config.max_length`, and no more than the model has positions for."""
+def text_tokenizer(data: TaskData, bundle: ModelBundle, config: Any) -> tuple[Any, int, int]:
+    """The model's tokenizer, the most tokens that it is given, and how many the cost is charged for."""
     import datasets
 
     datasets.disable_progress_bars()
-    tokenizer = bundle.tokenizer
-    if tokenizer is None:
+    if bundle.tokenizer is None:
         raise ValueError(f"task {data.name} needs a model with a tokenizer")
     length = min(getattr(config, "max_length", None) or 128, bundle.max_length)
+    return bundle.tokenizer, length, min(getattr(config, "cost_seq_len", None) or length, bundle.max_length)
+
+
+def example_tokens(tokenizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """An example input of that shape; it ends as texts do, which some classifiers read their answer from."""
+    tokens = torch.full(shape, tokenizer.pad_token_id + 1)
+    end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    if end is not None:
+        tokens[..., -1] = end
+    return {"input_ids": tokens, "attention_mask": torch.ones(shape, dtype=torch.long)}
+
+
+def encoded_texts(tokenizer: Any, texts: list[str], length: int, target: bool = False) -> tuple[dict[str, Any], int]:
+    """Token lists of at most `length` tokens, and how many texts were longer."""
+    encoded = tokenizer(text_target=texts, truncation=True, max_length=length) if target else tokenizer(
+        texts, truncation=True, max_length=length
+    )  # fmt: skip
+    return dict(encoded), sum(bool(text.overflowing) for text in encoded.encodings)
+
+
+def prepare_text(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
+    """Tokens of at most `config.max_length`, and no more than the model has positions for."""
+    tokenizer, length, charged = text_tokenizer(data, bundle, config)
     encoder = Encoder(data, tokenizer, length)
     train = encoder.encode(data.train)
     validation = {name: encoder.encode(split) for name, split in data.validation.items()}
     notes = []
     if encoder.truncated:
         notes.append(f"{encoder.truncated} of {encoder.texts} texts were cut to {length} tokens")
-    charged = min(getattr(config, "cost_seq_len", None) or length, bundle.max_length)
     collator = PadCollator(tokenizer.pad_token_id, length)
     shape = (1, data.task.candidates, charged) if data.task.candidates else (1, charged)
-    example = {
-        "input_ids": torch.full(shape, tokenizer.pad_token_id + 1),
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-    }
+    example = example_tokens(tokenizer, shape)
     scores = token_scores if data.kind == "lm" else None
-    return PreparedData(train, validation, collator, example, notes, scores)
+    return PreparedData(train, validation, collator, example, notes=notes, preprocess_logits=scores)
 
 
 def token_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from eval.data_files import Source
     from eval.model_bundle import ModelBundle
 
-Kind = Literal["text", "image", "lm"]
+Kind = Literal["text", "image", "lm", "qa", "summary"]
+"""what goes in and what comes out: classes of texts or images, the next token, a span of a text, a new text"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Task:
     hub: tuple[str, ...] = ()
     """repository and, where there are several, configuration on the Hub"""
     label: str = "label"
+    """column of the truth: a class, a number, the answers of a question (SQuAD's struct), a summary"""
     metrics: tuple[str, ...] = ("accuracy",)
     """the first is the main one"""
     evaluation: tuple[tuple[str, str], ...] = ()
@@ -51,6 +53,7 @@ def _glue(name: str, *inputs: str, **facts: Any) -> Task:
     return Task("text", inputs, hub=("nyu-mll/glue", name), **facts)
 
 
+ROUGE = ("rougeL", "rouge1", "rouge2")
 TASKS: dict[str, Task] = {
     "cola": _glue("cola", "sentence", metrics=("matthews_correlation", "accuracy")),
     "sst2": _glue("sst2", "sentence"),
@@ -68,6 +71,13 @@ TASKS: dict[str, Task] = {
     "stsb": _glue("stsb", "sentence1", "sentence2", metrics=("pearson", "spearman"), regression=True),
     "boolq": Task("text", ("question", "passage"), hub=("google/boolq",), label="answer"),
     "piqa": Task("text", ("goal", "sol1", "sol2"), hub=("baber/piqa",), candidates=2),
+    "squad": Task(
+        "qa", ("question", "context"), hub=("rajpurkar/squad",), label="answers", metrics=("f1", "exact_match")
+    ),
+    "cnn_dailymail": Task(
+        "summary", ("article",), hub=("abisee/cnn_dailymail", "3.0.0"), label="highlights", metrics=ROUGE
+    ),
+    "xsum": Task("summary", ("document",), hub=("EdinburghNLP/xsum",), label="summary", metrics=ROUGE),
     "cifar10": Task("image", ("img",), hub=("uoft-cs/cifar10",)),
     "cifar100": Task("image", ("img",), hub=("uoft-cs/cifar100",), label="fine_label"),
     "imagenet-1k": Task("image", ("image",), hub=("ILSVRC/imagenet-1k",)),
@@ -90,7 +100,7 @@ def find_task(name: str) -> Task:
 
 
 def task_kind(name: str) -> Kind:
-    """'text', 'image' or 'lm'. UserError where `name` is neither a task nor a folder."""
+    """What the task is, see `Kind`. UserError where `name` is neither a task nor a folder."""
     return find_task(name).kind
 
 
@@ -121,12 +131,12 @@ class TaskData:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model: 1 for regression, 0 for language modelling."""
+        """Outputs of the model: 1 for regression, 0 where there are no classes."""
         return 1 if self.task.regression else len(self.label_names)
 
     def corpus(self) -> Iterator[str]:
         """Every training text: what a tokenizer is trained on."""
-        for column in self.columns:
+        for column in (*self.columns, *([self.task.label] if self.kind == "summary" else [])):
             yield from self.train[column]
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -152,6 +162,10 @@ class PreparedData:
     data_collator: Any
     example_inputs: dict[str, torch.Tensor]
     """one example, shaped like what the cost is charged for: cost_seq_len tokens, or the model's image size"""
+    judges: Mapping[str, Callable[[EvalPrediction], dict[str, float]]] = field(default_factory=dict)
+    """by split, where metrics need more than predictions and labels: the texts of a question's answers"""
+    writer: Any = None
+    """split -> metrics of the summaries that a model writes for it, see `task_summary.Writer`"""
     notes: list[str] = field(default_factory=list)
     preprocess_logits: Any = None
     """for the Trainer's `preprocess_logits_for_metrics`: keeps language models' logits out of memory"""
@@ -197,6 +211,14 @@ def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
         from eval.task_vision import prepare_images
 
         return prepare_images(data, bundle, config)
+    if data.kind == "qa":
+        from eval.task_qa import prepare_questions
+
+        return prepare_questions(data, bundle, config)
+    if data.kind == "summary":
+        from eval.task_summary import prepare_summaries
+
+        return prepare_summaries(data, bundle, config)
     from eval.task_text import prepare_text
 
     return prepare_text(data, bundle, config)
@@ -210,7 +232,7 @@ def hold_out(train: Any, fraction: float, seed: int) -> list[int]:
     import numpy as np
     from sklearn.model_selection import train_test_split
 
-    labels = train.labels.tolist() if hasattr(train, "labels") else train["labels"][:]
+    labels = train.labels.tolist() if hasattr(train, "labels") else _labels(train)
     size = max(1, round(len(train) * fraction))
     if not 0 < fraction < 1 or size >= len(train):
         raise UserError(f"--search_fraction {fraction}: needs a share in (0, 1) that leaves some of {len(train)} rows")
@@ -221,6 +243,10 @@ def hold_out(train: Any, fraction: float, seed: int) -> list[int]:
             strata = labels
     _, held = train_test_split(np.arange(len(train)), test_size=size, random_state=seed, stratify=strata)
     return sorted(held.tolist())
+
+
+def _labels(train: Any) -> list[Any]:
+    return train["labels"][:] if "labels" in train.column_names else [None] * len(train)  # spans have two
 
 
 def not_augmented(data: Any) -> Any:

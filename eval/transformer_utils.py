@@ -49,6 +49,10 @@ def _gpt2(name: str, layers: int, hidden: int) -> TextModel:
     return TextModel(f"openai-community/{name}", "GPT2Config", settings)
 
 
+_BART_BASE = {
+    **{"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072},
+    **{"encoder_attention_heads": 12, "decoder_attention_heads": 12},
+}
 MODELS: dict[str, TextModel] = {
     "bert-tiny": _bert(2, 128),
     "bert-mini": _bert(4, 256),
@@ -60,6 +64,8 @@ MODELS: dict[str, TextModel] = {
         "RobertaConfig",
         {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
     ),
+    "bart": TextModel("facebook/bart-base", "BartConfig", _BART_BASE),
+    "bart-large": TextModel("facebook/bart-large", "BartConfig"),
     "gpt2": _gpt2("gpt2", 12, 768),
     "gpt2-medium": _gpt2("gpt2-medium", 24, 1024),
     "gpt2-large": _gpt2("gpt2-large", 36, 1280),
@@ -74,7 +80,9 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
     head: dict[str, Any] = {}
     if task.candidates:
         head = {"num_labels": 1}  # a score each; CandidateScorer has the loss
-    elif task.kind != "lm":
+    elif task.kind == "qa":
+        head = {"num_labels": 2}  # where the answer starts, and where it ends
+    elif task.kind == "text":
         problem = "regression" if num_labels == 1 else "single_label_classification"
         head = {"num_labels": num_labels, "problem_type": problem}
     if getattr(config, "from_scratch", False):
@@ -104,6 +112,13 @@ def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[
     settings = configuration(name)
     tokenizer = train_tokenizer(corpus, SCRATCH_VOCABULARY, getattr(settings, "type_vocab_size", 0) > 1)
     settings.update({"vocab_size": len(tokenizer), **special_tokens(tokenizer), **head})
+    if getattr(settings, "is_encoder_decoder", False):  # its own defaults are numbers of the published vocabulary
+        ends = {
+            "decoder_start_token_id": tokenizer.sep_token_id,
+            "forced_eos_token_id": None,
+            "forced_bos_token_id": None,
+        }
+        settings.update(ends)
     model = auto_class(settings, task).from_config(settings)
     return model, tokenizer, [f"random weights, a tokenizer of {len(tokenizer)} word pieces from the training texts"]
 
@@ -166,13 +181,27 @@ def positions_of(model: PreTrainedModel) -> int:
 def auto_class(settings: PretrainedConfig, task: Task) -> Any:
     """transformers' way from a configuration to a model for the task.
 
-    UserError where language modelling gets an encoder, which sees the word it is asked for.
+    UserError where language modelling gets an encoder, which sees the word it is asked for, or a summary is asked of a
+    model that reads and writes in one.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    if task.kind != "lm":
+    if task.kind == "text":
         return AutoModelForSequenceClassification
+    if task.kind == "qa":
+        return AutoModelForQuestionAnswering
+    if task.kind == "summary":
+        if not getattr(settings, "is_encoder_decoder", False):
+            raise UserError(
+                f"--model {settings.model_type}: writes no summaries; choose bart or another encoder-decoder"
+            )
+        return AutoModelForSeq2SeqLM
     if settings.model_type in ENCODERS and not getattr(settings, "is_decoder", False):
         raise UserError(f"--model {settings.model_type}: an encoder cannot predict the next word; choose gpt2")
     return AutoModelForCausalLM

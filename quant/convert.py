@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from quant.errors import UserError
@@ -261,9 +262,10 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
         with torch.no_grad():
             for batch in batches:
                 empty = False
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                for quantizer in unpadded:
-                    quantizer.real_tokens = None if mask is None else mask.bool()
+                if unpadded:
+                    batch, masks = _with_masks(model, batch)
+                    for quantizer in unpadded:
+                        quantizer.real_tokens = masks
                 run_model(model, batch)
     finally:
         for part, training in modes.items():
@@ -271,9 +273,29 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
         for module in modules.values():
             module.observing = False
         for quantizer in unpadded:
-            quantizer.real_tokens = None
+            quantizer.real_tokens = ()
     if empty:
         raise UserError("the calibration set is empty: ranges need at least one batch of training data")
+
+
+def _with_masks(model: nn.Module, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """The batch, and which tokens of the sequences in it are real: bool (B, T) each, told apart by their shapes.
+
+    Where what a decoder writes is as long as what the encoder reads, the latter gets one more token of padding.
+    """
+    real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if real is None:
+        return batch, ()
+    written = batch.get("decoder_attention_mask")
+    if written is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        labels = batch.get("labels")
+        written = labels >= 0 if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    if written is None:
+        return batch, (real.bool(),)
+    if written.shape == real.shape:
+        longer = {name: functional.pad(batch[name], (0, 1)) for name in ("input_ids", "attention_mask")}
+        batch, real = {**batch, **longer}, longer["attention_mask"]
+    return batch, (real.bool(), written.bool())
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_type_hints
 
@@ -105,8 +106,8 @@ class Quantizer(nn.Module):
         """what the observer has seen so far"""
         self.token_quantiles: dict[str, float] = {}
         """'avg_prune_minmax': name of a format -> quantile of the token bounds at which it clips, see `clip_tokens`"""
-        self.real_tokens: Tensor | None = None
-        """bool, shaped like the leading axes of what is observed: False for tokens to leave out"""
+        self.real_tokens: tuple[Tensor, ...] = ()
+        """bool (B, T) of each sequence that is read: False for tokens to leave out of what is observed, (B, T, ...)"""
 
     def prepare(self, format: Format) -> None:
         """Make room for the scale of `format`. Learned scales must exist before the optimizer does."""
@@ -140,8 +141,7 @@ class Quantizer(nn.Module):
         """Add x to what `finish_calibration` will choose ranges from."""
         if not self.grids:
             return
-        if self.real_tokens is not None:
-            x = without_padding(x, self.real_tokens)
+        x = without_padding(x, self.real_tokens)
         if x.numel():
             self.observation = self._see(x, self.observation)
 
@@ -285,8 +285,11 @@ class Rounder:
         return (moved + self.offset).to(x.dtype)
 
 
-def without_padding(x: Tensor, real: Tensor) -> Tensor:
-    """The tokens of x where `real` (B, T) is true: (tokens, ...). x itself where its leading axes are not real's."""
-    if x.dim() >= 3 and x.shape[:2] == real.shape:
-        return x[real]
-    return x[real.flatten()] if x.dim() == 2 and len(x) == real.numel() else x
+def without_padding(x: Tensor, masks: Iterable[Tensor]) -> Tensor:
+    """The tokens of x where the mask (B, T) of its shape is true: (tokens, ...). x itself where no mask fits."""
+    for real in masks:
+        if x.dim() >= 3 and x.shape[:2] == real.shape:
+            return x[real]
+        if x.dim() == 2 and len(x) == real.numel():
+            return x[real.flatten()]
+    return x

@@ -184,6 +184,12 @@ class JudgingTrainer(PickleFreeTrainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         return self._prepare_inputs(collate(items))
 
+    def batches_of(self, dataset: Any) -> Iterator[Any]:
+        """All of it in its order, in evaluation batches."""
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(dataset), size):
+            yield self._batch(dataset, range(start, min(start + size, len(dataset))))
+
     def calibration_batches(self) -> Iterator[Any]:
         """The same training batches every time, augmented as in training: that is what the weights have adapted to.
 

@@ -15,6 +15,7 @@ EXCLUDED = {
     **{name: ["bert.pooler.dense", "classifier"] for name in MODELS if name.startswith("bert")},
     "roberta": ["classifier.dense", "classifier.out_proj"],
     **{name: ["score"] for name in MODELS if name.startswith("gpt2")},
+    **{name: ["lm_head"] for name in MODELS if name.startswith("bart")},
 }
 
 
