@@ -142,7 +142,7 @@ class _Placer:
         self.shortcuts = [module for module in model.modules() if isinstance(module, Shortcut)]
         self.frames: list[_Frame] = []
         self.mode = _Mode(self)
-        self.owner = next(iter(modules))
+        self.owner = ""
         self.read: dict[int, weakref.ref[Tensor]] = {}
         names = {module: name for name, module in modules.items()}
         hooks = []
@@ -177,6 +177,8 @@ class _Placer:
         self, path: str, kind: str, name: str | None, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Tensor | None:
         if name is not None:
+            if not self.owner:  # what came before all layers belongs to the first that is called: see `quant.replay`
+                self.found = {site: owner or name for site, owner in self.found.items()}
             self.owner = name
         try:
             outer = len(self.frames) > 1 and self.frames[-2].closed

@@ -9,11 +9,12 @@ from torch import nn
 
 from quant.convert import calibrate, in_float, quantize_model, set_formats
 from quant.errors import UserError
-from quant.formats import IntFormat
+from quant.formats import FLOAT, IntFormat
 from quant.graph import find_groups
 from quant.migration import gamma_migration
 from quant.placement import HIGH_PRECISION_OPS, Placement, attach_quantizers, place_quantizers, placed_sites
 from quant.quantizer import QuantizerConfig
+from quant.replay import replayed
 
 INT8 = IntFormat(8)
 ACTIVATION = QuantizerConfig(range="calibrated", observer="minmax", symmetric=False, ignore_padding=True)
@@ -202,3 +203,20 @@ def test_unknown_operation():
     with pytest.raises(UserError, match="unknown 'relu'; choices: gelu, softmax, layernorm"):
         Placement(("relu",))
     assert not Placement()
+
+
+def test_a_pass_played_back_knows_whose_formats_changed():
+    """What belongs to a layer changes with it: nothing that reads it may be taken from an earlier pass."""
+    model = bert()
+    modules = quantized(model)
+    names = list(modules)
+    with torch.no_grad(), replayed(modules) as replay:
+        for name in [*names, names[0]]:
+            set_formats(modules, {**dict.fromkeys(modules, (FLOAT, FLOAT)), name: (INT8, INT8)})
+            replay.restart()
+            again = model(**text()).logits
+            for module in modules.values():
+                module.replay = None
+            assert torch.equal(again, run(model)), name
+            for module in modules.values():
+                module.replay = replay
