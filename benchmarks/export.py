@@ -17,21 +17,23 @@ from eval.export_run import finished_run
 from eval.flags import parse
 from quant.errors import UserError
 
-COMMON = "--search --cost_type memory --save_strategy no --report_to none --quiet --exp_name export"
+COMMON = "--save_strategy no --report_to none --quiet --exp_name export"
 CIFAR10 = "--task cifar10 --data_dir {shared}/data/cifar10 --optimizer sgd"
-SST2 = "--task sst2 --data_dir {shared}/data/glue/sst2 --max_steps 60 --learning_rate 1e-3 --max_train_samples 8000"
+SST2 = "--task sst2 --data_dir {shared}/data/glue/sst2 --learning_rate 1e-3 --from_scratch --eval_batch_size 64"
+MRPC = "--task mrpc --data_dir {shared}/data/glue/mrpc --max_length 64 --eval_batch_size 64"
 RESNET20 = f"{CIFAR10} --model resnet20 --model_path {{shared}}/models/resnet20-cifar10 --train_batch_size 128"
-SCRATCH = "--from_scratch --image_size 32 --max_steps 20 --learning_rate 0.05"
+SCRATCH = "--from_scratch --image_size 32 --max_steps 100 --learning_rate 0.05 --train_batch_size 64"
 RUNS = {
     "resnet20": f"{RESNET20} --search_space 4,8 --max_steps 40 --learning_rate 0.001",
     "resnet20-mixed": f"{RESNET20} --search_space int4,e4m3,int8 --max_steps 40 --learning_rate 0.001",
     "resnet18": f"{CIFAR10} --model resnet18 {SCRATCH} --search_space 4,8",
     "mobilenetv2": f"{CIFAR10} --model mobilenetv2 {SCRATCH} --search_space 4,8",
-    "bert-tiny": f"{SST2} --model bert-tiny --from_scratch --eval_batch_size 64 --search_space 4,8",
-    "gpt2": f"{SST2} --model {{architectures}}/gpt2 --from_scratch --eval_batch_size 64 --search_space 4,8",
+    "bert-tiny": f"{SST2} --model bert-tiny --max_steps 600 --fuse_groups --search_space 4,8",
+    "gpt2": f"{SST2} --model {{architectures}}/gpt2 --max_steps 300 --search_space 4,8",
+    "minilm-float": f"{MRPC} --model_path {{minilm}} --max_steps 230 --learning_rate 1e-4 --seed 0 --method float",
     "minilm": (
-        "--task mrpc --data_dir {shared}/data/glue/mrpc --model_path {minilm} --max_steps 40 --train_batch_size 16 "
-        "--learning_rate 5e-5 --max_length 64 --weight_only_search --search_space 4,8"
+        f"{MRPC} --model_path {{root}}/mrpc/export/minilm-float/model --max_steps 60 --train_batch_size 16 "
+        "--learning_rate 5e-5 --weight_only_search --fuse_groups --search_space 4,8"
     ),
 }
 FORMATS = ("packed", "onnx", "torchao", "compressed-tensors")

@@ -5,15 +5,16 @@ load the run -> write the model -> assert its budget on what was written -> read
 
 from __future__ import annotations
 
+import contextlib
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eval.export_formats import EXPORT_FORMATS, Written
+from eval.export_formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written
 from eval.export_run import FinishedRun, finished_run
 from eval.flag_checks import check_one_of
 from eval.flags import entry
@@ -37,23 +38,37 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
     EXPORT_FORMATS[format].check_installed()
     if folder.exists():
         raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     if evaluate:
         _ = run.plan  # whatever is wrong with the data is wrong before the work
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         place = Path(temporary) / folder.name
         place.mkdir()
-        written = EXPORT_FORMATS[format].write(run, place)
+        with writing(folder):
+            written = EXPORT_FORMATS[format].write(run, place)
         verdict = describe(run, format, written, evaluate)
         verdict["metrics"] = {
             "record": run.record["metrics"],
             "exported": evaluated(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
         }
-        write_json(place / "export.json", verdict)
-        card = model_card(run, verdict, folder, EXPORT_FORMATS[format].usage)
-        write_atomically(place / "README.md", lambda path: Path(path).write_text(card))
-        place.rename(folder)
+        card = model_card(run, verdict, folder, written.usage or EXPORT_FORMATS[format].usage)
+        with writing(folder):
+            write_json(place / "export.json", verdict)
+            write_atomically(place / "README.md", lambda path: Path(path).write_text(card))
+            place.rename(folder)
     return verdict
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within, what the file system refuses (a full disk, a folder that others own) is an error that names `folder`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output_dir {folder}: cannot be written: {error}") from None
 
 
 def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -> dict[str, Any]:
@@ -204,11 +219,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add("--output_dir", type=Path, help="where to write (default: RUN_DIR/export/FORMAT)")
     add("--data_dir", help="where the run's data stands now")
     add("--no_evaluate", action="store_true", help="do not read the export back and evaluate it")
-    add(
-        "--fold_norms",
-        action="store_true",
-        help="onnx: int8 convolutions take in their batch norms: faster, less exact",
-    )
+    add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)
     return parser.parse_args(argv)
 
 
@@ -216,9 +227,9 @@ def main(argv: Sequence[str]) -> int:
     """Export, print the verdict and where it is."""
     flags = _flags(argv)
     check_one_of("--format", flags.format, EXPORT_FORMATS)
-    if flags.fold_norms and flags.format != "onnx":
-        raise UserError(f"--fold_norms contradicts --format {flags.format}: only onnx has norms to fold")
-    run = replace(finished_run(flags.run, flags.data_dir), fold=flags.fold_norms)
+    if flags.round_outputs and flags.format != "onnx":
+        raise UserError(f"--round_outputs contradicts --format {flags.format}: it is for onnx alone")
+    run = replace(finished_run(flags.run, flags.data_dir), round_outputs=flags.round_outputs)
     folder = flags.output_dir or flags.run / "export" / flags.format
     verdict = export(run, flags.format, folder, evaluate=not flags.no_evaluate)
     print_verdict(verdict)

@@ -33,6 +33,8 @@ class Written:
     notes: tuple[str, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
     """what else was measured, by name"""
+    usage: str = ""
+    """how to run it, where that is not the same for all exports of the format"""
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,13 @@ def load_packed(run: FinishedRun, folder: Path) -> nn.Module:
 
 
 ONNX = "model.onnx"
+ROUND_OUTPUTS = "onnx: what convolutions return is rounded to 8 bits too: ONNX Runtime computes in integers"
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def write_onnx(run: FinishedRun, folder: Path) -> Written:
-    from eval.latency import example, median_latency, write_float
+    from eval.latency import example, examples, write_float
+    from eval.onnx_timing import latencies
     from quant.export_onnx import onnx_sizes, trace
     from quant.export_onnx import write_onnx as write
 
@@ -100,12 +104,12 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
         raise UserError(f"--format onnx: a {kind} model has several outputs or writes; choose packed")
     inputs, modules = example(run), run.modules
     traced = trace(run.model, modules, inputs)
-    layers = write(folder / ONNX, traced, modules, run.fold)
+    layers = write(folder / ONNX, traced, modules, examples(run))
     copy_side_files(run, folder)
     sizes = onnx_sizes(folder / ONNX, layers)
     float_file = folder / "float.onnx"
     write_float(run, traced, float_file)
-    own, plain = (median_latency(path, inputs) for path in (folder / ONNX, float_file))
+    (own, plain), *_ = latencies([((folder / ONNX, float_file), inputs)])
     float_bytes = float_file.stat().st_size
     float_file.unlink()
     note = (
@@ -113,7 +117,17 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
         f"({own / plain:.2f} of float; ONNX Runtime, 1 thread)"
     )
     facts = {"float_onnx_bytes": float_bytes, "latency_ms": own, "float_latency_ms": plain}
-    return Written(layers, sizes, sizes["codes"] + sizes["block_scales"] + sizes["float_weights"], (note,), facts)
+    weight_bytes = sizes["codes"] + sizes["block_scales"] + sizes["float_weights"]
+    return Written(layers, sizes, weight_bytes, (note,), facts, onnx_usage(folder / ONNX))
+
+
+def onnx_usage(path: Path) -> str:
+    """How to run an ONNX export, with the settings it asks for."""
+    from eval.onnx_timing import settings_of
+
+    lines = [f'options.add_session_config_entry("{key}", "{value}")' for key, value in settings_of(path).items()]
+    settings = [*(["options = onnxruntime.SessionOptions()"] if lines else []), *lines]
+    return ONNX_USAGE.replace("SETTINGS", "\n".join(settings)).replace("OPTIONS", ", options" if lines else "")
 
 
 def load_onnx(run: FinishedRun, folder: Path) -> nn.Module:
@@ -198,7 +212,8 @@ logits = model({inputs}).logits"""
 ONNX_USAGE = """\
 import onnxruntime
 
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
+SETTINGS
+session = onnxruntime.InferenceSession("{folder}/model.onnx"OPTIONS)
 logits = session.run(["logits"], {{name: array for name, array in inputs.items()}})[0]  # numpy arrays: {inputs}"""
 
 EXPORT_FORMATS: dict[str, ExportFormat] = {

@@ -29,8 +29,8 @@ class FinishedRun:
     record: dict[str, Any]
     data_dir: str | None = None
     """where the data stands now, if not where the run found it"""
-    fold: bool = False
-    """ONNX: whether int8 convolutions take in their batch norms"""
+    round_outputs: bool = False
+    """ONNX: whether what convolutions return is rounded to 8 bits too"""
 
     @cached_property
     def config(self) -> RunConfig:

@@ -1,24 +1,24 @@
 """Latencies of a run's model on ONNX Runtime: `python -m eval.latency RUN_DIR`.
 
-Measured on the CPU, one example: the whole model as exported and in float, and every searched layer alone in every
-pair of formats of the search space, between a rounded input and float. The table is what `--max_latency` reads.
+Measured on the CPU, one example, in a process of its own: the whole model as exported and in float, and every searched
+layer alone in every pair of formats of the search space. The table is what `--max_latency` reads.
 """
 
 from __future__ import annotations
 
 import csv
-import statistics
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eval.export_formats import ONNX_PACKAGES, require
+from eval.export_formats import ONNX_PACKAGES, ROUND_OUTPUTS, require
 from eval.export_run import FinishedRun, finished_run
 from eval.flags import entry
+from eval.onnx_timing import REPEATS, latencies
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,58 +30,55 @@ if TYPE_CHECKING:
 
 COLUMNS = ("layer", "weight_format", "activation_format", "ms")
 TABLE = "latency.csv"
-REPEATS = 30
-WARM_UP = 5
+CALIBRATION, CALIBRATION_BATCH = 128, 32
 
 
-def median_latency(path: Path, inputs: Mapping[str, Tensor], repeats: int = REPEATS, threads: int = 1) -> float:
-    """Milliseconds that one call with `inputs` takes: the median over `repeats`, after a few that do not count."""
-    from eval.onnx_model import session
-
-    running = session(path, threads)
-    wanted = [input.name for input in running.get_inputs()]
-    feed = {name: inputs[name].numpy() for name in wanted}
-    times = []
-    for _ in range(WARM_UP + repeats):
-        start = time.perf_counter()
-        running.run(None, feed)
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[WARM_UP:])
-
-
-def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> Iterator[dict[str, Any]]:
+def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> list[dict[str, Any]]:
     """The rows of the table: every searched layer in float and in every pair of formats that the search could give it.
 
     A layer that one example calls several times is the sum of its calls. Calls alike (same kind, settings and sizes)
-    are measured once for each pair.
+    are measured once for each pair, all pairs in turns.
     """
     from quant.convert import get_formats, set_formats
     from quant.export_onnx import write_onnx
     from quant.formats import BlockFormat
 
-    modules = run.modules
+    modules, pairs = run.modules, format_pairs(run)
     before = get_formats(modules)
     calls = layer_calls(run, modules)
-    known: dict[Any, float] = {}
+    files: dict[Any, dict[tuple[Format, Format], Path]] = {}
+    inputs: dict[Any, dict[str, Tensor]] = {}
     traces: dict[Any, Any] = {}
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "layer.onnx"
         try:
-            for name, (weight, activation) in product(run.record["assignment"], format_pairs(run)):
-                module, total = modules[name], 0.0
+            for name, (weight, activation) in product(run.record["assignment"], pairs):
+                module = modules[name]
                 set_formats(modules, {name: (weight, activation)})
                 for x in calls[name]:
-                    alike = signature(module), x.shape, activation if isinstance(activation, BlockFormat) else None
-                    key = alike, weight, activation
-                    if alike not in traces:
-                        traces[alike] = alone(module, x)
-                    if key not in known:
-                        write_onnx(path, traces[alike], {"layer": module})
-                        known[key] = median_latency(path, {"x": x}, repeats, threads)
-                    total += known[key]
-                yield dict(zip(COLUMNS, (name, weight.name, activation.name, round(total, 6)), strict=True))
+                    alike = signature(module), x.shape
+                    known, inputs[alike] = files.setdefault(alike, {}), {"x": x}
+                    if (weight, activation) in known:
+                        continue
+                    blocks = activation if isinstance(activation, BlockFormat) else None  # these are in the trace
+                    if (alike, blocks) not in traces:
+                        traces[alike, blocks] = alone(module, x)
+                    path = Path(folder) / f"{len(inputs)}-{len(known)}.onnx"
+                    examples = [{"x": x}] if run.round_outputs else []
+                    write_onnx(path, traces[alike, blocks], {"layer": module}, examples)
+                    known[weight, activation] = path
         finally:
             set_formats(modules, before)
+        groups = [(list(known.values()), inputs[alike]) for alike, known in files.items()]
+        measured = latencies(groups, repeats, threads)
+    times = {
+        alike: dict(zip(known, taken, strict=True))
+        for (alike, known), taken in zip(files.items(), measured, strict=True)
+    }
+    rows = []
+    for name, pair in product(run.record["assignment"], pairs):
+        total = sum(times[signature(modules[name]), x.shape][pair] for x in calls[name])
+        rows.append(dict(zip(COLUMNS, (name, pair[0].name, pair[1].name, round(total, 6)), strict=True)))
+    return rows
 
 
 def format_pairs(run: FinishedRun) -> list[tuple[Format, Format]]:
@@ -125,6 +122,22 @@ def example(run: FinishedRun) -> dict[str, Tensor]:
     return {name: x for name, x in run.plan.prepared.example_inputs.items() if name != "labels"}
 
 
+def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
+    """Batches of training examples that --round_outputs finds its ranges on; none without it."""
+    from eval.tasks import not_augmented
+
+    if not run.round_outputs:
+        return []
+    prepared = run.plan.prepared
+    rows = not_augmented(prepared.train)
+    batches = []
+    for start in range(0, min(CALIBRATION, len(rows)), CALIBRATION_BATCH):
+        taken = [rows[place] for place in range(start, min(start + CALIBRATION_BATCH, len(rows)))]
+        batch = prepared.data_collator(taken)
+        batches.append({name: x for name, x in batch.items() if name != "labels"})
+    return batches
+
+
 def alone(module: QuantModule, x: Tensor) -> Any:
     """The trace of a model that is this layer."""
     from torch import nn
@@ -163,12 +176,10 @@ def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
     traced = trace(run.model, run.modules, inputs)
     with TemporaryDirectory() as folder:
         chosen, plain = Path(folder) / "chosen.onnx", Path(folder) / "float.onnx"
-        write_onnx(chosen, traced, run.modules)
+        write_onnx(chosen, traced, run.modules, examples(run))
         write_float(run, traced, plain)
-        return {
-            "chosen": median_latency(chosen, inputs, repeats, threads),
-            "float": median_latency(plain, inputs, repeats, threads),
-        }
+        (own, floats), *_ = latencies([((chosen, plain), inputs)], repeats, threads)
+        return {"chosen": own, "float": floats}
 
 
 def write_float(run: FinishedRun, traced: Any, path: Path) -> None:
@@ -222,6 +233,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add("--data_dir", help="where the run's data stands now")
     add("--repeats", type=int, default=REPEATS, help=f"calls that the median is over (default: {REPEATS})")
     add("--threads", type=int, default=1, help="threads of ONNX Runtime (default: 1)")
+    add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)
     flags = parser.parse_args(argv)
     for name in ("repeats", "threads"):
         if getattr(flags, name) < 1:
@@ -233,11 +245,11 @@ def main(argv: Sequence[str]) -> int:
     """Measure, print and write the table."""
     flags = _flags(argv)
     require(*ONNX_PACKAGES)
-    run = finished_run(flags.run, flags.data_dir)
+    run = replace(finished_run(flags.run, flags.data_dir), round_outputs=flags.round_outputs)
     if not run.modules:
         raise UserError(f"RUN_DIR {flags.run}: every layer is in float, there is nothing to compare")
     model = model_latencies(run, flags.repeats, flags.threads)
-    rows = list(layer_latencies(run, flags.repeats, flags.threads))
+    rows = layer_latencies(run, flags.repeats, flags.threads)
     path = flags.output or flags.run / TABLE
     write_table(rows, path)
     print_latencies(run, rows, model)

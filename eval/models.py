@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import transformer_utils, vision_utils
-from eval.tasks import find_task
+from eval.tasks import TASKS, Task, find_task
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,12 +71,13 @@ def build_architecture(
 
     from eval.text_nets import CandidateScorer
 
+    known = TASKS.get(task, Task("image", ()))  # a local folder's task, which may be gone by now, has the defaults
     if not (folder / "config.json").is_file():
         name = vision_utils.ALIASES.get(model, model)
-        return vision_utils.build_named(name, find_task(task), num_labels, image_size, scratch=True).model
+        return vision_utils.build_named(name, known, num_labels, image_size, scratch=True).model
     settings = transformers.AutoConfig.from_pretrained(folder)
     inner = getattr(transformers, settings.architectures[0])(settings)
-    return CandidateScorer(inner) if find_task(task).candidates else inner
+    return CandidateScorer(inner) if known.candidates else inner
 
 
 def recompute_activations(model: nn.Module) -> None:

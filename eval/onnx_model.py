@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.errors import UserError
-
-
-def session(path: Path, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU. Raises UserError for a file that it cannot run."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no base class
-        raise UserError(f"{path}: ONNX Runtime cannot run it: {' '.join(str(error).split())[:300]}") from None
+from eval.onnx_timing import session
 
 
 class OnnxModel(nn.Module):

@@ -41,7 +41,6 @@ def save_model(
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bundle.model.state_dict().items()}
     save_tensors(tensors, folder / "model.safetensors")
     if isinstance(settings := getattr(bundle.model, "config", None), PretrainedConfig):
-        settings.architectures = [type(bundle.model).__name__]  # which head: from scratch, nothing else says it
         settings.save_pretrained(folder)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
@@ -91,19 +90,13 @@ def load_model(folder: str | Path) -> nn.Module:
 
 def build_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
     """The float architecture that `saved` (what `save_model` noted) names, without its weights."""
-    model = _build(folder, saved)
+    from eval.models import build_architecture as build
+
+    names = saved.get("build", {})  # a tuner's model has none, but a config.json
+    if not names and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no config.json, and {QUANTIZATION} does not say which architecture this is")
+    task, model_name, size = (names.get(key) for key in ("task", "model", "image_size"))
+    model = build(task or "", model_name or "", saved.get("num_labels", 0), folder, size)
     if "migration" in saved:
         attach(model, Migration(**saved["migration"]))
     return model
-
-
-def _build(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
-    if (folder / "config.json").is_file():
-        import transformers
-
-        settings = transformers.AutoConfig.from_pretrained(folder)
-        return getattr(transformers, settings.architectures[0])(settings)
-    from eval.models import build_model
-    from eval.run_config import RunConfig
-
-    return build_model(RunConfig(**saved["build"], from_scratch=True), saved["num_labels"]).model

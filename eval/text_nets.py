@@ -11,6 +11,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 class CandidateScorer(nn.Module):
     """One score a candidate from a model with a single output; the classes are the candidates' places."""
 
+    accepts_loss_kwargs = False
+    """for the Trainer: what forward takes by other names are tokens, not the number of items in a batch"""
+
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
@@ -23,7 +26,7 @@ class CandidateScorer(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
         """input_ids and the other token inputs (B, candidates, length), labels (B,) -> logits (B, candidates)."""
         flat = {name: tokens.flatten(0, 1) for name, tokens in {"input_ids": input_ids, **inputs}.items()}
-        logits = self.model(**flat).logits.view(len(input_ids), -1)
+        logits = self.model(**flat).logits.view(input_ids.shape[:2])
         return SequenceClassifierOutput(
             loss=None if labels is None else functional.cross_entropy(logits, labels), logits=logits
         )

@@ -1,6 +1,7 @@
 """Exports of finished runs: what is written, that it is the run's model again, and what cannot be exported."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_a_model_that_is_not_the_records_is_an_error(folder, tmp_path, monkeypat
 def test_a_folder_that_exists_is_never_overwritten(folder, tmp_path):
     with pytest.raises(UserError, match="exists already; choose another or remove it"):
         export(finished_run(folder), "packed", tmp_path, evaluate=False)
+
+
+@pytest.mark.parametrize("limit", [0, 3_000, 20_000])
+def test_a_disk_that_is_full_half_way_leaves_nothing(limit, folder, tmp_path):
+    one = finished_run(folder)
+    _ = one.modules, one.plan
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a file that grows beyond is refused, as by a full disk
+    try:
+        with pytest.raises(UserError, match=rf"--output_dir {tmp_path / 'p'}: cannot be written: "):
+            export(one, "packed", tmp_path / "p", evaluate=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    export(one, "packed", tmp_path / "p", evaluate=False)
 
 
 def unfinished(tmp_path, record=None, model=True):
@@ -191,6 +207,6 @@ def test_compressed_tensors_is_for_models_of_transformers(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_norms_are_folded_in_onnx_alone(folder):
-    with pytest.raises(UserError, match="--fold_norms contradicts --format packed"):
-        main([str(folder), "--format", "packed", "--fold_norms"])
+def test_outputs_are_rounded_in_onnx_alone(folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--round_outputs contradicts --format packed"):
+        main([str(folder), "--format", "packed", "--round_outputs"])

@@ -1,4 +1,6 @@
-"""ONNX exports run by ONNX Runtime: the fake-quantized model's logits, types, sizes, norms that are folded."""
+"""ONNX exports run by ONNX Runtime: the fake-quantized model's logits, types, sizes, what it computes in integers."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ import onnx
 import onnxruntime
 
 import quant.export_onnx
+from eval.onnx_timing import session
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.errors import UserError
 from quant.export_emulation import emulate, power_below, round_minifloat
 from quant.export_onnx import export_onnx, onnx_sizes
+from quant.export_onnx import trace as uncached_trace
+from quant.export_onnx_integer import grid_of
 from quant.formats import FLOAT, BlockFormat, parse_format
 from quant.quant_utils import fake_quantize
 from quant.quantizer import QuantizerConfig
@@ -128,19 +133,104 @@ def test_verdicts_name_what_is_wider_and_why(tmp_path):
     assert sizes["block_scales"] == 4 * 37 and sizes["float_weights"] == 0
 
 
-def test_folded_norms_leave_the_codes_alone(tmp_path):
-    model, modules, images = quantized(["int8/int8", "int8/int8", "int4/int4", "int8/int8", "int8/int8"])
-    kinds, results = {}, {}
-    for fold in (False, True):
-        path = tmp_path / f"{fold}.onnx"
-        export_onnx(path, model, modules, {"images": images[:1]}, fold)
-        proto = onnx.load(path)
-        kinds[fold] = [node.op_type for node in proto.graph.node]
-        codes = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith(".codes")}
-        results[fold] = codes["conv.weight.codes"], run(path, images, optimized=False)
-    assert "BatchNormalization" in kinds[False] and "BatchNormalization" not in kinds[True]
-    np.testing.assert_array_equal(np.abs(results[True][0]), np.abs(results[False][0]))
-    torch.testing.assert_close(results[True][1], results[False][1], rtol=0.05, atol=0.02)
+def optimized_kinds(path):
+    """The operations that ONNX Runtime makes of a file, counted."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_rounded_outputs_make_convolutions_integer_operations(narrow, tmp_path):
+    pairs = ["int8/int8", *(["int4/int4", "int3/int6"] if narrow else ["int8/int8"] * 2), "int8/int8", "int8/int8"]
+    model, modules, images = quantized(pairs)
+    codes, results = {}, {}
+    for examples in ((), [{"images": images}]):
+        path = tmp_path / f"{len(examples)}.onnx"
+        layers = export_onnx(path, model, modules, {"images": images[:1]}, examples)
+        weights = {t.name: t for t in onnx.load(path).graph.initializer if t.name.endswith(".codes")}
+        codes[path] = {name: onnx.numpy_helper.to_array(weight) for name, weight in weights.items()}
+        results[path] = run(path, images)
+    kinds = optimized_kinds(path)
+    assert kinds["QLinearConv"] == 3 and not {"Conv", "FusedConv", "BatchNormalization"} & set(kinds)
+    plain, integer = codes.values()
+    assert plain.keys() == integer.keys()
+    for name, values in plain.items():
+        np.testing.assert_array_equal(np.abs(values.astype(int)), np.abs(integer[name].astype(int)))
+    expected, got = results.values()
+    assert (got - expected).abs().mean() < 0.05 * expected.abs().max()
+    assert [layer.as_chosen for layer in layers.values()] == [pair == "int8/int8" for pair in pairs]
+
+
+def test_shortcuts_are_added_in_integers(tmp_path):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.third, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 2)
+
+        def forward(self, images):
+            x = self.first(images).relu()
+            x = (self.third(self.second(x).relu()) + x).relu()
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, images = Residual().eval(), torch.randn(16, 3, 8, 8)
+    int4, int8 = parse_format("int4"), parse_format("int8")
+    modules = quantize_model(model, formats=[int4, int8])
+    calibrate(model, modules, [images])
+    for name, format in (("8", int8), ("4", int4)):
+        set_formats(modules, dict.fromkeys(modules, (format, format)))
+        export_onnx(path := tmp_path / name, model, modules, {"images": images[:1]}, [{"images": images}])
+        kinds = optimized_kinds(path)
+        assert kinds["QLinearConv"] == 3 and kinds["QLinearAdd"] == 1 and not {"Conv", "FusedConv", "Add"} & set(kinds)
+        with torch.no_grad():
+            expected = model(images)
+        assert (run(path, images) - expected).abs().mean() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("low", "high", "step"), [(-1, 3, 0.25), (0, 6, 0.41), (-2, 0, 0.13), (0, 2, 0.01)])
+def test_a_layer_rounds_what_was_rounded_before_as_it_would_have(low, high, step):
+    scale, point = grid_of(low, high, step)
+    x = np.random.default_rng(0).uniform(low, high, 20_000).astype(np.float32)
+    once = np.round(x / np.float32(step))
+    before = (np.clip(np.round(x / scale) + point, 0, 255) - point) * scale
+    ties = np.abs(np.abs(x / step % 1) - 0.5) < 1e-4
+    np.testing.assert_array_equal(np.round(before / np.float32(step))[~ties], once[~ties])
+    assert scale <= step and (high - low) / scale <= 256
+
+
+@pytest.mark.parametrize("pair", ["int8/int8", "int4/int4", "int3/int5", "int2/int8"])
+def test_matrix_products_of_integers_are_integer_operations(pair, tmp_path):
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(2, 5, 16)
+    weight, activation = map(parse_format, pair.split("/"))
+    modules = quantize_model(model, formats=[weight, activation])
+    calibrate(model, modules, [tokens])
+    set_formats(modules, {"0": (weight, activation)})
+    path = tmp_path / "m.onnx"
+    quant.export_onnx.write_onnx(path, uncached_trace(model, modules, {"images": tokens}), modules)
+    assert optimized_kinds(path)["MatMulIntegerToFloat"] == 1
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    codes = next(t for t in onnx.load(path).graph.initializer if t.name == "0.weight.codes")
+    assert len(codes.raw_data) == 16 * 8 * (4 if weight.width <= 4 else 8) // 8
+
+
+def test_files_that_run_faster_on_float_weights_say_so(tmp_path):
+    model, modules, images = quantized(["int8/int8"] * 5)
+    path = tmp_path / "m.onnx"
+    export_onnx(path, model, modules, {"images": images[:1]})
+    noted = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert noted == {"session.disable_quant_qdq": "1"}
+    torch.testing.assert_close(
+        torch.from_numpy(session(path).run(None, {"images": images.numpy()})[0]),
+        run(path, images),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_asymmetric_weights_keep_their_zero_points(tmp_path):

@@ -1,0 +1,172 @@
+"""What convolutions return, rounded to 8 bits: ONNX Runtime then computes them, and what joins them, in integers.
+
+Its integer convolution writes 8 bits, and nothing else; one whose output goes on in float is computed in float, and so
+is what lies between. The ranges are those that calibration examples reach. A tensor that a layer of 8 bits reads takes
+that layer's own grid instead of a second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
+
+JOINING = ("Add", "Mul", "Concat", "Pad", "Slice", "MaxPool", "AveragePool", "GlobalAveragePool")
+"""operations that ONNX Runtime computes on 8 bits where all their inputs are"""
+ACTIVATIONS = ("Relu", "Clip")
+"""operations that become the bounds of the rounding behind them"""
+
+
+def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor]]) -> int:
+    """Round what convolutions return, and what joins it, in place; returns the number of tensors rounded.
+
+    Args:
+        proto: with quantized convolutions.
+        examples: batches of the model's inputs, by name, that the ranges are found on.
+    """
+    graph = proto.graph
+    outputs = tensors_to_round(graph)
+    shared = {name: own for name in outputs if (own := only_grid(graph, name)) is not None}
+    bounds = observed(proto, [name for name in outputs if name not in shared], examples)
+    for name in outputs:
+        if name in shared:
+            share(graph, name, shared[name])
+        else:
+            scale, point = grid_of(*bounds[name], coarsest_scale(graph, name))
+            insert(graph, name, [constant(graph, f"{name}/scale", scale), constant(graph, f"{name}/point", point)])
+    return len(outputs)
+
+
+def tensors_to_round(graph: onnx.GraphProto) -> list[str]:
+    """Outputs of convolutions and of what joins them, behind the activation, in the order they are computed."""
+    readers = readers_of(graph)
+    constants = {tensor.name for tensor in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    rounded: dict[str, None] = {}
+    for node in graph.node:
+        sources = [name for name in node.input if name and name not in constants]
+        joins = node.op_type in JOINING and all(name in rounded for name in sources)
+        integers = node.op_type == "Conv" and all(made_by[name].op_type == "DequantizeLinear" for name in sources)
+        if not (joins or integers):
+            continue
+        name = node.output[0]
+        while len(readers.get(name, ())) == 1 and readers[name][0].op_type in ACTIVATIONS:
+            name = readers[name][0].output[0]
+        rounded[name] = None
+    finished = {output.name for output in graph.output}
+    return [name for name in rounded if name not in finished]
+
+
+def readers_of(graph: onnx.GraphProto) -> dict[str, list[NodeProto]]:
+    """The nodes that read each tensor."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in dict.fromkeys(node.input):
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
+    """The QuantizeLinear to 8 bits that one layer rounds this tensor with.
+
+    None if no layer does, if several do, or if the layer's grid is narrower than 8 bits: others should not read it.
+    """
+    readers = readers_of(graph)
+    rounding = roundings(graph, name)
+    if len(rounding) != 1:
+        return None
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    whole = all(node.op_type == "DequantizeLinear" for node in readers[rounding[0].output[0]])
+    return rounding[0] if whole and types[rounding[0].input[2]] == TensorProto.UINT8 else None
+
+
+def roundings(graph: onnx.GraphProto, name: str) -> list[NodeProto]:
+    """The nodes that round a tensor to layers' own grids."""
+    return [node for node in readers_of(graph).get(name, ()) if node.op_type == "QuantizeLinear"]
+
+
+def coarsest_scale(graph: onnx.GraphProto, name: str) -> float | None:
+    """The largest of the steps that layers round this tensor to; None if none does."""
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    return max((float(numpy_helper.to_array(values[n.input[1]])) for n in roundings(graph, name)), default=None)
+
+
+def observed(
+    proto: onnx.ModelProto, names: Iterable[str], examples: Sequence[Mapping[str, Tensor]]
+) -> dict[str, tuple[float, float]]:
+    """The least and the largest value of each tensor, over all examples; 0 is always within."""
+    import onnxruntime
+
+    names = list(names)
+    if not names:
+        return {}
+    watched = onnx.ModelProto()
+    watched.CopyFrom(proto)
+    del watched.graph.output[:]
+    watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    low, high = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for batch in examples:
+        feed = {entry.name: batch[entry.name].numpy() for entry in session.get_inputs()}
+        for name, value in zip(names, session.run(names, feed), strict=True):
+            low[name], high[name] = min(low[name], float(value.min())), max(high[name], float(value.max()))
+    return {name: (low[name], high[name]) for name in names}
+
+
+def share(graph: onnx.GraphProto, name: str, own: NodeProto) -> None:
+    """Whoever reads tensor `name` reads it as the layer behind `own` does."""
+    others = [node for node in readers_of(graph)[name] if node is not own]
+    if not others:
+        return
+    rounded = f"{name}/8bit"
+    reading = helper.make_node("DequantizeLinear", [own.output[0], *own.input[1:]], [rounded], name=rounded)
+    redirect(others, name, rounded)
+    put_behind(graph, [node for node in graph.node if node.output[0] != own.output[0]], name, [own, reading])
+
+
+def insert(graph: onnx.GraphProto, name: str, grid: list[str]) -> None:
+    """Round tensor `name` to `grid` = [scale, zero point] for all its readers."""
+    codes, rounded = f"{name}/codes8bit", f"{name}/8bit"
+    redirect(readers_of(graph)[name], name, rounded)
+    added = [
+        helper.make_node("QuantizeLinear", [name, *grid], [codes], name=codes),
+        helper.make_node("DequantizeLinear", [codes, *grid], [rounded], name=rounded),
+    ]
+    put_behind(graph, list(graph.node), name, added)
+
+
+def redirect(nodes: Iterable[NodeProto], old: str, new: str) -> None:
+    for node in nodes:
+        node.input[:] = [new if source == old else source for source in node.input]
+
+
+def put_behind(graph: onnx.GraphProto, nodes: list[NodeProto], name: str, added: list[NodeProto]) -> None:
+    """The graph's nodes are `nodes`, with `added` behind the one that makes `name`."""
+    place = next(index for index, node in enumerate(nodes) if name in node.output) + 1
+    nodes[place:place] = added
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def grid_of(low: float, high: float, layers: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero point) of at most 256 steps that reach from `low` to `high`, 0 being one of them.
+
+    Where a layer rounds the result again, to steps of `layers`, these hold an odd number of ours: rounding twice is
+    then rounding once, since the middle between two of its steps is the middle between two of ours.
+    """
+    scale = max((high - low) / 255, float(np.finfo(np.float32).tiny))
+    if layers is not None and layers >= scale:
+        ratio = int(layers / scale)
+        scale = layers / (ratio if ratio % 2 else ratio - 1)
+    return np.asarray(scale, dtype=np.float32), np.asarray(min(255, round(-low / scale)), dtype=np.uint8)
+
+
+def constant(graph: onnx.GraphProto, name: str, value: Any) -> str:
+    graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
