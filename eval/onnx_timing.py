@@ -75,7 +75,8 @@ def latencies(
         request = []
         for place, (files, inputs) in enumerate(groups):
             feed = Path(folder) / f"{place}.npz"
-            np.savez(feed, **{name: x.numpy() for name, x in inputs.items()})
+            arrays: dict[str, Any] = {name: x.numpy() for name, x in inputs.items()}
+            np.savez(feed, **arrays)
             request.append({"files": [str(Path(file).absolute()) for file in files], "inputs": str(feed)})
         asked = json.dumps({"groups": request, "repeats": repeats, "threads": threads})
         command = [sys.executable, "-m", "eval.onnx_timing"]

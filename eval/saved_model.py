@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from cost.cost import assignment_from_json, assignment_to_json
+from eval.text_nets import CandidateScorer
 from quant.convert import Assignment, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
@@ -41,6 +42,8 @@ def save_model(
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bundle.model.state_dict().items()}
     save_tensors(tensors, folder / "model.safetensors")
     if isinstance(settings := getattr(bundle.model, "config", None), PretrainedConfig):
+        owner = bundle.model.model if isinstance(bundle.model, CandidateScorer) else bundle.model
+        settings.architectures = [type(owner).__name__]  # which head: nothing else says it
         settings.save_pretrained(folder)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
