@@ -81,7 +81,7 @@ def rows() -> dict[str, Row]:
             f"{encoder(task)} --max_steps {steps} --learning_rate 1e-4",
             {"block search 4,8 at 5 bits": "--block_search --search_space 4,8 --target_bits 5"},
         )
-        for task, steps in (("sst2", 500), ("mrpc", 230))
+        for task, steps in (("sst2", 150), ("mrpc", 230))
     }
     return {
         "resnet20-4.1": Row(
