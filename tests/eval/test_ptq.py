@@ -5,10 +5,12 @@ import csv
 import pytest
 import torch
 
+import eval.ptq
 from eval.eval_run import make_plan, make_trainer, run
 from eval.flags import parse
 from eval.saved_model import load_model
 from quant.migration import added
+from trainer.reinforce_trainer import ReinforceTrainer
 
 BASE = "--model bert-tiny --from_scratch --max_length 16 --train_batch_size 16 --eval_batch_size 16 --report_to none"
 
@@ -87,3 +89,39 @@ def test_a_migrated_run_goes_on_from_its_checkpoint(task, tmp_path):
     with pytest.raises(Killed):
         run(stopped, on_step=kill)
     assert run(stopped)["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--gamma_migration --quantizer lsq_plus --observer lsq_plus",
+        "--smooth_quant --smooth_quant_alpha auto:0.4:0.6:0.2 --smooth_quant_samples 4 --observer percentile",
+        "--gamma_migration --quantizer fixed --observer avg_prune_minmax --policy_prior hawq_v2",
+    ],
+)
+def test_each_choice_with_a_search(task, tmp_path, monkeypatch, flags):
+    """Migrations are folded once, before the search's first look at the model, and leave the float model as it is."""
+    events, changes = [], []
+    fold, prepare = eval.ptq.fold, ReinforceTrainer.prepare
+
+    def watched_fold(model, example, *args, **kwargs):
+        with torch.no_grad():
+            before = model.eval()(**example).logits
+            fold(model, example, *args, **kwargs)
+            after = model(**example).logits
+        events.append("fold")
+        changes.append(float((after - before).abs().max() / before.abs().max()))
+
+    monkeypatch.setattr("eval.ptq.fold", watched_fold)
+    monkeypatch.setattr(ReinforceTrainer, "prepare", lambda trainer: (events.append("search"), prepare(trainer)))
+    settings = config(task, tmp_path, f"--search --max_steps 4 --calibration_samples 16 --save_strategy no {flags}")
+    trainer, modules, _ = make_trainer(make_plan(settings))
+    weights = {name: module.weight for name, module in modules.items()}
+    trainer.train()
+    migrates = "gamma_migration" in flags or "smooth_quant" in flags
+    assert events == ["fold", "search"] if migrates else events == ["search"]
+    assert all(change <= 1e-5 for change in changes)
+    assert trainer.search is not None and set(trainer.assignment) == set(weights)
+    assert trainer.state.global_step == 4 and bool(added(trainer.model).shortcuts) == migrates
+    offsets = [p for name, p in trainer.model.named_parameters() if name.endswith(".offset")]
+    assert bool(offsets) == ("--quantizer lsq_plus" in flags)
