@@ -321,7 +321,7 @@ def _kind(module: nn.Module) -> str:
 def _alike(left: Any, right: Any) -> bool:
     return (
         isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape
-        and left.is_floating_point() and left.dim() >= 3
+        and left.is_floating_point() and left.dim() >= 2
     )  # fmt: skip
 
 

@@ -152,16 +152,27 @@ def test_a_migrated_shortcut_adds_what_is_quantized():
     assert len(seen["latest"].unique()) <= 256  # as many values as int8 has
 
 
-def test_pre_norm_and_convolutional_models():
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval()
-    modules = quantize_model(gpt2, exclude=["lm_head"], formats=[INT8], weight=WEIGHT, activation=ACTIVATION)
-    sites = place_quantizers(gpt2, modules, text(), ALL)
+def pre_norm(name):
+    torch.manual_seed(0)
+    if name == "gpt2":
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
+        ).eval()
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16)).eval()
+
+
+@pytest.mark.parametrize(("name", "gelus"), [("gpt2", 2), ("opt", 0)])
+def test_pre_norm_models(name, gelus):
+    """OPT adds its second residual in a matrix of all tokens."""
+    model = pre_norm(name)
+    modules = quantize_model(model, exclude=["lm_head"], formats=[INT8], weight=WEIGHT, activation=ACTIVATION)
+    sites = place_quantizers(model, modules, text(), ALL)
     adds = [site for site in sites if ":add" in site]
     assert len(adds) == 4, adds  # two residual sums, of two inputs each: that of words and positions is none
-    assert sum(":gelu:" in site for site in sites) == 2
-    calibrate(gpt2, modules, [text()])
+    assert sum(":gelu:" in site for site in sites) == gelus
+    calibrate(model, modules, [text()])
     set_formats(modules, dict.fromkeys(modules, (INT8, INT8)))
-    assert run(gpt2).isfinite().all()
+    assert run(model).isfinite().all()
 
 
 def test_saved_sites_and_copies():
