@@ -11,7 +11,7 @@ from torch import Tensor
 from quant.formats import BlockFormat, FloatFormat, IntFormat
 from quant.kernels import kernels, round_to_grid, rounding_row
 
-_NVFP4_SCALE = FloatFormat(4, 3, 1)
+NVFP4_SCALE = FloatFormat(4, 3, 1)
 
 
 class FakeQuantizeBlocks(torch.autograd.Function):
@@ -19,16 +19,41 @@ class FakeQuantizeBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, format: BlockFormat, dim: int | None) -> Tensor:
-        blocks, restore = _blocked(x.detach(), format.block_size, dim)
-        row = rounding_row(format.element, device=x.device)
-        out, v = (_round_two_level if format.two_level else _round_mx)(blocks, format, row)
-        ctx.save_for_backward(restore((v >= row[0]) & (v <= row[1])))
-        return restore(out).data  # as a tensor of its own: a view may not be changed in place
+        ctx.save_for_backward(x)
+        ctx.format, ctx.dim = format, dim
+        return round_in_blocks(x, format, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return torch.where(inside, grads[0], 0), None, None
+        (x,) = ctx.saved_tensors
+        return block_gradients(grads[0], x, ctx.format, ctx.dim)[0], None, None
+
+
+def round_in_blocks(x: Tensor, format: BlockFormat, dim: int | None) -> Tensor:
+    """x rounded, past autograd: see `fake_quantize`."""
+    known = kernels().blocks(None, x.detach(), format, dim, again=True)
+    return _in_blocks(x.detach(), format, dim)[0] if known is None else known[1]
+
+
+def block_gradients(
+    grad: Tensor, x: Tensor, format: BlockFormat, dim: int | None, *, again: bool = False, reuse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient for x, and x rounded `again` where asked. reuse: `grad` may be written to."""
+    known = None
+    if not torch.is_grad_enabled():  # else this backward pass will be differentiated again
+        known = kernels().blocks(grad, x.detach(), format, dim, again=again, reuse=reuse)
+    if known is not None:
+        return known
+    out, inside = _in_blocks(x.detach(), format, dim)
+    return torch.where(inside, grad, 0), out if again else None
+
+
+def _in_blocks(x: Tensor, format: BlockFormat, dim: int | None) -> tuple[Tensor, Tensor]:
+    """x rounded, and where it lies inside the clipping range, both in x's layout."""
+    blocks, restore = _blocked(x, format.block_size, dim)
+    row = rounding_row(format.element, device=x.device)
+    out, v = (_round_two_level if format.two_level else _round_mx)(blocks, format, row)
+    return restore(out).data, restore((v >= row[0]) & (v <= row[1]))  # no view: that may not be changed in place
 
 
 def _blocked(x: Tensor, block_size: int, dim: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -54,11 +79,16 @@ def _round_mx(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[Tensor,
 
 def _mx_scales(blocks: Tensor, format: BlockFormat) -> tuple[Tensor, Tensor]:
     """Scale (rows, 1) of each block, and the unit it contains: mxint8's elements are whole numbers of 1/64."""
-    element = format.element
-    emax, unit = (0, 2.0**-6) if isinstance(element, IntFormat) else (element.emax, 1.0)
+    emax, unit = mx_element(format)
     largest_exponent = torch.full((), emax, dtype=torch.int32, device=blocks.device)
     step = torch.full((), unit, device=blocks.device)
     return kernels().mx_scale(blocks, largest_exponent, step), step
+
+
+def mx_element(format: BlockFormat) -> tuple[int, float]:
+    """Exponent of the element's largest value, and the element's own step."""
+    element = format.element
+    return (0, 2.0**-6) if isinstance(element, IntFormat) else (element.emax, 1.0)
 
 
 def _round_two_level(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +107,8 @@ def _two_level_scales(blocks: Tensor, format: BlockFormat) -> tuple[Tensor, Tens
     finite = largest.isfinite()
     # Divided by tensors: a GPU multiplies by the rounded reciprocal of a Python number.
     qmax = torch.full_like(largest, format.element.qmax)
-    g = torch.where(finite, largest, 0).amax() / (qmax[0, 0] * _NVFP4_SCALE.qmax)
-    b = round_to_grid(largest / qmax / g, rounding_row(_NVFP4_SCALE, device=blocks.device))
+    g = torch.where(finite, largest, 0).amax() / (qmax[0, 0] * NVFP4_SCALE.qmax)
+    b = round_to_grid(largest / qmax / g, rounding_row(NVFP4_SCALE, device=blocks.device))
     b = torch.where(finite, b, torch.nan)
     return torch.where(finite & ~(b * g > 0), 0, b), g  # an all-zero block, or a scale that underflowed
 

@@ -83,14 +83,16 @@ class _QuantizedLayer(torch.autograd.Function):
 
 
 def _rounded(rounder: Rounder | None, x: Tensor) -> Tensor:
-    return x if rounder is None else rounder(x)
+    return x if rounder is None else rounder.values(x)
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """The gradients by autograd itself, for a backward pass that will be differentiated again."""
     inputs = ctx.saved_tensors
     wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    x_rounder, w_rounder = ctx.rounders
-    output = ctx.layer.compute(_rounded(x_rounder, inputs[0]), _rounded(w_rounder, inputs[1]))
+    x, weight = (
+        tensor if rounder is None else rounder(tensor) for rounder, tensor in zip(ctx.rounders, inputs, strict=False)
+    )
+    output = ctx.layer.compute(x, weight)
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:5]]

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from quant.formats import FloatFormat, Format, IntFormat, IntGrid, Rounding
+from quant.formats import BlockFormat, FloatFormat, Format, IntFormat, IntGrid, Rounding
 from quant.layout import Layout, layout_of
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,18 @@ class Kernels(Protocol):
 
     def mx_scale(self, blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
         """See `_mx_scale`."""
+
+    def blocks(
+        self,
+        grad: Tensor | None,
+        x: Tensor,
+        format: BlockFormat,
+        dim: int | None,
+        *,
+        again: bool = False,
+        reuse: bool = False,
+    ) -> tuple[Any, Any] | None:
+        """(gradient for x if `grad` is given, x rounded in blocks where `again`); None: not known in one pass."""
 
 
 @cache
@@ -151,6 +163,9 @@ class PackedKernels:
 
     def mx_scale(self, blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
         return self._mx_scale(blocks, largest_exponent, unit)
+
+    def blocks(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
     def round(self, x: Tensor, scale: Tensor, row: Tensor, least: float = 0.0) -> Tensor:
         layout = layout_of(x, scale)

@@ -179,6 +179,137 @@ void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows
     else gradients_of_runs<learned, again>(grad, x, dx, out, scales, rows, outer, groups, inner, dscale, threads);
 }
 
+/* Block formats: x seen as (outer, length, inner), blocks of `block` along the middle; the last may be shorter. */
+struct Blocks { int64_t outer, length, inner, block; };
+
+/* One float scale g of the tensor over block scales that are rounded themselves (nvfp4), or powers of two (MX). */
+struct BlockScales {
+    int64_t two_level, largest_exponent; // of the element format
+    float unit, largest_element;         // MX: the element's own step; nvfp4: what a block's maximum is mapped to
+    float scale_row[5];                  // nvfp4: the format of its block scales
+    float tensor_scale;
+};
+
+/* What a block's elements are divided by, and then multiplied by, twice. */
+struct Factors { float divisor, first, second; };
+
+/* largest: the bits of the block's largest magnitude; as integers, NaN is above infinity and that above the rest. */
+INLINE Factors factors_of(int32_t largest, const BlockScales &scales) {
+    const bool finite = largest < 0x7F800000;
+    if (scales.two_level) {
+        const float *n = scales.scale_row, g = scales.tensor_scale;
+        float b = round_to(from_bits(largest) / scales.largest_element / g, n[0], n[1], n[2], n[3], n[4]);
+        if (!finite) b = from_bits(0x7FC00000);
+        else if (!(b * g > 0)) b = 0; // an all-zero block, or a scale that underflowed
+        return {b * g == 0 ? from_bits(0x7F800000) : b * g, b, g};
+    }
+    int64_t exponent = (largest >> 23) - 127 - scales.largest_exponent;
+    exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
+    const float power = exponent == -127 ? from_bits(0x00400000) : from_bits(int32_t(exponent + 127) << 23);
+    const float scale = finite ? power * scales.unit : from_bits(0x7FC00000);
+    return {scale, scale, 1.0f};
+}
+
+constexpr int64_t LANES = 64; // blocks side by side that are worked on together, where they do not run along memory
+
+/* The largest magnitudes of `lanes` blocks that start at x and run along `inner`. */
+template <typename T>
+INLINE void largest_of(const T *x, int64_t size, int64_t inner, int64_t lanes, int32_t *largest) {
+    if (inner == 1) {
+        int32_t most = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < size; i++) {
+            const int32_t magnitude = bits(load(x[i])) & 0x7FFFFFFF;
+            most = magnitude > most ? magnitude : most;
+        }
+        *largest = most;
+        return;
+    }
+    for (int64_t l = 0; l < lanes; l++) largest[l] = 0;
+    for (int64_t k = 0; k < size; k++)
+#pragma omp simd
+        for (int64_t l = 0; l < lanes; l++) {
+            const int32_t magnitude = bits(load(x[k * inner + l])) & 0x7FFFFFFF;
+            largest[l] = magnitude > largest[l] ? magnitude : largest[l];
+        }
+}
+
+/* Calls work(offset, size, lanes) for every block, or for neighbouring ones together. */
+template <typename Work> void for_blocks(Blocks shape, int threads, Work work) {
+    const int64_t count = (shape.length + shape.block - 1) / shape.block;
+    const int64_t wide = (shape.inner + LANES - 1) / LANES, total = shape.outer * count * wide;
+    const int64_t elements = shape.outer * shape.length * shape.inner;
+#pragma omp parallel for num_threads(threads) if (elements > CHUNK)
+    for (int64_t t = 0; t < total; t++) {
+        const int64_t from = t % wide * LANES, k = t / wide % count * shape.block, outer = t / wide / count;
+        const int64_t lanes = from + LANES < shape.inner ? LANES : shape.inner - from;
+        const int64_t size = k + shape.block < shape.length ? shape.block : shape.length - k;
+        work((outer * shape.length + k) * shape.inner + from, size, lanes);
+    }
+}
+
+template <bool gradient, bool again, typename T>
+INLINE void one_block(const T *grad, const T *x, T *dx, T *out, int64_t size, Factors factors, const float *row) {
+    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+    const float divisor = factors.divisor, first = factors.first, second = factors.second;
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) {
+        const float v = load(x[i]) / divisor;
+        if constexpr (again) store(out[i], round_to(v, low, high, power, magic, sign) * first * second);
+        if constexpr (gradient) {
+            const float g = load(grad[i]);
+            store(dx[i], (v >= low) & (v <= high) ? g : 0.0f);
+        }
+    }
+}
+
+template <bool gradient, bool again, typename T>
+INLINE void across_blocks(const T *grad, const T *x, T *dx, T *out, int64_t lanes, const float *divisors,
+                          const float *firsts, float second, const float *row) {
+    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+#pragma omp simd
+    for (int64_t l = 0; l < lanes; l++) {
+        const float v = load(x[l]) / divisors[l];
+        if constexpr (again) store(out[l], round_to(v, low, high, power, magic, sign) * firsts[l] * second);
+        if constexpr (gradient) {
+            const float g = load(grad[l]);
+            store(dx[l], (v >= low) & (v <= high) ? g : 0.0f);
+        }
+    }
+}
+
+template <bool gradient, bool again, typename T>
+void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockScales scales, const float *row,
+                int threads) {
+    if (scales.two_level) {
+        int32_t most = 0;
+#pragma omp parallel for num_threads(threads) reduction(max : most)
+        for (int64_t o = 0; o < shape.outer; o++)
+            for_blocks({1, shape.length, shape.inner, shape.block}, 1, [&](int64_t a, int64_t size, int64_t lanes) {
+                int32_t largest[LANES];
+                largest_of(x + o * shape.length * shape.inner + a, size, shape.inner, lanes, largest);
+                for (int64_t l = 0; l < lanes; l++)
+                    if (largest[l] < 0x7F800000 && largest[l] > most) most = largest[l];
+            });
+        scales.tensor_scale = from_bits(most) / (scales.largest_element * scales.scale_row[1]);
+    }
+    for_blocks(shape, threads, [&](int64_t a, int64_t size, int64_t lanes) {
+        int32_t largest[LANES];
+        float divisors[LANES], firsts[LANES], second = 1;
+        largest_of(x + a, size, shape.inner, lanes, largest);
+        if (shape.inner == 1) {
+            one_block<gradient, again>(grad + a, x + a, dx + a, out + a, size, factors_of(*largest, scales), row);
+            return;
+        }
+        for (int64_t l = 0; l < lanes; l++) {
+            const Factors factors = factors_of(largest[l], scales);
+            divisors[l] = factors.divisor, firsts[l] = factors.first, second = factors.second;
+        }
+        for (int64_t k = a; k < a + size * shape.inner; k += shape.inner)
+            across_blocks<gradient, again>(grad + k, x + k, dx + k, out + k, lanes, divisors, firsts, second, row);
+    });
+}
+
 } // namespace
 
 #define EXPORT(name, T)                                                                                                \
@@ -193,6 +324,15 @@ void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows
         auto run = dscale ? (out ? gradients_all<true, true, T> : gradients_all<true, false, T>)                       \
                           : (out ? gradients_all<false, true, T> : gradients_all<false, false, T>);                    \
         run(grad, x, dx, out, {scale, least}, {numbers, stride, step}, outer, groups, inner, dscale, threads);         \
+    }                                                                                                                  \
+    extern "C" void blocks_##name(const T *grad, const T *x, T *dx, T *out, int64_t outer, int64_t length,             \
+                                  int64_t inner, int64_t block, const float *row, int64_t two_level,                   \
+                                  int64_t largest_exponent, float unit, float largest_element,                         \
+                                  const float *scale_row, int threads) {                                               \
+        BlockScales scales = {two_level, largest_exponent, unit, largest_element, {}, 1};                              \
+        std::memcpy(scales.scale_row, scale_row, sizeof scales.scale_row);                                             \
+        auto run = !grad ? blocks_all<false, true, T> : (out ? blocks_all<true, true, T> : blocks_all<true, false, T>); \
+        run(grad, x, dx, out, {outer, length, inner, block}, scales, row, threads);                                    \
     }
 
 EXPORT(float32, float)

@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
+from math import inf
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from quant.kernels import EAGER
+from quant.block_rounding import NVFP4_SCALE, mx_element
+from quant.formats import BlockFormat
+from quant.kernels import EAGER, rounding_row
 from quant.layout import Layout, layout_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No contraction to fused multiply-adds: they would round otherwise than the eager kernels. No -ffast-math for the same.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+PLAIN = {Tensor, nn.Parameter}
 
 _GRID = (c_void_p, c_float, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int)
 """scale, least, numbers, stride, step, outer, groups, inner, threads"""
+_BLOCKS = (*[c_int64] * 4, c_void_p, c_int64, c_int64, c_float, c_float, c_void_p, c_int)
+"""outer, length, inner, block, row, two_level, largest_exponent, unit, largest_element, scale_row, threads"""
 
 
 def cache_folder() -> Path:
@@ -59,6 +68,7 @@ def library() -> ctypes.CDLL:
         if hasattr(loaded, f"round_{dtype}"):  # float16 is missing where the processor lacks it
             getattr(loaded, f"round_{dtype}").argtypes = (c_void_p, c_void_p, *_GRID)
             getattr(loaded, f"gradients_{dtype}").argtypes = (*[c_void_p] * 5, *_GRID)
+            getattr(loaded, f"blocks_{dtype}").argtypes = (*[c_void_p] * 4, *_BLOCKS)
     return loaded
 
 
@@ -74,9 +84,8 @@ class NativeKernels:
     """Kernels in C++; what they do not take (other devices and dtypes, tensors without memory) runs eager."""
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
-        named = {dtype: name for dtype, name in DTYPES.items() if hasattr(compiled, f"round_{name}")}
-        self._round = {dtype: getattr(compiled, f"round_{name}") for dtype, name in named.items()}
-        self._gradients = {dtype: getattr(compiled, f"gradients_{name}") for dtype, name in named.items()}
+        self._library = compiled
+        self._plans: dict[Any, Plan | None] = {}
 
     @staticmethod
     @cache
@@ -85,12 +94,16 @@ class NativeKernels:
         return NativeKernels(library())
 
     def round(self, x: Tensor, scale: Tensor, row: Tensor, least: float = 0.0) -> Tensor:
-        if not self._takes(x, scale, row) or torch.compiler.is_compiling():
+        plan = self._plan(x, scale, row)
+        if plan is None:
             return EAGER.round(x, scale, row, least)
-        x, layout = _dense(x, scale)
+        x = x if plan.dense else x.contiguous()
         out = torch.empty_like(x)
-        _held, grid = _grid(layout, scale, row, least)
-        self._round[x.dtype](x.data_ptr(), out.data_ptr(), *grid)
+        scale, row = plan.pack(scale, row)
+        plan.round(
+            *(x.data_ptr(), out.data_ptr(), scale.data_ptr(), least or -inf, row.data_ptr()),
+            *(*plan.sizes, torch.get_num_threads()),
+        )
         return out
 
     def gradients(
@@ -105,49 +118,130 @@ class NativeKernels:
         again: bool = False,
         reuse: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        differentiable = torch.is_grad_enabled()  # in a backward pass that will be differentiated again
-        if not self._takes(x, scale, row) or differentiable or torch.compiler.is_compiling():
+        # With gradients enabled, this backward pass will be differentiated again.
+        plan = None if torch.is_grad_enabled() else self._plan(x, scale, row)
+        if plan is None:
             return EAGER.gradients(grad, x, scale, row, least, learned=learned, again=again)
-        x, layout = _dense(x, scale)
+        x = x if plan.dense else x.contiguous()
         same = grad.dtype == x.dtype and grad.stride() == x.stride()
         g = grad if same else torch.empty_like(x).copy_(grad)
         dx = g if reuse or not same else torch.empty_like(x)
         out = torch.empty_like(x) if again else None
-        dscale = torch.empty(layout.shape[1]) if learned else None
-        _held, grid = _grid(layout, scale, row, least)
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (g, x, dx, out, dscale))
-        self._gradients[x.dtype](*pointers, *grid)
-        return dx, None if dscale is None else layout.unpack_scale_gradient(dscale), out
+        dscale = torch.empty(plan.groups) if learned else None
+        packed, row = plan.pack(scale, row)
+        plan.gradients(
+            *(g.data_ptr(), x.data_ptr(), dx.data_ptr(), None if out is None else out.data_ptr()),
+            *(None if dscale is None else dscale.data_ptr(), packed.data_ptr(), least or -inf, row.data_ptr()),
+            *(*plan.sizes, torch.get_num_threads()),
+        )
+        if dscale is not None:
+            dscale = dscale.view(scale.shape) if plan.plain_scale else plan.layout.unpack_scale_gradient(dscale)
+        return dx, dscale, out
 
     def mx_scale(self, blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
         return EAGER.mx_scale(blocks, largest_exponent, unit)
 
-    def _takes(self, x: Tensor, scale: Tensor, row: Tensor) -> bool:
-        return (
-            x.dtype in self._round
-            and x.device.type == scale.device.type == row.device.type == "cpu"
-            and scale.dtype == row.dtype == torch.float32
-            and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, scale, row))  # fake ones hold no memory
+    def blocks(
+        self,
+        grad: Tensor | None,
+        x: Tensor,
+        format: BlockFormat,
+        dim: int | None,
+        *,
+        again: bool = False,
+        reuse: bool = False,
+    ) -> tuple[Any, Any] | None:
+        name = f"blocks_{DTYPES.get(x.dtype)}"
+        if type(x) not in PLAIN or not x.is_cpu or not hasattr(self._library, name) or torch.compiler.is_compiling():
+            return None
+        sizes = _block_sizes(x, dim)
+        if sizes is None:
+            plain = None if grad is None else grad.contiguous()
+            found = self.blocks(plain, x.contiguous(), format, dim, again=again)
+            return None if found is None else (_laid_like(x, found[0]), _laid_like(x, found[1]))
+        same = grad is not None and grad.dtype == x.dtype and grad.stride() == x.stride()
+        g = grad if grad is None or same else torch.empty_like(x).copy_(grad)
+        dx = None if g is None else g if reuse or not same else torch.empty_like(x)
+        out = torch.empty_like(x) if again else None
+        row, scale_row = rounding_row(format.element), rounding_row(NVFP4_SCALE)
+        exponent, unit = mx_element(format)
+        getattr(self._library, name)(
+            *(None if tensor is None else tensor.data_ptr() for tensor in (g, x, dx, out)),
+            *(*sizes, format.block_size, row.data_ptr(), int(format.two_level), exponent, unit, format.element.qmax),
+            *(scale_row.data_ptr(), torch.get_num_threads()),
+        )
+        return dx, out
+
+    def _plan(self, x: Tensor, scale: Tensor, row: Tensor) -> Plan | None:
+        """A training run meets the same few shapes at every step: what follows from them is found once."""
+        if not (type(x) in PLAIN and type(scale) in PLAIN and type(row) in PLAIN) or torch.compiler.is_compiling():
+            return None  # tensors that only stand for others hold no memory
+        key = x.dtype, x.shape, x.stride(), scale.dtype, scale.shape, scale.stride(), row.dtype, row.shape
+        if not (x.is_cpu and scale.is_cpu and row.is_cpu):
+            return None
+        try:
+            return self._plans[key]
+        except KeyError:
+            self._plans[key] = plan = self._new_plan(x, scale, row)
+            return plan
+
+    def _new_plan(self, x: Tensor, scale: Tensor, row: Tensor) -> Plan | None:
+        name = DTYPES.get(x.dtype)
+        if not hasattr(self._library, f"round_{name}") or scale.dtype != torch.float32 or row.dtype != torch.float32:
+            return None
+        dense = layout_of(x, scale).dense
+        layout = layout_of(x if dense else x.contiguous(), scale)
+        outer, groups, inner = layout.shape
+        stride, step = (1, 0) if row.dim() == 1 else (groups, int(groups > 1))
+        return Plan(
+            getattr(self._library, f"round_{name}"),
+            getattr(self._library, f"gradients_{name}"),
+            layout,
+            dense,
+            layout.plain_scale and scale.is_contiguous(),
+            groups,
+            (stride, step, outer, groups, inner),
         )
 
 
-def _dense(x: Tensor, scale: Tensor) -> tuple[Tensor, Layout]:
-    layout = layout_of(x, scale)
-    if layout.dense:
-        return x, layout
-    x = x.contiguous()
-    return x, layout_of(x, scale)
+class Plan(NamedTuple):
+    """How tensors of certain shapes and memory orders are rounded."""
+
+    round: Callable[..., None]
+    gradients: Callable[..., None]
+    layout: Layout
+    dense: bool
+    """whether x is rounded as it lies in memory"""
+    plain_scale: bool
+    groups: int
+    sizes: tuple[int, ...]
+    """stride, step, outer, groups, inner"""
+
+    def pack(self, scale: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """As the functions read them; to be held while these run."""
+        return scale if self.plain_scale else self.layout.pack_scale(scale), self.layout.pack_row(row)
 
 
-def _grid(layout: Layout, scale: Tensor, row: Tensor, least: float) -> tuple[list[Tensor], tuple[float | int, ...]]:
-    """The arguments of `_GRID`, and the tensors that must live as long as their pointers are used."""
-    outer, groups, inner = layout.shape
-    packed = scale if layout.plain_scale and scale.is_contiguous() else layout.pack_scale(scale)
-    numbers, stride, step = row, 1, 0
-    if row.dim() > 1:
-        numbers, stride, step = layout.pack_row(row), groups, int(groups > 1)
-    least = least if least > 0 else -torch.inf
-    return [packed, numbers], (
-        *(packed.data_ptr(), least, numbers.data_ptr(), stride, step, outer, groups, inner),
-        torch.get_num_threads(),
-    )
+def _block_sizes(x: Tensor, dim: int | None) -> tuple[int, int, int] | None:
+    """Elements outside the axis of the blocks, along it and inside it; None where they do not lie in memory like this.
+
+    dim=None: along all axes but the first.
+    """
+    if dim is not None and x.dim():
+        return _around(x.shape, x.stride(), dim % x.dim())
+    outer = x.shape[0] if x.dim() else 1
+    return (outer, x.numel() // outer, 1) if x.is_contiguous() else None
+
+
+@lru_cache(maxsize=4096)
+def _around(shape: torch.Size, strides: tuple[int, ...], axis: int) -> tuple[int, int, int] | None:
+    scale = torch.Size(size if d == axis else 1 for d, size in enumerate(shape))
+    layout = Layout(shape, strides, scale)
+    if not layout.dense:
+        return None
+    outer = math.prod(shape[d] for d in layout.order[: layout.order.index(axis)])
+    return outer, shape[axis], math.prod(shape) // (outer * shape[axis])
+
+
+def _laid_like(x: Tensor, values: Tensor | None) -> Tensor | None:
+    return None if values is None else torch.empty_like(x).copy_(values)

@@ -156,7 +156,7 @@ class KeptWeight:
 class Recompute:
     """Rounded tensors are not kept for the backward pass: they are rounded again, from what is kept anyway.
 
-    For layers that `quant.fused` does not know: with a forward of their own, block formats, learned offsets.
+    For layers that `quant.fused` does not know: with a forward of their own, learned offsets.
     A layer's backward needs its rounded input and weight, a quantizer's backward the unrounded ones. Keeping both would
     raise the peak memory of training by half; rounding is a small share of a step.
     """

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from quant.block_rounding import block_gradients, round_in_blocks
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.kernels import kernels
@@ -258,20 +259,29 @@ class Rounder:
 
     @property
     def plain(self) -> bool:
-        """Whether it is one grid and its scale, so that `gradients` are known."""
-        return self.row is not None and self.scale is not None and self.offset is None
+        """Whether it is a rounding and nothing else, whose `gradients` are known."""
+        return self.offset is None
+
+    def values(self, x: Tensor) -> Tensor:
+        """If plain: the same as calling it, past autograd."""
+        if self.row is None or self.scale is None:
+            assert isinstance(self.format, BlockFormat)
+            return round_in_blocks(x, self.format, self.dim)
+        return kernels().round(x, self.scale, self.row, least_scale(self.scale))
 
     def gradients(
-        self, grad: Tensor, x: Tensor, scale: Tensor, learned: bool, again: bool = False
+        self, grad: Tensor, x: Tensor, scale: Tensor | None, learned: bool, again: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """If plain: for x and, if learned, for scale, from the gradient of what it gave; and that `again` if asked.
 
         `grad` may be overwritten. scale: the one of the forward pass, as autograd has saved it.
         """
-        assert self.row is not None
-        least = least_scale(scale)
+        if self.row is None or scale is None:
+            assert isinstance(self.format, BlockFormat)
+            dx, rounded = block_gradients(grad, x, self.format, self.dim, again=again, reuse=True)
+            return dx, None, rounded
         dx, dscale, rounded = kernels().gradients(
-            grad, x, scale, self.row, least, learned=learned, again=again, reuse=True
+            grad, x, scale, self.row, least_scale(scale), learned=learned, again=again, reuse=True
         )
         return dx, None if dscale is None else dscale * self.gradient_scale, rounded
 

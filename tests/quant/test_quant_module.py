@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import quant.quant_module
 from quant.convert import from_float
 from quant.formats import FLOAT, IntFormat, parse_format
-from quant.quant_utils import fake_quantize
+from quant.quant_utils import fake_quantize, use_compiled
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, Rounder
 
 PAIRS = [("int2", "int8"), ("int4", "e4m3"), ("e2m1", "int3"), ("mxfp4", "nvfp4"), ("mxint8", "int8"), ("bf16", "int4")]
@@ -151,14 +151,19 @@ def test_after_relu_the_input_uses_every_code():
 def rounded(monkeypatch):
     """Weak references to the memory of every tensor that is rounded."""
     storages = []
-    call = Rounder.__call__
 
-    def recording(self, x):
-        out = call(self, x)
-        storages.append(StorageWeakRef(out.untyped_storage()))
-        return out
+    def record(name):
+        call = getattr(Rounder, name)
 
-    monkeypatch.setattr(Rounder, "__call__", recording)
+        def recording(self, x):
+            out = call(self, x)
+            storages.append(StorageWeakRef(out.untyped_storage()))
+            return out
+
+        monkeypatch.setattr(Rounder, name, recording)
+
+    record("__call__")
+    record("values")
     return storages
 
 
@@ -335,3 +340,27 @@ def test_granularities_that_do_not_exist_are_refused():
 def test_a_layer_must_say_how_it_computes():
     with pytest.raises(NotImplementedError, match="QuantModule"):
         quant.quant_module.QuantModule().compute(torch.ones(1), torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv", "depthwise"])
+@pytest.mark.parametrize("pair", [("int4", "int8"), ("e2m1", "e4m3"), ("mxfp4", "nvfp4")], ids="-".join)
+def test_compiled_layers_give_what_eager_ones_give(kind, pair):
+    """Outputs and the gradients of tensors bit for bit; those of scales are sums, in another order."""
+    found = []
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        layer, x = LAYERS[kind]()
+        if use_compiled("auto" if mode == "on" else "off") != (mode == "on"):
+            pytest.skip("no compiler here")
+        try:
+            module = quantized(layer, *pair, x)
+            output = module(x.requires_grad_())
+            output.square().sum().backward()
+        finally:
+            use_compiled("off")
+        scales = [p.grad for name, p in module.named_parameters() if "grids" in name and p.grad is not None]
+        found.append(([output, x.grad, module.weight.grad], scales))
+    (eager, eager_scales), (compiled, compiled_scales) = found
+    assert all(torch.equal(one, other) for one, other in zip(eager, compiled, strict=True))
+    assert len(eager_scales) == (2 if pair[0] != "mxfp4" else 0)
+    torch.testing.assert_close(compiled_scales, eager_scales, rtol=1e-4, atol=1e-4)
