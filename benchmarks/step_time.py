@@ -1,10 +1,12 @@
 """Time and peak memory of a training step: float, uniform int4 and search, as ratios measured in one run.
 
-    python -m benchmarks.step_time [--models resnet20,bert6x384] [--rounds 15]
+    python -m benchmarks.step_time [--models resnet20,resnet18,bert6x384,gpt2] [--rounds 15] [--methods float,search]
 
-A search step is its training part: draw an assignment, switch the formats, forward, backward, optimizer step. The
-methods take turns, step by step, so that a drift of the machine's speed meets all of them; the ratios are medians over
-rounds. Peak memory is a process of its own for each method: the most that was resident, less what was before training.
+A search step is its training part: draw an assignment, switch the formats, forward, backward, optimizer step. `reward`
+is the whole of it: besides, a forward pass without gradients on a held-out batch of the same size, and a policy step.
+`compiled` is the float model under torch.compile. The methods take turns, step by step, so that a drift of the
+machine's speed meets all of them; the ratios are medians over rounds. Peak memory is a process of its own for each
+method: the most that was resident, less what was before training.
 """
 
 from __future__ import annotations
@@ -18,89 +20,136 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-METHODS = ("float", "uniform", "search")
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-"""without these, page faults drown every ratio on a CPU"""
-MODELS = ("resnet20", "bert6x384")
+import torch
+from torch import nn
+
+from benchmarks.timing import ALLOCATOR, ratio, take_turns, with_allocator
+from eval.vision_nets import CifarResNet, ImageClassifier
+from policy.reinforce import Reinforce
+from policy.simple_policy import SimplePolicy
+from quant.convert import calibrate, quantize_model, set_formats
+from quant.formats import IntFormat
+from quant.quant_utils import use_compiled
+
+METHODS = ("float", "compiled", "uniform", "search", "reward")
+MODELS = ("resnet20", "resnet18", "bert6x384", "gpt2")
+FORMATS = (IntFormat(2), IntFormat(4), IntFormat(8))
 
 
-def model_and_batch(name: str) -> tuple[Any, dict[str, Any], Any]:
-    """(model, one training batch, optimizer class with its settings) of a benchmark."""
-    import torch
-
+def model_and_batch(name: str, shrunk: int = 1) -> tuple[Any, dict[str, Any], Any]:
+    """(model, one training batch, optimizer class with its settings) of a benchmark; batches `shrunk` times smaller."""
     torch.manual_seed(0)
-    if name == "resnet20":
-        from eval.vision_nets import CifarResNet
-
-        batch = {"pixel_values": torch.randn(128, 3, 32, 32), "labels": torch.randint(0, 10, (128,))}
-        return CifarResNet(20, 10), batch, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)
-    from transformers import BertConfig, BertForSequenceClassification
-
-    settings = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    if name.startswith("resnet"):
+        count, side = {"resnet20": (128, 32), "resnet18": (32, 64), "resnet50": (128, 224)}[name]
+        count, side = max(count // shrunk, 2), max(side // shrunk, 32)
+        batch = {"pixel_values": torch.randn(count, 3, side, side), "labels": torch.randint(0, 10, (count,))}
+        return _images(name), batch, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)
+    examples, tokens = {"bert6x384": (32, 64), "bert-base": (64, 128), "gpt2": (16, 64)}[name]
+    examples = max(examples // shrunk, 2)
+    model, vocabulary = _text(name)
     batch = {
-        "input_ids": torch.randint(0, settings.vocab_size, (32, 64)),
-        "attention_mask": torch.ones(32, 64, dtype=torch.long),
-        "labels": torch.randint(0, 2, (32,)),
+        "input_ids": torch.randint(0, vocabulary, (examples, tokens)),
+        "attention_mask": torch.ones(examples, tokens, dtype=torch.long),
     }
-    return BertForSequenceClassification(settings), batch, lambda p: torch.optim.AdamW(p, lr=1e-5)
+    batch["labels"] = batch["input_ids"] if name == "gpt2" else torch.randint(0, 2, (examples,))
+    return model, batch, lambda p: torch.optim.AdamW(p, lr=1e-5)
 
 
-def make_step(name: str, method: str) -> Callable[[], None]:
-    """A function that trains one step."""
-    import torch
+def _images(name: str) -> nn.Module:
+    if name == "resnet20":
+        return CifarResNet(20, 10)
+    import timm
 
-    from quant.convert import calibrate, quantize_model, set_formats
-    from quant.formats import IntFormat
+    return ImageClassifier(timm.create_model(name, num_classes=10))
 
-    model, batch, make_optimizer = model_and_batch(name)
-    model.train()
-    formats = [IntFormat(2), IntFormat(4), IntFormat(8)] if method == "search" else [IntFormat(4)]
-    modules = {} if method == "float" else quantize_model(model, formats=formats)
-    if modules:
+
+def _text(name: str) -> tuple[nn.Module, int]:
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    if name == "gpt2":
+        settings = GPT2Config(
+            n_embd=256, n_layer=6, n_head=8, vocab_size=8192, n_positions=64, bos_token_id=0, eos_token_id=0
+        )
+        return GPT2LMHeadModel(settings), settings.vocab_size
+    wide = BertConfig()
+    small = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config = wide if name == "bert-base" else small
+    return BertForSequenceClassification(config), config.vocab_size
+
+
+def make_step(
+    name: str, method: str, device: str = "cpu", autocast: bool = False, shrunk: int = 1
+) -> Callable[[], None]:
+    """A function that trains one step. autocast: in bfloat16."""
+    model, batch, make_optimizer = model_and_batch(name, shrunk)
+    model, batch = model.to(device).train(), {key: value.to(device) for key, value in batch.items()}
+    searches = method in ("search", "reward")
+    modules = {}
+    if method not in ("float", "compiled"):
+        modules = quantize_model(model, formats=FORMATS if searches else FORMATS[1:2])
         calibrate(model, modules, [batch])
-        set_formats(modules, dict.fromkeys(modules, (formats[0], formats[0])))
+        set_formats(modules, dict.fromkeys(modules, (IntFormat(4), IntFormat(4))))
     optimizer = make_optimizer(model.parameters())
+    run = torch.compile(model) if method == "compiled" else model
+    policy = SimplePolicy(max(len(modules), 1), len(FORMATS))
+    learner = Reinforce(
+        policy, learning_rate=0.01, schedule="constant", max_entropy_beta=0.0, total_steps=1, baseline="ema"
+    )
     generator = torch.Generator().manual_seed(0)
 
+    def draw() -> torch.Tensor:
+        choice = policy.sample(generator)
+        drawn = (FORMATS[index] for index in choice.tolist())
+        set_formats(modules, {name: (f, f) for name, f in zip(modules, drawn, strict=True)})
+        return choice
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            return run(**batch)["loss"]
+
     def step() -> None:
-        if method == "search":
-            drawn = torch.randint(0, len(formats), (len(modules),), generator=generator).tolist()
-            set_formats(modules, {n: (formats[d], formats[d]) for n, d in zip(modules, drawn, strict=True)})
-        output = model(**batch)
-        output.loss.backward()
+        if searches:
+            draw()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if method == "reward":
+            choice = draw()
+            model.eval()
+            with torch.inference_mode():
+                quality = torch.exp(-loss().float())
+            model.train()
+            learner.step(choice[None], quality.double().view(1).cpu(), 0)
 
     return step
 
 
-def measure(name: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round's step, by method."""
-    from quant.quant_utils import use_compiled
+def switch_seconds(name: str, repeats: int = 200) -> tuple[int, float]:
+    """Layers of a model, and the median time of switching all of them."""
+    modules = quantize_model(model_and_batch(name, shrunk=64)[0], formats=FORMATS)
+    assignments = [dict.fromkeys(modules, (format, format)) for format in FORMATS]
+    seconds = []
+    for turn in range(repeats):
+        started = time.perf_counter()
+        set_formats(modules, assignments[turn % 3])
+        seconds.append(time.perf_counter() - started)
+    return len(modules), statistics.median(seconds)
 
-    use_compiled("on")
-    steps = {method: make_step(name, method) for method in METHODS}
-    for _ in range(3):
-        for step in steps.values():
-            step()
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(rounds):
-        for method, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[method].append(time.perf_counter() - started)
-    return seconds
+
+def measure(name: str, rounds: int, methods: Sequence[str] = METHODS, **where: Any) -> dict[str, list[float]]:
+    """Seconds of each round's step, by method; `where` goes to `make_step`."""
+    device = where.get("device", "cpu")
+    use_compiled("on", device)
+    return take_turns({method: make_step(name, method, **where) for method in methods}, rounds, device)
 
 
 def peak_memory(name: str, method: str) -> float:
     """MiB that training three steps adds to a process in which the model and its batch already are."""
-    from quant.quant_utils import use_compiled
-
     use_compiled("on")
-    _compile_on_small_layers()
+    _warm_up()
     step = make_step(name, method)
     gc.collect()
     _reset_peak()
@@ -110,14 +159,8 @@ def peak_memory(name: str, method: str) -> float:
     return (_status("VmHWM") - before) / 1024
 
 
-def _compile_on_small_layers() -> None:
-    """Compiling takes memory of its own, which is not the training's: every graph is made here, for every method."""
-    import torch
-    from torch import nn
-
-    from quant.convert import calibrate, quantize_model, set_formats
-    from quant.formats import IntFormat
-
+def _warm_up() -> None:
+    """What the first layer of a process allocates is not the training's."""
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     layers = quantize_model(net, formats=[IntFormat(4)])
     batch = torch.randn(2, 2, 4, 4)
@@ -140,36 +183,43 @@ def _status(key: str) -> float:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+def peaks_of(name: str, methods: Sequence[str]) -> dict[str, float]:
+    """`peak_memory` of each method, in a process of its own."""
+    # Freed memory must go back to the system here, or what is resident says nothing.
+    plain = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
+    peaks = {}
+    for method in methods:
+        command = [sys.executable, "-m", "benchmarks.step_time", "--peak", name, method]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout
+        peaks[method] = json.loads(told)
+    return peaks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="float comes first: the rest is told as its ratio")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not arguments.peak and any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.step_time", *sys.argv[1:]], os.environ | ALLOCATOR)
     if arguments.peak:
         print(json.dumps(peak_memory(*arguments.peak)))
         return
-    import torch
-
+    with_allocator("benchmarks.step_time")
+    methods = arguments.methods.split(",")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, medians")
-    print(f"{'model':<10} {'method':<8} {'step [ms]':>10} {'of float':>9} {'peak [MiB]':>11} {'of float':>9}")
+    print(f"{'model':<10} {'method':<9} {'step [ms]':>10} {'of float':>9} {'peak [MiB]':>11} {'of float':>9}")
     for name in arguments.models.split(","):
-        seconds = measure(name, arguments.rounds)
-        peaks = {}
-        for method in METHODS:
-            command = [sys.executable, "-m", "benchmarks.step_time", "--peak", name, method]
-            # Freed memory must go back to the system here, or what is resident says nothing.
-            plain = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
-            told = subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout
-            peaks[method] = json.loads(told)
-        for method in METHODS:
-            ratio = statistics.median(a / b for a, b in zip(seconds[method], seconds["float"], strict=True))
-            print(
-                f"{name:<10} {method:<8} {statistics.median(seconds[method]) * 1e3:>10.1f} {ratio:>9.3f} "
-                f"{peaks[method]:>11.0f} {peaks[method] / peaks['float']:>9.3f}"
-            )
+        seconds = measure(name, arguments.rounds, methods)
+        peaks = peaks_of(name, [method for method in methods if method != "compiled"])
+        for method in methods:
+            told = f"{name:<10} {method:<9} {statistics.median(seconds[method]) * 1e3:>10.1f} "
+            told += f"{ratio(seconds, method, methods[0]):>9.3f}"
+            if method in peaks:
+                told += f" {peaks[method]:>11.0f} {peaks[method] / peaks[methods[0]]:>9.3f}"
+            print(told, flush=True)
+        layers, switch = switch_seconds(name)
+        print(f"{name:<10} switching the formats of all {layers} layers takes {switch * 1e6:.0f} us", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 Taken apart, the backward pass would round every input twice more: for the layer's own gradient, which needs the rounded
 input, and for the scale's. Here the gradient for the rounded input comes first, which needs only the weight; then one
-pass over the input makes the gradients for input and scale, and the rounded input for the weight's gradient.
+pass over the input makes the gradients for input and scale, and the rounded input for the weight's gradient. Rounded
+weights are kept until then: they are a quarter of what gradients and Adam's moments of the same weights take, while
+rounded inputs would double what a network's activations take.
 """
 
 from __future__ import annotations
@@ -54,15 +56,16 @@ class _QuantizedLayer(torch.autograd.Function):
         x_rounder: Rounder | None,
         w_rounder: Rounder | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, x_scale, w_scale)
+        w_rounded = _rounded(w_rounder, weight)
+        ctx.save_for_backward(x, weight, bias, x_scale, w_scale, w_rounded)
         ctx.layer, ctx.rounders = layer, (x_rounder, w_rounder)
-        return layer.compute(_rounded(x_rounder, x), _rounded(w_rounder, weight))
+        return layer.compute(_rounded(x_rounder, x), w_rounded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return *_differentiable_gradients(ctx, grads[0]), None, None, None
-        x, weight, _, x_scale, w_scale = ctx.saved_tensors  # raises where one was changed in place since
+        x, weight, _, x_scale, w_scale, w_rounded = ctx.saved_tensors  # raises where one was changed in place since
         (x_rounder, w_rounder), layer, grad = ctx.rounders, ctx.layer, grads[0]
         needs_x, needs_weight, needs_bias, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:5]
         needs_weight = needs_weight or needs_w_scale
@@ -70,7 +73,7 @@ class _QuantizedLayer(torch.autograd.Function):
         x_again: Tensor | None = x if x_rounder is None else None
         # Under autocast the layer has computed in the type of its output.
         if needs_x or needs_x_scale:
-            dx = layer.input_gradient(grad, x, _rounded(w_rounder, weight).to(grad.dtype)).to(x.dtype)
+            dx = layer.input_gradient(grad, x, w_rounded.to(grad.dtype)).to(x.dtype)
             if x_rounder is not None:
                 dx, dx_scale, x_again = x_rounder.gradients(dx, x, x_scale, needs_x_scale, again=needs_weight)
         if needs_weight or needs_bias:
@@ -88,7 +91,7 @@ def _rounded(rounder: Rounder | None, x: Tensor) -> Tensor:
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """The gradients by autograd itself, for a backward pass that will be differentiated again."""
-    inputs = ctx.saved_tensors
+    inputs = ctx.saved_tensors[:5]
     wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
     x, weight = (
         tensor if rounder is None else rounder(tensor) for rounder, tensor in zip(ctx.rounders, inputs, strict=False)
