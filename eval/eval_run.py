@@ -89,6 +89,12 @@ def make_plan(config: RunConfig) -> Plan:
     bundle = build_model(config, data.num_labels, corpus)
     if config.gradient_checkpointing:
         recompute_activations(bundle.model)
+    if config.channels_last:
+        import torch
+
+        if data.kind != "image":
+            raise UserError(f"--channels_last is for images, and --task {config.task} is {data.kind}")
+        bundle.model.to(memory_format=torch.channels_last)  # convolutions pass it on to what they compute
     if config.load_model_path is not None:
         start_from(bundle, Path(config.load_model_path))
     prepared = prepare(data, bundle, config)
@@ -390,9 +396,10 @@ def training_arguments(config: RunConfig) -> Any:
         save_strategy=config.save_strategy,
         save_total_limit=1,
         report_to=config.report_to,
-        use_cpu=config.device == "cpu",
+        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),  # else the Trainer looks for a GPU's bfloat16
         ddp_find_unused_parameters=True,  # each format has scales of its own, of which a step uses one
         remove_unused_columns=False,
+        dataloader_num_workers=config.num_workers,
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         disable_tqdm=config.quiet or not sys.stderr.isatty(),
     )

@@ -27,6 +27,7 @@ RANGES = {
     **dict.fromkeys(["max_target_length", "num_beams"], _POSITIVE),
     **dict.fromkeys(["cost_seq_len", "reward_draws", "num_cpus", "cpus_per_trial", "hpo"], _POSITIVE),
     **dict.fromkeys(["cost_beta", "max_entropy_beta", "delay_steps", "num_gpus", "gpus_per_trial"], _NOT_NEGATIVE),
+    "num_workers": _NOT_NEGATIVE,
     **dict.fromkeys(["act_range_percentile", "weight_range_percentile"], "[0, 100]"),
     "max_steps": "[-1, inf)",
     "seed": f"[0, {2**32})",

@@ -85,11 +85,15 @@ class TrainingFlags:
     fp16: bool = flag(False, "half precision autocast; needs a GPU")
     bf16: bool = flag(False, "bfloat16 autocast, on GPU or CPU")
     gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
+    channels_last: bool = flag(False, "images and convolutions with the channels innermost in memory")
+    num_workers: int = flag(0, "processes that load and augment the data; 0: the training process itself")
     eval_steps: int | None = flag(None, "evaluate every so many steps; default: once, at the end")
     log_steps: int = flag(10, "log every so many steps")
     seed: int = flag(42, "seed of everything that is random")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    compile: str = flag("auto", "torch.compile the quantizer where it pays", choices=["auto", "on", "off"])
+    compile: str = flag(
+        "auto", "compile the quantizer where it pays: C++ on CPUs, torch.compile on GPUs", choices=["auto", "on", "off"]
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policy.space import SearchSpace
-from quant.convert import set_formats
+from quant.convert import set_formats, weights_kept
 from quant.quant_module import QuantModule
 from quant.replay import replayed
 from trainer.pickle_free_trainer import PickleFreeTrainer
@@ -98,7 +98,7 @@ class JudgingTrainer(PickleFreeTrainer):
         self.model.train(training)
         return judged
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def qualities(self, choices: Tensor, step: int) -> list[float]:
         """Quality in (0, 1] of each choice, on one held-out batch that depends on seed and step alone, in eval mode."""
         size = self._config.search_batch_size or self._global_batch_size
@@ -107,11 +107,12 @@ class JudgingTrainer(PickleFreeTrainer):
         training = self.model.training
         self.model.eval()
         measured = []
-        for choice in choices:
-            set_formats(self.modules, self.space.assignment(choice.tolist()))
-            with self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-            measured.append(quality(loss, outputs, batch, self._config.reward_quality))
+        with weights_kept(self.modules):  # for draws that agree on a layer
+            for choice in choices:
+                set_formats(self.modules, self.space.assignment(choice.tolist()))
+                with self.compute_loss_context_manager():
+                    loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
+                measured.append(quality(loss, outputs, batch, self._config.reward_quality))
         self.model.train(training)
         return mean_over_processes(torch.stack(measured), len(indices)).tolist()
 

@@ -208,3 +208,23 @@ def test_the_chosen_assignment_is_trained_once_more_alone(tmp_path):
     assert timeless(run(config(tmp_path, f"{SEARCH} --run_id plain")))["metrics"] == record["metrics"]
     with pytest.raises(UserError, match="--verify_retrain needs"):
         config(tmp_path, "--bits 4 --verify_retrain")
+
+
+def test_a_search_in_bfloat16_channels_last_accumulated_and_with_workers(tmp_path):
+    flags = "--bf16 --channels_last --num_workers 1 --gradient_accumulation_steps 2 --max_train_samples 256"
+    settings = config(tmp_path, f"--search --target_bits 5 --max_steps 8 --train_batch_size 16 {flags}")
+    weight = dict(make_plan(settings).bundle.model.named_parameters())["convs.1.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    record = run(settings)
+    history = [json.loads(line) for line in (settings.run_folder / "history.jsonl").read_text().splitlines()]
+    assert record["status"] == "finished" and len(history) == record["steps"] == 8
+    assert all(entry["loss"] > 0 for entry in history) and any("reward" in entry for entry in history)
+
+
+def test_channels_last_is_refused_for_text(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "train.csv").write_text("text,label\n" + "yes,1\nno,0\n" * 20)
+    flags = f"--task {text} --model bert --from_scratch --bits 8 --channels_last --output_root_dir {tmp_path}"
+    with pytest.raises(UserError, match="--channels_last is for images"):
+        make_plan(parse(flags.split()))
