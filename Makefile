@@ -32,8 +32,10 @@ check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## step time and memory against float training, the report of 2,000 runs, the launcher's overhead
+bench: $(STAMP) ## rounding over clone(), steps and memory over float training, peers, a report, the launcher's overhead
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.launcher
 
