@@ -123,11 +123,18 @@ def example(run: FinishedRun) -> dict[str, Tensor]:
 
 
 def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
-    """Batches of training examples that --round_outputs finds its ranges on; none without it."""
+    """Batches of training examples that --round_outputs finds its ranges on; none without it.
+
+    Raises UserError if there is nothing to round.
+    """
     from eval.tasks import not_augmented
+    from quant.export_onnx_layers import narrow
+    from quant.quant_conv2d import QuantConv2d
 
     if not run.round_outputs:
         return []
+    if not any(isinstance(module, QuantConv2d) and all(map(narrow, module.formats)) for module in run.modules.values()):
+        raise UserError("--round_outputs: no convolution of this run has weights and inputs in integers of 2 to 8 bits")
     prepared = run.plan.prepared
     rows = not_augmented(prepared.train)
     batches = []

@@ -74,9 +74,8 @@ def write_onnx(
     proto.CopyFrom(traced)
     Replacement(proto, layers, bool(examples)).run()
     set_opset(proto)
-    if examples:
-        round_outputs(proto, examples)
-    elif computes_in_float(layers.values()):
+    rounded = round_outputs(proto, examples) if examples else 0
+    if not rounded and computes_in_float(layers.values()):
         helper.set_model_props(proto, {IN_FLOAT: "1"})
     if proto.ByteSize() > LARGEST_FILE:
         raise UserError(f"--format onnx: the model takes {proto.ByteSize():,} bytes, a file holds {LARGEST_FILE:,}")
@@ -104,7 +103,7 @@ def computes_in_float(layers: Iterable[OnnxLayer]) -> bool:
     counts = {True: 0, False: 0}
     for layer in layers:
         if layer.weight is not None:
-            counts[layer.transposed and isinstance(layer.weight.format, IntFormat)] += layer.float_weight.numel()
+            counts[layer.is_product and isinstance(layer.weight.format, IntFormat)] += layer.float_weight.numel()
     return counts[False] > counts[True]
 
 

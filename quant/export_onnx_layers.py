@@ -80,6 +80,11 @@ class OnnxLayer:
         return all(map(narrow, self.formats))
 
     @property
+    def is_product(self) -> bool:
+        """Whether this is a matrix product, not a convolution."""
+        return self.float_weight.dim() == 2
+
+    @property
     def emulated(self) -> bool:
         """Whether float operations round the input, since no type has its grid."""
         own = self.input_storage is not None and own_name(self.input_storage) == self.formats[1].name

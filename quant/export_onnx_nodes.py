@@ -85,7 +85,7 @@ class Replacement:
                 clipped = range.low + zero_point, range.high + zero_point
         point = self._constant(f"{layer.name}.input.zero_point", np.asarray(zero_point).astype(dtype))
         codes, bits = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes"), storage.bits
-        if layer.in_integers and layer.transposed and bits < 8:
+        if layer.in_integers and layer.is_product and bits < 8:
             codes, bits = self._node("Cast", [codes], f"{start}/codes8", to=TensorProto.UINT8), 8
             point = self._constant(f"{layer.name}.input.zero_point8", np.asarray(zero_point).astype(np.uint8))
         if clipped is not None and bits == 8:  # engines join the rounding with the operation before it
@@ -153,7 +153,7 @@ class Replacement:
             made = self._constant(name, (elements * scale).numpy())
         else:
             codes = self._constant(f"{name}.codes", values.astype(storage.dtype))
-            if storage.bits < 8 and layer.in_integers and (layer.transposed or self.integers):
+            if storage.bits < 8 and layer.in_integers and (layer.is_product or self.integers):
                 # ONNX Runtime widens constants as it loads, and multiplies integers of 8 bits only.
                 codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
             made = self._dequantized(layer, storage, codes, scale, point, name, rows_last)

@@ -4,11 +4,13 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cost.cost import memory_cost
 from eval.eval_run import run
 from eval.export import export, main, print_verdict
 from eval.export_run import finished_run
@@ -16,7 +18,9 @@ from eval.flags import parse
 from eval.latency import main as latency
 from eval.packed_model import load_packed
 from eval.saved_model import load_model
+from quant.convert import get_formats, set_formats
 from quant.errors import UserError
+from quant.formats import FLOAT, parse_format
 
 ROOT = Path(__file__).parents[2]
 SEARCH = (
@@ -207,6 +211,24 @@ def test_compressed_tensors_is_for_models_of_transformers(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_are_rounded_in_onnx_alone(folder, tmp_path, monkeypatch):
+def test_outputs_are_rounded_in_onnx_alone(folder, tmp_path):
     with pytest.raises(UserError, match="--round_outputs contradicts --format packed"):
         main([str(folder), "--format", "packed", "--round_outputs"])
+    one = replace(finished_run(folder), round_outputs=True)
+    convolutions = [name for name in one.modules if "conv" in name]
+    set_formats(one.modules, {name: (FLOAT, FLOAT) for name in convolutions})
+    with pytest.raises(UserError, match="--round_outputs: no convolution of this run has weights and inputs in int"):
+        export(one, "onnx", tmp_path / "p")
+
+
+def test_an_export_with_rounded_outputs_is_near_the_run(folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    one = replace(finished_run(folder), round_outputs=True)
+    monkeypatch.setitem(one.record, "cost_target", None)
+    int8 = parse_format("int8")
+    set_formats(one.modules, {name: (int8, int8) for name in one.modules if "conv" in name})
+    monkeypatch.setitem(one.record, "cost", memory_cost(one.plan.profiles, get_formats(one.modules)))
+    verdict = export(one, "onnx", tmp_path / "p")
+    after, before = (verdict["metrics"][name]["validation"]["accuracy"] for name in ("exported", "record"))
+    assert abs(after - before) < 0.1
+    assert "disable_quant_qdq" not in (tmp_path / "p" / "README.md").read_text()

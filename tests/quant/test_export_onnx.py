@@ -1,5 +1,6 @@
 """ONNX exports run by ONNX Runtime: the fake-quantized model's logits, types, sizes, what it computes in integers."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -203,16 +204,17 @@ def test_a_layer_rounds_what_was_rounded_before_as_it_would_have(low, high, step
 
 
 @pytest.mark.parametrize("pair", ["int8/int8", "int4/int4", "int3/int5", "int2/int8"])
-def test_matrix_products_of_integers_are_integer_operations(pair, tmp_path):
+@pytest.mark.parametrize("layer", [nn.Linear(16, 8), Conv1D(8, 16)], ids=["Linear", "Conv1D"])
+def test_matrix_products_of_integers_are_integer_operations(layer, pair, tmp_path):
     torch.manual_seed(0)
-    model, tokens = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(2, 5, 16)
+    model, tokens = nn.Sequential(copy.deepcopy(layer)).eval(), torch.randn(2, 5, 16)
     weight, activation = map(parse_format, pair.split("/"))
     modules = quantize_model(model, formats=[weight, activation])
     calibrate(model, modules, [tokens])
     set_formats(modules, {"0": (weight, activation)})
     path = tmp_path / "m.onnx"
     quant.export_onnx.write_onnx(path, uncached_trace(model, modules, {"images": tokens}), modules)
-    assert optimized_kinds(path)["MatMulIntegerToFloat"] == 1
+    assert optimized_kinds(path)["MatMulIntegerToFloat"] == 1 and not onnx.load(path).metadata_props
     with torch.no_grad():
         torch.testing.assert_close(run(path, tokens), model(tokens), rtol=1e-4, atol=1e-5)
     codes = next(t for t in onnx.load(path).graph.initializer if t.name == "0.weight.codes")
