@@ -26,7 +26,7 @@ SEARCH = "--search --cost_type memory --search_space"
 CIFAR10 = "--task cifar10 --data_dir {shared}/data/cifar10 --model resnet20 --optimizer sgd --learning_rate 0.001"
 RESNET20 = f"{CIFAR10} --model_path {{shared}}/models/resnet20-cifar10 --train_batch_size 128 {SEARCH}"
 DIGITS = "--task digits --from_scratch --image_size 32 --max_steps 60 --learning_rate 0.02 --optimizer sgd"
-SST2 = "--task sst2 --data_dir {shared}/data/glue/sst2 --learning_rate 1e-3 --from_scratch --eval_batch_size 64"
+SST2 = "--task sst2 --data_dir {shared}/data/glue/sst2 --learning_rate 1e-3 --from_scratch --max_train_samples 8000"
 MRPC = "--task mrpc --data_dir {shared}/data/glue/mrpc --max_length 64 --eval_batch_size 64"
 RUNS = {
     "resnet20": f"{RESNET20} 4,8 --max_steps 40",
@@ -37,8 +37,8 @@ RUNS = {
     "gpt2": f"{SST2} --model {{root}}/architectures/gpt2 --max_steps 300 {SEARCH} 4,8",
     "minilm-float": f"{MRPC} --model_path {{minilm}} --max_steps 230 --learning_rate 1e-4 --seed 0 --method float",
     "minilm": (
-        f"{MRPC} --model_path {{root}}/mrpc/export/minilm-float/model --max_steps 30 --train_batch_size 16 "
-        f"--learning_rate 5e-5 --weight_only_search --fuse_groups {SEARCH} 4,8"
+        f"{MRPC} --model_path {{root}}/mrpc/export/minilm-float/model --max_steps 16 --train_batch_size 16 "
+        f"--max_eval_samples 200 --learning_rate 5e-5 --weight_only_search --fuse_groups {SEARCH} 4,8"
     ),
 }
 """flags of each run; its folder shows whether it is finished"""

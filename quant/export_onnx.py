@@ -134,6 +134,13 @@ class _Traced(nn.Module):
         self.name = name
         self.module = module
 
+    def __getattr__(self, name: str) -> Any:
+        """What models ask their layers for: MobileNetV2 pads by a convolution's stride."""
+        own = self._modules.get("module")
+        if name in self._modules or own is None:
+            return super().__getattr__(name)
+        return getattr(own, name)
+
     def forward(self, x: Tensor) -> Tensor:
         module = self.module
         for hook in module._forward_pre_hooks.values():  # a migrated layer divides its input, or shows it to a shortcut

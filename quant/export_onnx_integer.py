@@ -45,12 +45,12 @@ def tensors_to_round(graph: onnx.GraphProto) -> list[str]:
     """Outputs of convolutions and of what joins them, behind the activation, in the order they are computed."""
     readers = readers_of(graph)
     constants = {tensor.name for tensor in graph.initializer}
-    made_by = {output: node for node in graph.node for output in node.output}
+    codes = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
     rounded: dict[str, None] = {}
     for node in graph.node:
         sources = [name for name in node.input if name and name not in constants]
         joins = node.op_type in JOINING and all(name in rounded for name in sources)
-        integers = node.op_type == "Conv" and all(made_by[name].op_type == "DequantizeLinear" for name in sources)
+        integers = node.op_type == "Conv" and all(name in codes for name in sources)
         if not (joins or integers):
             continue
         name = node.output[0]

@@ -165,6 +165,34 @@ def test_rounded_outputs_make_convolutions_integer_operations(narrow, tmp_path):
     assert [layer.as_chosen for layer in layers.values()] == [pair == "int8/int8" for pair in pairs]
 
 
+def test_a_convolution_in_float_stays_so(tmp_path):
+    model, modules, images = quantized(["float/float", "int8/int8", "e4m3/e4m3", "int8/int8", "int8/int8"])
+    path = tmp_path / "m.onnx"
+    export_onnx(path, model, modules, {"images": images[:1]}, [{"images": images}])
+    with torch.no_grad():
+        expected = model(images)
+    assert (run(path, images) - expected).abs().mean() < 0.05 * expected.abs().max()
+    assert optimized_kinds(path)["QLinearConv"] == 1
+
+
+def test_models_may_look_at_their_layers(tmp_path):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+        def forward(self, images):
+            return self.conv(nn.functional.pad(images, (self.conv.stride[0],) * 4)).mean((2, 3))
+
+    model, images = Padded().eval(), torch.randn(4, 3, 8, 8)
+    modules = quantize_model(model, formats=[int8 := parse_format("int8")])
+    calibrate(model, modules, [images])
+    set_formats(modules, {"conv": (int8, int8)})
+    export_onnx(tmp_path / "m.onnx", model, modules, {"images": images})
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", images), model(images), rtol=1e-3, atol=1e-4)
+
+
 def test_shortcuts_are_added_in_integers(tmp_path):
     class Residual(nn.Module):
         def __init__(self):
