@@ -27,7 +27,7 @@ from quant.export_onnx_integer import round_outputs
 from quant.export_onnx_layers import OnnxLayer
 from quant.export_onnx_nodes import DOMAIN, Replacement
 from quant.export_verdict import LayerVerdict
-from quant.formats import BlockFormat, IntFormat
+from quant.formats import BlockFormat
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
 
@@ -36,8 +36,6 @@ OPSET = 21
 LARGEST_FILE = 2**31 - 1
 """bytes of a protobuf message; more would have to stand in files of their own"""
 OUTPUT = "logits"
-IN_FLOAT = "session.disable_quant_qdq"
-"""a setting of ONNX Runtime's sessions, noted in the metadata of files that run faster with it: the same function"""
 
 
 def export_onnx(
@@ -75,8 +73,7 @@ def write_onnx(
     Replacement(proto, layers, bool(examples)).run()
     set_opset(proto)
     rounded = round_outputs(proto, examples) if examples else 0
-    if not rounded and computes_in_float(layers.values()):
-        helper.set_model_props(proto, {IN_FLOAT: "1"})
+    helper.set_model_props(proto, session_settings(layers.values(), rounded))
     if proto.ByteSize() > LARGEST_FILE:
         raise UserError(f"--format onnx: the model takes {proto.ByteSize():,} bytes, a file holds {LARGEST_FILE:,}")
     try:
@@ -95,16 +92,20 @@ def set_opset(proto: onnx.ModelProto) -> None:
     del proto.functions[:]
 
 
-def computes_in_float(layers: Iterable[OnnxLayer]) -> bool:
-    """Whether ONNX Runtime had better take most weights as float constants: it has no integer operation for them.
+def session_settings(layers: Iterable[OnnxLayer], rounded: int) -> dict[str, str]:
+    """What ONNX Runtime's sessions should be told: it changes speed and exactness, never what the file says.
 
-    It would unpack them at every call. Matrix products with integer weights it has operations for.
+    It has integer operations for matrix products of integers, and for convolutions whose output is `rounded`. All other
+    weights it had better take as float constants: it would unpack them at every call, or, in products with inputs in
+    float, round these inputs to 8 bits unasked (its accuracy level 4, the default).
     """
     counts = {True: 0, False: 0}
     for layer in layers:
         if layer.weight is not None:
-            counts[layer.is_product and isinstance(layer.weight.format, IntFormat)] += layer.float_weight.numel()
-    return counts[False] > counts[True]
+            counts[layer.in_integers and (layer.is_product or rounded > 0)] += layer.float_weight.numel()
+    if counts[False] > counts[True]:
+        return {"session.disable_quant_qdq": "1"}
+    return {"session.qdq_matmulnbits_accuracy_level": "1"} if counts[False] else {}
 
 
 def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict]) -> dict[str, int]:

@@ -15,8 +15,11 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-JOINING = ("Add", "Mul", "Concat", "Pad", "Slice", "MaxPool", "AveragePool", "GlobalAveragePool")
+UINT8 = TensorProto.UINT8
+JOINING = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
 """operations that ONNX Runtime computes on 8 bits where all their inputs are"""
+MOVING = ("Pad", "Slice")
+"""operations that leave values as they are, and zeros beside them"""
 ACTIVATIONS = ("Relu", "Clip")
 """operations that become the bounds of the rounding behind them"""
 
@@ -29,6 +32,7 @@ def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor
         examples: batches of the model's inputs, by name, that the ranges are found on.
     """
     graph = proto.graph
+    round_before_padding(graph)
     outputs = tensors_to_round(graph)
     shared = {name: own for name in outputs if (own := only_grid(graph, name)) is not None}
     bounds = observed(proto, [name for name in outputs if name not in shared], examples)
@@ -38,7 +42,80 @@ def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor
         else:
             scale, point = grid_of(*bounds[name], coarsest_scale(graph, name))
             insert(graph, name, [constant(graph, f"{name}/scale", scale), constant(graph, f"{name}/point", point)])
+    move_codes(graph)
     return len(outputs)
+
+
+def round_before_padding(graph: onnx.GraphProto) -> None:
+    """Where zeros are put around a tensor and a layer then rounds it to 8 bits, round first: the same, on fewer values.
+
+    The rounding then stands right behind the operation that makes the tensor, and can be joined with it.
+    """
+    readers = readers_of(graph)
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    earlier: dict[str, NodeProto] = {}
+    """what a Pad returns now -> the rounding that goes before it"""
+    for pad in [node for node in graph.node if pads_with_zero(graph, node)]:
+        rounding = readers.get(pad.output[0], [])
+        if len(rounding) != 1 or rounding[0].op_type != "QuantizeLinear" or types[rounding[0].input[2]] != UINT8:
+            continue
+        quantize = rounding[0]
+        padded, unpadded = quantize.output[0], f"{quantize.output[0]}/unpadded"
+        quantize.input[0], quantize.output[0] = pad.input[0], unpadded
+        pad.input[0], pad.output[0] = unpadded, padded
+        pad_with(pad, quantize.input[2])
+        earlier[padded] = quantize
+    moved = {quantize.output[0] for quantize in earlier.values()}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.output[0] in earlier:
+            nodes.append(earlier[node.output[0]])
+        if node.output[0] not in moved:
+            nodes.append(node)
+    replace_nodes(graph, nodes)
+
+
+def move_codes(graph: onnx.GraphProto) -> None:
+    """What only moves values (parts of a tensor, zeros around it) moves codes of 8 bits instead."""
+    made_by = {output: node for node in graph.node for output in node.output}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        source = made_by.get(node.input[0]) if node.input else None
+        if not (node.op_type == "Slice" or pads_with_zero(graph, node)) or source is None:
+            continue
+        if source.op_type != "DequantizeLinear" or types.get(source.input[2]) != UINT8:
+            continue
+        values, codes = node.output[0], f"{node.output[0]}/moved"
+        node.input[0], node.output[0] = source.input[0], codes
+        if node.op_type == "Pad":
+            pad_with(node, source.input[2])
+        reading = helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [values], name=values)
+        made_by[values] = reading
+        nodes.append(reading)
+    replace_nodes(graph, nodes)
+
+
+def pads_with_zero(graph: onnx.GraphProto, node: NodeProto) -> bool:
+    """Whether a node puts zeros around a tensor."""
+    if node.op_type != "Pad" or any(a.name == "mode" and a.s != b"constant" for a in node.attribute):
+        return False
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    return node.input[2] in values and not numpy_helper.to_array(values[node.input[2]]).any()
+
+
+def pad_with(node: NodeProto, value: str) -> None:
+    """Let a Pad put the constant `value` around its input."""
+    node.input[:] = [*node.input[:2], value, *node.input[3:]]
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
+    kept = list(nodes)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def tensors_to_round(graph: onnx.GraphProto) -> list[str]:
@@ -47,16 +124,20 @@ def tensors_to_round(graph: onnx.GraphProto) -> list[str]:
     constants = {tensor.name for tensor in graph.initializer}
     codes = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
     rounded: dict[str, None] = {}
+    moved: dict[str, None] = {}
+    """these, and what only moves them"""
     for node in graph.node:
         sources = [name for name in node.input if name and name not in constants]
-        joins = node.op_type in JOINING and all(name in rounded for name in sources)
+        if node.op_type in MOVING and sources and sources[0] in moved:
+            moved[node.output[0]] = None
+        joins = node.op_type in JOINING and all(name in moved for name in sources)
         integers = node.op_type == "Conv" and all(name in codes for name in sources)
         if not (joins or integers):
             continue
         name = node.output[0]
         while len(readers.get(name, ())) == 1 and readers[name][0].op_type in ACTIVATIONS:
             name = readers[name][0].output[0]
-        rounded[name] = None
+        rounded[name] = moved[name] = None
     finished = {output.name for output in graph.output}
     return [name for name in rounded if name not in finished]
 
@@ -81,7 +162,7 @@ def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
         return None
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     whole = all(node.op_type == "DequantizeLinear" for node in readers[rounding[0].output[0]])
-    return rounding[0] if whole and types[rounding[0].input[2]] == TensorProto.UINT8 else None
+    return rounding[0] if whole and types[rounding[0].input[2]] == UINT8 else None
 
 
 def roundings(graph: onnx.GraphProto, name: str) -> list[NodeProto]:
@@ -149,9 +230,7 @@ def redirect(nodes: Iterable[NodeProto], old: str, new: str) -> None:
 def put_behind(graph: onnx.GraphProto, nodes: list[NodeProto], name: str, added: list[NodeProto]) -> None:
     """The graph's nodes are `nodes`, with `added` behind the one that makes `name`."""
     place = next(index for index, node in enumerate(nodes) if name in node.output) + 1
-    nodes[place:place] = added
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_nodes(graph, [*nodes[:place], *added, *nodes[place:]])
 
 
 def grid_of(low: float, high: float, layers: float | None) -> tuple[np.ndarray, np.ndarray]:
