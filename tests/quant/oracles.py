@@ -1,8 +1,19 @@
 """What the rounding must give, written from the definitions in float64, sharing nothing with the code under test."""
 
+import ml_dtypes
 import numpy as np
 import torch
 
+DTYPES = [
+    ("e4m3", ml_dtypes.float8_e4m3fn),
+    ("e5m2", ml_dtypes.float8_e5m2),
+    ("e3m2", ml_dtypes.float6_e3m2fn),
+    ("e2m3", ml_dtypes.float6_e2m3fn),
+    ("e2m1", ml_dtypes.float4_e2m1fn),
+    ("bf16", ml_dtypes.bfloat16),
+    ("fp16", np.float16),
+]
+"""formats that another library has too"""
 MINIFLOATS = [(exponent, mantissa) for exponent in range(1, 9) for mantissa in range(1, 16 - exponent)]
 """every (exponent, mantissa) of at most 16 bits"""
 

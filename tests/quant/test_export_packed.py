@@ -16,6 +16,7 @@ from quant.export_packed import packed_sizes, read_packed, restore, write_packed
 from quant.export_weights import from_rows, round_weight, to_rows
 from quant.formats import FLOAT, BlockFormat, FloatFormat, IntFormat, parse_format
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
+from tests.quant.oracles import DTYPES
 
 NAMES = [
     *(f"int{width}" for width in (2, 3, 4, 5, 6, 7, 8, 16)),
@@ -86,19 +87,7 @@ def test_every_code_has_one_value(format):
     assert values.max() == (format.bounds("full")[1] if isinstance(format, IntFormat) else format.qmax)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("e4m3", ml_dtypes.float8_e4m3fn),
-        ("e5m2", ml_dtypes.float8_e5m2),
-        ("e3m2", ml_dtypes.float6_e3m2fn),
-        ("e2m3", ml_dtypes.float6_e2m3fn),
-        ("e2m1", ml_dtypes.float4_e2m1fn),
-        ("e3m4", ml_dtypes.float8_e3m4),
-        ("bf16", ml_dtypes.bfloat16),
-        ("fp16", np.float16),
-    ],
-)
+@pytest.mark.parametrize(("name", "dtype"), [*DTYPES, ("e3m4", ml_dtypes.float8_e3m4)])
 def test_codes_of_floats_are_those_of_the_hardware(name, dtype):
     format = parse_format(name)
     whole = np.uint16 if np.dtype(dtype).itemsize == 2 else np.uint8
@@ -155,6 +144,15 @@ def test_the_rebuilt_model_computes_the_same_logits(name, tmp_path):
         torch.testing.assert_close(fresh(batch), model(batch), rtol=0, atol=0)
 
 
+def assert_survives(model, modules, batch, path):
+    """What was written and read back gives the same logits."""
+    write_packed(path, model, modules)
+    fresh = Net().eval()
+    restore(fresh, *read_packed(path))
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(batch), model(batch), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("range", ["dynamic", "calibrated", "learned"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -163,11 +161,7 @@ def test_any_way_to_find_scales_survives(range, granularity, symmetric, tmp_path
     weight = QuantizerConfig(range=range, granularity=granularity, symmetric=symmetric)
     activation = QuantizerConfig(range=range, symmetric=symmetric)
     model, modules, batch = quantized(pairs, weight=weight, activation=activation)
-    write_packed(tmp_path / "m.safetensors", model, modules)
-    fresh = Net().eval()
-    restore(fresh, *read_packed(tmp_path / "m.safetensors"))
-    with torch.no_grad():
-        torch.testing.assert_close(fresh(batch), model(batch), rtol=0, atol=0)
+    assert_survives(model, modules, batch, tmp_path / "m.safetensors")
 
 
 def test_learned_offsets_survive(tmp_path):
@@ -175,11 +169,7 @@ def test_learned_offsets_survive(tmp_path):
     activation = QuantizerConfig(symmetric=False, learned_offset=True)
     model, modules, batch = quantized(pairs, activation=activation)
     modules["conv"].input_quantizer.grids["int4"].offset.data.add_(0.123)
-    write_packed(tmp_path / "m.safetensors", model, modules)
-    fresh = Net().eval()
-    restore(fresh, *read_packed(tmp_path / "m.safetensors"))
-    with torch.no_grad():
-        torch.testing.assert_close(fresh(batch), model(batch), rtol=0, atol=0)
+    assert_survives(model, modules, batch, tmp_path / "m.safetensors")
 
 
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path):

@@ -3,13 +3,12 @@
 import dataclasses
 
 import ml_dtypes
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.formats import FLOAT, BlockFormat, FloatFormat, IntFormat, parse_format, parse_search_space
-from tests.quant.oracles import MINIFLOATS, float_values
+from tests.quant.oracles import DTYPES, MINIFLOATS, float_values
 
 NAMED = ["e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "bf16", "fp16"]
 ALL = [*(f"int{k}" for k in (2, 3, 4, 5, 6, 7, 8, 16)), *NAMED, "mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "float"]
@@ -102,18 +101,7 @@ def test_integer_grids():
             IntFormat(width)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("e4m3", ml_dtypes.float8_e4m3fn),
-        ("e5m2", ml_dtypes.float8_e5m2),
-        ("e3m2", ml_dtypes.float6_e3m2fn),
-        ("e2m3", ml_dtypes.float6_e2m3fn),
-        ("e2m1", ml_dtypes.float4_e2m1fn),
-        ("bf16", ml_dtypes.bfloat16),
-        ("fp16", np.float16),
-    ],
-)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_limits_equal_ml_dtypes(name, dtype):
     format, limits = parse_format(name), ml_dtypes.finfo(dtype)
     assert format.qmax == float(limits.max)

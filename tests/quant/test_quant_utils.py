@@ -14,6 +14,7 @@ import quant.native
 from quant.formats import FLOAT, IntFormat, parse_format
 from quant.quant_utils import fake_quantize, rounding_row, scale_from_range, use_compiled
 from tests.quant.oracles import (
+    DTYPES,
     MINIFLOATS,
     around,
     assert_same_bits,
@@ -118,18 +119,7 @@ def test_zero_points_move_the_full_grid(width, modes):
         assert_same_bits(out, expected_integer(x, low, high, zero_point, scale))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("e4m3", ml_dtypes.float8_e4m3fn),
-        ("e5m2", ml_dtypes.float8_e5m2),
-        ("e3m2", ml_dtypes.float6_e3m2fn),
-        ("e2m3", ml_dtypes.float6_e2m3fn),
-        ("e2m1", ml_dtypes.float4_e2m1fn),
-        ("bf16", ml_dtypes.bfloat16),
-        ("fp16", np.float16),
-    ],
-)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_within_range_equal_to_ml_dtypes(name, dtype, modes):
     limit = np.float32(ml_dtypes.finfo(dtype).max)
     x = np.concatenate([RANDOM, bfloat16_patterns()])
