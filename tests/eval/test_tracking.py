@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 
 import pytest
 
@@ -43,6 +44,11 @@ def test_an_offline_run_lies_in_its_folder_with_its_flags(tmp_path, monkeypatch)
         assert run(config)["status"] == "finished"
         assert wandb.run is None, "the next run in this process has one of its own"
         (events,) = config.run_folder.glob("wandb/offline-run-*/*.wandb")
-        assert b"train/loss" in events.read_bytes()
+        for _ in range(300):  # W&B's own process writes the file, and may be behind
+            if b"train/loss" in events.read_bytes():
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"{events} never told the loss")
     assert [how["name"] for how in seen] == ["one", "two"] and seen[0]["config"]["max_steps"] == 2
     assert json.loads((config.run_folder / "result.json").read_text())["run_id"] == "two"
