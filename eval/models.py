@@ -116,7 +116,8 @@ def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         with torch.device("meta"):
             tokens = torch.ones(1, 128, dtype=torch.long)
             if settings.is_encoder_decoder:
-                model = transformers.AutoModelForSeq2SeqLM.from_config(settings)
+                # The default attention would look for padding, at values that are not there.
+                model = transformers.AutoModelForSeq2SeqLM.from_config(settings, attn_implementation="eager")
                 return model, {"input_ids": tokens, "decoder_input_ids": tokens}
             model = transformers.AutoModelForSequenceClassification.from_config(settings)
             return model, {"input_ids": tokens}

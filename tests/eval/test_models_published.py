@@ -59,6 +59,13 @@ def test_image_models_cost_what_fliqs_says_to_a_tenth_of_a_percent(name, gbops):
     assert coverage(name).gbops == pytest.approx(gbops, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["bert-tiny", "roberta", "bart", "gpt2"])
+def test_text_models_of_every_family_have_their_row(name):
+    row = coverage(name)
+    assert row.linear + row.conv2d + row.conv1d == row.searched + len(row.excluded)
+    assert 0 < row.gbops[0] == pytest.approx(row.gbops[1] / 4) == pytest.approx(row.gbops[2] / 16)
+
+
 def test_the_table_has_a_row_for_each_model():
     lines = table([coverage("bert-tiny"), coverage("convnet")]).splitlines()
     assert lines[2] == "| bert-tiny | 14 | 0 | 0 | 12 | bert.pooler.dense, classifier | 0.80531 | 3.2212 | 12.885 |"
