@@ -1,0 +1,145 @@
+"""What judging many assignments takes, and how far few examples can be trusted; for benchmarks/RESULTS.md.
+
+    python -m benchmarks.judging [--rounds 3]                            # passes played back, over all of them run
+    python -m benchmarks.judging --shared ../shared [--rows mrpc]        # sensitivities from samples of the examples
+
+The first compares forward passes over an assignment and all that differ from it in one layer. The second takes the
+model, data and budget of rows of benchmarks.quality, measures the divergence of every decision's formats on held-out
+TRAINING examples, and asks how much more the choice of an exact knapsack costs when it sees a sample of them only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.quality import ROOT, rows, run
+from benchmarks.step_time import FORMATS, model_and_batch
+from benchmarks.timing import ratio, take_turns
+from policy.allocators import least_harm
+from policy.budget import Budget
+from policy.space import build_space
+from quant.convert import calibrate, quantize_model, set_formats
+from quant.quant_utils import use_compiled
+from quant.replay import replayed
+from trainer.sensitivity import divergence, measure_sensitivity
+
+POWERS = (1.0, 0.75, 0.5, 0.25)
+SIZES = (16, 32, 64)
+DRAWS = 40
+SHRUNK = {"resnet20": 5, "bert6x384": 2}
+"""model -> how many times smaller than a training batch a judging batch is"""
+
+
+def played_back(name: str, rounds: int) -> str:
+    """The line of a model: assignments, and seconds of both ways."""
+    model, batch, _ = model_and_batch(name, SHRUNK[name])
+    modules = quantize_model(model, formats=FORMATS)
+    calibrate(model, modules, [batch])
+    model.eval()
+    space = build_space(list(modules), FORMATS)
+    middle = [1] * space.num_decisions
+    moved = [(*middle[:d], c, *middle[d + 1 :]) for d in range(space.num_decisions) for c in (0, 2)]
+    choices = sorted([tuple(middle), *moved])
+
+    @torch.no_grad()
+    def every_layer() -> list[Tensor]:
+        found = []
+        for choice in choices:
+            set_formats(modules, space.assignment(choice))
+            found.append(model(**batch)["logits"])
+        return found
+
+    @torch.no_grad()
+    def from_the_difference() -> list[Tensor]:
+        found = []
+        with replayed(modules) as replay:
+            for choice in choices:
+                set_formats(modules, space.assignment(choice))
+                replay.restart()
+                found.append(model(**batch)["logits"])
+        return found
+
+    if not all(torch.equal(a, b) for a, b in zip(every_layer(), from_the_difference(), strict=True)):
+        raise SystemExit(f"{name}: what is played back differs")
+    seconds = take_turns({"run": every_layer, "played": from_the_difference}, rounds, warm_up=1)
+    plain, played = (float(np.median(seconds[way])) for way in ("run", "played"))
+    return f"| {name} | {len(choices)} | {plain:.2f} | {played:.2f} | {ratio(seconds, 'played', 'run'):.2f} |"
+
+
+def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[NDArray[np.float64], Budget]:
+    """From a row's float weights: of every decision, choice and example, (decisions, choices, examples); its budget."""
+    from eval.eval_run import make_plan, make_trainer
+    from eval.flags import parse
+
+    row = rows()[name]
+    always = f"--save_strategy no --report_to none --quiet --output_root_dir {output} --exp_name {name} --seed 0"
+    flags = shlex.split(f"{row.common.format(shared=shared)} {row.budget} --search {always}")
+    if row.start is not None:
+        _, folder = run(shlex.split(f"{row.start.format(shared=shared)} {always} --method float"), "start")
+        flags += ["--load_model_path", str(folder)]
+    trainer, modules, _ = make_trainer(make_plan(parse(flags)))
+    calibrate(trainer.model, modules, trainer.calibration_batches())
+    held_out = torch.utils.data.Subset(trainer.search_dataset, range(min(examples, len(trainer.search_dataset))))
+    seen: list[Tensor] = []
+
+    def note(reference: Tensor, now: Tensor) -> Tensor:
+        seen.append(divergence(reference, now))
+        return seen[-1]
+
+    for batch in trainer.batches_of(held_out):
+        measure_sensitivity(trainer.model, modules, trainer.space, [batch], trainer._logits, note)
+    pairs = trainer.space.num_decisions * trainer.space.num_choices
+    whole = np.concatenate([torch.stack(seen[i : i + pairs]).double().numpy() for i in range(0, len(seen), pairs)], 1)
+    return whole.reshape(trainer.space.num_decisions, trainer.space.num_choices, -1), trainer.budget
+
+
+def excess(seen: NDArray[np.float64], budget: Budget, size: int, power: float, generator: Any) -> float:
+    """How much more than the best, in %, the choices from samples of so many examples cost, by all examples' mean."""
+    everything, decisions = seen.mean(2), np.arange(len(seen))
+    best = everything[decisions, least_harm(everything, budget)].sum()
+    lost = []
+    for _ in range(DRAWS if size < seen.shape[2] else 1):
+        sample = seen[:, :, generator.choice(seen.shape[2], size, replace=False)]
+        effect = (sample**power).mean(2) ** (1 / power)
+        lost.append(everything[decisions, least_harm(effect, budget)].sum() / best - 1)
+    return 100 * float(np.mean(lost))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shared", type=Path, help="folder with data/ and models/")
+    parser.add_argument("--rows", default="resnet20-3,mrpc", help="comma list of rows of benchmarks.quality")
+    parser.add_argument("--examples", type=int, default=192)
+    parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
+    arguments = parser.parse_args()
+    if arguments.shared is None:
+        use_compiled("auto")
+        print("| model | assignments | every layer [s] | played back [s] | ratio |\n|---|---|---|---|---|")
+        for name in SHRUNK:
+            print(played_back(name, arguments.rounds), flush=True)
+        return
+    for name in arguments.rows.split(","):
+        if name not in rows():
+            parser.error(f"unknown row {name}; choices: {', '.join(rows())}")
+        output = arguments.output_root_dir.resolve()
+        seen, budget = divergences(name, arguments.shared.resolve(), output, arguments.examples)
+        sizes = [*(size for size in SIZES if size < seen.shape[2]), seen.shape[2]]
+        heads = " | ".join(f"{size} examples" for size in sizes)
+        print(f"\n**{name}**\n\n| power | {heads} |\n" + "|---" * (len(sizes) + 1) + "|")
+        for power in POWERS:
+            generator = np.random.default_rng(0)
+            told = (f"{excess(seen, budget, size, power, generator):.0f}" for size in sizes)
+            print(f"| {power:g} | {' | '.join(told)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
