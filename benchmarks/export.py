@@ -25,14 +25,18 @@ COMMON = "--save_strategy no --report_to none --quiet --exp_name export"
 SEARCH = "--search --cost_type memory --search_space"
 CIFAR10 = "--task cifar10 --data_dir {shared}/data/cifar10 --model resnet20 --optimizer sgd --learning_rate 0.001"
 RESNET20 = f"{CIFAR10} --model_path {{shared}}/models/resnet20-cifar10 --train_batch_size 128 {SEARCH}"
-DIGITS = "--task digits --from_scratch --image_size 32 --max_steps 200 --learning_rate 0.02 --optimizer sgd"
+DIGITS = "--task digits --image_size 32 --train_batch_size 64 --learning_rate 0.02 --optimizer sgd"
 SST2 = "--task sst2 --data_dir {shared}/data/glue/sst2 --learning_rate 1e-3 --from_scratch --max_train_samples 8000"
 MRPC = "--task mrpc --data_dir {shared}/data/glue/mrpc --max_length 64 --eval_batch_size 64"
 RUNS = {
     "resnet20": f"{RESNET20} 4,8 --max_steps 40",
     "resnet20-mixed": f"{RESNET20} int4,e4m3,int8 --max_steps 16",
-    "resnet18": f"{DIGITS} --model resnet18 --train_batch_size 64 {SEARCH} 4,8",
-    "mobilenetv2": f"{DIGITS} --model mobilenetv2 --train_batch_size 64 {SEARCH} 4,8",
+    "resnet18": f"{DIGITS} --model resnet18 --from_scratch --max_steps 200 {SEARCH} 4,8",
+    "mobilenetv2-float": f"{DIGITS} --model mobilenetv2 --from_scratch --max_steps 300 --method float",
+    "mobilenetv2": (
+        f"{DIGITS} --model mobilenetv2 --load_model_path {{root}}/digits/export/mobilenetv2-float --max_steps 200 "
+        f"{SEARCH} 4,8"
+    ),
     "bert-tiny": f"{SST2} --model bert-tiny --max_steps 400 --fuse_groups {SEARCH} 4,8",
     "gpt2": f"{SST2} --model {{root}}/architectures/gpt2 --max_steps 300 {SEARCH} 4,8",
     "minilm-float": f"{MRPC} --model_path {{minilm}} --max_steps 230 --learning_rate 1e-4 --seed 0 --method float",
@@ -42,7 +46,7 @@ RUNS = {
     ),
 }
 """flags of each run; its folder shows whether it is finished"""
-NEEDS = {"minilm": "minilm-float"}
+NEEDS = {"minilm": "minilm-float", "mobilenetv2": "mobilenetv2-float"}
 """what a run starts from"""
 EXPORTS = {
     "packed": ("packed", False),

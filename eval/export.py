@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MIB = 2**20
+LOST = 0.01
+"""a metric that falls by more than this in the file is said to be lost: it is no rounding"""
 
 
 def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
             "record": run.record["metrics"],
             "exported": evaluated(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
         }
+        verdict["notes"] += lost(run.record, verdict["metrics"]["exported"] or {})
         card = model_card(run, verdict, folder, written.usage or EXPORT_FORMATS[format].usage)
         with writing(folder):
             write_json(place / "export.json", verdict)
@@ -203,6 +206,22 @@ def summary(verdict: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"{split}: {', '.join(told)} (n {before['n']})")
     return [*lines, *verdict["notes"]]
+
+
+def lost(record: dict[str, Any], exported: dict[str, dict[str, float]]) -> list[str]:
+    """A line for each split on which the file falls short of its run by more than `LOST`, in the run's own metric."""
+    from eval.report_records import lower_is_better
+
+    name, lines = record["metric"], []
+    for split, metrics in exported.items():
+        before, after = record["metrics"][split][name], metrics[name]
+        worse = after / before - 1 if lower_is_better(name) else before - after
+        if not worse <= LOST:  # NaN is lost as well
+            lines.append(
+                f"warning: {split} {name} {before:.5g} -> {after:.5g}: the file does not compute what the run trained; "
+                "--format packed does"
+            )
+    return lines
 
 
 def _flags(argv: Sequence[str]) -> Namespace:

@@ -57,7 +57,7 @@ def round_before_padding(graph: onnx.GraphProto) -> None:
     """what a Pad returns now -> the rounding that goes before it"""
     for pad in [node for node in graph.node if pads_with_zero(graph, node)]:
         rounding = readers.get(pad.output[0], [])
-        if len(rounding) != 1 or rounding[0].op_type != "QuantizeLinear" or types[rounding[0].input[2]] != UINT8:
+        if len(rounding) != 1 or rounding[0].op_type != "QuantizeLinear" or not of_bytes(rounding[0], types):
             continue
         quantize = rounding[0]
         padded, unpadded = quantize.output[0], f"{quantize.output[0]}/unpadded"
@@ -85,7 +85,7 @@ def move_codes(graph: onnx.GraphProto) -> None:
         source = made_by.get(node.input[0]) if node.input else None
         if not (node.op_type == "Slice" or pads_with_zero(graph, node)) or source is None:
             continue
-        if source.op_type != "DequantizeLinear" or types.get(source.input[2]) != UINT8:
+        if source.op_type != "DequantizeLinear" or not of_bytes(source, types):
             continue
         values, codes = node.output[0], f"{node.output[0]}/moved"
         node.input[0], node.output[0] = source.input[0], codes
@@ -95,6 +95,11 @@ def move_codes(graph: onnx.GraphProto) -> None:
         made_by[values] = reading
         nodes.append(reading)
     replace_nodes(graph, nodes)
+
+
+def of_bytes(node: NodeProto, types: Mapping[str, int]) -> bool:
+    """Whether a QuantizeLinear or DequantizeLinear is of codes of 8 bits; `types` are those of constants."""
+    return len(node.input) > 2 and types.get(node.input[2]) == UINT8
 
 
 def pads_with_zero(graph: onnx.GraphProto, node: NodeProto) -> bool:
@@ -162,7 +167,7 @@ def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
         return None
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     whole = all(node.op_type == "DequantizeLinear" for node in readers[rounding[0].output[0]])
-    return rounding[0] if whole and types[rounding[0].input[2]] == UINT8 else None
+    return rounding[0] if whole and of_bytes(rounding[0], types) else None
 
 
 def roundings(graph: onnx.GraphProto, name: str) -> list[NodeProto]:

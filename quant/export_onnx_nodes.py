@@ -20,6 +20,8 @@ from quant.formats import BlockFormat, FloatFormat, IntFormat
 
 DOMAIN = "mpq"
 """of the placeholders"""
+UNSIGNED = {4: ml_dtypes.uint4, 8: np.uint8, 16: np.uint16}
+"""bits -> the type of an input's integer codes"""
 
 
 class Replacement:
@@ -73,28 +75,38 @@ class Replacement:
         scale = self._constant(f"{layer.name}.input.scale", np.float32(range.scale))
         if layer.emulated:
             x = self._emulated(layer, x, start)
-        if storage is None:
-            return x
-        dtype, zero_point = storage.dtype, range.zero_point
-        clipped: tuple[Any, Any] | None = None
-        if isinstance(range.format, IntFormat):
-            # Unsigned, the same codes moved: what processors multiply with signed weights.
-            unsigned = {4: ml_dtypes.uint4, 8: np.uint8, 16: np.uint16}
-            dtype, zero_point = unsigned[storage.bits], zero_point + 2 ** (storage.bits - 1)
-            if range.high - range.low + 1 < 2**storage.bits:  # the type is wider than the grid
-                clipped = range.low + zero_point, range.high + zero_point
+        if storage is not None:
+            make = self._integers if isinstance(range.format, IntFormat) else self._minifloats
+            x = make(layer, storage, x, scale, start)
+        return x if range.offset is None else self._node("Add", [x, offset], f"{start}/back")
+
+    def _minifloats(self, layer: OnnxLayer, storage: Storage, x: str, scale: str, start: str) -> str:
+        """Nodes that round an input to a minifloat that the file has a type of."""
+        # No zero point: ONNX Runtime would take one of 0 for the least code, and drop a Relu before it.
+        to = helper.np_dtype_to_tensor_dtype(np.dtype(storage.dtype))
+        codes = self._node("QuantizeLinear", [x, scale], f"{start}/codes", output_dtype=to)
+        return self._node("DequantizeLinear", [codes, scale], f"{start}/rounded")
+
+    def _integers(self, layer: OnnxLayer, storage: Storage, x: str, scale: str, start: str) -> str:
+        """Nodes that round an input to integers."""
+        range, bits = layer.range, storage.bits
+        assert range is not None
+        # Unsigned, the same codes moved: what processors multiply with signed weights.
+        dtype, zero_point = UNSIGNED[bits], range.zero_point + 2 ** (bits - 1)
+        narrower = range.high - range.low + 1 < 2**bits
         point = self._constant(f"{layer.name}.input.zero_point", np.asarray(zero_point).astype(dtype))
-        codes, bits = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes"), storage.bits
+        codes = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes")
         if layer.in_integers and layer.is_product and bits < 8:
             codes, bits = self._node("Cast", [codes], f"{start}/codes8", to=TensorProto.UINT8), 8
             point = self._constant(f"{layer.name}.input.zero_point8", np.asarray(zero_point).astype(np.uint8))
-        if clipped is not None and bits == 8:  # engines join the rounding with the operation before it
-            codes = self._clip(codes, f"{layer.name}.input", np.asarray(clipped).astype(np.uint8), f"{start}/clip")
+        if narrower and bits == 8:  # engines join the rounding with the operation before it
+            bounds = np.asarray([range.low + zero_point, range.high + zero_point]).astype(np.uint8)
+            codes = self._clip(codes, f"{layer.name}.input", bounds, f"{start}/clip")
         rounded = self._node("DequantizeLinear", [codes, scale, point], f"{start}/rounded")
-        if clipped is not None and bits != 8:  # ONNX clips no codes of 4 bits
-            bounds = np.asarray([range.low, range.high], np.float32) * np.float32(range.scale)
-            rounded = self._clip(rounded, f"{layer.name}.input", bounds, f"{start}/clip")
-        return rounded if range.offset is None else self._node("Add", [rounded, offset], f"{start}/back")
+        if narrower and bits != 8:  # ONNX clips no codes of 4 bits
+            ends = np.asarray([range.low, range.high], np.float32) * np.float32(range.scale)
+            rounded = self._clip(rounded, f"{layer.name}.input", ends, f"{start}/clip")
+        return rounded
 
     def _clip(self, x: str, name: str, bounds: np.ndarray, output: str) -> str:
         ends = [self._constant(f"{name}.{end}", value) for end, value in zip(("low", "high"), bounds, strict=True)]

@@ -12,7 +12,7 @@ import torch
 
 from cost.cost import memory_cost
 from eval.eval_run import run
-from eval.export import export, main, print_verdict
+from eval.export import export, lost, main, print_verdict
 from eval.export_run import finished_run
 from eval.flags import parse
 from eval.latency import main as latency
@@ -209,6 +209,17 @@ def test_compressed_tensors_is_for_models_of_transformers(folder, tmp_path):
     with pytest.raises(UserError, match="--format compressed-tensors: needs a model of transformers"):
         export(finished_run(folder), "compressed-tensors", tmp_path / "ct")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "said"),
+    [("accuracy", 0.91, 0.905, 0), ("accuracy", 0.91, 0.14, 1), ("perplexity", 20, 20.1, 0), ("perplexity", 20, 30, 1)],
+)
+def test_a_file_that_computes_something_else_is_said_to(metric, before, after, said):
+    record = {"metric": metric, "metrics": {"validation": {metric: before, "n": 100}}}
+    lines = lost(record, {"validation": {metric: after, "n": 100}})
+    assert len(lines) == said and all(f"{metric} {before:.5g} -> {after:.5g}" in line for line in lines)
+    assert len(lost(record, {"validation": {metric: float("nan"), "n": 100}})) == 1
 
 
 def test_outputs_are_rounded_in_onnx_alone(folder, tmp_path):

@@ -88,6 +88,7 @@ SETS = {
     "own types": ["int8/int8", "int4/int4", "int16/int8", "e4m3/e4m3", "e5m2/e5m2"],
     "wider types": ["int2/int3", "int3/int2", "int5/int6", "e2m1/e2m1", "e3m2/e2m3"],
     "wide floats": ["bf16/bf16", "fp16/fp16", "e3m4/e3m4", "e5m10/e6m2", "e8m1/int16"],
+    "minifloats behind a relu": ["int8/int8", "int8/e4m3", "e4m3/e5m2", "int8/int8", "int8/int8"],
     "blocks": ["mxint8/mxint8", "mxfp4/mxfp4", "nvfp4/nvfp4", "mxfp6/mxfp8", "mxfp8/mxfp6"],
     "one side": ["int8/float", "float/int8", "mxfp4/float", "e4m3/int8", "float/e4m3"],
 }
