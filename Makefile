@@ -41,6 +41,8 @@ bench: $(STAMP) ## rounding over clone(), steps and memory over float training, 
 
 bench-quality: $(STAMP) ## the search and its competitors at one budget, over seeds (hours; goes on where it was)
 	$(BIN)/python -m benchmarks.quality --shared ../shared
+	$(BIN)/python -m benchmarks.ablation --shared ../shared
+	$(BIN)/python -m benchmarks.budgets --shared ../shared
 
 clean: ## remove the virtual environment, the runs and every cache
 	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,58 @@
+"""Several budgets from one run against a run for each; for benchmarks/RESULTS.md.
+
+    python -m benchmarks.budgets --shared ../shared [--row digits] [--bits 3,3.5,4,5] [--seeds 0,1,2]
+
+Model, data, float weights and steps are those of a row of benchmarks.quality. A run that has its record is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.ablation import flags_of
+from benchmarks.quality import ROOT, rows, run
+
+
+def accuracy(record: dict[str, Any]) -> float:
+    """In %."""
+    return float(100 * next(iter(record["metrics"].values()))[record["metric"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser.add_argument("--row", default="digits", choices=rows(), metavar="ROW")
+    parser.add_argument("--bits", default="3,3.5,4,5", help="comma list of budgets, ascending")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
+    arguments = parser.parse_args()
+    bits = arguments.bits.split(",")
+    shared, output = arguments.shared.resolve(), arguments.output_root_dir.resolve()
+    flags = " ".join(flags_of(arguments.row, rows()[arguments.row], shared, output))
+    flags = re.sub(r"--target_bits \S+", "", flags)
+    heads = " | ".join(f"{b} bits: of all / own run [%]" for b in bits)
+    print(f"{arguments.row}\n\n| seed | {heads} | time of one for all / of an own one |")
+    print("|---" * (len(bits) + 2) + "|")
+    apart: list[list[float]] = []
+    for seed in arguments.seeds.split(","):
+        last, folder = run([*flags.split(), "--target_bits", ",".join(bits), "--seed", seed], f"all-budgets-s{seed}")
+        of_all = [json.loads((folder / f"{b}b" / "result.json").read_text()) for b in bits[:-1]] + [last]
+        own = [run([*flags.split(), "--target_bits", b, "--seed", seed], f"only-{b}b-s{seed}")[0] for b in bits]
+        pairs = [(accuracy(one), accuracy(other)) for one, other in zip(of_all, own, strict=True)]
+        apart.append([one - other for one, other in pairs])
+        ratio = last["wall_seconds"] / mean(record["wall_seconds"] for record in own)
+        print(
+            f"| {seed} | {' | '.join(f'{one:.2f} / {other:.2f}' for one, other in pairs)} | {ratio:.2f} |", flush=True
+        )
+    means = " | ".join(f"{mean(column):+.2f}" for column in zip(*apart, strict=True))
+    print(f"| mean difference [points] | {means} | |\n\n{date.today()}")
+
+
+if __name__ == "__main__":
+    main()
