@@ -2,7 +2,8 @@
 
     python -m benchmarks.budgets --shared ../shared [--row digits] [--bits 3,3.5,4,5] [--seeds 0,1,2]
 
-Model, data, float weights and steps are those of a row of benchmarks.quality. A run that has its record is not run again.
+Model, data, float weights and steps are those of a row of benchmarks.quality. A run that has its record is not run
+again.
 """
 
 from __future__ import annotations

@@ -207,6 +207,16 @@ def test_batch_norm_is_recalibrated_to_the_plain_mean():
     assert model.training and model[0].momentum == 0.1
 
 
+def test_a_float_run_ends_with_recalibrated_batch_norms(tmp_path):
+    model = Net()
+    model.body[1].momentum = 0.003  # as MobileNetV2's: five steps would leave them where they were
+    trainer = ReinforceTrainer(model, arguments(tmp_path, max_steps=5), search=None, train_dataset=Data())
+    trainer.train()
+    ended = model.body[1].running_mean.clone()
+    recalibrate_batch_norm(model, trainer.calibration_batches())
+    torch.testing.assert_close(ended, model.body[1].running_mean)
+
+
 def test_quality_is_a_probability():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
     expected = logits.softmax(1)[:, 0].mean()
