@@ -34,7 +34,7 @@ RUNS = {
     "resnet18": f"{DIGITS} --model resnet18 --from_scratch --max_steps 200 {SEARCH} 4,8",
     "mobilenetv2-float": f"{DIGITS} --model mobilenetv2 --from_scratch --max_steps 300 --method float",
     "mobilenetv2": (
-        f"{DIGITS} --model mobilenetv2 --load_model_path {{root}}/digits/export/mobilenetv2-float --max_steps 200 "
+        f"{DIGITS} --model mobilenetv2 --model_path {{root}}/digits/export/mobilenetv2-float/model --max_steps 200 "
         f"{SEARCH} 4,8"
     ),
     "bert-tiny": f"{SST2} --model bert-tiny --max_steps 400 --fuse_groups {SEARCH} 4,8",

@@ -99,7 +99,7 @@ def prepare_questions(data: TaskData, bundle: ModelBundle, config: Any) -> Prepa
         train,
         validation,
         PadCollator(tokenizer.pad_token_id, length),
-        example_tokens(tokenizer, (1, charged)),
+        example_tokens(tokenizer, (1, charged), train.column_names),
         judges=judges,
         notes=notes if len(train) > len(data.train) else [],
     )

@@ -78,7 +78,7 @@ def prepare_summaries(data: TaskData, bundle: ModelBundle, config: Any) -> Prepa
 
     train = encode(data.train)
     validation = {name: encode(split) for name, split in data.validation.items()}
-    example = example_tokens(tokenizer, (1, charged))
+    example = example_tokens(tokenizer, (1, charged), train.column_names)
     example["decoder_input_ids"] = torch.full((1, longest), tokenizer.pad_token_id + 1)
     writer = Writer(
         tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +112,17 @@ def text_tokenizer(data: TaskData, bundle: ModelBundle, config: Any) -> tuple[An
     return bundle.tokenizer, length, min(getattr(config, "cost_seq_len", None) or length, bundle.max_length)
 
 
-def example_tokens(tokenizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """An example input of that shape; it ends as texts do, which some classifiers read their answer from."""
+def example_tokens(tokenizer: Any, shape: tuple[int, ...], columns: Iterable[str]) -> dict[str, Tensor]:
+    """An example input of that shape for rows with these columns: a model that tells first and second text apart is
+    given both here too. It ends as texts do, which some classifiers read their answer from."""
     tokens = torch.full(shape, tokenizer.pad_token_id + 1)
     end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     if end is not None:
         tokens[..., -1] = end
-    return {"input_ids": tokens, "attention_mask": torch.ones(shape, dtype=torch.long)}
+    example = {"input_ids": tokens, "attention_mask": torch.ones(shape, dtype=torch.long)}
+    if "token_type_ids" in columns:
+        example["token_type_ids"] = torch.zeros(shape, dtype=torch.long)
+    return example
 
 
 def encoded_texts(tokenizer: Any, texts: list[str], length: int, target: bool = False) -> tuple[dict[str, Any], int]:
@@ -139,7 +144,7 @@ def prepare_text(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedDa
         notes.append(f"{encoder.truncated} of {encoder.texts} texts were cut to {length} tokens")
     collator = PadCollator(tokenizer.pad_token_id, length)
     shape = (1, data.task.candidates, charged) if data.task.candidates else (1, charged)
-    example = example_tokens(tokenizer, shape)
+    example = example_tokens(tokenizer, shape, train.column_names)
     scores = token_scores if data.kind == "lm" else None
     return PreparedData(train, validation, collator, example, notes=notes, preprocess_logits=scores)
 

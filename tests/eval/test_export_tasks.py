@@ -8,6 +8,7 @@ import transformers
 
 from eval.eval_run import run
 from eval.export import export
+from eval.export_formats import EXPORT_FORMATS
 from eval.export_run import finished_run
 from eval.flags import parse
 from eval.packed_model import load_packed
@@ -49,6 +50,7 @@ def test_scorers_of_answers_and_of_values(task, tmp_path):
     shape = (3, 2, 8) if task == "piqa" else (3, 8)
     inputs = {"input_ids": torch.arange(5, 5 + torch.Size(shape).numel()).view(shape) % 30}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["token_type_ids"] = (inputs["input_ids"] > 9).long()  # which of the two texts a token is of
     logits = load_model(folder)(**inputs).logits
     assert logits.shape == ((3, 2) if task == "piqa" else (3, 1))
     before = one.record["metrics"]["validation"]
@@ -58,6 +60,8 @@ def test_scorers_of_answers_and_of_values(task, tmp_path):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-3)  # so few steps leave correlations to chance
         assert "None" not in (tmp_path / format / "README.md").read_text()
     torch.testing.assert_close(load_packed(tmp_path / "packed")(**inputs).logits, logits, rtol=1e-5, atol=1e-6)
+    told_apart = EXPORT_FORMATS["onnx"].load(one, tmp_path / "onnx")(**inputs)["logits"]
+    torch.testing.assert_close(told_apart, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
     if task == "piqa":
         pytest.importorskip("compressed_tensors")
         with pytest.raises(UserError, match="needs a model of transformers, this run's is not one"):
