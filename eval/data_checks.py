@@ -83,7 +83,7 @@ def is_labelled(task: Task, split: Split) -> bool:
 
 def read_labels(task: Task, train: Split) -> Labels:
     """How the labels of the task are read, from its training split."""
-    if task.kind in ("lm", "qa", "summary"):
+    if not task.numbered:
         return Labels((), {})
     names = getattr(train.rows.features[task.label], "names", None)
     return labels_of(train.values(task.label), names, task.regression, in_column(train, task.label))
@@ -95,7 +95,7 @@ def check_split(task: Task, split: Split, labels: Labels) -> Split:
         check_texts(task, split)
     if task.kind == "qa":
         check_answers(task, split)
-    if task.kind in ("lm", "qa", "summary"):
+    if not task.numbered:
         return split
     place = in_column(split, task.label)
     numbers: list[int | float] = []

@@ -48,6 +48,11 @@ class Task:
     augmented: bool = True
     """whether training images are cropped and flipped"""
 
+    @property
+    def numbered(self) -> bool:
+        """Whether the truth is a class or a value, not a text."""
+        return self.kind in ("image", "text")
+
 
 def _glue(name: str, *inputs: str, **facts: Any) -> Task:
     return Task("text", inputs, hub=("nyu-mll/glue", name), **facts)

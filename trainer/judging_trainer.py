@@ -20,7 +20,7 @@ from quant.quant_module import QuantModule
 from quant.replay import replayed
 from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
-from trainer.search import ReinforceConfig, examples_to_judge
+from trainer.search import LEAST_JUDGED, ReinforceConfig, examples_to_judge
 from trainer.sensitivity import DIVERGENCE_POWER, Sensitivity, divergence, increase, measure_sensitivity
 
 LEAST_MEASURED = 32
@@ -54,7 +54,7 @@ class JudgingTrainer(PickleFreeTrainer):
             return measure_sensitivity(*measured, self._logits, divergence, DIVERGENCE_POWER)
         return measure_sensitivity(*measured, self.plain_loss, increase)
 
-    def judging_batches(self, assignments: int, least: int = 64) -> list[Any]:
+    def judging_batches(self, assignments: int, least: int = LEAST_JUDGED) -> list[Any]:
         """Batches of `search_dataset` to judge so many assignments on; always the first of the same order."""
         count = self._judging_examples(assignments, least)
         indices = self._permutation(self.search_dataset, salt=1)[:count]
@@ -62,7 +62,7 @@ class JudgingTrainer(PickleFreeTrainer):
         size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(count / 4)))
         return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, count, size)]
 
-    def _judging_examples(self, assignments: int, least: int = 64) -> int:
+    def _judging_examples(self, assignments: int, least: int = LEAST_JUDGED) -> int:
         """Examples of `search_dataset` to judge so many assignments on."""
         wanted = self._config.sensitivity_examples or examples_to_judge(
             self._total_steps(), self._step_examples, assignments, least

@@ -27,13 +27,17 @@ PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"tunas_abs": torch.abs, "one
 """rewards that subtract cost from quality -> what they subtract for a cost so much over the target, at beta 1"""
 
 
-def examples_to_judge(steps: int, batch_size: int, assignments: int, least: int = 64) -> int:
+LEAST_JUDGED, MOST_JUDGED = 64, 512
+"""held-out examples that an assignment is judged on: fewer tell nothing, more are not worth their time"""
+
+
+def examples_to_judge(steps: int, batch_size: int, assignments: int, least: int = LEAST_JUDGED) -> int:
     """Held-out examples an assignment is judged on, so that judging all of them takes an eighth of the training.
 
-    A training step is taken as three forward passes. At least `least`, because fewer tell nothing, and at most 512.
+    A training step is taken as three forward passes. At least `least`, at most `MOST_JUDGED`.
     """
     affordable = 3 * steps * batch_size / 8 / max(assignments, 1)
-    return int(min(max(affordable, least), 512))
+    return int(min(max(affordable, least), MOST_JUDGED))
 
 
 @dataclass(frozen=True)
