@@ -25,7 +25,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from eval.flags import entry, parse, to_yaml
-from eval.limits import limits_of
+from eval.limits import LIMIT_FLAGS, limits_of
 from eval.run_config import RunConfig
 from eval.tracking import tracked
 from quant.errors import UserError
@@ -141,6 +141,7 @@ def budget(plan: Plan) -> float | None:
 
     So it does if no assignment meets the target and every limit together.
     """
+    from cost.cost import UNITS
     from policy.allocators import MAX_EXHAUSTIVE
     from policy.budget import Budget
     from policy.solve import InfeasibleError
@@ -162,8 +163,13 @@ def budget(plan: Plan) -> float | None:
         try:
             Budget.of(space, table, targets[0], limits).solve(-table)
         except InfeasibleError as error:
-            names = ", ".join(["the target", *(f"{limit.name} in {limit.unit}" for limit in limits)])
-            raise UserError(f"limits on {names}: {error}") from None
+            asked = [("--cost_target" if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
+            asked += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
+            told = (
+                f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g})"
+                for (flag, value, unit), (low, high) in zip(asked, error.ranges, strict=True)
+            )
+            raise UserError(f"no assignment meets all limits: {', '.join(told)}") from None
     return targets[-1]
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # wrong flags must not wait for torch
     from policy.budget import Limit
 
 COLUMNS = ("layer", "weight_format", "activation_format", "ms")
+LIMIT_FLAGS = {"memory": "--max_memory", "compute": "--max_compute", "latency": "--latency_target"}
+"""what is limited -> the flag that says how far"""
 
 
 def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit]:

@@ -58,8 +58,10 @@ def test_one_limit_alone_is_the_target():
 
 
 def test_limits_that_nothing_meets_are_refused_before_training(tmp_path):
-    with pytest.raises(UserError, match="limits on the target, memory in MiB, compute in GBOPs: no assignment"):
+    with pytest.raises(UserError, match="no assignment meets all limits: --target_bits") as told:
         make_plan(parse([*RUN, "--target_bits", "8", "--max_memory", "0.02", "--max_compute", "0.0001"]))
+    assert "--max_memory 0.02 MiB (reachable: 0.0" in str(told.value)
+    assert "--max_compute 0.0001 GBOPs (reachable: 0.0" in str(told.value)
 
 
 @pytest.mark.parametrize(
