@@ -32,6 +32,10 @@ RUNS = {
     "resnet20": f"{RESNET20} 4,8 --max_steps 40",
     "resnet20-mixed": f"{RESNET20} int4,e4m3,int8 --max_steps 16",
     "resnet18": f"{DIGITS} --model resnet18 --from_scratch --max_steps 200 {SEARCH} 4,8",
+    "resnet18-cifar10": (
+        "--task cifar10 --data_dir {shared}/data/cifar10 --model resnet18 --from_scratch --image_size 32 "
+        f"--train_batch_size 64 --max_steps 200 --learning_rate 1e-3 {SEARCH} 4,8"
+    ),
     "mobilenetv2-float": f"{DIGITS} --model mobilenetv2 --from_scratch --max_steps 300 --method float",
     "mobilenetv2": (
         f"{DIGITS} --model mobilenetv2 --model_path {{root}}/digits/export/mobilenetv2-float/model --max_steps 200 "

@@ -148,13 +148,18 @@ def flat(split: Split) -> Split:
 
 
 def files_of(folder: Path) -> dict[str, list[str]]:
-    """Split name -> its files, of the kind that most files of the folder are."""
+    """Split name -> its files, of the kind that most files of the folder are.
+
+    Of those called train, if there are any: a folder that also holds runs holds more of their files than of its own.
+    """
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     files = sorted(file for file in folder.rglob("*") if reader_of(file) and not ignored(file, folder))
     if not files:
         raise UserError(f"--data_dir {folder}: holds no {', '.join(READERS)} file")
-    (reader, _), *_ = Counter(map(reader_of, files)).most_common(1)
+    reader = commonest_reader(files)
+    if reader != "images" and (called_train := [file for file in files if split_name(file) == "train"]):
+        reader = commonest_reader(called_train)
     files = [file for file in files if reader_of(file) == reader]
     splits: dict[str, list[str]] = {}
     for file in files:
@@ -165,7 +170,16 @@ def files_of(folder: Path) -> dict[str, list[str]]:
     found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
     kept = {str(file.resolve()) for file in files}
     splits = {str(name): [file for file in members if file in kept] for name, members in found.items()}
-    return {name: members for name, members in splits.items() if members}
+    splits = {name: members for name, members in splits.items() if members}
+    if not splits:
+        raise UserError(f"--data_dir {folder}: no file or folder is called after a split: train, validation, test")
+    return splits
+
+
+def commonest_reader(files: Sequence[Path]) -> str:
+    """What reads most of the files."""
+    (reader, _), *_ = Counter(map(reader_of, files)).most_common(1)
+    return reader
 
 
 def split_name(file: Path) -> str:

@@ -159,7 +159,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
 
     from eval.fused_groups import fused_groups
     from eval.latency import example
-    from eval.saved_model import QUANTIZATION, build_architecture
+    from eval.saved_model import QUANTIZATION, build_architecture, name_classes
     from quant.export_compressed import check_fused, export_compressed
     from quant.migration import added
 
@@ -180,6 +180,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     plain.load_state_dict(weights)
     copy_side_files(run, folder)
     layers, weight_bytes = export_compressed(folder, plain.eval(), run.modules)
+    name_classes(folder / "config.json", plain.config)  # type: ignore[arg-type]
     file = folder / "model.safetensors"
     sizes = {"weights": weight_bytes, "rest_and_header": file.stat().st_size - weight_bytes}
     return Written(layers, sizes, weight_bytes)

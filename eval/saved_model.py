@@ -45,6 +45,7 @@ def save_model(
         owner = bundle.model.model if isinstance(bundle.model, CandidateScorer) else bundle.model
         settings.architectures = [type(owner).__name__]  # which head: nothing else says it
         settings.save_pretrained(folder)
+        name_classes(folder / "config.json", settings)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
     first = next(iter(modules.values()), None)
@@ -62,6 +63,15 @@ def save_model(
             "placement": placed_sites(bundle.model),
         },
     )
+
+
+def name_classes(path: Path, settings: PretrainedConfig) -> None:
+    """Write the names of a model's classes into its config.json, where transformers has left them out.
+
+    So it does where there are two; on loading it takes the architecture's default then, which is three for BART.
+    """
+    classes = {"id2label": settings.id2label, "label2id": settings.label2id}
+    write_json(path, classes | json.loads(path.read_text()))
 
 
 def load_model(folder: str | Path) -> nn.Module:

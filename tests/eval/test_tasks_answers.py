@@ -163,6 +163,19 @@ def test_questions_from_flags_to_record(squad, bart, tmp_path, model, flags):
     assert bool(added(loaded).shortcuts) == ("gamma" in flags)
 
 
+@pytest.mark.parametrize("flags", ["--max_steps 6 --search", f"{PTQ} --gamma_migration --observer avg_prune_minmax"])
+def test_bart_tells_classes_apart(bart, tmp_path, flags):
+    for split, count in (("train", 48), ("validation", 16)):
+        rows = [f"{NAMES[i % 2]} is here,{PLACES[i % 3]},{i % 2}" for i in range(count)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["sentence1,sentence2,label", *rows]))
+    settings = config(f"--task mrpc --data_dir {tmp_path} --model {bart} {flags}", tmp_path / "runs")
+    record = run(settings)
+    assert record["status"] == "finished" and record["metrics"]["validation"]["n"] == 16
+    assert not any(name.startswith("classification_head") for name in record["assignment"])
+    logits = load_model(settings.run_folder)(**make_plan(settings).prepared.example_inputs).logits
+    assert logits.shape == (1, 2) and logits.isfinite().all()
+
+
 @pytest.mark.parametrize("task", ["cnn_dailymail", "xsum"])
 def test_summaries_from_flags_to_record(articles, bart, tmp_path, task):
     """The search, and Outlier Suppression, of the one model that reads and writes."""

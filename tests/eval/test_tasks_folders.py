@@ -220,12 +220,17 @@ def test_missing_text_of_the_second_file_is_found_there(folder):
         ({"train.parquet": b"nonsense"}, "train.parquet"),
         ({"notes.bin": b"x"}, "holds no .csv, .tsv, .json"),
         ({"train.csv": b"text,label\na,0\nb,0\n"}, "labels are all the same: 0"),
+        (
+            {"a.csv": b"text,label\na,0\n", "b.csv": b"text,label\nb,1\n", "train/c.json": b"{}"},
+            "is called after a split",
+        ),
     ],
-    ids=["latin-1", "empty", "header only", "quote", "no train", "json", "parquet", "nothing", "one class"],
+    ids=["latin-1", "empty", "header only", "quote", "no train", "json", "parquet", "nothing", "one class", "no split"],
 )
 def test_files_that_cannot_be_used_are_named(folder, files, message):
     folder.mkdir()
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         load_task(config("sst2" if "parquet" in message else folder, data_dir=folder))
@@ -251,3 +256,13 @@ def test_what_stands_above_the_folder_does_not_hide_its_files(tmp_path):
     table(above / "test.csv", ("text", "label"), ("fine", "1"))
     for path in (above, above.parent / ".." / ".cache" / "reviews"):
         assert len(load_task(config(path)).train) == 2
+
+
+def test_runs_beside_the_data_are_not_data(folder):
+    table(folder / "train.csv", ("text", "label"), ("good film", "1"), ("bad film", "0"))
+    table(folder / "test.csv", ("text", "label"), ("fine", "1"))
+    runs = folder / "output" / "reviews" / "a"
+    runs.mkdir(parents=True)
+    for name in ("result", "assignment", "predictions"):
+        (runs / f"{name}.json").write_text("{}")
+    assert len(load_task(config(folder)).train) == 2
