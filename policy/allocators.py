@@ -6,6 +6,7 @@ one index per decision, that fits the budget.
 
 from __future__ import annotations
 
+import runpy
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -97,3 +98,7 @@ def greedy(effect: Table, budget: Budget) -> list[int]:
 def least_harm(effect: Table, budget: Budget) -> list[int]:
     """The choice whose effects add up to the least, exactly: what every additive sensitivity asks for."""
     return budget.solve(-effect)
+
+
+if __name__ == "__main__":  # `python -m policy.allocators`: what it prints needs models and data, of a package above
+    runpy.run_module("eval.sensitivity", run_name="__main__", alter_sys=True)

@@ -1,4 +1,7 @@
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -6,6 +9,7 @@ from PIL import Image
 from eval.sensitivity import main
 from quant.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 FLAGS = "--task digits --model convnet --max_train_samples 200 --search_space 2,8 --seed 0 --run_id look"
 RUN = FLAGS.split()
 
@@ -37,3 +41,11 @@ def test_a_block_is_one_line(tmp_path, capsys):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="--kinds hessian: unknown 'hessian'; choices: measured, fisher, trace"):
         main([*RUN, "--kinds", "hessian"])
+
+
+def test_the_allocators_as_a_command():
+    command = [sys.executable, "-m", "policy.allocators", *RUN, "--kinds", "hessian"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--kinds hessian: unknown 'hessian'; choices: measured, fisher, trace" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
