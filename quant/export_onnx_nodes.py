@@ -52,6 +52,7 @@ class Replacement:
         del self.graph.node[:]
         self.graph.node.extend(self.new_nodes)
         self._drop_identities()
+        self._spell_out_bounds()
         self._drop_unused()
 
     def _constant(self, name: str, value: Any) -> str:
@@ -271,6 +272,37 @@ class Replacement:
         rest = [n for n in self.graph.node if not (n.op_type == "Identity" and n.output[0] in names)]
         del self.graph.node[:]
         self.graph.node.extend(rest)
+
+    def _spell_out_bounds(self) -> None:
+        """Relu and Clip before codes of 4 bits become Max and Min.
+
+        ONNX Runtime joins either with the rounding behind it: it then loses a Relu whose zero is not the least code,
+        and does not load a Clip at all.
+        """
+        points = {
+            tensor.name: int(numpy_helper.to_array(tensor))
+            for tensor in self.graph.initializer
+            if tensor.data_type == TensorProto.UINT4 and tensor.name.endswith(".input.zero_point")
+        }
+        rounded = {
+            node.input[0]: points[node.input[2]]
+            for node in self.graph.node
+            if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in points
+        }
+        nodes: list[NodeProto] = []
+        for node in self.graph.node:
+            point = rounded.get(node.output[0])
+            if point is None or not (node.op_type == "Clip" or (node.op_type == "Relu" and point > 0)):
+                nodes.append(node)
+                continue
+            bounds = [*node.input[1:]] if node.op_type == "Clip" else [self._constant(f"{DOMAIN}.0", np.float32(0))]
+            source, ends = node.input[0], [end for end in zip(("Max", "Min"), bounds, strict=False) if end[1]]
+            for kind, bound in ends:
+                output = node.output[0] if kind == ends[-1][0] else f"{node.output[0]}/bounded"
+                nodes.append(helper.make_node(kind, [source, bound], [output], name=output))
+                source = output
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
 
     def _drop_unused(self) -> None:
         """Initializers that nothing reads any more, and the shapes noted for tensors that are gone."""

@@ -1,7 +1,7 @@
 """ONNX exports run by ONNX Runtime: the fake-quantized model's logits, types, sizes, what it computes in integers."""
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def trace_once():
 
     def cached(model, modules, inputs):
         blocks = tuple(str(m.formats[1]) for m in modules.values() if isinstance(m.formats[1], BlockFormat))
-        key = type(model), blocks
+        key = tuple(type(module) for module in model.modules()), blocks
         if key not in traces:
             traces[key] = trace(model, modules, inputs)
         return traces[key]
@@ -110,6 +110,28 @@ def test_onnx_runtime_gives_the_models_logits(pairs, tmp_path):
     proto = onnx.load(path)
     assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 21}
     assert list(layers) == list(modules)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("format", ["int8", "int4", "int3", "int16", "e4m3", "e2m1"])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 2)], ids=["relu", "relu6", "hardtanh"])
+def test_what_bounds_an_input_is_kept(activation, format, symmetric, tmp_path):
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
+    model = nn.Sequential(
+        OrderedDict(images=first, bounds=activation, second=second, mean=nn.AdaptiveAvgPool2d(1))
+    ).eval()
+    pair = tuple(map(parse_format, ("int8", format)))
+    modules = quantize_model(model, formats=set(pair), activation=QuantizerConfig(symmetric=symmetric))
+    images = 3 * torch.randn(16, 3, 8, 8)
+    calibrate(model, modules, [images])
+    set_formats(modules, dict.fromkeys(modules, pair))
+    export_onnx(tmp_path / "m.onnx", model, modules, {"input": images[:1]})
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+    with torch.no_grad():
+        expected = model(images)
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_verdicts_name_what_is_wider_and_why(tmp_path):
