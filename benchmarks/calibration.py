@@ -20,6 +20,7 @@ import torch
 from quant.convert import calibrate, quantize_model
 from quant.formats import IntFormat
 from quant.observers import OBSERVERS
+from quant.quant_utils import use_compiled
 from quant.quantizer import QuantizerConfig
 
 LENGTH, BATCH = 64, 32
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--observers", default=",".join(OBSERVERS))
     arguments = parser.parse_args()
+    use_compiled("auto")  # as a run does
     model = encoder()
     tokens = torch.randint(1000, 30000, (arguments.samples, LENGTH), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(BATCH)]

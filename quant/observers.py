@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,7 +69,7 @@ def _choose(values: Tensor, size: int) -> Tensor:
         return values
     generator = torch.Generator().manual_seed(count)
     # Permuting a large tensor's positions takes seconds; drawing from many with repetition hardly repeats.
-    if count <= 16 * size:
+    if count <= 4 * size:
         index = torch.randperm(count, generator=generator)[:size]
     else:
         index = torch.randint(count, (size,), generator=generator)
@@ -112,7 +112,7 @@ _POINTS = 2048
 """points that stand for a group's sample in the wider searches"""
 _MANY_ZERO_POINTS, _FEW_ZERO_POINTS = 256, 16
 """zero points tried: for one scale, and for each of many"""
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 Ranges = tuple[Tensor, Tensor]
@@ -227,7 +227,7 @@ def _candidates(
     return torch.where(flat, repeat[0], low), torch.where(flat, repeat[1], high)
 
 
-def _golden_section(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int = 20) -> Tensor:
+def _golden_section(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int = 12) -> Tensor:
     """Where `function` is smallest between low and high, entry by entry, if it has one minimum there."""
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_left, at_right = function(left), function(right)
@@ -349,13 +349,35 @@ def _see_sample(groups: Tensor, before: Observation | None) -> Observation:
 
 
 def averaged(see: Callable[[Tensor], Any], estimate: RangeEstimator, per_token: bool = False) -> Observer:
-    """The mean of the ranges that each batch has by itself: what was seen is a tuple with one entry a batch."""
+    """The mean of the ranges that each batch has by itself, with one scale for the whole tensor.
+
+    What was seen is a tuple with one entry a batch.
+    """
 
     def mean(seen: Any, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-        lows, highs = zip(*(estimate(batch, format, symmetric) for batch in seen), strict=True)
-        return torch.stack(lows).mean(dim=0), torch.stack(highs).mean(dim=0)
+        lows, highs = zip(*(estimate(batches, format, symmetric) for batches in _side_by_side(seen)), strict=True)
+        return torch.cat(lows).mean(dim=0, keepdim=True), torch.cat(highs).mean(dim=0, keepdim=True)
 
     return Observer(lambda groups, before: (*(before or ()), see(groups)), mean, per_token)
+
+
+def _side_by_side(batches: Sequence[Any]) -> list[Any]:
+    """Observations of as many values as groups of one, so that a search for ranges works on all of them at once."""
+    others = [batch for batch in batches if not isinstance(batch, Observation)]
+    sizes: dict[int, list[Observation]] = {}
+    for batch in batches:
+        if isinstance(batch, Observation):
+            sizes.setdefault(batch.values.shape[1], []).append(batch)
+    joined = [
+        Observation(
+            torch.cat([batch.low for batch in alike]),
+            torch.cat([batch.high for batch in alike]),
+            torch.cat([batch.values for batch in alike]),
+            alike[0].count,
+        )
+        for alike in sizes.values()
+    ]
+    return [*others, *joined]
 
 
 def percentile_observer(percentile: float) -> Observer:
