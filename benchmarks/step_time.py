@@ -206,10 +206,12 @@ def main() -> None:
         print(json.dumps(peak_memory(*arguments.peak)))
         return
     with_allocator("benchmarks.step_time")
-    methods = arguments.methods.split(",")
+    methods, models = arguments.methods.split(","), arguments.models.split(",")
+    if unknown := [name for name in models if name not in MODELS] + [name for name in methods if name not in METHODS]:
+        parser.error(f"unknown {unknown[0]}; models: {', '.join(MODELS)}; methods: {', '.join(METHODS)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, medians")
     print(f"{'model':<10} {'method':<9} {'step [ms]':>10} {'of float':>9} {'peak [MiB]':>11} {'of float':>9}")
-    for name in arguments.models.split(","):
+    for name in models:
         seconds = measure(name, arguments.rounds, methods)
         peaks = peaks_of(name, [method for method in methods if method != "compiled"])
         for method in methods:
