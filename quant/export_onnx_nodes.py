@@ -284,11 +284,10 @@ class Replacement:
             for tensor in self.graph.initializer
             if tensor.data_type == TensorProto.UINT4 and tensor.name.endswith(".input.zero_point")
         }
-        rounded = {
-            node.input[0]: points[node.input[2]]
-            for node in self.graph.node
-            if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in points
-        }
+        rounded: dict[str, int] = {}
+        for node in self.graph.node:
+            if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in points:
+                rounded[node.input[0]] = max(rounded.get(node.input[0], 0), points[node.input[2]])
         nodes: list[NodeProto] = []
         for node in self.graph.node:
             point = rounded.get(node.output[0])
