@@ -11,7 +11,6 @@ that has its record is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality import ROOT, Row, rows, run
+from benchmarks.quality import ROOT, common_flags, loss_at_the_end, rows, run, score
 from eval.flags import parse
 from trainer.search import Search
 
@@ -122,42 +121,29 @@ VARIANTS = (
 )
 
 
-def finish(variant: str, flags: list[str], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The record and the history of a run, after running it if there is no record yet."""
-    if variant in BUILT_HERE:
-        from eval.eval_run import run as run_here
+def finish(variant: str, flags: list[str], name: str) -> tuple[dict[str, Any], Path]:
+    """The record and the folder of a run, after running it if there is no record yet."""
+    if variant not in BUILT_HERE:
+        return run([*flags, *([] if variant == "default" else shlex.split(variant))], name)
+    from eval.eval_run import run as run_here
 
-        config = parse([*flags, "--run_id", name])
-        if not (config.run_folder / "result.json").exists():
-            with BUILT_HERE[variant]():
-                run_here(config)
-        flags_of_it: list[str] = []
-    else:
-        flags_of_it = [] if variant == "default" else shlex.split(variant)
-    record, folder = run([*flags, *flags_of_it], name)
-    return record, [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    config = parse([*flags, "--run_id", name])
+    if not (config.run_folder / "result.json").exists():
+        with BUILT_HERE[variant]():
+            run_here(config)
+    return run(flags, name)
 
 
-def line(variant: str, found: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
+def line(variant: str, found: list[tuple[dict[str, Any], Path]]) -> str:
     """The variant's row of the table."""
     records = [record for record, _ in found]
-    scores = [100 * next(iter(record["metrics"].values()))[records[0]["metric"]] for record in records]
-    ends = [mean(step["loss"] for step in history[-max(len(history) // 10, 1) :]) for _, history in found]
+    scores = [score(record) for record in records]
+    ends = mean(loss_at_the_end(folder) for _, folder in found)
     used = mean(record["cost"] / record["cost_target"] for record in records)
     regrets = [100 * contest["certificate"]["regret"] for record in records if (contest := record.get("contest"))]
     spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
     regret = f"{max(regrets):.2f}" if regrets else ""
-    return f"| {variant} | {mean(ends):.4f} | {regret} | {mean(scores):.2f}{spread} | {used:.2f} |"
-
-
-def flags_of(name: str, row: Row, shared: Path, output: Path) -> list[str]:
-    """What all variants share."""
-    always = f"--save_strategy no --report_to none --quiet --output_root_dir {output} --exp_name {name}"
-    flags = shlex.split(f"{row.common.format(shared=shared)} {row.budget} --search {always}")
-    if row.start is not None:
-        start = shlex.split(f"{row.start.format(shared=shared)} {always} --method float --seed 0")
-        flags += ["--load_model_path", str(run(start, "start")[1])]
-    return flags
+    return f"| {variant} | {ends:.4f} | {regret} | {mean(scores):.2f}{spread} | {used:.2f} |"
 
 
 def main() -> None:
@@ -168,9 +154,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
     arguments = parser.parse_args()
-    flags = flags_of(
-        arguments.row, rows()[arguments.row], arguments.shared.resolve(), arguments.output_root_dir.resolve()
-    )
+    shared, output = arguments.shared.resolve(), arguments.output_root_dir.resolve()
+    row = rows()[arguments.row]
+    flags = [*common_flags(arguments.row, row, shared, output), *shlex.split(row.budget), "--search", "--quiet"]
     seeds = arguments.seeds.split(",")
     print(f"{arguments.row}, seeds {' '.join(seeds)}\n")
     print("| variant | training loss at the end | worst regret [points] | accuracy [%] | share of the budget |")

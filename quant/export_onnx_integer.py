@@ -15,6 +15,8 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from quant.export_onnx_nodes import replace_nodes
+
 UINT8 = TensorProto.UINT8
 JOINING = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
 """operations that ONNX Runtime computes on 8 bits where all their inputs are"""
@@ -115,12 +117,6 @@ def pads_with_zero(graph: onnx.GraphProto, node: NodeProto) -> bool:
 def pad_with(node: NodeProto, value: str) -> None:
     """Let a Pad put the constant `value` around its input."""
     node.input[:] = [*node.input[:2], value, *node.input[3:]]
-
-
-def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
-    kept = list(nodes)
-    del graph.node[:]
-    graph.node.extend(kept)
 
 
 def tensors_to_round(graph: onnx.GraphProto) -> list[str]:

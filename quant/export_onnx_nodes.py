@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,8 +49,7 @@ class Replacement:
             source = self._weight(layer) if node.op_type == "Weight" else self._input(layer, node)
             # The name that the rest of the graph reads.
             self.new_nodes.append(helper.make_node("Identity", [source], list(node.output)))
-        del self.graph.node[:]
-        self.graph.node.extend(self.new_nodes)
+        replace_nodes(self.graph, self.new_nodes)
         self._drop_identities()
         self._spell_out_bounds()
         self._drop_unused()
@@ -247,8 +246,7 @@ class Replacement:
             node.input.append(self._constant(f"{layer.name}.bias", (bias * factor + offset).astype(np.float32)))
             node.output[0] = norm.output[0]
             gone.add(norm.output[0])
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
+        replace_nodes(self.graph, nodes)
 
     def _apart(self, conv: NodeProto, layer: OnnxLayer, bias: np.ndarray) -> NodeProto:
         """The addition that takes over a convolution's bias."""
@@ -270,8 +268,7 @@ class Replacement:
                     source = names[source]
                 node.input[place] = source
         rest = [n for n in self.graph.node if not (n.op_type == "Identity" and n.output[0] in names)]
-        del self.graph.node[:]
-        self.graph.node.extend(rest)
+        replace_nodes(self.graph, rest)
 
     def _spell_out_bounds(self) -> None:
         """Relu and Clip before codes of 4 bits become Max and Min.
@@ -300,8 +297,7 @@ class Replacement:
                 output = node.output[0] if kind == ends[-1][0] else f"{node.output[0]}/bounded"
                 nodes.append(helper.make_node(kind, [source, bound], [output], name=output))
                 source = output
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
+        replace_nodes(self.graph, nodes)
 
     def _drop_unused(self) -> None:
         """Initializers that nothing reads any more, and the shapes noted for tensors that are gone."""
@@ -312,6 +308,13 @@ class Replacement:
         del self.graph.value_info[:]
         for part in (self.proto, self.graph, *self.graph.node, *self.graph.input, *self.graph.output):
             del part.metadata_props[:]  # where in the source each node came from: as large as the weights
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """The graph's nodes are `nodes`, which may be its own."""
+    kept = list(nodes)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def layer_of(node: NodeProto) -> str:

@@ -363,12 +363,12 @@ def averaged(see: Callable[[Tensor], Any], estimate: RangeEstimator, per_token: 
 
 def _side_by_side(batches: Sequence[Any]) -> list[Any]:
     """Observations of as many values as groups of one, so that a search for ranges works on all of them at once."""
-    others = [batch for batch in batches if not isinstance(batch, Observation)]
+    if not isinstance(batches[0], Observation):
+        return list(batches)
     sizes: dict[int, list[Observation]] = {}
     for batch in batches:
-        if isinstance(batch, Observation):
-            sizes.setdefault(batch.values.shape[1], []).append(batch)
-    joined = [
+        sizes.setdefault(batch.values.shape[1], []).append(batch)
+    return [
         Observation(
             torch.cat([batch.low for batch in alike]),
             torch.cat([batch.high for batch in alike]),
@@ -377,7 +377,6 @@ def _side_by_side(batches: Sequence[Any]) -> list[Any]:
         )
         for alike in sizes.values()
     ]
-    return [*others, *joined]
 
 
 def percentile_observer(percentile: float) -> Observer:
