@@ -38,15 +38,12 @@ def start_entropy(share: float) -> Iterator[None]:
 
 
 @contextmanager
-def sampled_cost() -> Iterator[None]:
-    """The policy learns of cost from each draw, as it does of quality, and not from its expectation."""
-    plain = Search.__post_init__
+def changed(**settings: Any) -> Iterator[None]:
+    """Settings of the search that have no flag."""
+    from eval import eval_run
 
-    def made(self: Search) -> None:
-        self.config = replace(self.config, cost_gradient="sampled")
-        plain(self)
-
-    with patch.object(Search, "__post_init__", made):
+    plain = eval_run.search_settings
+    with patch.object(eval_run, "search_settings", lambda config: replace(plain(config), **settings)):
         yield
 
 
@@ -99,7 +96,8 @@ def layer_credit() -> Iterator[None]:
 
 
 BUILT_HERE: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "sampled cost": sampled_cost,
+    "sampled cost": lambda: changed(cost_gradient="sampled"),
+    "rewards on whole batches": lambda: changed(reward_share=1.0),
     "start entropy 0.05": lambda: start_entropy(0.05),
     "start entropy 0.5": lambda: start_entropy(0.5),
     "sandwich": sandwich,

@@ -3,7 +3,8 @@
     python -m benchmarks.step_time [--models resnet20,resnet18,bert6x384,gpt2] [--rounds 15] [--methods float,search]
 
 A search step is its training part: draw an assignment, switch the formats, forward, backward, optimizer step. `reward`
-is the whole of it: besides, a forward pass without gradients on a held-out batch of the same size, and a policy step.
+is the whole of it, as a search does it by default: besides, two draws, each a forward pass without gradients on a
+quarter of a batch, and a policy step.
 `compiled` is the float model under torch.compile. The methods take turns, step by step, so that a drift of the
 machine's speed meets all of them; the ratios are medians over rounds. Peak memory is a process of its own for each
 method: the most that was resident, less what was before training.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import resource
 import statistics
@@ -30,13 +32,15 @@ from benchmarks.timing import ALLOCATOR, ratio, take_turns, with_allocator
 from eval.vision_nets import CifarResNet, ImageClassifier
 from policy.reinforce import Reinforce
 from policy.simple_policy import SimplePolicy
-from quant.convert import calibrate, quantize_model, set_formats
+from quant.convert import calibrate, quantize_model, set_formats, weights_kept
 from quant.formats import IntFormat
 from quant.quant_utils import use_compiled
+from trainer.search import ReinforceConfig
 
 METHODS = ("float", "compiled", "uniform", "search", "reward")
 MODELS = ("resnet20", "resnet18", "bert6x384", "gpt2")
 FORMATS = (IntFormat(2), IntFormat(4), IntFormat(8))
+REWARD_DRAWS, REWARD_SHARE = ReinforceConfig.reward_draws, ReinforceConfig.reward_share
 
 
 def model_and_batch(name: str, shrunk: int = 1) -> tuple[Any, dict[str, Any], Any]:
@@ -95,9 +99,8 @@ def make_step(
     optimizer = make_optimizer(model.parameters())
     run = torch.compile(model) if method == "compiled" else model
     policy = SimplePolicy(max(len(modules), 1), len(FORMATS))
-    learner = Reinforce(
-        policy, learning_rate=0.01, schedule="constant", max_entropy_beta=0.0, total_steps=1, baseline="ema"
-    )
+    learner = Reinforce(policy, learning_rate=0.01, schedule="constant", max_entropy_beta=0.0, total_steps=1)
+    held_out = {key: value[: math.ceil(REWARD_SHARE * len(value))] for key, value in batch.items()}
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:
@@ -106,9 +109,14 @@ def make_step(
         set_formats(modules, {name: (f, f) for name, f in zip(modules, drawn, strict=True)})
         return choice
 
-    def loss() -> torch.Tensor:
+    def loss(inputs: dict[str, torch.Tensor] = batch) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            return run(**batch)["loss"]
+            return run(**inputs)["loss"]
+
+    def reward() -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one draw: its choice, and its quality, 0-d."""
+        choice = draw()
+        return choice, torch.exp(-loss(held_out).float()).double().cpu()
 
     def step() -> None:
         if searches:
@@ -117,12 +125,11 @@ def make_step(
         optimizer.step()
         optimizer.zero_grad()
         if method == "reward":
-            choice = draw()
             model.eval()
-            with torch.inference_mode():
-                quality = torch.exp(-loss().float())
+            with torch.inference_mode(), weights_kept(modules):
+                choices, qualities = zip(*(reward() for _ in range(REWARD_DRAWS)), strict=True)
             model.train()
-            learner.step(choice[None], quality.double().view(1).cpu(), 0)
+            learner.step(torch.stack(choices), torch.stack(qualities), 0)
 
     return step
 

@@ -90,7 +90,8 @@ def _passes(plan: Plan, steps: int) -> float:
     if config.contest:
         targets = max(1, len(run.target_list))
         judged += targets * (neighbours + JUDGED_BESIDE) * examples_to_judge(steps, batch, neighbours)
-    return config.reward_draws * (phases.settle - phases.delay) + REPLAYED_SHARE * judged / batch
+    rewards = config.reward_draws * config.reward_share * (phases.settle - phases.delay)
+    return rewards + REPLAYED_SHARE * judged / batch
 
 
 def _steps(plan: Plan) -> int:

@@ -101,7 +101,7 @@ class JudgingTrainer(PickleFreeTrainer):
     @torch.inference_mode()
     def qualities(self, choices: Tensor, step: int) -> list[float]:
         """Quality in (0, 1] of each choice, on one held-out batch that depends on seed and step alone, in eval mode."""
-        size = self._config.search_batch_size or self._global_batch_size
+        size = math.ceil(self._config.reward_share * self._global_batch_size)
         indices = own_share(self._permutation(self.search_dataset, salt=2 + step)[:size])
         batch = self._batch(self.search_dataset, indices)
         training = self.model.training

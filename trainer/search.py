@@ -61,8 +61,8 @@ class ReinforceConfig:
     reward_quality: Literal["likelihood", "accuracy"] = "likelihood"
     reward_draws: int = 2
     """assignments drawn and rewarded a step, on the same held-out batch; one needs the 'ema' baseline"""
-    search_batch_size: int | None = None
-    """held-out examples a reward is measured on; None: the training batch size"""
+    reward_share: float = 0.25
+    """held-out examples that each draw is rewarded on, as a share of the training batch"""
     rl_learning_rate: float = 0.01
     max_entropy_beta: float = 0.0
     entropy_schedule_type: EntropySchedule = "cosine"
@@ -89,6 +89,8 @@ class ReinforceConfig:
             raise ValueError(f"settle_fraction must lie in [0, 1), got {self.settle_fraction}")
         if self.reward_draws < 1:
             raise ValueError(f"reward_draws must be at least 1, got {self.reward_draws}")
+        if not 0 < self.reward_share <= 1:
+            raise ValueError(f"reward_share must lie in (0, 1], got {self.reward_share}")
 
     @classmethod
     def fliqs(cls, **changes: Any) -> ReinforceConfig:
@@ -97,6 +99,7 @@ class ReinforceConfig:
             **{
                 "policy_prior": "none",
                 "reward_draws": 1,
+                "reward_share": 1.0,
                 "settle_fraction": 0.0,
                 "contest": False,
                 "cost_gradient": "sampled",

@@ -113,6 +113,17 @@ def test_fifty_assignments_make_no_new_graphs(granularity):
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("share", "examples"), [(0.25, 2), (0.3, 3), (1.0, 8)])
+def test_draws_are_rewarded_on_a_share_of_a_training_batch(tmp_path, monkeypatch, share, examples):
+    config = ReinforceConfig(target_bits=4.5, calibration_batches=2, sensitivity_examples=8, reward_share=share)
+    trainer = make(tmp_path, config)
+    trainer.prepare()
+    seen = []
+    monkeypatch.setattr(trainer, "_batch", lambda data, rows: seen.append(len(rows)) or batch())
+    trainer.qualities(torch.zeros(2, trainer.space.num_decisions, dtype=torch.long), step=3)
+    assert seen == [examples]
+
+
 def test_rewards_are_those_of_a_pass_without_inference_mode_and_training_goes_on(tmp_path):
     trainer = make(tmp_path)
     trainer.prepare()
