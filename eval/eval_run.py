@@ -97,6 +97,8 @@ def make_plan(config: RunConfig) -> Plan:
         bundle.model.to(memory_format=torch.channels_last)  # convolutions pass it on to what they compute
     if config.load_model_path is not None:
         start_from(bundle, Path(config.load_model_path))
+    if not bundle.trained:
+        _refuse_untrained(config)
     prepared = prepare(data, bundle, config)
     layers = searched_layers(bundle.model, data.kind, config)
     profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
@@ -105,6 +107,17 @@ def make_plan(config: RunConfig) -> Plan:
         plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
     budget(plan)
     return plan
+
+
+def _refuse_untrained(config: RunConfig) -> None:
+    """UserError for what only makes sense with a trained model: all of its weights, the head's included."""
+    reasons = {"max_drop": "counts from what the float model scores", "distill": "has the float model teach"}
+    for flag, why in reasons.items():
+        if value := getattr(config, flag):
+            raise UserError(
+                f"--{flag} {value:g}: {why}, and this one's weights are not all trained: train it with --method float, "
+                "then start from it with --load_model_path RUN"
+            )
 
 
 def start_from(bundle: ModelBundle, path: Path) -> None:
@@ -128,12 +141,6 @@ def start_from(bundle: ModelBundle, path: Path) -> None:
     # Weights now come from the file; what the builder had to say of its own is no longer true.
     bundle.notes = copy_tensors(bundle.model, tensors, str(file))
     bundle.trained = not bundle.notes
-
-
-def preflight(config: RunConfig) -> None:
-    """What a launcher checks before it starts anything: only a target in MiB or GBOPs needs the model itself."""
-    if config.cost_target is not None or config.max_latency is not None:
-        make_plan(config)
 
 
 def budget(plan: Plan) -> float | None:

@@ -197,6 +197,12 @@ def test_the_cheapest_within_a_drop_needs_no_budget(tmp_path):
         config(tmp_path, "--search --max_drop 0.1 --target_bits 5")
 
 
+@pytest.mark.parametrize("flag", ["--max_drop 0.1", "--distill 0.5 --target_bits 4"])
+def test_what_counts_from_the_float_model_needs_a_trained_one(tmp_path, flag):
+    with pytest.raises(UserError, match=f"{flag.split(' --')[0]}.*weights are not all trained.*--load_model_path"):
+        make_plan(config(tmp_path, f"--search {flag}"))
+
+
 def test_the_chosen_assignment_is_trained_once_more_alone(tmp_path):
     settings = config(tmp_path, f"{SEARCH} --verify_retrain")
     record = run(settings)
