@@ -31,10 +31,10 @@ from quant.layout import Layout, layout_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No contraction to fused multiply-adds: they would round otherwise than the eager kernels. No -ffast-math for the same.
-_FOR_ALL = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-# Where there are vectors of 512 bits: stores of whole cache lines need not read them first (benchmarks/SPEED.md).
-_FOR_X86 = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-FLAGS = (*_FOR_ALL, *_FOR_X86)
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+if platform.machine() in ("x86_64", "AMD64"):
+    # Where there are vectors of 512 bits: stores of whole cache lines need not read them first (benchmarks/SPEED.md).
+    FLAGS.append("-mprefer-vector-width=512")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PLAIN = {Tensor, nn.Parameter}
 
