@@ -16,6 +16,7 @@ import math
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.flag_checks import gpu_count
 from eval.flags import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,21 +49,19 @@ class Row:
     """name -> flags of further searches"""
 
 
-SLOW, FAST = 0.001, 0.01
-"""Step sizes, with momentum 0.9. At 3 bits the slow one leaves the training loss twice as high as the fast one."""
-RESNET20 = {
-    rate: "--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 "
-    "--model_path {shared}/models/resnet20-cifar10 "
-    f"--max_steps 200 --train_batch_size 128 --eval_batch_size 128 --optimizer sgd --learning_rate {rate}"
-    for rate in (SLOW, FAST)
-}
+RESNET20 = (
+    "--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 --model_path {shared}/models/resnet20-cifar10 "
+    "--max_steps 200 --train_batch_size 128 --eval_batch_size 128 --optimizer sgd --learning_rate 0.01"
+)
+"""The step, with momentum 0.9: at 3 bits a tenth of it leaves the training loss twice as high."""
 ENCODER = (
     "--task {task} --model bert --model_path {encoder} --data_dir {{shared}}/data/glue/{task} --train_batch_size 32 "
     "--eval_batch_size 64 --max_length 64"
 )
 TEXT_STEPS = "--max_steps 100 --learning_rate 5e-5"
 DIGITS = "--task digits --model convnet --train_batch_size 64 --eval_batch_size 360"
-TEXT_COMPETITORS = ("measured", "fisher", "hawq_v2")
+TEXT_COMPETITORS = CHEAP if gpu_count() else ("measured", "fisher", "hawq_v2")
+"""Without a GPU a step of the text rows takes about a second."""
 
 
 def encoder(task: str) -> str:
@@ -89,40 +89,14 @@ def rows() -> dict[str, Row]:
         )
         for task, steps in (("sst2", 150), ("mrpc", 230))
     }
+    compute, memory = f"{RESNET20} --cost_type compute", f"{RESNET20} --cost_type memory"
     return {
-        "resnet20-4.1": Row(
-            f"{RESNET20[SLOW]} --cost_type compute", "--search_space 2,4,8 --target_bits 4.09", ("int4",), CHEAP
-        ),
-        "resnet20-4.1-wide": Row(
-            f"{RESNET20[FAST]} --cost_type compute",
-            "--search_space 2,3,4,5,6,8 --target_bits 4.09",
-            ("int4",),
-            ("measured", "fisher", "hawq_v2"),
-        ),
-        "resnet20-3.5": Row(
-            f"{RESNET20[FAST]} --cost_type compute",
-            "--search_space 2,3,4,6,8 --target_bits 3.5",
-            ("int4",),
-            ("measured",),
-        ),
-        "resnet20-3": Row(
-            f"{RESNET20[FAST]} --cost_type compute",
-            "--search_space 2,3,4,6,8 --target_bits 3",
-            ("int3",),
-            ("measured", "fisher", "hawq_v2"),
-        ),
-        "resnet20-fp": Row(
-            f"{RESNET20[FAST]} --cost_type compute",
-            "--search_space e2m1,e4m3 --target_bits 4.3",
-            ("e2m1",),
-            ("measured", "fisher"),
-        ),
-        "resnet20-mixed": Row(
-            f"{RESNET20[FAST]} --cost_type memory",
-            "--search_space int4,e2m1,int8,e4m3 --target_bits 4.3",
-            ("int4", "e2m1"),
-            ("measured", "fisher"),
-        ),
+        "resnet20-4.1": Row(compute, "--search_space 2,4,8 --target_bits 4.09", ("int4",)),
+        "resnet20-4.1-wide": Row(compute, "--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
+        "resnet20-3.5": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3.5", ("int4",)),
+        "resnet20-3": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3", ("int3",)),
+        "resnet20-fp": Row(compute, "--search_space e2m1,e4m3 --target_bits 4.3", ("e2m1",)),
+        "resnet20-mixed": Row(memory, "--search_space int4,e2m1,int8,e4m3 --target_bits 4.3", ("int4", "e2m1")),
         **{
             name: Row(
                 f"{DIGITS} --max_steps 300 --learning_rate 1e-3 --cost_type compute",
@@ -188,17 +162,25 @@ def methods_of(row: Row) -> dict[str, str]:
     return {**named, "search, then retrained": f"{named['search']} --verify_retrain", **(row.searches or {})}
 
 
-def table(name: str, row: Row, shared: Path, output: Path, seeds: list[int], only: set[str] | None) -> list[str]:
-    """The row's lines of Markdown, after running what is missing."""
+Runs = dict[str, list[tuple[dict[str, Any], Path]]]
+"""method -> the record and the folder of each seed's run"""
+
+
+def runs_of(name: str, row: Row, shared: Path, output: Path, seeds: list[int], only: set[str] | None) -> Runs:
+    """The row's runs by method, after running what is missing."""
     common = common_flags(name, row, shared, output)
-    found: dict[str, list[tuple[dict[str, Any], Path]]] = {}
+    found: Runs = {}
     for method, own in methods_of(row).items():
         if only is None or method in only:
             slug = method.replace(" ", "-").replace(",", "-")
             # A float run without a step is the same for every seed.
             chosen = seeds[:1] if method == "float" else seeds
             found[method] = [run([*common, *shlex.split(own), "--seed", str(s)], f"{slug}-s{s}") for s in chosen]
-    searched = [right(folder) for _, folder in found["search"]] if "search" in found else None
+    return found
+
+
+def table(name: str, row: Row, found: Runs, seeds: list[int]) -> list[str]:
+    """The row's lines of Markdown."""
     lines = [
         f"\n**{name}**: `{row.budget}`; all runs: `{row.common.format(shared='../shared')}`\n",
         f"| method | cost | seeds {' / '.join(map(str, seeds))} [%] | mean [%] | search - method [points] "
@@ -210,7 +192,7 @@ def table(name: str, row: Row, shared: Path, output: Path, seeds: list[int], onl
         first = records[0]
         values = [score(record) for record in records]
         cost = f"{mean(record['cost'] for record in records):.4g} {first['cost_unit']}"
-        ahead = "" if searched is None or method == "search" else difference(searched, [right(f) for _, f in runs])
+        ahead = "" if "search" not in found or method == "search" else interval([[gaps(found, method)]])
         seconds = f"{mean(record['wall_seconds'] for record in records):.0f}"
         shown = " / ".join(f"{value:.2f}" for value in values)
         losses = " / ".join(f"{score(record, metric='loss'):.4f}" for record in records)
@@ -220,11 +202,39 @@ def table(name: str, row: Row, shared: Path, output: Path, seeds: list[int], onl
     return lines + evidence([record for record, _ in judged])
 
 
-def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> str:
-    """Mean difference in points with its 95 % confidence interval, paired by validation example, seeds averaged."""
-    gaps = 100 * (np.mean(ours, axis=0) - np.mean(theirs, axis=0))
-    half = 1.96 * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    return f"{gaps.mean():+.2f} [{gaps.mean() - half:+.2f}, {gaps.mean() + half:+.2f}]"
+def gaps(found: Runs, method: str) -> np.ndarray:
+    """Points by which the search is ahead of a method on each validation example, seeds averaged, (examples,)."""
+    ours, theirs = (np.mean([right(folder) for _, folder in found[name]], axis=0) for name in ("search", method))
+    return 100 * (ours - theirs)
+
+
+def interval(tasks: Sequence[Sequence[np.ndarray]]) -> str:
+    """Mean over rows of the mean gap in points, with its 95 % confidence interval, paired by validation example.
+
+    Args:
+        tasks: for each task, the gaps (examples,) of each of its rows, which share these examples.
+    """
+    rows = sum(len(own) for own in tasks)
+    middle = sum(gap.mean() for own in tasks for gap in own) / rows
+    variance = sum(np.sum(own, axis=0).var(ddof=1) / len(own[0]) for own in tasks) / rows**2
+    half = 1.96 * math.sqrt(variance)
+    return f"{middle:+.2f} [{middle - half:+.2f}, {middle + half:+.2f}]"
+
+
+def summary(found: Mapping[str, Runs]) -> list[str]:
+    """The lines that compare the search with each method over all rows that have both."""
+    lines = ["\n| method | rows | search - method, mean of the rows [points] | rows ahead | rows behind |", "|---|" * 5]
+    searched = {row: runs for row, runs in found.items() if "search" in runs}
+    for method in dict.fromkeys(method for runs in searched.values() for method in runs):
+        apart: dict[str, list[np.ndarray]] = {}
+        for runs in searched.values():
+            if method != "search" and method in runs:
+                apart.setdefault(runs["search"][0][0]["task"], []).append(gaps(runs, method))
+        means = [gap.mean() for own in apart.values() for gap in own]
+        if means:
+            ahead, behind = sum(m > 0 for m in means), sum(m < 0 for m in means)
+            lines.append(f"| {method} | {len(means)} | {interval(list(apart.values()))} | {ahead} | {behind} |")
+    return lines if len(lines) > 2 else []
 
 
 def evidence(records: list[dict[str, Any]]) -> list[str]:
@@ -255,11 +265,13 @@ def main() -> None:
     output = arguments.output_root_dir.resolve()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     only = None if arguments.methods is None else set(arguments.methods.split(";"))
-    for name in arguments.rows.split(","):
-        if name not in rows():
-            parser.error(f"unknown row {name}; choices: {', '.join(rows())}")
-        for line in table(name, rows()[name], arguments.shared.resolve(), output, seeds, only):
-            print(line, flush=True)
+    names, found = arguments.rows.split(","), {}
+    if unknown := [name for name in names if name not in rows()]:
+        parser.error(f"unknown row {unknown[0]}; choices: {', '.join(rows())}")
+    for name in names:
+        found[name] = runs_of(name, rows()[name], arguments.shared.resolve(), output, seeds, only)
+        print("\n".join(table(name, rows()[name], found[name], seeds)), flush=True)
+    print("\n".join(summary(found)))
     print(f"\n{date.today()}")
 
 

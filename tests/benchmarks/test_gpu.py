@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import step_time
+from trainer.search import ReinforceConfig
+
 ROOT = Path(__file__).parents[2]
 ABSENT = (
     "ray", "datasets", "scipy", "sklearn", "pandas", "omegaconf", "optuna", "matplotlib", "accelerate", "tensorboard",
@@ -45,3 +48,8 @@ def test_without_a_gpu_and_without_other_packages_a_small_version_says_so():
     assert lines[0].startswith("NO GPU HERE")
     assert sum(line.startswith("resnet50") for line in lines) == 4
     assert {"per tensor", "per channel", "per token", "mxfp4", "nvfp4"} <= {line[2:14].strip() for line in lines}
+
+
+def test_a_whole_step_is_rewarded_as_the_searchs_own():
+    assert ReinforceConfig.reward_draws == step_time.REWARD_DRAWS
+    assert ReinforceConfig.reward_share == step_time.REWARD_SHARE

@@ -79,7 +79,8 @@ def settings(family, folder, words, more=""):
         "lm": ["--task", "lm", "--data_dir", str(words / "lm"), "--max_length", "32"],
         "digits": ["--task", "digits", "--image_size", "75" if family == "inception" else "32"],
     }[task]
-    flags += ["--quantizer", "fixed"] if family == "inception" else []  # 94 layers take their time to calibrate
+    if family == "inception":  # 94 layers take their time to calibrate, and their neighbours to compare
+        flags += ["--quantizer", "fixed", "--recipe", "fliqs"]
     return parse([*flags, *f"{SEARCH} {more}".split(), "--output_root_dir", str(folder / "output")])
 
 
