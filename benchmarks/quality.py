@@ -223,18 +223,29 @@ def interval(tasks: Sequence[Sequence[np.ndarray]]) -> str:
 
 def summary(found: Mapping[str, Runs]) -> list[str]:
     """The lines that compare the search with each method over all rows that have both."""
-    lines = ["\n| method | rows | search - method, mean of the rows [points] | rows ahead | rows behind |", "|---|" * 5]
-    searched = {row: runs for row, runs in found.items() if "search" in runs}
-    for method in dict.fromkeys(method for runs in searched.values() for method in runs):
-        apart: dict[str, list[np.ndarray]] = {}
-        for runs in searched.values():
-            if method != "search" and method in runs:
-                apart.setdefault(runs["search"][0][0]["task"], []).append(gaps(runs, method))
-        means = [gap.mean() for own in apart.values() for gap in own]
-        if means:
-            ahead, behind = sum(m > 0 for m in means), sum(m < 0 for m in means)
-            lines.append(f"| {method} | {len(means)} | {interval(list(apart.values()))} | {ahead} | {behind} |")
-    return lines if len(lines) > 2 else []
+    lines = [
+        "\n| method | rows | search - method, mean of the rows [points] | rows ahead | rows behind "
+        "| validation loss, search - method | rows with less |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    searched = [runs for runs in found.values() if "search" in runs]
+    for method in dict.fromkeys(method for runs in searched for method in runs if method != "search"):
+        both = [runs for runs in searched if method in runs]
+        tasks: dict[str, list[np.ndarray]] = {}
+        for runs in both:
+            tasks.setdefault(runs["search"][0][0]["task"], []).append(gaps(runs, method))
+        means = [gap.mean() for own in tasks.values() for gap in own]
+        losses = [loss(runs["search"]) - loss(runs[method]) for runs in both]
+        lines.append(
+            f"| {method} | {len(both)} | {interval(list(tasks.values()))} | {sum(m > 0 for m in means)} "
+            f"| {sum(m < 0 for m in means)} | {mean(losses):+.4f} | {sum(gap < 0 for gap in losses)} |"
+        )
+    return lines if searched else []
+
+
+def loss(runs: list[tuple[dict[str, Any], Path]]) -> float:
+    """Validation loss, the mean of the seeds."""
+    return mean(score(record, metric="loss") for record, _ in runs)
 
 
 def evidence(records: list[dict[str, Any]]) -> list[str]:
