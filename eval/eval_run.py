@@ -12,12 +12,13 @@ if __name__ == "__main__":  # started as a script, its own folder is on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import copy
+import json
 import logging
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -158,9 +159,11 @@ def budget(plan: Plan) -> float | None:
     if config.cost_target is None and config.target_bits is None:
         return None
     cost_type: Any = config.cost_type
-    space, limits = search_space(plan), limits_of(config, plan.profiles)
+    space, limits, own = search_space(plan), limits_of(config, plan.profiles), (cost_type, config.cost_target)
+    # Without a target, a limit on the run's own cost has become it.
+    flag = next((LIMIT_FLAGS[one.name] for one in limits if (one.name, one.value) == own), "--cost_target")
     targets = [
-        resolve_target(space, plan.profiles, cost_type, config.cost_target, bits)
+        resolve_target(space, plan.profiles, cost_type, config.cost_target, bits, flag)
         for bits in config.target_list or (None,)
     ]
     if config.method == "exhaustive" and (size := space.num_choices**space.num_decisions) > MAX_EXHAUSTIVE:
@@ -170,13 +173,13 @@ def budget(plan: Plan) -> float | None:
         try:
             Budget.of(space, table, targets[0], limits).solve(-table)
         except InfeasibleError as error:
-            asked = [("--cost_target" if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
+            asked = [(flag if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
             asked += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
-            told = (
-                f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g})"
+            told = [
+                f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g}{', not even alone' * (value < low)})"
                 for (flag, value, unit), (low, high) in zip(asked, error.ranges, strict=True)
-            )
-            raise UserError(f"no assignment meets all limits: {', '.join(told)}") from None
+            ]
+            raise UserError(f"no assignment meets all limits: {', '.join(dict.fromkeys(told))}") from None
     return targets[-1]
 
 
@@ -600,11 +603,30 @@ def main(argv: list[str]) -> int:
     if record["status"] != "finished":
         print(f"failed: {record['reason']}", file=sys.stderr)
         return 1
-    for split, metrics in record["metrics"].items():
-        print(f"{split}: " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
-    target = "" if record["cost_target"] is None else f" (target {record['cost_target']:.6g})"
-    print(f"cost: {record['cost']:.6g} {record['cost_unit']}{target}\nrecord: {result}")
+    *smaller, _ = config.target_list or (None,)
+    for folder in [*(config.run_folder / f"{bits:g}b" for bits in smaller), config.run_folder]:
+        path = folder / "result.json"
+        print("\n".join([*outcome(json.loads(path.read_text())), f"record: {path}"]))
     return 0
+
+
+def outcome(record: Mapping[str, Any]) -> list[str]:
+    """What a finished run has reached, in lines: metrics, cost, and whether what was asked for was kept."""
+    lines = [
+        f"{split}: " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        for split, metrics in record["metrics"].items()
+    ]
+    contest = record.get("contest") or {}
+    found = record["cost_target"] is None or "max_drop" in contest  # then the target is what was found, not asked for
+    target = "" if found else f" (target {record['cost_target']:.6g})"
+    lines.append(f"cost: {record['cost']:.6g} {record['cost_unit']}{target}")
+    for limit in record["limits"]:
+        lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")
+    if "max_drop" in contest:
+        kept = "within" if contest["within_drop"] else "NOT within"
+        quality, of_float, drop = contest["held_out_quality"], contest["float_quality"], contest["max_drop"]
+        lines.append(f"held-out quality: {quality:.5f} when chosen, float {of_float:.5f}: {kept} {drop:g}")
+    return lines
 
 
 if __name__ == "__main__":

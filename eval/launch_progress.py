@@ -17,7 +17,7 @@ from rich.table import Table
 
 from eval.launch_facts import Facts
 from eval.launch_grid import Progress
-from eval.report_records import Excluded, read_run
+from eval.report_records import Excluded, Run, read_run
 from eval.run_config import COST_UNITS, RunConfig
 
 PLAIN_SECONDS = 2.0
@@ -218,16 +218,25 @@ def result_table(runs: Sequence[Progress], died: Mapping[str, str]) -> Table:
         if known.run is None:
             table.add_row(name, died.get(name) or known.reason or "not started")
             continue
-        record = known.run.record
-        target = record["cost_target"]
-        table.add_row(
-            name,
-            f"{record['metric']} {known.run.quality:.4f}",
-            f"{number(record['cost'])} {record['cost_unit']}",
-            "" if target is None else f"{number(target)} {record['cost_unit']}",
-            duration(record["wall_seconds"]),
-        )
+        *smaller, _ = known.config.target_list or (None,)
+        for bits in smaller:  # of one run for several budgets
+            part = read_run(known.config.run_folder / f"{bits:g}b")
+            table.add_row(f"{name}/{bits:g}b", *([part.reason] if isinstance(part, Excluded) else _result(part)))
+        table.add_row(name, *_result(known.run))
     return table
+
+
+def _result(run: Run) -> list[str]:
+    """Its metric, cost, target and time."""
+    record = run.record
+    target, contest = record["cost_target"], record.get("contest") or {}
+    lost = "" if contest.get("within_drop", True) else f" (NOT within {contest['max_drop']:g} of float)"
+    return [
+        f"{record['metric']} {run.quality:.4f}{lost}",
+        f"{number(record['cost'])} {record['cost_unit']}",
+        "" if target is None else f"{number(target)} {record['cost_unit']}",
+        duration(record["wall_seconds"]),
+    ]
 
 
 def plan_table(runs: Sequence[RunConfig], facts: Mapping[str, Facts]) -> Table:

@@ -412,6 +412,18 @@ def test_the_result_table_names_every_run_once(tmp_path, fake):
     assert "not started" in text
 
 
+def test_a_run_for_several_budgets_has_a_line_for_each(tmp_path, fake):
+    (whole,) = runs_of("--search", "--target_bits", "5,6", "--max_steps", "3", "--output_root_dir", str(tmp_path))
+    fake.run(whole)
+    (whole.run_folder / "5b").mkdir()
+    record = json.loads((whole.run_folder / "result.json").read_text())
+    record |= {"cost": 0.0625, "contest": {"within_drop": False, "max_drop": 0.01}}
+    (whole.run_folder / "5b" / "result.json").write_text(json.dumps(record))
+    first, second = shown(result_table([look_up(whole)], {})).splitlines()[1:3]
+    assert first.startswith(f"{whole.run_name}/5b") and "0.0625" in first and "NOT within 0.01 of float" in first
+    assert second.startswith(f"{whole.run_name} ") and "NOT" not in second
+
+
 def test_of_tune_only_curves_stay(tmp_path):
     for name in ("tuner.pkl", "run/params.pkl", "run/events.out.tfevents.1.host", "empty/x.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.budget import Budget
+from policy.solve import Table
 
 Choice: TypeAlias = tuple[int, ...]
 Judge: TypeAlias = Callable[[Sequence[Choice]], NDArray[np.float64]]
@@ -78,6 +79,16 @@ class Contest:
         losses = self.losses([around, *(_moved(around, move) for move in moves)]).mean(1)
         return {move: float(loss - losses[0]) for move, loss in zip(moves, losses[1:], strict=True)}
 
+    def effect_table(self, around: Choice) -> tuple[Table, float]:
+        """`effects` as (decisions, choices), out of reach where none was measured; and the largest magnitude of one."""
+        effects = self.effects(around)
+        largest = max((abs(value) for value in effects.values()), default=0.0)
+        table = np.full(self.budget.tables[0].shape, 1e3 * (largest or 1.0))
+        table[np.arange(len(around)), around] = 0
+        for move, value in effects.items():
+            table[move] = value
+        return table, largest
+
     def moves(self, around: Choice) -> list[tuple[int, int]]:
         """(decision, other index) for every step to the next cheaper, the same or the next dearer cost.
 
@@ -98,12 +109,7 @@ class Contest:
         Effects add up less the more decisions change at once. So each change is charged a toll, and a ladder of tolls
         gives, solved exactly, the best choice with few changes, with more, and with any number.
         """
-        effects = self.effects(around)
-        largest = max((abs(value) for value in effects.values()), default=0.0)
-        effect = np.full(self.budget.tables[0].shape, 1e3 * (largest or 1.0))  # what was not measured is out of reach
-        effect[np.arange(len(around)), around] = 0
-        for move, value in effects.items():
-            effect[move] = value
+        effect, largest = self.effect_table(around)
         changed = np.ones_like(effect)
         changed[np.arange(len(around)), around] = 0
         tolls = [0.0, *np.geomspace(TOLLS[0], TOLLS[1], PROPOSALS - 1) * largest]

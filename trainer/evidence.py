@@ -29,9 +29,8 @@ def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) ->
     """
     budget = contest.budget
     fitting = {choice for choice in contest.seen if budget.fits(choice)} | {chosen}
-    everything = list(budget.all_fitting()) if budget.size <= MAX_EXHAUSTIVE else []
-    complete = bool(everything) and len(set(everything) - fitting) <= ALL_SHARE * affordable
-    if complete:
+    everything = all_if_affordable(contest, affordable)
+    if everything is not None:
         fitting = set(everything)
     else:
         generator = np.random.default_rng(seed)
@@ -42,12 +41,20 @@ def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) ->
     best = qualities[int(means.argmax())]
     lost = best - qualities[0]
     return {
-        "kind": "all" if complete else "sampled",
+        "kind": "sampled" if everything is None else "all",
         "among": len(fitting),
         "rank": int((means > means[0]).sum()) + 1,
         "regret": float(lost.mean()),
         "regret_error": standard_error(lost),
     }
+
+
+def all_if_affordable(contest: Contest, affordable: int) -> list[Choice] | None:
+    """Every choice within the budget, if these are few enough to be judged; else None. See `certificate`."""
+    if contest.budget.size > MAX_EXHAUSTIVE:
+        return None
+    everything = list(contest.budget.all_fitting())
+    return everything if len(set(everything) - set(contest.seen)) <= ALL_SHARE * affordable else None
 
 
 def additivity(contest: Contest, chosen: Choice, seed: int) -> dict[str, Any]:

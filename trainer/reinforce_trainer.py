@@ -27,8 +27,8 @@ from trainer import checkpoint
 from trainer.allocation import allocate, effects, propose
 from trainer.contest import ROUNDS, Contest
 from trainer.distill import Distiller
-from trainer.drop import cheapest_budget
-from trainer.evidence import additivity, certificate
+from trainer.drop import cheapest_budget, cheapest_choice, limited
+from trainer.evidence import additivity, all_if_affordable, certificate
 from trainer.history import History
 from trainer.judging_trainer import JudgingTrainer, class_logits, quality
 from trainer.phased_sampler import PhasedSampler
@@ -265,12 +265,19 @@ class ReinforceTrainer(JudgingTrainer):
         self.use(len(self.targets) - 1)
         self._flush()
 
+    @property
+    def _least_quality(self) -> float | None:
+        """What `max_drop` leaves of the float model's held-out quality; None where it was not asked for."""
+        if self._config.max_drop is None or self._float_quality is None:
+            return None
+        return self._float_quality - self._config.max_drop
+
     def _drop_of(self, quality: float) -> dict[str, Any]:
         """What the record says of `max_drop`, if it was asked for."""
-        if self._config.max_drop is None or self._float_quality is None:
+        if (floor := self._least_quality) is None:
             return {}
-        kept = quality >= self._float_quality - self._config.max_drop
-        return {"float_quality": self._float_quality, "max_drop": self._config.max_drop, "within_drop": kept}
+        told = {"float_quality": self._float_quality, "max_drop": self._config.max_drop}
+        return {**told, "within_drop": quality >= floor}
 
     def _quality_in_float(self) -> float:
         nowhere = np.zeros(self.space.num_decisions, dtype=int)
@@ -279,8 +286,8 @@ class ReinforceTrainer(JudgingTrainer):
 
     def _lower_budget(self, values: Table) -> None:
         """The least budget whose most valuable choice keeps the held-out quality within `max_drop` of float."""
-        assert self._config.max_drop is not None and self._float_quality is not None
-        floor = self._float_quality - self._config.max_drop
+        floor = self._least_quality
+        assert floor is not None
         whole = self._budget(None, self._limits)
 
         def quality_of(choice: Sequence[int]) -> float:
@@ -330,13 +337,18 @@ class ReinforceTrainer(JudgingTrainer):
         contest = Contest(self.budget, self.judge, min(max(rounds, 1), ROUNDS))
         candidates = {name: c for name, c in target.search.candidates.items() if self.budget.fits(c)}
         verdict = contest.decide({**candidates, "policy": best})
+        affordable = max(8, self._affordable_judgements(1 / 20))
+        if (floor := self._least_quality) is not None:
+            cheapest = cheapest_choice(contest, verdict.choice, floor, all_if_affordable(contest, affordable))
+            if cheapest != verdict.choice:
+                verdict = replace(verdict, choice=cheapest, origin=f"cheaper than {verdict.origin}")
+            lower = limited(self.budget, self.budget.costs(cheapest)[0])
+            target.budget = target.search.budget = contest.budget = lower
         told = verdict.describe()
         target.contest = {
             **told,
             **self._drop_of(told["held_out_quality"]),
-            "certificate": certificate(
-                contest, verdict.choice, max(8, self._affordable_judgements(1 / 20)), self.args.seed
-            ),
+            "certificate": certificate(contest, verdict.choice, affordable, self.args.seed),
             "additivity": additivity(contest, verdict.choice, self.args.seed),
         }
         return list(verdict.choice)

@@ -111,15 +111,23 @@ class ReinforceConfig:
 
 
 def resolve_target(
-    space: SearchSpace, profiles: Sequence[LayerProfile], cost_type: CostType, target: float | None, bits: float | None
+    space: SearchSpace,
+    profiles: Sequence[LayerProfile],
+    cost_type: CostType,
+    target: float | None,
+    bits: float | None,
+    flag: str = "--cost_target",
 ) -> float:
-    """The budget in MiB or GBOPs. Raises UserError, stating the feasible range, for one that no assignment meets."""
+    """The budget in MiB or GBOPs. Raises UserError, stating the feasible range, for one that no assignment meets.
+
+    flag: what the error calls `target`.
+    """
     weight_only = all(activation.name == "float" for _, activation in space.decisions[0].choices)
     resolved = uniform_cost(profiles, bits, cost_type, weight_only) if target is None else target  # type: ignore[arg-type]
     low, high = space.cost_range(profiles, cost_type)
     slack = 1e-9 * high
     if not low - slack <= resolved <= high + slack:
-        asked = f"--target_bits {bits:g} is {resolved:.6g}" if target is None else f"--cost_target {target:g}"
+        asked = f"--target_bits {bits:g} is {resolved:.6g}" if target is None else f"{flag} {target:g}"
         raise UserError(
             f"{asked} {UNITS[cost_type]}, but assignments of this search space cost {low:.6g} to {high:.6g} "
             f"{UNITS[cost_type]}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.eval_run import last_checkpoint, main, make_plan, run
+from eval.eval_run import last_checkpoint, main, make_plan, outcome, run
 from eval.flags import parse
 from eval.saved_model import load_model
 from quant.errors import UserError
@@ -193,6 +193,9 @@ def test_the_cheapest_within_a_drop_needs_no_budget(tmp_path):
         contest = record["contest"]
         assert contest["within_drop"] and contest["held_out_quality"] >= contest["float_quality"] - drop
     assert loose["cost"] < tight["cost"], "more may be lost for less cost"
+    assert outcome(tight)[-1].endswith(": within 0.02") and "target" not in outcome(tight)[1]
+    broken = tight | {"contest": tight["contest"] | {"within_drop": False}}
+    assert outcome(broken)[-1].endswith(": NOT within 0.02")
     with pytest.raises(UserError, match="the drop sets the budget"):
         config(tmp_path, "--search --max_drop 0.1 --target_bits 5")
 

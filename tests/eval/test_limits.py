@@ -11,7 +11,7 @@ from quant.formats import parse_format
 RUN = ["--task", "digits", "--model", "convnet", "--search", "--search_space", "2,4,8", "--max_train_samples", "200"]
 
 
-def test_every_limit_holds_and_is_recorded(tmp_path):
+def test_every_limit_holds_and_is_recorded(tmp_path, capsys):
     plan = make_plan(parse(RUN))
     rows = ["layer,weight_format,activation_format,ms"]
     for layer in plan.layers:
@@ -48,6 +48,7 @@ def test_every_limit_holds_and_is_recorded(tmp_path):
     latency = sum(int(pair[0].removeprefix("int")) / 10 for pair in record["assignment"].values())
     assert record["limits"][2]["value"] == pytest.approx(latency)
     assert record["cost_target"] == 0.008 and record["cost"] <= 0.008
+    assert f"compute: {record['limits'][1]['value']:.6g} GBOPs (limit 0.02)" in capsys.readouterr().out
 
 
 def test_one_limit_alone_is_the_target():
@@ -62,6 +63,15 @@ def test_limits_that_nothing_meets_are_refused_before_training(tmp_path):
         make_plan(parse([*RUN, "--target_bits", "8", "--max_memory", "0.02", "--max_compute", "0.0001"]))
     assert "--max_memory 0.02 MiB (reachable: 0.0" in str(told.value)
     assert "--max_compute 0.0001 GBOPs (reachable: 0.0" in str(told.value)
+    assert str(told.value).endswith(", not even alone)") and str(told.value).count("not even alone") == 1
+
+
+def test_a_limit_that_became_the_target_is_called_by_its_own_flag():
+    with pytest.raises(UserError, match=r"^--max_memory 0\.005 MiB, but assignments .* cost 0\.00"):
+        make_plan(parse([*RUN, "--max_memory", "0.005", "--max_compute", "0.0045"]))
+    with pytest.raises(UserError, match=r"limits: --max_memory 0\.012 MiB .*, --max_compute") as told:
+        make_plan(parse([*RUN, "--max_memory", "0.012", "--max_compute", "0.001"]))
+    assert str(told.value).count("--") == 2
 
 
 @pytest.mark.parametrize(

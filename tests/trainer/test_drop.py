@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.budget import Budget
-from trainer.drop import cheapest_budget
+from trainer.contest import Contest
+from trainer.drop import cheapest_budget, cheapest_choice
 
 COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
 WHOLE = Budget((COSTS,), (32.0,))
@@ -36,3 +37,25 @@ def test_the_cheapest_that_keeps_an_additive_quality(effect, floor):
 def test_what_already_suffices_at_the_bottom_costs_the_least():
     found = cheapest_budget(WHOLE, COSTS, lambda choice: 1.0, 0.5)
     assert found.limits == (8.0,)
+
+
+def together(choice):
+    """The last two decisions only harm where both are at their cheapest: single effects from there mislead."""
+    return 0.9 + 0.02 * sum(choice[:2]) - 0.5 * (choice[2] == 0 and choice[3] == 0)
+
+
+def contest_of(quality):
+    return Contest(WHOLE, lambda choices: np.array([[[-quality(c)] * 4, [quality(c)] * 4] for c in choices]))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["everything", "bisection"])
+@pytest.mark.parametrize("floor", [0.9, 0.93, 0.97])
+def test_slack_in_the_quality_is_spent_on_cost(floor, known):
+    """A contest's winner is the best within its budget, so it may be better, and dearer, than asked."""
+    found = cheapest_choice(contest_of(together), (2, 2, 2, 2), floor, list(WHOLE.all_fitting()) if known else None)
+    least = min(WHOLE.costs(c)[0] for c in WHOLE.all_fitting() if together(c) >= floor)
+    assert together(found) >= floor and WHOLE.costs(found)[0] == least
+
+
+def test_where_nothing_keeps_the_quality_the_choice_stays():
+    assert cheapest_choice(contest_of(together), (1, 1, 1, 1), 2.0, None) == (1, 1, 1, 1)
