@@ -27,6 +27,7 @@ import numpy as np
 
 from eval.flag_checks import gpu_count
 from eval.flags import parse
+from eval.report_paired import share_right
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAP = ("measured", "fisher", "hawq_v2", "head_tail", "random", "greedy", "qbert")
@@ -147,12 +148,6 @@ def loss_at_the_end(folder: Path) -> float:
     return mean(losses[-max(len(losses) // 10, 1) :]) if losses else math.nan
 
 
-def right(folder: Path) -> np.ndarray:
-    """Whether each validation example is answered rightly, (examples,)."""
-    answers = next(iter(json.loads((folder / "predictions.json").read_text()).values()))
-    return np.equal(answers["predicted"], answers["label"]).astype(float)
-
-
 def methods_of(row: Row) -> dict[str, str]:
     """Method as the table names it -> its flags."""
     named = {"float": "--method float --max_steps 0"}
@@ -192,7 +187,7 @@ def table(name: str, row: Row, found: Runs, seeds: list[int]) -> list[str]:
         first = records[0]
         values = [score(record) for record in records]
         cost = f"{mean(record['cost'] for record in records):.4g} {first['cost_unit']}"
-        ahead = "" if "search" not in found or method == "search" else interval([[gaps(found, method)]])
+        ahead = "" if "search" not in found or method == "search" else interval([[points_ahead(found, method)]])
         seconds = f"{mean(record['wall_seconds'] for record in records):.0f}"
         shown = " / ".join(f"{value:.2f}" for value in values)
         losses = " / ".join(f"{score(record, metric='loss'):.4f}" for record in records)
@@ -202,9 +197,10 @@ def table(name: str, row: Row, found: Runs, seeds: list[int]) -> list[str]:
     return lines + evidence([record for record, _ in judged])
 
 
-def gaps(found: Runs, method: str) -> np.ndarray:
+def points_ahead(found: Runs, method: str) -> np.ndarray:
     """Points by which the search is ahead of a method on each validation example, seeds averaged, (examples,)."""
-    ours, theirs = (np.mean([right(folder) for _, folder in found[name]], axis=0) for name in ("search", method))
+    ours, theirs = (share_right([folder for _, folder in found[name]]) for name in ("search", method))
+    assert ours is not None and theirs is not None, "every row's task has classes"
     return 100 * (ours - theirs)
 
 
@@ -233,7 +229,7 @@ def summary(found: Mapping[str, Runs]) -> list[str]:
         both = [runs for runs in searched if method in runs]
         tasks: dict[str, list[np.ndarray]] = {}
         for runs in both:
-            tasks.setdefault(runs["search"][0][0]["task"], []).append(gaps(runs, method))
+            tasks.setdefault(runs["search"][0][0]["task"], []).append(points_ahead(runs, method))
         means = [gap.mean() for own in tasks.values() for gap in own]
         losses = [loss(runs["search"]) - loss(runs[method]) for runs in both]
         lines.append(

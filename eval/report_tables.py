@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from eval.report_paired import half_width, share_right
 from eval.report_records import Group, Run, mean_sd
 from quant.formats import parse_format
 
@@ -56,7 +59,8 @@ def summary_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     floats = [group for group in groups if group.record["method"] == "float"]
     baselines = {(group.record["task"], group.record["model"]): group.quality[0] for group in floats}
     return [
-        _summary_row(group, baselines, settings) for group, settings in zip(groups, _what_differs(groups), strict=True)
+        {**_summary_row(group, baselines, settings), **against_best}
+        for group, settings, against_best in zip(groups, _what_differs(groups), _against_best(groups), strict=True)
     ]
 
 
@@ -78,6 +82,8 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
         Column("seed", _plain("seeds"), "seeds") if per_run else Column("n", _plain("n"), "n"),
         Column("time [s]", _number(rows, "seconds", metric), "seconds"),
     ]
+    if any(row["minus_best"] is not None for row in rows):
+        columns.insert(-3, Column("Δ best, 95 %", _best(rows), "minus_best"))
     if any(row["settings"] for row in rows):
         columns.append(Column("settings", _plain("settings")))
     if per_run:
@@ -207,6 +213,39 @@ def _summary_row(group: Group, baselines: Mapping[tuple[str, str], float], setti
     }
 
 
+def _against_best(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """How far each group is behind the most accurate one of its budget, paired by example; None without others."""
+    rivals: dict[tuple[Any, ...], list[int]] = {}
+    for number, group in enumerate(groups):
+        if group.record["cost_target"] is not None and group.record["metric"] == "accuracy":
+            same = tuple(group.record[key] for key in ("task", "model", "cost_type", "cost_target"))
+            rivals.setdefault(same, []).append(number)
+    found = [dict.fromkeys(("minus_best", "minus_best_half_width", "formats_of_best")) for _ in groups]
+    for numbers in rivals.values():
+        best = max(numbers, key=lambda number: groups[number].quality[0])
+        best_right = _right(groups[best])
+        apart = {
+            number: own - best_right
+            for number in numbers
+            if best_right is not None and (own := _right(groups[number])) is not None and len(own) == len(best_right)
+        }
+        for number in apart if len(apart) > 1 else ():
+            found[number] = {
+                "minus_best": float(apart[number].mean()),
+                "minus_best_half_width": half_width(apart[number]),
+                "formats_of_best": _assignments(groups[number]) == _assignments(groups[best]),
+            }
+    return found
+
+
+def _right(group: Group) -> NDArray[np.float64] | None:
+    return share_right([run.folder for run in group.runs])
+
+
+def _assignments(group: Group) -> set[str]:
+    return {json.dumps(run.record["assignment"]) for run in group.runs}
+
+
 def _what_differs(groups: Sequence[Group]) -> list[str]:
     """For each group the settings that tell it from those it shares every other column with: 'max_steps=400'."""
     alike: dict[tuple[str, ...], list[Group]] = {}
@@ -255,6 +294,20 @@ def _mean_sd(rows: Sequence[Row], key: str, unit: str, show_unit: bool) -> Calla
         digits = decimals[row[unit]]
         spread = "" if row[f"{key}_sd"] is None else f" ± {row[f'{key}_sd']:.{digits}f}"
         return f"{row[f'{key}_mean']:.{digits}f}{spread}" + (f" {row[unit]}" if show_unit else "")
+
+    return text
+
+
+def _best(rows: Sequence[Row]) -> Callable[[Row], str]:
+    digits = max(_decimals(rows, "quality_mean", "metric").values())
+
+    def text(row: Row) -> str:
+        if row["minus_best"] is None:
+            return "–"
+        if not row["minus_best"] and not row["minus_best_half_width"]:  # with its every answer, at the least
+            return "best"
+        told = f"{row['minus_best']:+.{digits}f} ± {row['minus_best_half_width']:.{digits}f}"
+        return told + (" (the same formats)" if row["formats_of_best"] else "")
 
     return text
 
