@@ -70,9 +70,9 @@ def write_packed(run: FinishedRun, folder: Path) -> Written:
     import json
 
     from eval.packed_model import PACKED
-    from eval.saved_model import QUANTIZATION
     from quant.export import packed_sizes
     from quant.export import write_packed as write
+    from trainer.quantization_file import QUANTIZATION
 
     saved = json.loads((run.folder / "model" / QUANTIZATION).read_text())
     extra = {"build": saved["build"], "num_labels": saved["num_labels"], "metrics": run.record["metrics"]}
@@ -159,9 +159,10 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
 
     from eval.fused_groups import fused_groups
     from eval.latency import example
-    from eval.saved_model import QUANTIZATION, build_architecture, name_classes
+    from eval.saved_model import build_architecture, name_classes
     from quant.export_compressed import check_fused, export_compressed
     from quant.migration import added
+    from trainer.quantization_file import QUANTIZATION
 
     if (migration := added(run.model)).shortcuts or migration.divided:
         raise UserError(

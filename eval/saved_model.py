@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
-from cost.cost import assignment_from_json, assignment_to_json
 from eval.text_nets import CandidateScorer
-from quant.convert import Assignment, quantize_model, set_formats
+from quant.convert import Assignment
 from quant.errors import UserError
-from quant.formats import FLOAT, parse_format
-from quant.migration import Migration, added, attach
-from quant.placement import attach_quantizers, placed_sites
-from quant.quantizer import QuantizerConfig
+from quant.migration import Migration, attach
 from trainer.checkpoint import load_tensors, save_tensors, write_json
+from trainer.quantization_file import QUANTIZATION, quantize_again, write_quantization
 
 if TYPE_CHECKING:
     from eval.model_bundle import ModelBundle
     from eval.run_config import RunConfig
     from quant.quant_module import QuantModule
-
-QUANTIZATION = "quantization.json"
 
 
 def save_model(
@@ -48,21 +42,8 @@ def save_model(
         name_classes(folder / "config.json", settings)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
-    first = next(iter(modules.values()), None)
-    formats = [] if first is None else [*first.weight_quantizer.grids, *first.input_quantizer.grids]
-    write_json(
-        folder / QUANTIZATION,
-        {
-            "build": {"task": config.task, "model": config.model, "image_size": bundle.image_size},
-            "num_labels": num_labels,
-            "assignment": assignment_to_json(assignment),
-            "formats": list(dict.fromkeys(formats)),
-            "weight": None if first is None else asdict(first.weight_quantizer.config),
-            "activation": None if first is None else asdict(first.input_quantizer.config),
-            "migration": asdict(added(bundle.model)),
-            "placement": placed_sites(bundle.model),
-        },
-    )
+    build = {"task": config.task, "model": config.model, "image_size": bundle.image_size}
+    write_quantization(folder, bundle.model, modules, assignment, build=build, num_labels=num_labels)
 
 
 def name_classes(path: Path, settings: PretrainedConfig) -> None:
@@ -74,42 +55,40 @@ def name_classes(path: Path, settings: PretrainedConfig) -> None:
     write_json(path, classes | json.loads(path.read_text()))
 
 
-def load_model(folder: str | Path) -> nn.Module:
+def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The model of a finished run (its folder, or the `model` folder in it), in eval mode and in its formats.
 
-    Raises UserError if the folder holds no saved model.
+    Args:
+        folder: or where a trainer's `save_model` wrote one.
+        model: a float model of the same architecture, which is quantized in place, for one that is not known by name.
+
+    Raises UserError if the folder holds no saved model, or one of an architecture that has to be given.
     """
     folder = Path(folder)
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if not (folder / QUANTIZATION).is_file():
         raise UserError(f"{folder}: holds no {QUANTIZATION}; give the folder of a finished run")
     saved = json.loads((folder / QUANTIZATION).read_text())
-    model = build_architecture(folder, saved)
-    assignment = assignment_from_json(saved["assignment"])
-    if saved["weight"] is not None:
-        modules = quantize_model(
-            model,
-            include=list(assignment),
-            formats=[parse_format(name) for name in saved["formats"]],
-            weight=QuantizerConfig(**saved["weight"]),
-            activation=QuantizerConfig(**saved["activation"]),
-        )
-        attach_quantizers(model, modules, saved.get("placement", {}))
-        used = {format for pair in assignment.values() for format in pair if format != FLOAT}
-        set_formats(modules, assignment if used else {})
+    model = float_architecture(folder, saved) if model is None else model
+    quantize_again(model, saved)
     model.load_state_dict(load_tensors(folder / "model.safetensors"))
     return model.eval()
 
 
 def build_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
-    """The float architecture that `saved` (what `save_model` noted) names, without its weights."""
-    from eval.models import build_architecture as build
-
-    names = saved.get("build", {})  # a tuner's model has none, but a config.json
-    if not names and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no config.json, and {QUANTIZATION} does not say which architecture this is")
-    task, model_name, size = (names.get(key) for key in ("task", "model", "image_size"))
-    model = build(task or "", model_name or "", saved.get("num_labels", 0), folder, size)
+    """The architecture that `saved` (what `save_model` noted) names, with what a migration added, without weights."""
+    model = float_architecture(folder, saved)
     if "migration" in saved:
         attach(model, Migration(**saved["migration"]))
     return model
+
+
+def float_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
+    """The architecture that `saved` names, without its weights. Raises UserError where it names none."""
+    from eval.models import build_architecture as build
+
+    names = saved.get("build", {})  # a trainer's model has none; one of transformers has a config.json
+    if not names and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: its architecture is not known by name; give it: load_model(folder, model)")
+    task, model_name, size = (names.get(key) for key in ("task", "model", "image_size"))
+    return build(task or "", model_name or "", saved.get("num_labels", 0), folder, size)

@@ -34,6 +34,7 @@ from trainer.judging_trainer import JudgingTrainer, class_logits, quality
 from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
 from trainer.processes import mean_over_processes, of_first_process, share_buffers
+from trainer.quantization_file import write_quantization
 from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior
@@ -519,6 +520,13 @@ class ReinforceTrainer(JudgingTrainer):
         return TrainingDiverged(f"{what} is {value} at step {step} under the assignment: {text}")
 
     # ------------------------------------------------------ checkpoints, without pickles
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model; with its ranges and formats, once these are chosen, for `eval.saved_model.load_model`."""
+        super().save_model(output_dir, _internal_call)
+        if self.assignment and self.args.should_save and not _internal_call:
+            folder = Path(output_dir or str(self.args.output_dir))
+            write_quantization(folder, self.model, self.modules, self.assignment)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._flush()

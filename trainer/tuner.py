@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,18 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from cost.cost import assignment_to_json, compute_cost, memory_cost
+from cost.cost import compute_cost, memory_cost
 from cost.profile import profile_model
 from quant.convert import calibrate, find_layers, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, Format, IntFormat
 from quant.graph import find_groups
-from quant.migration import SmoothQuantConfig, added, fold
+from quant.migration import SmoothQuantConfig, fold
 from quant.quant_module import QuantModule
 from quant.quantizer import QuantizerConfig
 from quant.token_clipping import output_loss, outputs
 from trainer import metrics, objectives
-from trainer.checkpoint import write_json
+from trainer.quantization_file import write_quantization
 from trainer.reinforce_trainer import ReinforceTrainer
 from trainer.tuning import PLAIN, RECIPES, Measured, QuantizationConfig, Recipe, Setting, Trial, check_metrics, tune
 
@@ -172,14 +171,4 @@ class NLPTrainer(Trainer):
         if self.quantized is None:
             return
         modules, assignment = self.quantized
-        first = next(iter(modules.values()))
-        write_json(
-            Path(output_dir or str(self.args.output_dir)) / "quantization.json",
-            {
-                "assignment": assignment_to_json(assignment),
-                "formats": list(dict.fromkeys([*first.weight_quantizer.grids, *first.input_quantizer.grids])),
-                "weight": asdict(first.weight_quantizer.config),
-                "activation": asdict(first.input_quantizer.config),
-                "migration": asdict(added(self.model)),
-            },
-        )
+        write_quantization(Path(output_dir or str(self.args.output_dir)), self.model, modules, assignment)

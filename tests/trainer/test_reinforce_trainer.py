@@ -8,8 +8,11 @@ from torch import nn
 from transformers import TrainingArguments
 
 from cost.cost import compute_cost
+from eval.saved_model import load_model
 from quant.convert import get_formats, quantize_model
+from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
+from quant.quant_module import QuantModule
 from trainer.recalibrate import recalibrate_batch_norm
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer, TrainingDiverged, quality
 
@@ -70,6 +73,20 @@ def make(folder, config=None, model=None, **changes):
 def outcome(trainer):
     state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     return trainer.assignment, state
+
+
+def test_a_model_of_ones_own_is_saved_and_read_back(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again = load_model(tmp_path / "saved", Net())
+    images = Data(8).images
+    with torch.no_grad():
+        assert torch.equal(again(images)["logits"], trainer.model.eval()(images)["logits"])
+    formats = {name: module.formats for name, module in again.named_modules() if isinstance(module, QuantModule)}
+    assert formats == trainer.assignment
+    with pytest.raises(UserError, match=r"load_model\(folder, model\)"):
+        load_model(tmp_path / "saved")
 
 
 def test_a_search_ends_within_its_budget_and_in_its_assignment(tmp_path):

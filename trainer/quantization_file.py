@@ -1,0 +1,57 @@
+"""quantization.json: what a saved model needs besides its tensors, to be quantized again before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cost.cost import assignment_from_json, assignment_to_json
+from quant.convert import Assignment, quantize_model, set_formats
+from quant.formats import FLOAT, parse_format
+from quant.migration import Migration, added, attach
+from quant.placement import attach_quantizers, placed_sites
+from quant.quant_module import QuantModule
+from quant.quantizer import QuantizerConfig
+from trainer.checkpoint import write_json
+
+QUANTIZATION = "quantization.json"
+
+
+def write_quantization(
+    folder: Path, model: nn.Module, modules: Mapping[str, QuantModule], assignment: Assignment, **more: Any
+) -> None:
+    """Write how the layers of `model` are quantized, and `more` that a reader wants to know, as JSON."""
+    first = next(iter(modules.values()), None)
+    formats = [] if first is None else [*first.weight_quantizer.grids, *first.input_quantizer.grids]
+    described = {
+        "assignment": assignment_to_json(assignment),
+        "formats": list(dict.fromkeys(formats)),
+        "weight": None if first is None else asdict(first.weight_quantizer.config),
+        "activation": None if first is None else asdict(first.input_quantizer.config),
+        "migration": asdict(added(model)),
+        "placement": placed_sites(model),
+    }
+    write_json(folder / QUANTIZATION, {**more, **described})
+
+
+def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
+    """Make of a float model, in place, what the tensors beside a quantization.json belong to."""
+    if "migration" in described:
+        attach(model, Migration(**described["migration"]))
+    assignment = assignment_from_json(described["assignment"])
+    if described["weight"] is None:
+        return
+    modules = quantize_model(
+        model,
+        include=list(assignment),
+        formats=[parse_format(name) for name in described["formats"]],
+        weight=QuantizerConfig(**described["weight"]),
+        activation=QuantizerConfig(**described["activation"]),
+    )
+    attach_quantizers(model, modules, described.get("placement", {}))
+    used = {format for pair in assignment.values() for format in pair if format != FLOAT}
+    set_formats(modules, assignment if used else {})
