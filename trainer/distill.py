@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from trainer.sensitivity import divergence
 
+TEMPERATURE = 4.0
+"""What logits are divided by: of what it was trained on, a teacher is so sure that nothing but the label is left at 1
+(measured in benchmarks/RESULTS.md)."""
+
 
 class Distiller:
     """Mixes the loss with the divergence from a float teacher's class probabilities (Hinton et al., arXiv 1503.02531).
@@ -25,13 +29,15 @@ class Distiller:
         self.weight = weight
 
     def loss(self, loss: Tensor, logits: Tensor, batch: Mapping[str, Any], counted: Tensor | int | None) -> Tensor:
-        """(1 - weight) x loss + weight x KL(teacher || student), from logits (examples, classes) of the same batch.
+        """(1 - weight) x loss + weight x T^2 x KL(teacher || student), from logits (examples, classes) / T.
 
-        The divergence is a mean over the batch, or over `counted` examples where the loss is: batches that are
-        accumulated then add up.
+        T is TEMPERATURE; its square keeps the gradients as large as the loss's (as in the paper). The divergence is a
+        mean over the batch, or over `counted` examples where the loss is: batches that are accumulated then add up.
         """
         with torch.no_grad():
             answer = self.teacher(**batch)
         known = answer["logits"] if isinstance(answer, Mapping) else answer.logits
-        told = divergence(known, logits).sum() / (len(logits) if counted is None else counted)
-        return (1 - self.weight) * loss + self.weight * told
+        told = divergence(known / TEMPERATURE, logits / TEMPERATURE).sum() / (
+            len(logits) if counted is None else counted
+        )
+        return (1 - self.weight) * loss + self.weight * TEMPERATURE**2 * told
