@@ -4,7 +4,7 @@
 
 A search step is its training part: draw an assignment, switch the formats, forward, backward, optimizer step. `reward`
 is the whole of it, as a search does it by default: besides, two draws, each a forward pass without gradients on a
-half of a batch, and a policy step.
+quarter of a batch, and a policy step.
 `compiled` is the float model under torch.compile. The methods take turns, step by step, so that a drift of the
 machine's speed meets all of them; the ratios are medians over rounds. Peak memory is a process of its own for each
 method: the most that was resident, less what was before training.
@@ -39,7 +39,7 @@ from quant.quant_utils import use_compiled
 METHODS = ("float", "compiled", "uniform", "search", "reward")
 MODELS = ("resnet20", "resnet18", "bert6x384", "gpt2")
 FORMATS = (IntFormat(2), IntFormat(4), IntFormat(8))
-REWARD_DRAWS, REWARD_SHARE = 2, 0.5
+REWARD_DRAWS, REWARD_SHARE = 2, 0.25
 """`ReinforceConfig`'s own, which is imported with scipy; a machine with a GPU need not have that"""
 
 

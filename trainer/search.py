@@ -61,8 +61,8 @@ class ReinforceConfig:
     reward_quality: Literal["likelihood", "accuracy"] = "likelihood"
     reward_draws: int = 2
     """assignments drawn and rewarded a step, on the same held-out batch; one needs the 'ema' baseline"""
-    reward_share: float = 0.5
-    """held-out examples that each draw is rewarded on, as a share of the training batch: two draws cost one batch"""
+    reward_share: float = 0.25
+    """held-out examples that each draw is rewarded on, as a share of the training batch"""
     rl_learning_rate: float = 0.01
     max_entropy_beta: float = 0.0
     entropy_schedule_type: EntropySchedule = "cosine"

@@ -10,10 +10,10 @@ RUN = ["--task", "digits", "--model", "convnet", "--max_steps", "80", "--train_b
     ("flags", "seconds"),
     [
         (["--bits", "4"], 80.0),
-        # 10 of the 80 steps reward two draws on half a batch. Five layers x 2 formats are judged on
+        # 10 of the 80 steps reward two draws on a quarter of a batch. Five layers x 2 formats are judged on
         # 3 * 80 * 32 / 8 / 10 = 96 examples, as are 10 neighbours and 40 others; a judged pass takes 0.6 of one, a pass
         # a third of a step.
-        (["--search", "--search_space", "4,8", "--target_bits", "5"], 80 + (10 * 2 / 2 + 0.6 * 60 * 96 / 32) / 3),
+        (["--search", "--search_space", "4,8", "--target_bits", "5"], 80 + (10 * 2 / 4 + 0.6 * 60 * 96 / 32) / 3),
         (["--search", "--recipe", "fliqs", "--search_space", "4,8", "--target_bits", "5"], 80 + 60 / 3),
     ],
 )
