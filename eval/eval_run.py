@@ -238,14 +238,13 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
             write_json(folder / "result.json", record)
         return record
 
-    *smaller, _ = config.target_list or (None,)
-    for turn, bits in enumerate(smaller):  # their records stand in folders of the run's own
+    for turn, (bits, own_folder) in enumerate(config.smaller_targets.items()):
         own = config.updated(target_bits=f"{bits:g}", save_model_path=None)
         trainer.use(turn)
-        complete = record | {"run_id": f"{config.run_name}-{bits:g}b", "float_metrics": float_metrics}
-        write_result(replace(plan, config=own), trainer, modules, complete, folder / f"{bits:g}b", started)
-    if smaller:
-        trainer.use(len(smaller))
+        complete = record | {"run_id": f"{config.run_name}-{own_folder.name}", "float_metrics": float_metrics}
+        write_result(replace(plan, config=own), trainer, modules, complete, own_folder, started)
+    if config.smaller_targets:
+        trainer.use(len(config.smaller_targets))
     return write_result(plan, trainer, modules, record | {"float_metrics": float_metrics}, folder, started)
 
 
@@ -603,8 +602,7 @@ def main(argv: list[str]) -> int:
     if record["status"] != "finished":
         print(f"failed: {record['reason']}", file=sys.stderr)
         return 1
-    *smaller, _ = config.target_list or (None,)
-    for folder in [*(config.run_folder / f"{bits:g}b" for bits in smaller), config.run_folder]:
+    for folder in [*config.smaller_targets.values(), config.run_folder]:
         path = folder / "result.json"
         print("\n".join([*outcome(json.loads(path.read_text())), f"record: {path}"]))
     return 0

@@ -218,10 +218,9 @@ def result_table(runs: Sequence[Progress], died: Mapping[str, str]) -> Table:
         if known.run is None:
             table.add_row(name, died.get(name) or known.reason or "not started")
             continue
-        *smaller, _ = known.config.target_list or (None,)
-        for bits in smaller:  # of one run for several budgets
-            part = read_run(known.config.run_folder / f"{bits:g}b")
-            table.add_row(f"{name}/{bits:g}b", *([part.reason] if isinstance(part, Excluded) else _result(part)))
+        for folder in known.config.smaller_targets.values():
+            part = read_run(folder)
+            table.add_row(f"{name}/{folder.name}", *([part.reason] if isinstance(part, Excluded) else _result(part)))
         table.add_row(name, *_result(known.run))
     return table
 

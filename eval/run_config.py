@@ -376,6 +376,11 @@ class RunConfig(
     def run_folder(self) -> Path:
         return self.experiment_folder / self.run_name
 
+    @property
+    def smaller_targets(self) -> dict[float, Path]:
+        """The budgets of --target_bits but the largest -> where their records are: folders of the run's own."""
+        return {bits: self.run_folder / f"{bits:g}b" for bits in self.target_list[:-1]}
+
 
 def is_path(text: str) -> bool:
     """Whether a model or task is meant as a local folder: it exists, or is written like one."""

@@ -13,9 +13,8 @@ from transformers import PretrainedConfig
 from eval.text_nets import CandidateScorer
 from quant.convert import Assignment
 from quant.errors import UserError
-from quant.migration import Migration, attach
 from trainer.checkpoint import load_tensors, save_tensors, write_json
-from trainer.quantization_file import QUANTIZATION, quantize_again, write_quantization
+from trainer.quantization_file import QUANTIZATION, migrate_again, quantize_again, write_quantization
 
 if TYPE_CHECKING:
     from eval.model_bundle import ModelBundle
@@ -78,8 +77,7 @@ def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 def build_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
     """The architecture that `saved` (what `save_model` noted) names, with what a migration added, without weights."""
     model = float_architecture(folder, saved)
-    if "migration" in saved:
-        attach(model, Migration(**saved["migration"]))
+    migrate_again(model, saved)
     return model
 
 

@@ -38,10 +38,15 @@ def write_quantization(
     write_json(folder / QUANTIZATION, {**more, **described})
 
 
-def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Make of a float model, in place, what the tensors beside a quantization.json belong to."""
+def migrate_again(model: nn.Module, described: Mapping[str, Any]) -> None:
+    """Add to a float model, in place, what a migration had added to the one that was saved."""
     if "migration" in described:
         attach(model, Migration(**described["migration"]))
+
+
+def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
+    """Make of a float model, in place, what the tensors beside a quantization.json belong to."""
+    migrate_again(model, described)
     assignment = assignment_from_json(described["assignment"])
     if described["weight"] is None:
         return
