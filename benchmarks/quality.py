@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import mean
@@ -92,15 +92,15 @@ def rows() -> dict[str, Row]:
         for task, steps in (("sst2", 150), ("mrpc", 230))
     }
     compute, memory = f"{RESNET20} --cost_type compute", f"{RESNET20} --cost_type memory"
-    return {
+    resnet20 = {
         "resnet20-4.1": Row(compute, "--search_space 2,4,8 --target_bits 4.09", ("int4",)),
         "resnet20-4.1-wide": Row(compute, "--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
         "resnet20-3.5": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3.5", ("int4",)),
         "resnet20-3": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3", ("int3",)),
-        "resnet20-4.1-wide-taught": Row(
-            f"{compute} --distill 0.9", "--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)
-        ),
-        "resnet20-3-taught": Row(f"{compute} --distill 0.9", "--search_space 2,3,4,6,8 --target_bits 3", ("int3",)),
+    }
+    return {
+        **resnet20,
+        **{f"{name}-untaught": replace(row, common=f"{compute} --distill 0") for name, row in resnet20.items()},
         "resnet20-fp": Row(compute, "--search_space e2m1,e4m3 --target_bits 4.3", ("e2m1",)),
         "resnet20-mixed": Row(memory, "--search_space int4,e2m1,int8,e4m3 --target_bits 4.3", ("int4", "e2m1")),
         **{

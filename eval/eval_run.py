@@ -340,8 +340,9 @@ def make_trainer(
         held_rows = hold_out(train, config.search_fraction, config.seed)
     judged_on = not_augmented(train.select(held_rows) if held_rows else train) if chooses else None
     modules: dict[str, QuantModule] = {}
+    taught = teacher_share(plan)
     # Before its layers are replaced: the teacher is the float model as it comes.
-    distiller = Distiller(copy.deepcopy(plan.bundle.model), config.distill) if config.distill else None
+    distiller = Distiller(copy.deepcopy(plan.bundle.model), taught) if taught else None
     if plan.formats:
         weight, activation = quantizer_configs(config)
         modules = quantize_model(
@@ -382,6 +383,21 @@ def make_trainer(
     place_around_layers(plan, trainer)
     known = plan.bundle.trained and config.method != "float"
     return trainer, modules, evaluate(trainer, plan) if known else None
+
+
+def teacher_share(plan: Plan) -> float:
+    """The share of the loss that the float model's answers have, in [0, 1]; 0: it does not teach.
+
+    Where the flag leaves it open, it teaches what it helps with: images, which it meets cropped and mirrored as it has
+    not learned them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
+    """
+    from trainer.distill import WEIGHT
+
+    config = plan.config
+    if config.distill is not None:
+        return config.distill
+    helps = plan.data.kind == "image" and plan.bundle.trained and config.recipe != "fliqs"
+    return WEIGHT if helps and config.method != "float" and config.max_steps != 0 else 0.0
 
 
 def training_arguments(config: RunConfig) -> Any:
@@ -508,6 +524,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "metric": plan.data.metric,
         "search_space": [f.name for f in config.search_formats] if config.chooses else None,
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
+        "distill": teacher_share(plan),
         "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),

@@ -76,11 +76,12 @@ class TrainingFlags:
     optimizer: str = flag(
         "adamw_torch", "optimizer of the weights; sgd has momentum 0.9", choices=["adamw_torch", "sgd"]
     )
-    distill: float = flag(
-        0.0,
-        "share of the loss that pulls towards the float model's own class probabilities, in [0, 1]",
+    distill: float | None = flag(
+        None,
+        "share of the loss that pulls towards the float model's own class probabilities, in [0, 1]; default: 0.9 for "
+        "classes of images where the model comes trained, else 0",
         nargs="?",
-        const=0.5,
+        const=0.9,
     )
     fp16: bool = flag(False, "half precision autocast; needs a GPU")
     bf16: bool = flag(False, "bfloat16 autocast, on GPU or CPU")

@@ -14,6 +14,9 @@ TEMPERATURE = 4.0
 """What logits are divided by: of what it was trained on, a teacher is so sure that nothing but the label is left at 1
 (measured in benchmarks/RESULTS.md)."""
 
+WEIGHT = 0.9
+"""the teacher's share of the loss, where it helps (the same)"""
+
 
 class Distiller:
     """Mixes the loss with the divergence from a float teacher's class probabilities (Hinton et al., arXiv 1503.02531).
