@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags m
     from quant.quant_module import QuantModule
     from trainer.reinforce_trainer import ReinforceTrainer
     from trainer.search import ReinforceConfig
+    from trainer.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -328,7 +329,6 @@ def make_trainer(
     from eval.tasks import hold_out, not_augmented
     from quant.convert import quantize_model
     from quant.quant_utils import use_compiled
-    from trainer.distill import Distiller
     from trainer.reinforce_trainer import ReinforceTrainer
 
     config, prepared = plan.config, plan.prepared
@@ -340,9 +340,7 @@ def make_trainer(
         held_rows = hold_out(train, config.search_fraction, config.seed)
     judged_on = not_augmented(train.select(held_rows) if held_rows else train) if chooses else None
     modules: dict[str, QuantModule] = {}
-    taught = teacher_share(plan)
-    # Before its layers are replaced: the teacher is the float model as it comes.
-    distiller = Distiller(copy.deepcopy(plan.bundle.model), taught) if taught else None
+    teacher = float_teacher(plan)
     if plan.formats:
         weight, activation = quantizer_configs(config)
         modules = quantize_model(
@@ -367,7 +365,7 @@ def make_trainer(
         search_dataset=judged_on,
         search_rows=held_rows,
         limits=limits_of(config, plan.profiles) if chooses else (),
-        distiller=distiller,
+        teacher=teacher,
         eval_dataset=prepared.validation,
         data_collator=prepared.data_collator,
         compute_metrics=plan.compute_metrics,
@@ -385,19 +383,29 @@ def make_trainer(
     return trainer, modules, evaluate(trainer, plan) if known else None
 
 
+def float_teacher(plan: Plan) -> Teacher | None:
+    """The float model as it comes, before its layers are replaced, where it teaches or a search judges by it."""
+    from trainer.teacher import Teacher
+
+    share, data = teacher_share(plan), plan.data
+    knows = plan.bundle.trained and data.kind in ("image", "text") and not data.task.regression
+    judges = knows and plan.config.method in ("search", "exhaustive")
+    return Teacher(copy.deepcopy(plan.bundle.model), share) if share or judges else None
+
+
 def teacher_share(plan: Plan) -> float:
     """The share of the loss that the float model's answers have, in [0, 1]; 0: it does not teach.
 
     Where the flag leaves it open, it teaches what it helps with: images, which it meets cropped and mirrored as it has
     not learned them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
     """
-    from trainer.distill import WEIGHT
+    from trainer.teacher import SHARE
 
     config = plan.config
     if config.distill is not None:
         return config.distill
     helps = plan.data.kind == "image" and plan.bundle.trained and config.recipe != "fliqs"
-    return WEIGHT if helps and config.method != "float" and config.max_steps != 0 else 0.0
+    return SHARE if helps and config.method != "float" and config.max_steps != 0 else 0.0
 
 
 def training_arguments(config: RunConfig) -> Any:

@@ -61,7 +61,7 @@ def learn(runs: Sequence[RunConfig], measure: bool = False) -> dict[str, Facts]:
 
 
 def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
-    from eval.eval_run import budget, search_space
+    from eval.eval_run import budget, search_space, teacher_share
 
     run = plan.config
     cost_type: Any = run.cost_type
@@ -69,6 +69,7 @@ def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
     seconds = None
     if seconds_per_step is not None:
         passes = _passes(plan, steps) if run.method == "search" else 0.0
+        passes += steps if teacher_share(plan) else 0
         seconds = seconds_per_step * (steps + passes * PASS_SHARE)
     return Facts(steps, search_space(plan).cost_range(plan.profiles, cost_type), budget(plan), seconds)
 

@@ -18,7 +18,7 @@ from policy.solve import Table
 
 Choice: TypeAlias = tuple[int, ...]
 Judge: TypeAlias = Callable[[Sequence[Choice]], NDArray[np.float64]]
-"""choices -> held-out (loss, quality), (choices, 2, batches), each choice on the same batches"""
+"""choices -> held-out (harm, quality), (choices, 2, batches), each choice on the same batches"""
 
 ROUNDS = 3
 """times at most that the neighbourhood of the best choice is measured"""
@@ -30,22 +30,22 @@ TOLLS = (1e-3, 0.5)
 
 @dataclass
 class Contest:
-    """Compares choices on held-out data and remembers every loss it has seen."""
+    """Compares choices by their harm on held-out data and remembers all that it has seen."""
 
     budget: Budget
     judge: Judge
     rounds: int = ROUNDS
     seen: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
-    """choice -> its (loss, quality) on each batch, (2, batches)"""
+    """choice -> its (harm, quality) on each batch, (2, batches)"""
 
     def judged(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
-        """Loss and quality, (choices, 2, batches); what was seen before is not judged again."""
+        """Harm and quality, (choices, 2, batches); what was seen before is not judged again."""
         new = [choice for choice in dict.fromkeys(choices) if choice not in self.seen]
         if new:
             self.seen.update(zip(new, self.judge(new), strict=True))
         return np.array([self.seen[choice] for choice in choices])
 
-    def losses(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+    def harms(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
         """(choices, batches)"""
         return self.judged(choices)[:, 0]
 
@@ -58,26 +58,26 @@ class Contest:
         named = {name: tuple(choice) for name, choice in candidates.items()}
         if over := [name for name, choice in named.items() if not self.budget.fits(choice)]:
             raise ValueError(f"over the budget: {', '.join(over)}")
-        means = self.losses(list(named.values())).mean(1)
+        means = self.harms(list(named.values())).mean(1)
         winner = list(named)[int(means.argmin())]
         best, origin = named[winner], winner
         for round_ in range(self.rounds):
             swaps = self.swaps(best)
             if not swaps:
                 break
-            losses = self.losses(swaps)
-            challenger = int(losses.mean(1).argmin())
-            gain = self.losses([best])[0] - losses[challenger]
+            harms = self.harms(swaps)
+            challenger = int(harms.mean(1).argmin())
+            gain = self.harms([best])[0] - harms[challenger]
             if gain.mean() <= standard_error(gain):
                 break
             best, origin = swaps[challenger], f"swap {round_ + 1} of {winner}"
         return Verdict(best, origin, {name: float(mean) for name, mean in zip(named, means, strict=True)}, self)
 
     def effects(self, around: Choice) -> dict[tuple[int, int], float]:
-        """(decision, other index) -> loss with that one decision changed, less the loss of `around`; measured."""
+        """(decision, other index) -> harm with that one decision changed, less the harm of `around`; measured."""
         moves = self.moves(around)
-        losses = self.losses([around, *(_moved(around, move) for move in moves)]).mean(1)
-        return {move: float(loss - losses[0]) for move, loss in zip(moves, losses[1:], strict=True)}
+        harms = self.harms([around, *(_moved(around, move) for move in moves)]).mean(1)
+        return {move: float(harm - harms[0]) for move, harm in zip(moves, harms[1:], strict=True)}
 
     def effect_table(self, around: Choice) -> tuple[Table, float]:
         """`effects` as (decisions, choices), out of reach where none was measured; and the largest magnitude of one."""
@@ -125,15 +125,15 @@ class Verdict:
     origin: str
     """the candidate that won, or the swap of it"""
     candidates: dict[str, float]
-    """held-out loss of each candidate"""
+    """held-out harm of each candidate"""
     contest: Contest
 
     def describe(self) -> dict[str, Any]:
         """The part of the record that says how the choice was made."""
-        loss, quality = self.contest.judged([self.choice])[0].mean(1)
+        harm, quality = self.contest.judged([self.choice])[0].mean(1)
         return {
             "winner": self.origin,
-            "held_out_loss": float(loss),
+            "held_out_harm": float(harm),
             "held_out_quality": float(quality),
             "candidates": self.candidates,
             "compared": len(self.contest.seen),

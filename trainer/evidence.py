@@ -58,10 +58,10 @@ def all_if_affordable(contest: Contest, affordable: int) -> list[Choice] | None:
 
 
 def additivity(contest: Contest, chosen: Choice, seed: int) -> dict[str, Any]:
-    """The loss that single changes predict, added up, against the loss of making them together.
+    """The harm that single changes predict, added up, against the harm of making them together.
 
     Random assignments around the chosen one, with a quarter of the decisions moved to a neighbouring cost. Returns
-    `predicted` and `actual` increases of the held-out loss, and their `correlation` (None if either does not vary).
+    `predicted` and `actual` increases of the held-out harm, and their `correlation` (None if either does not vary).
     """
     effects = contest.effects(chosen)
     generator = np.random.default_rng(seed)
@@ -76,8 +76,8 @@ def additivity(contest: Contest, chosen: Choice, seed: int) -> dict[str, Any]:
                 total += effects[move]
         samples.append(tuple(changed))
         predicted.append(total)
-    losses = contest.losses([chosen, *samples]).mean(1)
-    actual = losses[1:] - losses[0]
+    harms = contest.harms([chosen, *samples]).mean(1)
+    actual = harms[1:] - harms[0]
     varies = np.std(predicted) > 0 and np.std(actual) > 0
     return {
         "predicted": [float(value) for value in predicted],

@@ -22,6 +22,7 @@ from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
 from trainer.search import LEAST_JUDGED, ReinforceConfig, examples_to_judge
 from trainer.sensitivity import DIVERGENCE_POWER, Sensitivity, divergence, increase, measure_sensitivity
+from trainer.teacher import Teacher, softened_divergence
 
 LEAST_MEASURED = 32
 """examples that single formats are measured on: against float, effects are larger than between neighbours"""
@@ -39,6 +40,8 @@ class JudgingTrainer(PickleFreeTrainer):
     """where its rows stand in the training data, if they are part of it"""
     calibration_samples: int | None
     """training examples that ranges are calibrated on"""
+    teacher: Teacher | None
+    """the float model, where it comes trained"""
 
     def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
         """The measured effect of every single decision, on `search_dataset`.
@@ -74,11 +77,18 @@ class JudgingTrainer(PickleFreeTrainer):
         passes = 3 * self._total_steps() * self._step_examples
         return int(share * passes / self._judging_examples(2 * self.space.num_decisions))
 
+    @property
+    def judged_by(self) -> Literal["divergence", "loss"]:
+        """What `judge` takes for the harm of a choice: the record says it."""
+        taught = self.teacher is not None and self._classes(self._batch(self.search_dataset, [0]))
+        return "divergence" if taught else "loss"
+
     @torch.no_grad()
     def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:
-        """Loss and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches).
+        """Harm and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches).
 
-        Without `in_formats` the layers stay in the formats they are in.
+        Harm is the divergence from the teacher's class probabilities; without a teacher or classes, the loss. Without
+        `in_formats` the layers stay in the formats they are in.
         """
         batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
         self.model.eval()
@@ -87,6 +97,8 @@ class JudgingTrainer(PickleFreeTrainer):
         # Sorted, each choice shares with the one before it all layers up to the first that differs.
         order = sorted(range(len(choices)), key=lambda row: tuple(choices[row]))
         for column, batch in enumerate(batches):
+            with self.compute_loss_context_manager():
+                known = None if self.teacher is None else self.teacher.answers(batch)
             with replayed(self.modules) as replay:
                 for row in order:
                     if in_formats:
@@ -94,7 +106,8 @@ class JudgingTrainer(PickleFreeTrainer):
                     replay.restart()
                     with self.compute_loss_context_manager():
                         loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-                    judged[row, :, column] = float(loss), float(quality(loss, outputs, batch, kind))
+                        harm = self._harm(loss, outputs, batch, known)
+                    judged[row, :, column] = float(harm), float(quality(loss, outputs, batch, kind))
         self.model.train(training)
         return judged
 
@@ -115,6 +128,11 @@ class JudgingTrainer(PickleFreeTrainer):
                 measured.append(quality(loss, outputs, batch, self._config.reward_quality))
         self.model.train(training)
         return mean_over_processes(torch.stack(measured), len(indices)).tolist()
+
+    @staticmethod
+    def _harm(loss: Tensor, outputs: Any, batch: Any, known: Tensor | None) -> Tensor:
+        logits = class_logits(outputs, batch)
+        return loss if known is None or logits is None else softened_divergence(known, logits).mean()
 
     def plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():

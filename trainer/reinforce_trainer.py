@@ -26,7 +26,6 @@ from quant.quant_module import QuantModule
 from trainer import checkpoint
 from trainer.allocation import allocate, effects, propose
 from trainer.contest import ROUNDS, Contest
-from trainer.distill import Distiller
 from trainer.drop import cheapest_budget, cheapest_choice, limited
 from trainer.evidence import additivity, all_if_affordable, certificate
 from trainer.history import History
@@ -38,6 +37,7 @@ from trainer.quantization_file import write_quantization
 from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior
+from trainer.teacher import Teacher
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 
@@ -84,7 +84,8 @@ class ReinforceTrainer(JudgingTrainer):
         search_rows: where its rows stand in `train_dataset`, if they are part of it: they are left out until the
             assignment is chosen, and trained on from then on.
         limits: hard limits beside the search's own target.
-        distiller: a float teacher whose class probabilities the model is trained towards as well.
+        teacher: the float model: a search then judges by the distance from its class probabilities, and trains towards
+            them if it has a share of the loss.
         history: file that gets one line a step.
         calibration_samples: training examples that ranges are calibrated on; None: 8 batches.
         after_calibration: called once ranges are there, to make them better.
@@ -107,7 +108,7 @@ class ReinforceTrainer(JudgingTrainer):
         search_dataset: Dataset | None = None,
         search_rows: Sequence[int] = (),
         limits: Sequence[Limit] = (),
-        distiller: Distiller | None = None,
+        teacher: Teacher | None = None,
         history: Path | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         calibration_samples: int | None = None,
@@ -130,9 +131,9 @@ class ReinforceTrainer(JudgingTrainer):
         first = self.is_world_process_zero()  # of several processes, one writes and tells
         self.history = History(history) if history is not None and first else None
         self.on_step = on_step if first else None
-        self.distiller = distiller
-        if distiller is not None:
-            distiller.teacher.to(self.args.device)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.model.to(self.args.device)
         self.targets = [Target(assignment=dict(assignment) if assignment else None)]
         """one, or one for each of several `target_bits`: they take turns at the steps"""
         self._turn = 0
@@ -348,6 +349,7 @@ class ReinforceTrainer(JudgingTrainer):
         told = verdict.describe()
         target.contest = {
             **told,
+            "judged_by": self.judged_by,
             **self._drop_of(told["held_out_quality"]),
             "certificate": certificate(contest, verdict.choice, affordable, self.args.seed),
             "additivity": additivity(contest, verdict.choice, self.args.seed),
@@ -381,7 +383,7 @@ class ReinforceTrainer(JudgingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.distiller is None or not model.training:
+        if self.teacher is None or not self.teacher.share or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
@@ -389,7 +391,7 @@ class ReinforceTrainer(JudgingTrainer):
         if logits is None:
             raise UserError("--distill needs a model that tells classes apart, one answer for each example")
         counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        loss = self.distiller.loss(loss, logits, batch, counted)
+        loss = self.teacher.loss(loss, logits, batch, counted)
         return (loss, outputs) if return_outputs else loss
 
     def _begin_step(self) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.eval_run import last_checkpoint, main, make_plan, outcome, run
+from eval.eval_run import float_teacher, last_checkpoint, main, make_plan, outcome, run, teacher_share
 from eval.flags import parse
 from eval.saved_model import load_model
 from quant.errors import UserError
+from trainer.teacher import SHARE
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data of {SHARED.name}/ beside the checkout")
@@ -204,6 +205,24 @@ def test_the_cheapest_within_a_drop_needs_no_budget(tmp_path):
 def test_what_counts_from_the_float_model_needs_a_trained_one(tmp_path, flag):
     with pytest.raises(UserError, match=f"{flag.split(' --')[0]}.*weights are not all trained.*--load_model_path"):
         make_plan(config(tmp_path, f"--search {flag}"))
+
+
+def test_a_trained_model_teaches_images_and_judges_a_search(tmp_path):
+    float_run = config(tmp_path, "--method float --max_steps 30 --run_id float")
+    run(float_run)
+    start = f"--load_model_path {float_run.run_folder}"
+    taught = run(config(tmp_path, f"{start} {SEARCH} --run_id taught"))
+    assert taught["distill"] == SHARE and taught["contest"]["judged_by"] == "divergence"
+    alone = run(config(tmp_path, f"{start} {SEARCH} --distill 0 --run_id alone"))
+    assert alone["distill"] == 0 and alone["contest"]["judged_by"] == "divergence"
+    assert alone["metrics"]["validation"]["loss"] != taught["metrics"]["validation"]["loss"]
+    scratch = make_plan(config(tmp_path, SEARCH))
+    assert teacher_share(scratch) == 0 and float_teacher(scratch) is None
+    published = make_plan(config(tmp_path, f"{start} {SEARCH} --recipe fliqs"))
+    assert teacher_share(published) == 0
+    uniform = make_plan(config(tmp_path, f"{start} --bits 4 --max_steps 8 --run_id uniform"))
+    assert float_teacher(uniform).share == SHARE
+    assert float_teacher(make_plan(config(tmp_path, f"{start} --bits 4 --distill 0 --run_id none"))) is None
 
 
 def test_the_chosen_assignment_is_trained_once_more_alone(tmp_path):

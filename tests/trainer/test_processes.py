@@ -91,7 +91,7 @@ def test_the_record_is_the_same(records):
     metrics = [record.pop("metrics")["validation"] for record in (one, two)]
     contests = [record.pop("contest") for record in (one, two)]
     assert contests[0]["winner"] == contests[1]["winner"]
-    assert contests[0]["held_out_loss"] == pytest.approx(contests[1]["held_out_loss"], rel=1e-3)
+    assert contests[0]["held_out_harm"] == pytest.approx(contests[1]["held_out_harm"], rel=1e-3)
     assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-3)
     assert metrics[0]["accuracy"] == pytest.approx(metrics[1]["accuracy"], abs=2 / 360), "two examples near a tie"
     assert {name for name in one if one[name] != two[name]} <= {"wall_seconds"}

@@ -1,6 +1,8 @@
+import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -9,12 +11,13 @@ from transformers import TrainingArguments
 
 from cost.cost import compute_cost
 from eval.saved_model import load_model
-from quant.convert import get_formats, quantize_model
+from quant.convert import get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
 from quant.quant_module import QuantModule
 from trainer.recalibrate import recalibrate_batch_norm
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer, TrainingDiverged, quality
+from trainer.teacher import TEMPERATURE, Teacher
 
 
 class Net(nn.Module):
@@ -246,15 +249,29 @@ def test_quality_is_a_probability():
     assert quality(torch.tensor(1e6), {}, {}, "likelihood") > 0
 
 
+def test_a_teacher_judges_by_the_distance_from_its_answers(tmp_path):
+    teacher = Net()
+    trainer = make(tmp_path, model=copy.deepcopy(teacher))
+    trainer.prepare()
+    choice = [0] * trainer.space.num_decisions
+    assert trainer.judged_by == "loss"
+    by_loss = trainer.judge([choice])[0]
+    trainer.teacher = Teacher(teacher)
+    harm, same = trainer.judge([choice])[0]
+    assert trainer.judged_by == "divergence" and np.array_equal(same, by_loss[1])
+    set_formats(trainer.modules, trainer.space.assignment(choice))
+    for batch, got in zip(trainer.judging_batches(2 * len(choice)), harm, strict=True):
+        with torch.no_grad():
+            known, own = (m.eval()(**batch)["logits"] / TEMPERATURE for m in (teacher, trainer.model))
+        wanted = nn.functional.kl_div(own.log_softmax(1), known.softmax(1), reduction="batchmean")
+        assert got == pytest.approx(TEMPERATURE**2 * float(wanted), rel=1e-2)
+
+
 def test_a_teacher_pulls_the_search_towards_its_answers(tmp_path):
-    import copy
-
-    from trainer.distill import Distiller
-
     teacher = Net()
     plain = make(tmp_path / "plain", model=copy.deepcopy(teacher), max_steps=40)
     taught = make(tmp_path / "taught", model=copy.deepcopy(teacher), max_steps=40)
-    taught.distiller = Distiller(teacher, 1.0)
+    taught.teacher = Teacher(teacher, 1.0)
     batch = {"pixel_values": Data().images}
     apart = []
     for trainer in (plain, taught):

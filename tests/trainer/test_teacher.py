@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.distill import TEMPERATURE, Distiller
+from trainer.teacher import TEMPERATURE, Teacher
 
 
 class Linear(nn.Module):
@@ -29,28 +29,28 @@ def test_the_loss_is_torchs_own_divergence_mixed_in():
     own = functional.cross_entropy(logits, data["labels"])
     softer, known = (logits / TEMPERATURE).log_softmax(1), (teacher(**data)["logits"] / TEMPERATURE).log_softmax(1)
     wanted = TEMPERATURE**2 * functional.kl_div(softer, known, reduction="batchmean", log_target=True)
-    got = Distiller(teacher, 0.25).loss(own, logits, data, None)
+    got = Teacher(teacher, 0.25).loss(own, logits, data, None)
     torch.testing.assert_close(got, 0.75 * own + 0.25 * wanted)
     # Two accumulated halves count all eight examples.
     halves = [{name: value[part] for name, value in data.items()} for part in (slice(0, 3), slice(3, 8))]
-    distiller = Distiller(teacher, 1.0)
-    parts = [distiller.loss(torch.tensor(0.0), student(**half)["logits"], half, 8) for half in halves]
+    taught = Teacher(teacher, 1.0)
+    parts = [taught.loss(torch.tensor(0.0), student(**half)["logits"], half, 8) for half in halves]
     torch.testing.assert_close(sum(parts), wanted)
 
 
 def test_the_teacher_never_changes_and_its_twin_has_nothing_to_learn():
     student, data = Linear(0), batch()
-    distiller = Distiller(copy.deepcopy(student), 1.0)
-    before = copy.deepcopy(distiller.teacher.state_dict())
-    loss = distiller.loss(torch.tensor(0.0), student(**data)["logits"], data, None)
+    taught = Teacher(copy.deepcopy(student), 1.0)
+    before = copy.deepcopy(taught.model.state_dict())
+    loss = taught.loss(torch.tensor(0.0), student(**data)["logits"], data, None)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-7)
     assert student.layer.weight.grad.abs().max() < 1e-7
-    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
-    assert all(torch.equal(before[name], value) for name, value in distiller.teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in taught.model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in taught.model.state_dict().items())
 
 
-@pytest.mark.parametrize("weight", [0, -1, 1.5])
-def test_a_share_outside_its_range_is_refused(weight):
-    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
-        Distiller(Linear(0), weight)
+@pytest.mark.parametrize("share", [-1, 1.5])
+def test_a_share_outside_its_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        Teacher(Linear(0), share)

@@ -1,0 +1,55 @@
+"""The float model as a teacher: how far from its answers others are tells formats apart, and training can follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.sensitivity import divergence
+
+TEMPERATURE = 4.0
+"""What logits are divided by: of what it was trained on, a teacher is so sure that nothing but the label is left at 1
+(measured in benchmarks/RESULTS.md)."""
+SHARE = 0.9
+"""the teacher's share of the training loss, where it helps (the same)"""
+
+
+class Teacher:
+    """A float model whose class probabilities are known to be good (Hinton et al., arXiv 1503.02531).
+
+    A few thousand examples cannot show again all that a model was trained on; its own answers to them tell more. And of
+    the loss, a few examples hold most; in the distance from its answers, every example and class has a say.
+    """
+
+    def __init__(self, model: nn.Module, share: float = 0.0) -> None:
+        """The model is never trained; `share` is what its answers have of the training loss. ValueError outside [0, 1].
+
+        0: the loss stays as it is.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"the teacher's share must lie in [0, 1], got {share}")
+        self.model = model.eval().requires_grad_(False)
+        self.share = share
+
+    @torch.no_grad()
+    def answers(self, batch: Mapping[str, Any]) -> Tensor:
+        """Its logits, (examples, classes)."""
+        answer = self.model(**batch)
+        return answer["logits"] if isinstance(answer, Mapping) else answer.logits
+
+    def loss(self, loss: Tensor, logits: Tensor, batch: Mapping[str, Any], counted: Tensor | int | None) -> Tensor:
+        """(1 - share) x loss + share x T^2 x KL(teacher || student), from logits (examples, classes) / T.
+
+        T is TEMPERATURE; its square keeps the gradients as large as the loss's (as in the paper). The divergence is a
+        mean over the batch, or over `counted` examples where the loss is: batches that are accumulated then add up.
+        """
+        told = softened_divergence(self.answers(batch), logits).sum() / (len(logits) if counted is None else counted)
+        return (1 - self.share) * loss + self.share * told
+
+
+def softened_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """T^2 x KL(reference || logits) >= 0 at T = TEMPERATURE of each example, (examples,), from (examples, classes)."""
+    return TEMPERATURE**2 * divergence(reference / TEMPERATURE, logits / TEMPERATURE)
