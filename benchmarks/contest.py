@@ -1,0 +1,152 @@
+"""What a contest should judge by, so that its pick is good on other examples too; for benchmarks/RESULTS.md.
+
+    python -m benchmarks.contest --shared ../shared [--rows resnet20-3,mrpc] [--seed 0]
+
+The search of a row of benchmarks.quality runs up to its contest. Then the assignments that the contest's choice and its
+candidates are, and some around them that use the budget, answer all held-out TRAINING examples. By each criterion, a
+sample of one half of these picks the best assignment; its accuracy on the other half is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.quality import ROOT, common_flags, rows
+from quant.convert import set_formats
+from quant.replay import replayed
+from trainer.contest import Contest
+from trainer.judging_trainer import class_logits
+from trainer.reinforce_trainer import ReinforceTrainer, Target
+from trainer.sensitivity import divergence
+
+AROUND, MOVES = 60, 4
+"""assignments around the choice, and how many decisions of it they change at most"""
+LEAST_USED = 0.97
+"""of the budget, by those"""
+DRAWS = 300
+
+
+@dataclass
+class Answers(Exception):
+    """Logits of the assignments (assignments, examples, classes), the teacher's, and the labels (examples,)."""
+
+    own: torch.Tensor
+    teacher: torch.Tensor
+    labels: torch.Tensor
+    judged: int
+    """examples that the contest itself sees"""
+
+
+CRITERIA: dict[str, Callable[[Answers], torch.Tensor]] = {
+    "loss": lambda seen: -_truth(seen).log(),
+    "probability of the truth": lambda seen: -_truth(seen),
+    "errors": lambda seen: (seen.own.argmax(-1) != seen.labels).double(),
+    **{
+        f"divergence from float, temperature {t}": lambda seen, t=t: divergence(seen.teacher / t, seen.own / t)  # type: ignore[misc]
+        for t in (1, 2, 4)
+    },
+}
+"""name -> what is the smaller, the better, of each assignment and example"""
+
+
+def _truth(seen: Answers) -> torch.Tensor:
+    return seen.own.softmax(-1)[:, torch.arange(len(seen.labels)), seen.labels]
+
+
+@torch.no_grad()
+def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answers:
+    """What the assignments around `chosen` answer to all that is held out."""
+    assert target.search is not None and trainer.teacher is not None
+    budget, generator = trainer.budget, np.random.default_rng(0)
+    moves = Contest(budget, trainer.judge).moves(tuple(chosen))
+    candidates = [tuple(choice) for choice in target.search.candidates.values() if budget.fits(choice)]
+    choices = dict.fromkeys([tuple(chosen), *candidates])
+    for _ in range(100 * AROUND):
+        moved = list(chosen)
+        for move in generator.choice(len(moves), generator.integers(1, MOVES + 1), replace=False):
+            decision, index = moves[move]
+            moved[decision] = index
+        if len(choices) < AROUND and budget.fits(moved) and budget.ratio(moved) >= LEAST_USED:
+            choices[tuple(moved)] = None
+    trainer.model.eval()
+    own, teacher, labels = [], [], []
+    for batch in trainer.batches_of(trainer.search_dataset):
+        answers = []
+        with replayed(trainer.modules) as replay:
+            for choice in choices:
+                set_formats(trainer.modules, trainer.space.assignment(choice))
+                replay.restart()
+                answers.append(class_logits(trainer.model(**batch), batch))
+        own.append(torch.stack(answers))  # type: ignore[arg-type]
+        teacher.append(trainer.teacher.answers(batch))
+        labels.append(batch["labels"])
+    judged = trainer._judging_examples(2 * trainer.space.num_decisions)
+    return Answers(torch.cat(own, 1).double(), torch.cat(teacher).double(), torch.cat(labels), judged)
+
+
+def answers(name: str, shared: Path, output: Path, seed: int) -> Answers:
+    """Of a row's search, at its contest."""
+    from eval.eval_run import make_plan, make_trainer
+    from eval.flags import parse
+
+    row, plain = rows()[name], ReinforceTrainer._choose
+    flags = [*common_flags(name, row, shared, output), *shlex.split(row.budget), "--search", "--quiet"]
+    trainer, _, _ = make_trainer(make_plan(parse([*flags, "--seed", str(seed), "--run_id", f"contest-s{seed}"])))
+
+    def stop(self: ReinforceTrainer, target: Target) -> Any:
+        raise look(self, target, plain(self, target))
+
+    with patch.object(ReinforceTrainer, "_choose", stop):
+        try:
+            trainer.train()
+        except Answers as seen:
+            return seen
+    raise SystemExit(f"{name}: its search has no contest")
+
+
+def picks(seen: Answers, criterion: NDArray[np.float64], generator: Any) -> tuple[float, float]:
+    """Points of accuracy of the picks over the mean assignment; correlation with the errors on other examples."""
+    wrong = (seen.own.argmax(-1) != seen.labels).double().numpy()
+    gained, together = [], []
+    for _ in range(DRAWS):
+        order = generator.permutation(len(seen.labels))
+        half = len(order) // 2
+        by = criterion[:, order[: min(seen.judged, half)]].mean(1)
+        errors = wrong[:, order[half:]].mean(1)
+        gained.append(100 * (errors.mean() - errors[by.argmin()]))
+        together.append(np.corrcoef(by, errors)[0, 1])
+    return float(np.mean(gained)), float(np.mean(together))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser.add_argument("--rows", default="resnet20-3,mrpc", help="comma list of rows of benchmarks.quality")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
+    arguments = parser.parse_args()
+    names = arguments.rows.split(",")
+    if unknown := [name for name in names if name not in rows()]:
+        parser.error(f"unknown row {unknown[0]}; choices: {', '.join(rows())}")
+    for name in names:
+        seen = answers(name, arguments.shared.resolve(), arguments.output_root_dir.resolve(), arguments.seed)
+        sample = min(seen.judged, len(seen.labels) // 2)
+        print(f"\n**{name}**: {len(seen.own)} assignments, {sample} of {len(seen.labels)} examples to pick by\n")
+        print("| judged by | accuracy over the mean assignment's [points] | correlation with errors |\n|---|---|---|")
+        for criterion, harm in CRITERIA.items():
+            gained, together = picks(seen, harm(seen).numpy(), np.random.default_rng(0))
+            print(f"| {criterion} | {gained:+.2f} | {together:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
