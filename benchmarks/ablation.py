@@ -1,6 +1,6 @@
 """What the parts of the search are worth, one changed at a time; for benchmarks/RESULTS.md.
 
-    python -m benchmarks.ablation --shared ../shared [--row digits-3] [--variants "default;--distill 0"] [--seeds 0,1]
+    python -m benchmarks.ablation --shared ../shared [--row digits-3] [--variants "default;--distill 0.9"] [--seeds 0,1]
 
 Every variant starts from the float weights of a row of benchmarks.quality, with its budget and steps. Some are flags of
 a run; those that did not earn one (sandwich sampling, credit per layer, other temperatures) are built here. To choose
@@ -113,7 +113,7 @@ VARIANTS = (
     "--policy_prior fisher",
     "--policy_prior hawq_v2",
     "--policy_prior none",
-    "--distill 0",
+    "--distill 0.9",
     *BUILT_HERE,
     "--recipe fliqs",
 )

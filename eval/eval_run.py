@@ -389,23 +389,24 @@ def float_teacher(plan: Plan) -> Teacher | None:
 
     share, data = teacher_share(plan), plan.data
     knows = plan.bundle.trained and data.kind in ("image", "text") and not data.task.regression
-    judges = knows and plan.config.method in ("search", "exhaustive")
+    judges = knows and plan.config.method in ("search", "exhaustive") and search_settings(plan.config).contest
     return Teacher(copy.deepcopy(plan.bundle.model), share) if share or judges else None
 
 
 def teacher_share(plan: Plan) -> float:
     """The share of the loss that the float model's answers have, in [0, 1]; 0: it does not teach.
 
-    Where the flag leaves it open, it teaches what it helps with: images, which it meets cropped and mirrored as it has
-    not learned them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
+    Where the flag leaves it open, it teaches where it helps: images that are cropped and mirrored, as it has not learned
+    them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
     """
     from trainer.teacher import SHARE
 
     config = plan.config
     if config.distill is not None:
         return config.distill
-    helps = plan.data.kind == "image" and plan.bundle.trained and config.recipe != "fliqs"
-    return SHARE if helps and config.method != "float" and config.max_steps != 0 else 0.0
+    unseen = plan.data.kind == "image" and plan.data.task.augmented and config.augment
+    quantizes = config.method != "float" and config.recipe != "fliqs" and config.max_steps != 0
+    return SHARE if unseen and quantizes and plan.bundle.trained else 0.0
 
 
 def training_arguments(config: RunConfig) -> Any:

@@ -79,7 +79,7 @@ class TrainingFlags:
     distill: float | None = flag(
         None,
         "share of the loss that pulls towards the float model's own class probabilities, in [0, 1]; default: 0.9 for "
-        "classes of images where the model comes trained, else 0",
+        "augmented images where the model comes trained, else 0",
         nargs="?",
         const=0.9,
     )

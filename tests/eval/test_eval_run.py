@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.eval_run import float_teacher, last_checkpoint, main, make_plan, outcome, run, teacher_share
+from eval.eval_run import float_teacher, last_checkpoint, main, make_plan, outcome, run
 from eval.flags import parse
 from eval.saved_model import load_model
 from quant.errors import UserError
@@ -207,22 +207,31 @@ def test_what_counts_from_the_float_model_needs_a_trained_one(tmp_path, flag):
         make_plan(config(tmp_path, f"--search {flag}"))
 
 
-def test_a_trained_model_teaches_images_and_judges_a_search(tmp_path):
+def test_a_trained_model_judges_a_search_and_teaches_if_asked(tmp_path):
     float_run = config(tmp_path, "--method float --max_steps 30 --run_id float")
     run(float_run)
-    start = f"--load_model_path {float_run.run_folder}"
-    taught = run(config(tmp_path, f"{start} {SEARCH} --run_id taught"))
-    assert taught["distill"] == SHARE and taught["contest"]["judged_by"] == "divergence"
-    alone = run(config(tmp_path, f"{start} {SEARCH} --distill 0 --run_id alone"))
+    start = f"--load_model_path {float_run.run_folder} {SEARCH}"
+    alone = run(config(tmp_path, f"{start} --run_id alone"))
     assert alone["distill"] == 0 and alone["contest"]["judged_by"] == "divergence"
+    taught = run(config(tmp_path, f"{start} --distill --run_id taught"))
+    assert taught["distill"] == SHARE and taught["contest"]["judged_by"] == "divergence"
     assert alone["metrics"]["validation"]["loss"] != taught["metrics"]["validation"]["loss"]
-    scratch = make_plan(config(tmp_path, SEARCH))
-    assert teacher_share(scratch) == 0 and float_teacher(scratch) is None
-    published = make_plan(config(tmp_path, f"{start} {SEARCH} --recipe fliqs"))
-    assert teacher_share(published) == 0
-    uniform = make_plan(config(tmp_path, f"{start} --bits 4 --max_steps 8 --run_id uniform"))
-    assert float_teacher(uniform).share == SHARE
-    assert float_teacher(make_plan(config(tmp_path, f"{start} --bits 4 --distill 0 --run_id none"))) is None
+    assert float_teacher(make_plan(config(tmp_path, SEARCH))) is None, "its weights are not trained"
+
+
+@needs_shared
+def test_a_trained_model_teaches_augmented_images(tmp_path):
+    model = f"--model resnet20 --model_path {SHARED}/models/resnet20-cifar10 --max_train_samples 64"
+    base = f"--task cifar10 --data_dir {SHARED}/data/cifar10 {model} --output_root_dir {tmp_path} --max_steps 4"
+
+    def teacher(flags):
+        return float_teacher(make_plan(parse(f"{base} {flags}".split())))
+
+    assert teacher("--bits 4").share == teacher("--search --target_bits 5").share == SHARE
+    assert teacher("--search --target_bits 5 --augment false").share == 0, "it judges only"
+    assert teacher("--search --target_bits 5 --recipe fliqs") is None, "as it was published"
+    assert teacher("--bits 4 --distill 0.3").share == 0.3
+    assert teacher("--bits 4 --distill 0") is None and teacher("--bits 4 --augment false") is None
 
 
 def test_the_chosen_assignment_is_trained_once_more_alone(tmp_path):
