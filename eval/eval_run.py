@@ -396,8 +396,8 @@ def float_teacher(plan: Plan) -> Teacher | None:
 def teacher_share(plan: Plan) -> float:
     """The share of the loss that the float model's answers have, in [0, 1]; 0: it does not teach.
 
-    Where the flag leaves it open, it teaches where it helps: images that are cropped and mirrored, as it has not learned
-    them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
+    Where the flag leaves it open, it teaches where it helps: images that are cropped and mirrored, as it has not
+    learned them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
     """
     from trainer.teacher import SHARE
 
