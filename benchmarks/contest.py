@@ -25,9 +25,9 @@ from benchmarks.quality import ROOT, common_flags, rows
 from quant.convert import set_formats
 from quant.replay import replayed
 from trainer.contest import Contest
-from trainer.judging_trainer import class_logits
 from trainer.reinforce_trainer import ReinforceTrainer, Target
 from trainer.sensitivity import divergence
+from trainer.teacher import class_logits
 
 AROUND, MOVES = 60, 4
 """assignments around the choice, and how many decisions of it they change at most"""

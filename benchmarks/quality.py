@@ -160,7 +160,7 @@ def loss_at_the_end(folder: Path) -> float:
 
 def methods_of(row: Row) -> dict[str, str]:
     """Method as the table names it -> its flags."""
-    named = {"float": "--method float --max_steps 0 --distill 0"}
+    named = {"float": "--method float --max_steps 0"}
     named |= {f"uniform {name}": f"--bits {name}" for name in row.uniform}
     named |= {method: f"--method {method} {row.budget}" for method in row.competitors}
     named["search"] = f"--search {row.budget}"

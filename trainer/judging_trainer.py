@@ -22,7 +22,7 @@ from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
 from trainer.search import LEAST_JUDGED, ReinforceConfig, examples_to_judge
 from trainer.sensitivity import DIVERGENCE_POWER, Sensitivity, divergence, increase, measure_sensitivity
-from trainer.teacher import Teacher, softened_divergence
+from trainer.teacher import Teacher, class_logits, softened_divergence
 
 LEAST_MEASURED = 32
 """examples that single formats are measured on: against float, effects are larger than between neighbours"""
@@ -80,8 +80,8 @@ class JudgingTrainer(PickleFreeTrainer):
     @property
     def judged_by(self) -> Literal["divergence", "loss"]:
         """What `judge` takes for the harm of a choice: the record says it."""
-        taught = self.teacher is not None and self._classes(self._batch(self.search_dataset, [0]))
-        return "divergence" if taught else "loss"
+        known = None if self.teacher is None else self.teacher.answers(self._batch(self.search_dataset, [0]))
+        return "loss" if known is None else "divergence"
 
     @torch.no_grad()
     def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:
@@ -106,7 +106,8 @@ class JudgingTrainer(PickleFreeTrainer):
                     replay.restart()
                     with self.compute_loss_context_manager():
                         loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-                        harm = self._harm(loss, outputs, batch, known)
+                        logits = class_logits(outputs, batch)
+                    harm = loss if known is None or logits is None else softened_divergence(known, logits).mean()
                     judged[row, :, column] = float(harm), float(quality(loss, outputs, batch, kind))
         self.model.train(training)
         return judged
@@ -128,11 +129,6 @@ class JudgingTrainer(PickleFreeTrainer):
                 measured.append(quality(loss, outputs, batch, self._config.reward_quality))
         self.model.train(training)
         return mean_over_processes(torch.stack(measured), len(indices)).tolist()
-
-    @staticmethod
-    def _harm(loss: Tensor, outputs: Any, batch: Any, known: Tensor | None) -> Tensor:
-        logits = class_logits(outputs, batch)
-        return loss if known is None or logits is None else softened_divergence(known, logits).mean()
 
     def plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():
@@ -238,11 +234,3 @@ def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Tensor], kind: str) 
     else:
         value = logits.float().softmax(dim=1).gather(1, batch["labels"].view(-1, 1)).mean()
     return torch.where(value > 0, value, torch.where(value.isnan(), value, torch.finfo(torch.float32).tiny))
-
-
-def class_logits(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """The logits (examples, classes) of a model that tells classes apart; None for any other."""
-    labels: Any = batch.get("labels")
-    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
-    return logits if classes and not labels.is_floating_point() else None

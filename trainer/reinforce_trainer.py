@@ -29,7 +29,7 @@ from trainer.contest import ROUNDS, Contest
 from trainer.drop import cheapest_budget, cheapest_choice, limited
 from trainer.evidence import additivity, all_if_affordable, certificate
 from trainer.history import History
-from trainer.judging_trainer import JudgingTrainer, class_logits, quality
+from trainer.judging_trainer import JudgingTrainer, quality
 from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
 from trainer.processes import mean_over_processes, of_first_process, share_buffers
@@ -37,7 +37,7 @@ from trainer.quantization_file import write_quantization
 from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior
-from trainer.teacher import Teacher
+from trainer.teacher import Teacher, class_logits
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 

@@ -35,10 +35,9 @@ class Teacher:
         self.share = share
 
     @torch.no_grad()
-    def answers(self, batch: Mapping[str, Any]) -> Tensor:
-        """Its logits, (examples, classes)."""
-        answer = self.model(**batch)
-        return answer["logits"] if isinstance(answer, Mapping) else answer.logits
+    def answers(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Its logits, (examples, classes); None where it tells no classes apart."""
+        return class_logits(self.model(**batch), batch)
 
     def loss(self, loss: Tensor, logits: Tensor, batch: Mapping[str, Any], counted: Tensor | int | None) -> Tensor:
         """(1 - share) x loss + share x T^2 x KL(teacher || student), from logits (examples, classes) / T.
@@ -46,10 +45,20 @@ class Teacher:
         T is TEMPERATURE; its square keeps the gradients as large as the loss's (as in the paper). The divergence is a
         mean over the batch, or over `counted` examples where the loss is: batches that are accumulated then add up.
         """
-        told = softened_divergence(self.answers(batch), logits).sum() / (len(logits) if counted is None else counted)
+        known = self.answers(batch)
+        assert known is not None, "student and teacher are the same model, and the student's logits are here"
+        told = softened_divergence(known, logits).sum() / (len(logits) if counted is None else counted)
         return (1 - self.share) * loss + self.share * told
 
 
 def softened_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """T^2 x KL(reference || logits) >= 0 at T = TEMPERATURE of each example, (examples,), from (examples, classes)."""
     return TEMPERATURE**2 * divergence(reference / TEMPERATURE, logits / TEMPERATURE)
+
+
+def class_logits(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The logits (examples, classes) of a model that tells classes apart; None for any other."""
+    labels: Any = batch.get("labels")
+    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
+    return logits if classes and not labels.is_floating_point() else None
