@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from quant.quant_utils import use_compiled
 from quant.replay import replayed
 from trainer.sensitivity import divergence, measure_sensitivity
 
-POWERS = (1.0, 0.75, 0.5, 0.25)
+TEMPERATURES, POWERS = (1.0, 2.0, 4.0, 8.0), (1.0, 0.5)
+"""what logits are divided by; of the mean over examples"""
 SIZES = (16, 32, 64)
 DRAWS = 40
 SHRUNK = {"resnet20": 5, "bert6x384": 2}
@@ -75,7 +77,10 @@ def played_back(name: str, rounds: int) -> str:
 
 
 def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[NDArray[np.float64], Budget]:
-    """From a row's float weights: of every decision, choice and example, (decisions, choices, examples); its budget."""
+    """From a row's float weights, at each temperature, of every decision, choice and example; the row's budget.
+
+    The former are (temperatures, decisions, choices, examples).
+    """
     from eval.eval_run import make_plan, make_trainer
     from eval.flags import parse
 
@@ -87,19 +92,24 @@ def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[N
     seen: list[Tensor] = []
 
     def note(reference: Tensor, now: Tensor) -> Tensor:
-        seen.append(divergence(reference, now))
-        return seen[-1]
+        seen.append(torch.stack([t**2 * divergence(reference / t, now / t) for t in TEMPERATURES]))
+        return seen[-1][0]
 
     for batch in trainer.batches_of(held_out):
         measure_sensitivity(trainer.model, modules, trainer.space, [batch], trainer._logits, note)
     pairs = trainer.space.num_decisions * trainer.space.num_choices
-    whole = np.concatenate([torch.stack(seen[i : i + pairs]).double().numpy() for i in range(0, len(seen), pairs)], 1)
-    return whole.reshape(trainer.space.num_decisions, trainer.space.num_choices, -1), trainer.budget
+    whole = torch.cat([torch.stack(seen[i : i + pairs], 1) for i in range(0, len(seen), pairs)], 2).double().numpy()
+    return whole.reshape(len(TEMPERATURES), trainer.space.num_decisions, trainer.space.num_choices, -1), trainer.budget
 
 
-def excess(seen: NDArray[np.float64], budget: Budget, size: int, power: float, generator: Any) -> float:
-    """How much more than the best, in %, the choices from samples of so many examples cost, by all examples' mean."""
-    everything, decisions = seen.mean(2), np.arange(len(seen))
+def excess(
+    seen: NDArray[np.float64], truth: NDArray[np.float64], budget: Budget, size: int, power: float, generator: Any
+) -> float:
+    """How much more than the best, in %, the choices from samples of `seen` cost, by the mean of `truth`.
+
+    Both (decisions, choices, examples).
+    """
+    everything, decisions = truth.mean(2), np.arange(len(truth))
     best = everything[decisions, least_harm(everything, budget)].sum()
     lost = []
     for _ in range(DRAWS if size < seen.shape[2] else 1):
@@ -128,13 +138,13 @@ def main() -> None:
             parser.error(f"unknown row {name}; choices: {', '.join(rows())}")
         output = arguments.output_root_dir.resolve()
         seen, budget = divergences(name, arguments.shared.resolve(), output, arguments.examples)
-        sizes = [*(size for size in SIZES if size < seen.shape[2]), seen.shape[2]]
+        sizes = [*(size for size in SIZES if size < seen.shape[-1]), seen.shape[-1]]
         heads = " | ".join(f"{size} examples" for size in sizes)
-        print(f"\n**{name}**\n\n| power | {heads} |\n" + "|---" * (len(sizes) + 1) + "|")
-        for power in POWERS:
+        print(f"\n**{name}**\n\n| temperature | power | {heads} |\n" + "|---" * (len(sizes) + 2) + "|")
+        for (temperature, own), power in product(zip(TEMPERATURES, seen, strict=True), POWERS):
             generator = np.random.default_rng(0)
-            told = (f"{excess(seen, budget, size, power, generator):.0f}" for size in sizes)
-            print(f"| {power:g} | {' | '.join(told)} |", flush=True)
+            told = (f"{excess(own, seen[0], budget, size, power, generator):.1f}" for size in sizes)
+            print(f"| {temperature:g} | {power:g} | {' | '.join(told)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from policy.space import SearchSpace
 from quant.convert import set_formats, weights_kept
 from quant.quant_module import QuantModule
 from quant.replay import replayed
+from trainer.batch_norm import statistics_of_batch
 from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
 from trainer.search import LEAST_JUDGED, ReinforceConfig, examples_to_judge
-from trainer.sensitivity import DIVERGENCE_POWER, Sensitivity, divergence, increase, measure_sensitivity
+from trainer.sensitivity import Sensitivity, increase, measure_sensitivity
 from trainer.teacher import Teacher, class_logits, softened_divergence
 
 LEAST_MEASURED = 32
@@ -46,15 +47,15 @@ class JudgingTrainer(PickleFreeTrainer):
     def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
         """The measured effect of every single decision, on `search_dataset`.
 
-        outputs: on the class probabilities (see `divergence`), or on the loss where there are no classes. errors: on
-        the share of wrong answers.
+        outputs: on the class probabilities (see `softened_divergence`), or on the loss where there are no classes.
+        errors: on the share of wrong answers.
         """
         batches = self.judging_batches(self.space.num_decisions * self.space.num_choices, LEAST_MEASURED)
         measured = self.model, self.modules, self.space, batches
         if what == "errors":
             return measure_sensitivity(*measured, self._error, increase)
         if self._classes(batches[0]):
-            return measure_sensitivity(*measured, self._logits, divergence, DIVERGENCE_POWER)
+            return measure_sensitivity(*measured, self._logits, softened_divergence)
         return measure_sensitivity(*measured, self.plain_loss, increase)
 
     def judging_batches(self, assignments: int, least: int = LEAST_JUDGED) -> list[Any]:
@@ -80,15 +81,14 @@ class JudgingTrainer(PickleFreeTrainer):
     @property
     def judged_by(self) -> Literal["divergence", "loss"]:
         """What `judge` takes for the harm of a choice: the record says it."""
-        known = None if self.teacher is None else self.teacher.answers(self._batch(self.search_dataset, [0]))
-        return "loss" if known is None else "divergence"
+        return "loss" if self._known(self._batch(self.search_dataset, [0])) is None else "divergence"
 
     @torch.no_grad()
     def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:
         """Harm and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches).
 
-        Harm is the divergence from the teacher's class probabilities; without a teacher or classes, the loss. Without
-        `in_formats` the layers stay in the formats they are in.
+        Batch norms go by the statistics of the batch. Harm is the divergence from the teacher's class probabilities;
+        without a teacher or classes, the loss. Without `in_formats` the layers stay in the formats they are in.
         """
         batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
         self.model.eval()
@@ -97,9 +97,8 @@ class JudgingTrainer(PickleFreeTrainer):
         # Sorted, each choice shares with the one before it all layers up to the first that differs.
         order = sorted(range(len(choices)), key=lambda row: tuple(choices[row]))
         for column, batch in enumerate(batches):
-            with self.compute_loss_context_manager():
-                known = None if self.teacher is None else self.teacher.answers(batch)
-            with replayed(self.modules) as replay:
+            with statistics_of_batch(self.model, batch), replayed(self.modules) as replay:
+                known = self._known(batch)
                 for row in order:
                     if in_formats:
                         set_formats(self.modules, self.space.assignment(choices[row]))
@@ -112,6 +111,13 @@ class JudgingTrainer(PickleFreeTrainer):
         self.model.train(training)
         return judged
 
+    def _known(self, batch: Any) -> Tensor | None:
+        """The teacher's logits for a batch that is judged; None without a teacher or classes."""
+        if self.teacher is None:
+            return None
+        with self.compute_loss_context_manager(), statistics_of_batch(self.teacher.model, batch):
+            return self.teacher.answers(batch)
+
     @torch.inference_mode()
     def qualities(self, choices: Tensor, step: int) -> list[float]:
         """Quality in (0, 1] of each choice, on one held-out batch that depends on seed and step alone, in eval mode."""
@@ -121,7 +127,7 @@ class JudgingTrainer(PickleFreeTrainer):
         training = self.model.training
         self.model.eval()
         measured = []
-        with weights_kept(self.modules):  # for draws that agree on a layer
+        with statistics_of_batch(self.model, batch), weights_kept(self.modules):  # for draws that agree on a layer
             for choice in choices:
                 set_formats(self.modules, self.space.assignment(choice.tolist()))
                 with self.compute_loss_context_manager():

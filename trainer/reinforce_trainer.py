@@ -25,6 +25,7 @@ from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from trainer import checkpoint
 from trainer.allocation import allocate, effects, propose
+from trainer.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.contest import ROUNDS, Contest
 from trainer.drop import cheapest_budget, cheapest_choice, limited
 from trainer.evidence import additivity, all_if_affordable, certificate
@@ -34,7 +35,6 @@ from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
 from trainer.processes import mean_over_processes, of_first_process, share_buffers
 from trainer.quantization_file import write_quantization
-from trainer.recalibrate import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior
 from trainer.teacher import Teacher, class_logits

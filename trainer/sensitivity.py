@@ -18,16 +18,13 @@ from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
 from quant.quant_module import QuantModule
 from quant.replay import replayed
+from trainer.batch_norm import statistics_of_batch
 
 Table = NDArray[np.float64]
 """(decisions, choices)"""
 
 PRIOR_ENTROPY = 0.2
 """entropy of the starting policy as a share of a uniform one: it mostly follows the measurement, and still explores"""
-
-DIVERGENCE_POWER = 0.5
-"""Of the mean over examples. A few of them hold most of the divergence, so the plain mean of a small sample is the luck
-of the draw; lower powers forget layers that matter to few examples (measured in benchmarks/RESULTS.md)."""
 
 EIGEN_STEPS = 20
 """power iterations a layer: they rank layers, and a tenth of an eigenvalue changes no rank that matters"""
@@ -51,15 +48,14 @@ def measure_sensitivity(
     batches: Sequence[Mapping[str, Any]],
     look: Callable[[nn.Module, Any], Any],
     compare: Callable[[Any, Any], Tensor],
-    power: float = 1.0,
 ) -> Sensitivity:
-    """Decisions x choices forward passes a batch. The model runs in eval mode; its mode and formats come back.
+    """Decisions x choices forward passes a batch. The model runs in eval mode, batch norms on the batch's
+    statistics; its mode and formats come back.
 
     Args:
         look: (model, batch) -> what is seen of the model, such as its loss or its logits.
         compare: (seen in float, seen now) -> effects, one for the batch, as `increase`, or one for each example, as
             `divergence`.
-        power: the mean is mean(effect ** power) ** (1 / power); other powers than 1 need effects >= 0.
     """
     training = model.training
     model.eval()
@@ -67,7 +63,7 @@ def measure_sensitivity(
     try:
         for batch in batches:
             effects: list[list[Tensor]] = [[] for _ in space.decisions]
-            with in_float(modules), replayed(modules) as replay:
+            with in_float(modules), statistics_of_batch(model, batch), replayed(modules) as replay:
                 reference = look(model, batch)
                 for d, decision in enumerate(space.decisions):
                     for formats in decision.choices:
@@ -78,10 +74,9 @@ def measure_sensitivity(
             seen.append(np.array([[own.double().cpu().numpy() for own in row] for row in effects]))
     finally:
         model.train(training)
-    values = np.concatenate(seen, axis=-1) ** power
+    values = np.concatenate(seen, axis=-1)
     mean, count = values.mean(axis=-1), values.shape[-1]
-    error = values.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros_like(mean)
-    return Sensitivity(mean ** (1 / power), error * mean ** (1 / power - 1) / power)
+    return Sensitivity(mean, values.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros_like(mean))
 
 
 def increase(reference: Tensor, now: Tensor) -> Tensor:

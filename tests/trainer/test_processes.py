@@ -92,8 +92,8 @@ def test_the_record_is_the_same(records):
     contests = [record.pop("contest") for record in (one, two)]
     assert contests[0]["winner"] == contests[1]["winner"]
     assert contests[0]["held_out_harm"] == pytest.approx(contests[1]["held_out_harm"], rel=1e-3)
-    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-3)
-    assert metrics[0]["accuracy"] == pytest.approx(metrics[1]["accuracy"], abs=2 / 360), "two examples near a tie"
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4)
+    assert metrics[0]["accuracy"] == pytest.approx(metrics[1]["accuracy"], abs=0.05), "at chance, many are near a tie"
     assert {name for name in one if one[name] != two[name]} <= {"wall_seconds"}
 
 

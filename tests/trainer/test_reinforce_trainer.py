@@ -15,7 +15,7 @@ from quant.convert import get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
 from quant.quant_module import QuantModule
-from trainer.recalibrate import recalibrate_batch_norm
+from trainer.batch_norm import recalibrate_batch_norm
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer, TrainingDiverged, quality
 from trainer.teacher import TEMPERATURE, Teacher
 
@@ -215,16 +215,6 @@ def test_scales_learn_relative_to_their_size_under_adam_and_do_not_decay(tmp_pat
         assert group["weight_decay"] == 0
         assert 0.5 < group["lr"] / (1e-3 * parameter.mean().item()) < 2
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
-
-
-def test_batch_norm_is_recalibrated_to_the_plain_mean():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
-    batches = [torch.randn(16, 3) * 2 + 1 for _ in range(4)]
-    model[0].running_mean.fill_(9)
-    assert recalibrate_batch_norm(model, batches) == 1
-    torch.testing.assert_close(model[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0))
-    torch.testing.assert_close(model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0))
-    assert model.training and model[0].momentum == 0.1
 
 
 def test_a_float_run_ends_with_recalibrated_batch_norms(tmp_path):

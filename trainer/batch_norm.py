@@ -1,8 +1,9 @@
-"""Batch norm statistics of one assignment: those of training are a mixture over everything that was drawn."""
+"""Batch norm statistics of the assignment at hand: those of training are a mixture over everything that was drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from quant.convert import run_model
+
+LEAST_TELLING = 8
+"""examples of a batch whose own statistics say more of it than averages from other formats"""
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
@@ -35,6 +39,23 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
             norm.momentum = momentum
         model.train(training)
     return len(norms)
+
+
+@contextmanager
+def statistics_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Within, the norms of a model in eval mode normalize by the batch they see, and keep their moving averages.
+
+    Those are of the formats that the weights were trained in. Under them, most of what other formats seem to harm is
+    what a few steps, or a recalibration, take away. Batches of fewer than LEAST_TELLING examples: moving averages.
+    """
+    norms = _batch_norms(model) if len(next(iter(batch.values()))) >= LEAST_TELLING else []
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
 
 
 def has_untrained_batch_norm(model: nn.Module) -> bool:

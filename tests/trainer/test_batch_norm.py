@@ -1,0 +1,32 @@
+import torch
+from torch import nn
+
+from trainer.batch_norm import LEAST_TELLING, recalibrate_batch_norm, statistics_of_batch
+
+
+def test_batch_norm_is_recalibrated_to_the_plain_mean():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
+    batches = [torch.randn(16, 3) * 2 + 1 for _ in range(4)]
+    model[0].running_mean.fill_(9)
+    assert recalibrate_batch_norm(model, batches) == 1
+    torch.testing.assert_close(model[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0))
+    torch.testing.assert_close(model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0))
+    assert model.training and model[0].momentum == 0.1
+
+
+def test_a_batch_is_normalized_by_its_own_statistics_and_leaves_nothing_behind():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    images = torch.randn(LEAST_TELLING, 3, 4, 4) * 2 + 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with statistics_of_batch(model, {"input": images}):
+        seen = model(images)
+    torch.testing.assert_close(seen, nn.BatchNorm2d(3)(nn.BatchNorm2d(3)(images)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model[0](images), images / (1 + model[0].eps) ** 0.5)
+
+
+def test_the_statistics_of_a_few_examples_are_not_used():
+    model, few = nn.Sequential(nn.BatchNorm1d(3)).eval(), torch.randn(LEAST_TELLING - 1, 3)
+    with statistics_of_batch(model, {"input": few}):
+        torch.testing.assert_close(model(few), few / (1 + model[0].eps) ** 0.5)
