@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,27 @@ def _truth(seen: Answers) -> torch.Tensor:
     return seen.own.softmax(-1)[:, torch.arange(len(seen.labels)), seen.labels]
 
 
-@torch.no_grad()
-def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answers:
-    """What the assignments around `chosen` answer to all that is held out."""
-    assert target.search is not None and trainer.teacher is not None
+def around(trainer: ReinforceTrainer, chosen: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """At most so many choices with a few decisions of `chosen` changed, which fit the budget and use it."""
     budget, generator = trainer.budget, np.random.default_rng(0)
     moves = Contest(budget, trainer.judge).moves(tuple(chosen))
-    candidates = [tuple(choice) for choice in target.search.candidates.values() if budget.fits(choice)]
-    choices = dict.fromkeys([tuple(chosen), *candidates])
-    for _ in range(100 * AROUND):
+    choices: dict[tuple[int, ...], None] = {}
+    for _ in range(100 * count):
         moved = list(chosen)
         for move in generator.choice(len(moves), generator.integers(1, MOVES + 1), replace=False):
             decision, index = moves[move]
             moved[decision] = index
-        if len(choices) < AROUND and budget.fits(moved) and budget.ratio(moved) >= LEAST_USED:
+        if len(choices) < count and budget.fits(moved) and budget.ratio(moved) >= LEAST_USED:
             choices[tuple(moved)] = None
+    return list(choices)
+
+
+@torch.no_grad()
+def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answers:
+    """What the assignments around `chosen` answer to all that is held out."""
+    assert target.search is not None and trainer.teacher is not None
+    candidates = [tuple(choice) for choice in target.search.candidates.values() if trainer.budget.fits(choice)]
+    choices = dict.fromkeys([tuple(chosen), *candidates, *around(trainer, chosen, AROUND)])
     trainer.model.eval()
     own, teacher, labels = [], [], []
     for batch in trainer.batches_of(trainer.search_dataset):
