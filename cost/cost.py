@@ -156,8 +156,6 @@ def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tupl
 
 
 def _scale_bytes(fmt: Format, scales: int) -> int:
-    if fmt == FLOAT:
-        return 0
     if isinstance(fmt, BlockFormat):
         return 4 if fmt.two_level else 0
-    return 4 * scales
+    return 4 * scales if fmt.scaled else 0

@@ -103,8 +103,14 @@ def attention_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
 def _attention_by_module(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
     """Dotted module name ('' is the model) -> MACs per example of the batched products inside it."""
     # The math backend spells attention out as two batched products, which every device and head layout counts alike.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _run(model, example_inputs)
+    # The fused path of nn.MultiheadAttention hides them.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            _run(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     products = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
     flops_per_mac = 2 * _batch_size(example_inputs)
     return {

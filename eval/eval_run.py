@@ -574,9 +574,11 @@ def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[s
 
 def layer_notes(plan: Plan) -> list[str]:
     """What a reader of the cost must know: weights that no layer call reaches, layers that were never called."""
-    from quant.convert import hidden_weights
+    from quant.convert import hidden_weights, other_weights
 
     notes = []
+    if others := other_weights(plan.bundle.model):
+        notes.append(f"{len(others)} layers are of kinds that stay in float: {', '.join(list(others)[:3])}")
     if hidden := hidden_weights(plan.bundle.model):
         notes.append(f"{len(hidden)} weights inside nn.MultiheadAttention stay in float: {', '.join(hidden[:3])} ...")
     if idle := [p.name for p in plan.profiles if not p.calls]:

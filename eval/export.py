@@ -38,15 +38,16 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
     from trainer.checkpoint import write_atomically, write_json
 
     EXPORT_FORMATS[format].check_installed()
-    if folder.exists():
-        raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    if evaluate:
-        _ = run.plan  # whatever is wrong with the data is wrong before the work
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        place = Path(temporary) / folder.name
-        place.mkdir()
+    with contextlib.ExitStack() as stack:
+        with writing(folder):
+            if folder.exists():
+                raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(TemporaryDirectory(prefix=".export.", dir=folder.parent))
+            place = Path(temporary) / folder.name
+            place.mkdir()
+        if evaluate:
+            _ = run.plan  # whatever is wrong with the data is wrong before the work
         with writing(folder):
             written = EXPORT_FORMATS[format].write(run, place)
         verdict = describe(run, format, written, evaluate)

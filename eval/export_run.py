@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from quant.quant_module import QuantModule
 
 
+NEEDED = ("assignment", "cost", "cost_target", "cost_type", "cost_unit", "layers", "metrics", "model", "run_id", "task")
+"""fields of a record that exports tell of"""
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run folder whose record says 'finished'; model and data are loaded when asked for."""
@@ -96,4 +100,6 @@ def finished_run(folder: Path, data_dir: str | None = None) -> FinishedRun:
         raise UserError(f"RUN_DIR {folder}: the run {status}: {record.get('reason')}; there is nothing to export")
     if not (folder / "model" / "model.safetensors").is_file():
         raise UserError(f"RUN_DIR {folder}: holds no model/model.safetensors")
+    if missing := [name for name in NEEDED if name not in record]:
+        raise UserError(f"RUN_DIR {folder}: its result.json lacks {', '.join(missing)}: no record of a run")
     return FinishedRun(folder, record, data_dir)

@@ -122,12 +122,26 @@ def _check_exists(flag: str, path: str | None, kind: str) -> None:
         raise UserError(f"--{flag} {path}: no such {kind}")
 
 
+def _check_can_be_made(flag: str, path: str | Path | None) -> None:
+    """Refuse a folder to write into that a file stands in the way of: before anything is trained."""
+    if path is None:
+        return
+    standing = Path(path).expanduser().absolute()
+    while not standing.exists() and standing != standing.parent:
+        standing = standing.parent
+    if not standing.is_dir():
+        raise UserError(f"--{flag} {path}: {standing} is a file, no folder")
+
+
 def _check_folders(config: RunConfig) -> None:
     _check_exists("data_dir", config.data_dir, "folder")
     _check_exists("model_path", config.model_path, "file or folder")
     _check_exists("load_model_path", config.load_model_path, "file or folder")
     _check_exists("resume", config.resume, "folder")
     _check_exists("max_latency", config.max_latency, "file")
+    _check_can_be_made("output_root_dir", config.output_root_dir)
+    _check_can_be_made("save_model_path", config.save_model_path)
+    _check_can_be_made("log_dir", config.log_dir)
     for flag in ("exp_name", "run_id"):
         name = getattr(config, flag)
         if name is not None and (not re.fullmatch(r"[\w.+=@ -]{1,120}", name) or set(name) <= {".", " "}):

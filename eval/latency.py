@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -62,7 +63,7 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
                     blocks = activation if isinstance(activation, BlockFormat) else None  # these are in the trace
                     if (alike, blocks) not in traces:
                         traces[alike, blocks] = alone(module, x)
-                    path = Path(folder) / f"{len(inputs)}-{len(known)}.onnx"
+                    path = Path(folder) / f"{sum(map(len, files.values()))}.onnx"
                     examples = [{"x": x}] if run.round_outputs else []
                     write_onnx(path, traces[alike, blocks], {"layer": module}, examples)
                     known[weight, activation] = path
@@ -248,6 +249,14 @@ def _flags(argv: Sequence[str]) -> Namespace:
     return flags
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written: {error}") from None
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure, print and write the table."""
     flags = _flags(argv)
@@ -255,10 +264,13 @@ def main(argv: Sequence[str]) -> int:
     run = replace(finished_run(flags.run, flags.data_dir), round_outputs=flags.round_outputs)
     if not run.modules:
         raise UserError(f"RUN_DIR {flags.run}: every layer is in float, there is nothing to compare")
+    path = flags.output or flags.run / TABLE
+    with _writing(path):  # before the measuring
+        path.parent.mkdir(parents=True, exist_ok=True)
     model = model_latencies(run, flags.repeats, flags.threads)
     rows = layer_latencies(run, flags.repeats, flags.threads)
-    path = flags.output or flags.run / TABLE
-    write_table(rows, path)
+    with _writing(path):
+        write_table(rows, path)
     print_latencies(run, rows, model)
     print(f"table: {path}")
     return 0

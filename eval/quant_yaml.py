@@ -106,7 +106,8 @@ class _Section:
         return values
 
     def inner(self, key: str) -> _Section:
-        return _Section(self.values.get(key) or {}, f"{self.place}.{key}")
+        value = self.values.get(key)
+        return _Section({} if value is None else value, f"{self.place}.{key}")
 
     def flags(self) -> dict[str, Any]:
         known = ["is_remove_padding", "calibrate", "ln", "a_qconfig", "w_qconfig", "smooth_quant"]
@@ -124,7 +125,9 @@ class _Section:
         flags |= {key: self.choice(key, [True, False], False) for key in PLACED if key in self.values}
         for side in SIDES:
             flags |= self.inner(side).side(side)
-        if "smooth_quant" in self.values:
+        if self.values.get("smooth_quant") is False:
+            flags["smooth_quant"] = False
+        elif "smooth_quant" in self.values:
             flags |= {"smooth_quant": True, **self.inner("smooth_quant").smoothing()}
         return flags
 

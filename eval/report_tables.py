@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -192,8 +193,9 @@ def _summary_row(group: Group, baselines: Mapping[tuple[str, str], float], setti
     record = group.record
     cost, cost_sd = group.cost(record["cost_type"])
     quality, quality_sd = group.quality
-    known = next((run.float_quality for run in group.runs if run.float_quality is not None), None)
-    baseline = baselines.get((record["task"], record["model"]), known)
+    # Its own float model; a float run of the table may have had other weights, steps or settings.
+    own = [run.float_quality for run in group.runs if run.float_quality is not None]
+    baseline = mean(own) if own else baselines.get((record["task"], record["model"]))
     return {
         **{key: record[key] for key in ("task", "model", "method")},
         "formats": group.runs[0].formats,

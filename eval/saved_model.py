@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from eval.text_nets import CandidateScorer
 from quant.convert import Assignment
 from quant.errors import UserError
-from trainer.checkpoint import load_tensors, save_tensors, write_json
+from trainer.checkpoint import CheckpointError, load_tensors, save_tensors, write_json
 from trainer.quantization_file import QUANTIZATION, migrate_again, quantize_again, write_quantization
 
 if TYPE_CHECKING:
@@ -67,10 +67,14 @@ def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if not (folder / QUANTIZATION).is_file():
         raise UserError(f"{folder}: holds no {QUANTIZATION}; give the folder of a finished run")
-    saved = json.loads((folder / QUANTIZATION).read_text())
+    try:
+        saved = json.loads((folder / QUANTIZATION).read_text())
+        tensors = load_tensors(folder / "model.safetensors")
+    except (ValueError, CheckpointError) as error:
+        raise UserError(f"{folder}: damaged: {error}") from None
     model = float_architecture(folder, saved) if model is None else model
     quantize_again(model, saved)
-    model.load_state_dict(load_tensors(folder / "model.safetensors"))
+    model.load_state_dict(tensors)
     return model.eval()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from quant.errors import UserError
@@ -19,6 +22,8 @@ from quant.quant_conv2d import QuantConv2d
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
+
+logger = logging.getLogger(__name__)
 
 QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     nn.Linear: QuantLinear,
@@ -69,6 +74,25 @@ def hidden_weights(model: nn.Module) -> list[str]:
         for weight in weights
         if weight == "out_proj.weight" or getattr(attention, weight) is not None
     ]
+
+
+def other_weights(model: nn.Module) -> dict[str, int]:
+    """Layers of a kind that cannot be quantized, as `name (class)`, and their numbers of weights."""
+    kinds = (_ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+    return {
+        f"{name} ({type(module).__name__})": sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not isinstance(module, tuple(QUANTIZED))
+    }
+
+
+def _warn_of_others(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    if others := other_weights(model):
+        left, taken = sum(others.values()), sum(layer.weight.numel() for layer in layers.values())
+        logger.warning(
+            "%.0f %% of the weights stay in float: %s%s; Linear, Conv2d and the Conv1D of transformers are quantized",
+            100 * left / (left + taken), ", ".join(list(others)[:3]), ", ..." if len(others) > 3 else "",
+        )  # fmt: skip
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
@@ -160,13 +184,15 @@ def quantize_model(
     layers = find_layers(model, include, exclude)
     if not layers:
         raise UserError(
-            f"{type(model).__name__} holds no layer to quantize: no Linear, Conv2d or Conv1D is left "
+            f"{type(model).__name__} holds no layer to quantize: no Linear, Conv2d or Conv1D (of transformers) is left "
             f"with include={include} and exclude={exclude}"
         )
     if "" in layers:
         raise UserError("the model is itself a single layer and cannot be replaced in place; put it into nn.Sequential")
     if lazy := [name for name, layer in layers.items() if isinstance(layer.weight, nn.UninitializedParameter)]:
         raise UserError(f"layer {lazy[0]} is lazy and has no weight yet; run the model once before quantizing it")
+    if include is None:
+        _warn_of_others(model, layers)
     quantized = {
         name: layer if isinstance(layer, QuantModule) else from_float(layer, weight, activation)
         for name, layer in layers.items()
@@ -184,6 +210,29 @@ def quantize_model(
             module.weight_quantizer.prepare(format)
             module.input_quantizer.prepare(format)
     return quantized
+
+
+def describe_quantizers(modules: Mapping[str, QuantModule]) -> dict[str, Any]:
+    """How scales are found, as JSON: `weight` and `activation` of the first layer, `others` that differ by name."""
+    own = {
+        name: {"weight": asdict(m.weight_quantizer.config), "activation": asdict(m.input_quantizer.config)}
+        for name, m in modules.items()
+    }
+    first = next(iter(own.values()), {"weight": None, "activation": None})
+    return {**first, "others": {name: configs for name, configs in own.items() if configs != first}}
+
+
+def quantize_as_described(
+    model: nn.Module, layers: Iterable[str], described: Mapping[str, Any], formats: Iterable[Format] = ()
+) -> dict[str, QuantModule]:
+    """Quantize these layers of a float model, in place, as `describe_quantizers` told of another one."""
+    others, formats = described.get("others", {}), list(formats)
+    made: dict[str, QuantModule] = {}
+    for name in layers:
+        own = others.get(name, described)
+        weight, activation = QuantizerConfig(**own["weight"]), QuantizerConfig(**own["activation"])
+        made |= quantize_model(model, [name], formats=formats, weight=weight, activation=activation)
+    return made
 
 
 def set_formats(modules: Mapping[str, QuantModule], assignment: Assignment) -> None:

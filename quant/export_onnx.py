@@ -144,8 +144,12 @@ class _Traced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         module = self.module
-        for hook in module._forward_pre_hooks.values():  # a migrated layer divides its input, or shows it to a shortcut
-            x = (hook(module, (x,)) or (x,))[0]
+        for (
+            key,
+            hook,
+        ) in module._forward_pre_hooks.items():  # a migrated layer divides its input, or shows it to a shortcut
+            named = key in module._forward_pre_hooks_with_kwargs
+            x = hook(module, (x,), {})[0][0] if named else (hook(module, (x,)) or (x,))[0]
         activation = module.input_quantizer
         if isinstance(activation.format, BlockFormat):
             x = emulate(x, activation.format, activation.reduction_dim)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quant.convert import quantize_model
+from quant.convert import describe_quantizers, quantize_as_described
 from quant.errors import UserError
 from quant.export_codes import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
 from quant.export_verdict import LayerVerdict, as_chosen
@@ -30,7 +29,7 @@ from quant.export_weights import RoundedWeight, from_rows, round_weight, static_
 from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.quant_module import QuantModule
-from quant.quantizer import Quantizer, QuantizerConfig, Rounder
+from quant.quantizer import Quantizer, Rounder
 
 VERSION = 1
 METADATA = "packed"
@@ -83,14 +82,12 @@ def write_packed(
                 dtype = torch.int8 if range.format.width <= 8 else torch.int16
                 tensors[f"{name}.input.zero_point"] = torch.tensor(range.zero_point, dtype=dtype)
     rest, tied = _rest(model, modules)
-    first = next(iter(modules.values()), None)
     description = {
         **(extra or {}),
         "version": VERSION,
         "layers": layers,
         "tied": tied,
-        "weight": None if first is None else asdict(first.weight_quantizer.config),
-        "activation": None if first is None else asdict(first.input_quantizer.config),
+        **describe_quantizers(modules),
     }
     tensors |= rest
     metadata = {METADATA: json.dumps({"sha256": _checksum(description, tensors), "description": description})}
@@ -127,10 +124,7 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     another architecture.
     """
     layers = description["layers"]
-    modules: dict[str, QuantModule] = {}
-    if layers:
-        weight, activation = QuantizerConfig(**description["weight"]), QuantizerConfig(**description["activation"])
-        modules = quantize_model(model, include=list(layers), weight=weight, activation=activation)
+    modules = quantize_as_described(model, layers, description)
     taken: set[str] = set()
     for name, module in modules.items():
         shape = layers[name]["shape"]
@@ -232,8 +226,10 @@ def _nvfp4_scale() -> Any:
 
 def _rest(model: nn.Module, modules: Mapping[str, QuantModule]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What the packed layers do not cover, each tensor once; and the further names of tied ones."""
-    covered = {f"{name}.weight" for name, module in modules.items() if module.weight_quantizer.format != FLOAT}
-    ranges = tuple(f"{name}.{part}_quantizer." for name in modules for part in ("weight", "input"))
+    packed = set(modules.values())
+    named = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if layer in packed}
+    covered = {f"{name}.weight" for name, layer in named.items() if layer.weight_quantizer.format != FLOAT}  # type: ignore[union-attr]
+    ranges = tuple(f"{name}.{part}_quantizer." for name in named for part in ("weight", "input"))
     rest: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}

@@ -61,8 +61,8 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
     names = {module: name for name, module in model.named_modules()}
     known = [module for module in names if isinstance(module, (*LAYERS, Shortcut)) or is_norm(module)]
     hooks = [hook for module in known for hook in (
-        module.register_forward_pre_hook(watched.enter),
-        module.register_forward_hook(watched.leave),
+        module.register_forward_pre_hook(watched.enter, with_kwargs=True),
+        module.register_forward_hook(watched.leave, with_kwargs=True),
     )]  # fmt: skip
     model.eval()
     try:
@@ -124,19 +124,23 @@ class _Watch(TorchFunctionMode):
 
     # ------------------------------------------------------ modules
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.depth == 0 and isinstance(module, Shortcut):
-            self.flow(args[0])
-        elif self.depth == 0 and args and isinstance(args[0], Tensor):
-            self.flow(args[0]).readers.append(module)
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read = _first_tensor(args, kwargs)
+        if self.depth == 0 and read is not None:
+            flow = self.flow(read)
+            if not isinstance(module, Shortcut):
+                flow.readers.append(module)
         self.depth += 1
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.depth -= 1
-        if self.depth == 0 and isinstance(module, Shortcut):
-            self._start(output, self.flow(args[0]))  # the same sum, of an earlier migration
-        elif self.depth == 0 and isinstance(output, Tensor):
-            self._start(output, _Flow(module, args[0] if args else None))
+        if self.depth or not isinstance(output, Tensor):
+            return
+        read = _first_tensor(args, kwargs)
+        if isinstance(module, Shortcut) and read is not None:
+            self._start(output, self.flow(read))  # the same sum, of an earlier migration
+        else:
+            self._start(output, _Flow(module, read))
 
     # ------------------------------------------------------ functions
 
@@ -164,6 +168,10 @@ class _Watch(TorchFunctionMode):
             else:
                 flow.others += 1
         return output
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def _same_values(result: Tensor, tensor: Tensor) -> bool:
@@ -210,7 +218,9 @@ def _groups(flow: _Flow, watched: _Watch, names: Mapping[nn.Module, str], owners
         and None not in targets
         and not (targets and flow.rectified)
         and _called_once(watched, source, *consumers, *targets)
+        and all(owners[id(parameter)] == 1 for parameter in _scaled(source))
         and _scales(source, flow.source_input)
+        and len({_channels_last(source, flow.source_input), *(not isinstance(c, nn.Conv2d) for c in consumers)}) == 1
     )
     normal = not isinstance(source, (*LAYERS, nn.BatchNorm2d))
     if whole and source is not None:
@@ -221,7 +231,9 @@ def _groups(flow: _Flow, watched: _Watch, names: Mapping[nn.Module, str], owners
 
 
 def _absorbs(layer: nn.Module) -> bool:
-    return not isinstance(layer, nn.Conv2d) or layer.groups in (1, layer.in_channels)
+    if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
+        return True
+    return layer.groups == layer.in_channels == layer.out_channels
 
 
 def _only_norm(total: _Flow) -> nn.Module | None:
@@ -237,6 +249,24 @@ def _called_once(watched: _Watch, *modules: nn.Module | None) -> bool:
     weights = {id(module.weight) for module in modules if module is not None}
     calls = sum(1 for flow in watched.flows if flow.source is not None and id(flow.source.weight) in weights)
     return calls == len({module for module in modules if module is not None})
+
+
+def _scaled(source: nn.Module) -> list[Any]:
+    """What is divided where the source absorbs a scale; computed ones (weight norm) belong to no module."""
+    return [part for part in (source.weight, getattr(source, "bias", None)) if part is not None]
+
+
+def _channels_last(source: nn.Module, example: Tensor | None) -> bool:
+    """Whether the output's last axis is what the weight stands along, as a Linear reads it; else it is the second."""
+    if isinstance(source, (*LAYERS, nn.BatchNorm2d)):
+        return isinstance(source, nn.Linear | Conv1D)
+    forward: Callable[..., Any] = source.forward
+    weight: Any = source.weight
+    before, kept = forward(example), weight.clone()
+    weight[0] += 1
+    changed = (forward(example) != before).flatten(0, -2).any(0)
+    weight.copy_(kept)
+    return not bool(changed[1:].any())
 
 
 def _scales(source: nn.Module, example: Tensor | None) -> bool:

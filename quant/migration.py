@@ -84,13 +84,16 @@ def _divide_input(layer: nn.Module, g: Tensor) -> None:
     if not hasattr(layer, "input_divisor"):
         weight: Any = layer.weight
         layer.register_buffer("input_divisor", torch.ones(len(g), device=weight.device))
-        layer.register_forward_pre_hook(_read_divided)
+        layer.register_forward_pre_hook(_read_divided, with_kwargs=True)
     divisor: Any = layer.input_divisor
     divisor.mul_(g.to(divisor))
 
 
-def _read_divided(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return args[0] / layer.input_divisor.to(args[0]), *args[1:]
+def _read_divided(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not args:
+        name, read = next(iter(kwargs.items()))
+        return (), {**kwargs, name: read / layer.input_divisor.to(read)}
+    return (args[0] / layer.input_divisor.to(args[0]), *args[1:]), kwargs
 
 
 # ------------------------------------------------------ saved and loaded

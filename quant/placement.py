@@ -197,6 +197,8 @@ class _Placer:
         frame = self.frames[-1]
         if frame.closed:
             return function(*args, **kwargs)
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         if function in ADD and len(args) == 2 and not kwargs and _alike(*args):
             return self.add(frame, function, *args)
         if function is F.gelu:
@@ -224,7 +226,8 @@ class _Placer:
         start = self.site(frame, "add")
         if self.placement is not None and not (self.was_read(left) or self.was_read(right)):
             return function(left, right)
-        parts = [self.pass_on(f"{start}:{side}", x, "add") for side, x in (("left", left), ("right", right))]
+        kept = left.clone() if function in _IN_PLACE else left  # a quantizer's backward pass looks at what it rounded
+        parts = [self.pass_on(f"{start}:{side}", x, "add") for side, x in (("left", kept), ("right", right))]
         for shortcut in self.shortcuts:  # a migrated shortcut adds its gain later: to what is added here
             for x, rounded in zip((left, right), parts, strict=True):
                 if shortcut.latest is not None and shortcut.latest.data_ptr() == x.data_ptr():

@@ -291,7 +291,7 @@ class Rounder:
         if self.offset is None:
             return fake_quantize_row(x, self.scale, self.row, self.gradient_scale)
         # The offset's gradient is what autograd makes of this: all of g, less what passes inside the range.
-        moved = fake_quantize_row(x - self.offset, self.scale, self.row, self.gradient_scale)
+        moved = fake_quantize_row(x.float() - self.offset, self.scale, self.row, self.gradient_scale)
         return (moved + self.offset).to(x.dtype)
 
 

@@ -50,7 +50,7 @@ def clip_tokens(
         for quantizer in module.activation_quantizers
         if quantizer.config.observer == "avg_prune_minmax"
     ]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with in_float(modules):
@@ -66,7 +66,8 @@ def clip_tokens(
         for module in modules.values():
             for quantizer in module.activation_quantizers:
                 quantizer.observation = None
-        model.train(training)
+        for part, mode in modes.items():
+            part.training = mode
     return ratio
 
 

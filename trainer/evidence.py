@@ -60,26 +60,32 @@ def all_if_affordable(contest: Contest, affordable: int) -> list[Choice] | None:
 def additivity(contest: Contest, chosen: Choice, seed: int) -> dict[str, Any]:
     """The harm that single changes predict, added up, against the harm of making them together.
 
-    Random assignments around the chosen one, with a quarter of the decisions moved to a neighbouring cost. Returns
-    `predicted` and `actual` increases of the held-out harm, and their `correlation` (None if either does not vary).
+    Random assignments around the chosen one, all different, with two decisions or a quarter of them moved to a
+    neighbouring cost: a single move would predict itself. Returns `predicted` and `actual` increases of the held-out
+    harm, the `changed` decisions, and the `correlation` (None if either does not vary; empty lists where there are no
+    two decisions to move).
     """
     effects = contest.effects(chosen)
     generator = np.random.default_rng(seed)
-    samples, predicted = [], []
-    for _ in range(SAMPLES):
+    movable = sorted({decision for decision, _ in effects})
+    together = max(2, round(len(movable) / 4))
+    drawn: dict[Choice, float] = {}
+    for _ in range(10 * SAMPLES if len(movable) >= together else 0):
         changed, total = list(chosen), 0.0
-        for decision in range(len(chosen)):
-            moves = [(d, c) for d, c in effects if d == decision]
-            if moves and (generator.random() < 0.25 or len(chosen) <= 4):
-                move = moves[generator.integers(len(moves))]
-                changed[decision] = move[1]
-                total += effects[move]
-        samples.append(tuple(changed))
-        predicted.append(total)
+        for decision in generator.choice(movable, together, replace=False):
+            moves = [move for move in effects if move[0] == decision]
+            move = moves[generator.integers(len(moves))]
+            changed[decision] = move[1]
+            total += effects[move]
+        drawn[tuple(changed)] = total
+        if len(drawn) == SAMPLES:
+            break
+    samples, predicted = list(drawn), list(drawn.values())
     harms = contest.harms([chosen, *samples]).mean(1)
     actual = harms[1:] - harms[0]
-    varies = np.std(predicted) > 0 and np.std(actual) > 0
+    varies = len(samples) > 1 and np.std(predicted) > 0 and np.std(actual) > 0
     return {
+        "changed": together if samples else 0,
         "predicted": [float(value) for value in predicted],
         "actual": actual.tolist(),
         "correlation": float(np.corrcoef(predicted, actual)[0, 1]) if varies else None,

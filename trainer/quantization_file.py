@@ -10,12 +10,11 @@ from typing import Any
 from torch import nn
 
 from cost.cost import assignment_from_json, assignment_to_json
-from quant.convert import Assignment, quantize_model, set_formats
+from quant.convert import Assignment, describe_quantizers, quantize_as_described, set_formats
 from quant.formats import FLOAT, parse_format
 from quant.migration import Migration, added, attach
 from quant.placement import attach_quantizers, placed_sites
 from quant.quant_module import QuantModule
-from quant.quantizer import QuantizerConfig
 from trainer.checkpoint import write_json
 
 QUANTIZATION = "quantization.json"
@@ -30,8 +29,7 @@ def write_quantization(
     described = {
         "assignment": assignment_to_json(assignment),
         "formats": list(dict.fromkeys(formats)),
-        "weight": None if first is None else asdict(first.weight_quantizer.config),
-        "activation": None if first is None else asdict(first.input_quantizer.config),
+        **describe_quantizers(modules),
         "migration": asdict(added(model)),
         "placement": placed_sites(model),
     }
@@ -48,15 +46,8 @@ def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
     """Make of a float model, in place, what the tensors beside a quantization.json belong to."""
     migrate_again(model, described)
     assignment = assignment_from_json(described["assignment"])
-    if described["weight"] is None:
-        return
-    modules = quantize_model(
-        model,
-        include=list(assignment),
-        formats=[parse_format(name) for name in described["formats"]],
-        weight=QuantizerConfig(**described["weight"]),
-        activation=QuantizerConfig(**described["activation"]),
-    )
+    formats = [parse_format(name) for name in described["formats"]]
+    modules = quantize_as_described(model, assignment, described, formats)
     attach_quantizers(model, modules, described.get("placement", {}))
     used = {format for pair in assignment.values() for format in pair if format != FLOAT}
     set_formats(modules, assignment if used else {})

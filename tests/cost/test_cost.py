@@ -89,6 +89,7 @@ def test_layers_must_agree(cost_type):
         ("e4m3/e4m3", True, 8 * 4 + 4),
         ("mxfp4/mxfp8", True, 0),
         ("nvfp4/nvfp4", True, 4 + 4),
+        ("bf16/fp16", True, 0),
         ("float/float", True, 0),
         ("int8/float", True, 8 * 4),
     ],

@@ -171,6 +171,13 @@ def test_attention_by_hand(device, implementation):
         assert attention_macs(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 3, 4)) == 0
 
 
+def test_attention_of_torchs_own_layer_is_counted():
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4)
+    assert attention_macs(vit, torch.randn(1, 3, 32, 32)) == 2 * (2 * 17 * 17 * 16)  # 16 patches and the class token
+    assert attention_macs(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1),
+                          torch.zeros(1, 5, 8)) == 2 * 5 * 5 * 8  # fmt: skip
+
+
 def test_grouped_query_attention_counts_every_query_head():
     class Attention(nn.Module):
         def forward(self, q, k):

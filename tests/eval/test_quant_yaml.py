@@ -126,6 +126,7 @@ def test_a_file_with_the_section_comes_back_from_what_the_run_writes(tmp_path):
         ({"ln": {"delay": "yes"}}, "quant.ln.delay: unknown value 'yes'; choices: true, false"),
         ({"ln": {"delays": True}}, r"quant.ln: unknown key 'delays'; choices: delay; did you mean delay\?"),
         ({"ln": True}, "quant.ln must hold 'name: value' lines, got True"),
+        ({"a_qconfig": False}, "quant.a_qconfig must hold 'name: value' lines, got False"),
         ({"calibrate": 0}, r"quant.calibrate must be a number in \[1,inf\), got 0"),
         ({"calibrate": "all"}, r"quant.calibrate must be a number in \[1,inf\), got 'all'"),
         ({"smooth_quant__alpha": "best"}, "quant.smooth_quant.auto_alpha_args needs alpha: auto, got alpha: 'best'"),
@@ -147,6 +148,12 @@ def test_what_is_wrong_is_said_in_one_line(changes, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         read_yaml(path, "--config")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_smooth_quant_can_be_switched_off(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"task": "mrpc", "model": "bert", "quant": with_changes(smooth_quant=False)}))
+    assert not parse(["--config", str(path)]).smooth_quant
 
 
 def test_a_setting_said_twice_is_refused(tmp_path):

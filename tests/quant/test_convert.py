@@ -18,6 +18,7 @@ from quant.convert import (
     get_formats,
     hidden_weights,
     in_float,
+    other_weights,
     quantize_model,
     run_model,
     set_formats,
@@ -272,6 +273,14 @@ def test_weights_that_no_layer_call_reaches_are_named():
     assert find_layers(model) == {}
     assert hidden_weights(nn.MultiheadAttention(8, 2)) == ["in_proj_weight", "out_proj.weight"]
     assert hidden_weights(small()) == []
+
+
+def test_layers_of_other_kinds_are_told_of(caplog):
+    model = nn.ModuleDict({"stem": nn.Conv1d(2, 4, 3), "rnn": nn.GRU(4, 4), "head": nn.Linear(4, 3)})
+    assert other_weights(model) == {"stem (Conv1d)": 24, "rnn (GRU)": 96}
+    assert other_weights(small()) == {}
+    assert list(quantize_model(model)) == ["head"]
+    assert "91 % of the weights stay in float: stem (Conv1d), rnn (GRU); Linear, Conv2d and the Conv1D" in caplog.text
 
 
 def test_gpt2_stores_weights_transposed_and_ties_them():

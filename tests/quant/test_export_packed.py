@@ -198,6 +198,48 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
         assert (fresh.head.weight is fresh.embedding.weight) == (names == ["inner"])
 
 
+class UsedTwice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.again = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.again(self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("range", ["dynamic", "learned"])
+def test_a_layer_with_two_names_is_stored_once(range, tmp_path):
+    torch.manual_seed(0)
+    model, x = UsedTwice(), torch.randn(16, 8)
+    activation = QuantizerConfig(range, symmetric=False, observer="minmax")
+    modules = quantize_model(model, formats=[IntFormat(2), IntFormat(8)], activation=activation)
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (IntFormat(2), IntFormat(8))))
+    write_packed(tmp_path / "p.safetensors", model, modules)
+    description, tensors = read_packed(tmp_path / "p.safetensors")
+    again = UsedTwice()
+    restore(again, description, tensors)
+    torch.testing.assert_close(again.eval()(x), model.eval()(x), rtol=0, atol=0)
+    assert "again.weight" not in tensors
+
+
+def test_layers_may_find_their_scales_in_different_ways(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 8)
+    static, dynamic = (QuantizerConfig(kind, symmetric=kind == "calibrated") for kind in ("calibrated", "dynamic"))
+    modules = quantize_model(model, ["0"], formats=[IntFormat(4)], activation=static)
+    modules |= quantize_model(model, ["2"], formats=[IntFormat(4)], activation=dynamic)
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (IntFormat(4), IntFormat(4))))
+    write_packed(tmp_path / "p.safetensors", model, modules)
+    again = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    restore(again, *read_packed(tmp_path / "p.safetensors"))
+    torch.testing.assert_close(again.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
 def test_the_file_has_the_size_that_the_formats_say(tmp_path):
     int3, e2m3 = parse_format("int3"), parse_format("e2m3")
     model, modules, _ = quantized([(int3, int3), (e2m3, e2m3), (FLOAT, FLOAT)])

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from quant.convert import calibrate, quantize_model, set_formats
@@ -214,6 +215,58 @@ def test_a_layer_called_twice_absorbs_nothing_and_is_divided_once():
     before = model(x)
     smooth_quant(model, groups, [x])
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
+
+
+class TiedSource(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(16, 8), nn.Linear(8, 16), nn.Linear(16, 4)
+        self.up.weight = self.table.weight
+
+    def forward(self, x):
+        return self.down(self.up(self.table(x)).relu())
+
+
+class ReadByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.query, self.key = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.query(x) + self.key(input=x)
+
+
+def normed(layer):
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "sources"),
+    [
+        pytest.param(TiedSource, torch.arange(10).view(2, 5), [None], id="tied source"),
+        pytest.param(ReadByName, torch.randn(4, 8), ["norm"], id="an input passed by name"),
+        pytest.param(lambda: [normed(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)], torch.randn(4, 8), [None],
+                     id="a weight that is computed"),
+        pytest.param(lambda: [nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Linear(12, 5)],
+                     torch.randn(2, 3, 12, 12), [None], id="a Linear along the width"),
+        pytest.param(lambda: [nn.LayerNorm(12), nn.Conv2d(12, 5, 1)], torch.randn(2, 12, 12, 12), [],
+                     id="a convolution over what is normed along the width"),
+        pytest.param(lambda: [LayerNorm2d(12), nn.Conv2d(12, 5, 1)], torch.randn(2, 12, 12, 12), ["0"],
+                     id="a norm of channels"),
+        pytest.param(lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=4)],
+                     torch.randn(2, 3, 12, 12), [], id="depthwise with a multiplier"),
+    ],
+)  # fmt: skip
+def test_only_what_reads_the_sources_own_channels_is_in_its_group(model, x, sources):
+    torch.manual_seed(0)
+    made = model()
+    made = nn.Sequential(*made) if isinstance(made, list) else made
+    before = made.eval()(x)
+    groups = find_groups(made, x)
+    assert [group.source for group in groups] == sources
+    smooth_quant(made, groups, [x])
+    torch.testing.assert_close(made(x), before, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------ what it is for

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 import transformers
 from torch import nn
 
@@ -199,6 +200,17 @@ def test_learned_scales_get_gradients():
     scales = [p for name, p in model.named_parameters() if ".placed." in name and name.endswith("scale")]
     assert len(scales) >= 15
     assert all(scale.grad is not None for scale in scales)
+
+
+def test_gradients_pass_an_addition_in_place():
+    model = torchvision.models.resnet18(num_classes=3)
+    modules, images = quantize_model(model, formats=[INT8]), torch.randn(2, 3, 32, 32)
+    place_quantizers(model, modules, images, Placement(residual_adds=True))
+    calibrate(model, modules, [images])
+    set_formats(modules, dict.fromkeys(modules, (INT8, INT8)))
+    model.train()(images).sum().backward()
+    scales = [p for name, p in model.named_parameters() if ".placed." in name and name.endswith("scale")]
+    assert len(scales) >= 8 and all(scale.grad is not None for scale in scales)
 
 
 def test_an_error_inside_leaves_no_trace():

@@ -101,6 +101,13 @@ def test_a_learned_offset_starts_as_the_zero_point():
     assert lsq_plus(x.bfloat16())(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_learned_offsets_compute_in_float32_too(dtype):
+    x = randn(64, 64, seed=3).to(dtype)
+    quantizer = lsq_plus(x.float(), "int8")
+    torch.testing.assert_close(quantizer(x), quantizer(x.float()).to(dtype), rtol=0, atol=0)
+
+
 def test_gradients_of_lsq_plus():
     """arXiv 2004.09576: dbeta is the gradient outside the range, ds the LSQ gradient of (x - beta) / s."""
     x, g = (randn(16, 8) * 3).requires_grad_(), randn(16, 8, seed=1)

@@ -121,12 +121,13 @@ def test_the_fine_stage_clips_only_where_that_pays():
 def test_formats_modes_and_other_observers_are_left_alone():
     model, modules, batches = problem(important=False)
     model.train()
+    modules["second"].eval()  # as a frozen norm would be
     set_formats(modules, dict.fromkeys(modules, (INT8, INT6)))
     other = modules["second"].input_quantizer
     other.config = replace(other.config, observer="minmax")
     scale = other.grids["int8"].scale.clone()
     clip_tokens(model, modules, batches, INT8)
-    assert model.training and set(get_formats(modules).values()) == {(INT8, INT6)}
+    assert model.training and not modules["second"].training and set(get_formats(modules).values()) == {(INT8, INT6)}
     assert torch.equal(other.grids["int8"].scale, scale) and not other.token_quantiles
     assert all(m.input_quantizer.observation is None for m in modules.values())
 

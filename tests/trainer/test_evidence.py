@@ -49,3 +49,14 @@ def test_additivity_is_one_where_effects_add_up_and_less_where_they_do_not():
     assert told["correlation"] < 0.99
     assert max(np.subtract(told["actual"], told["predicted"])) == pytest.approx(2.0)
     assert additivity(contest(lambda choice: 1.0), (1, 1, 1, 1), seed=0)["correlation"] is None
+
+
+def test_additivity_asks_for_joint_changes_alone():
+    judged = contest(interacting)
+    told = additivity(judged, (1, 1, 1, 1), seed=0)
+    assert told["changed"] == 2 and len(told["predicted"]) == len(told["actual"]) == 8
+    joint = [choice for choice in judged.seen if sum(index != 1 for index in choice) == 2]
+    assert len(joint) == 8, "all different"
+    one = Budget((np.tile(COSTS, (1, 1))[:1],), (100.0,))
+    alone = additivity(contest(lambda choice: float(choice[0]), one), (1,), seed=0)
+    assert alone == {"changed": 0, "predicted": [], "actual": [], "correlation": None}
