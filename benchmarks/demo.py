@@ -23,7 +23,7 @@ REPORT = f"eval/eval_parse.py {RUNS} --html {RUNS}/report/report.html"
 STEPS = {
     "Train the float model that all others start from": FLOAT,
     "Every layer in int4, every layer in int8": f"{TUNE} --methods uniform --targets 4,8",
-    "Search a format for each layer, at the cost that 5 bits everywhere would have": f"{SEARCH} --target_bits 5",
+    "Search a format for each layer, at the cost that 3.5 bits everywhere would have": f"{SEARCH} --target_bits 3.5",
     "Report": REPORT,
 }
 

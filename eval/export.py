@@ -97,9 +97,11 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
     # Both sums are exact; a target is allowed the rounding of its own last digit.
     if target is not None and costs["exported"] > target * (1 + 1e-12):
         widened = [name for name, layer in written.layers.items() if not layer.as_chosen]
+        widened = widened[:3] + ["..."] * (len(widened) > 3)
         raise UserError(
             f"--format {format}: the exported model costs {costs['exported']:.6g} {record['cost_unit']}, over the "
-            f"target of {target:.6g}: {len(widened)} layers are wider than chosen ({', '.join(widened[:3])})"
+            f"target of {target:.6g}, since {format} stores {', '.join(widened)} wider than chosen; "
+            "--format packed stores every format as it is, or search among those that it stores"
         )
     floats = [p.params for p in profiles if exported.get(p.name, (16, 16))[0] == 16]
     file_bytes = sum(written.sizes.values())

@@ -6,6 +6,7 @@ Torch is never imported here, and transformers only for its argument parser (abo
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Sequence
@@ -102,6 +103,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def entry(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a script's `main` and exit: wrong input is one line on stderr and exit code 2."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's enums, at every import: not our matter
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -183,6 +183,13 @@ class ReinforceTrainer(JudgingTrainer):
         return self.budget.limits[0]
 
     @property
+    def cost(self) -> float:
+        """What its assignment costs, in MiB or GBOPs. Raises ValueError before one is chosen."""
+        if self.assignment is None:
+            raise ValueError("nothing is chosen yet: train first")
+        return self.budget.costs(self.space.choice(self.assignment))[0]
+
+    @property
     def search(self) -> Search | None:
         return self._target.search
 

@@ -79,6 +79,8 @@ class ReinforceConfig:
     """held-out examples that an assignment is judged on, before and after the search; None: see `examples_to_judge`"""
 
     def __post_init__(self) -> None:
+        if self.cost_type not in UNITS:
+            raise ValueError(f"cost_type must be one of {', '.join(UNITS)}, got {self.cost_type!r}")
         aims = {name: getattr(self, name) for name in ("cost_target", "target_bits", "max_drop")}
         if sum(value is not None for value in aims.values()) != 1:
             given = ", ".join(f"{name}={value}" for name, value in aims.items())

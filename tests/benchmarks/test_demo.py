@@ -7,7 +7,7 @@ from eval.flags import read_flags
 from eval.launch_grid import expand
 
 
-def test_the_demo_asks_for_float_int4_int8_and_a_search_between_them(tmp_path, monkeypatch):
+def test_the_demo_asks_for_float_int4_int8_and_a_search_below_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = RUNS / "float" / "model" / "model.safetensors"
     weights.parent.mkdir(parents=True)
@@ -18,7 +18,7 @@ def test_the_demo_asks_for_float_int4_int8_and_a_search_between_them(tmp_path, m
         ("float", None, None),
         ("uniform", "4", None),
         ("uniform", "8", None),
-        ("search", None, "5"),
+        ("search", None, "3.5"),
     ]
     assert all(run.experiment_folder == tmp_path / RUNS for run in runs)
     assert runs[0].run_folder / "model" / "model.safetensors" == tmp_path / weights
