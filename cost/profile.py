@@ -17,6 +17,9 @@ ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """What the model is called with: model(tensor), model(*list or tuple) or model(**mapping)."""
 
 
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
 @dataclass(frozen=True)
 class LayerProfile:
     """One quantizable layer. MACs and positions are per example, summed over the layer's calls."""
@@ -31,7 +34,7 @@ class LayerProfile:
     channels: int
     """output channels, each with a weight scale of its own"""
     kind: str
-    """'linear' (also GPT-2's Conv1D) or 'conv2d'"""
+    """'linear' (also GPT-2's Conv1D), 'conv1d', 'conv2d' or 'conv3d'"""
     calls: int
     """times one forward pass runs the layer; 0 where the model reads the weight without calling the layer"""
     attention: int = 0
@@ -84,7 +87,7 @@ def profile_model(
             params=params[name],
             positions=positions[name] // batch,
             channels=_channels(layer),
-            kind="conv2d" if isinstance(layer, nn.Conv2d) else "linear",
+            kind=next((f"conv{d}d" for d, kind in _CONVOLUTIONS.items() if isinstance(layer, kind)), "linear"),
             calls=calls[name],
             attention=attention.get(name, 0),
         )

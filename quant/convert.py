@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
-from quant.quant_conv2d import QuantConv2d
+from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     nn.Linear: QuantLinear,
     nn.Conv2d: QuantConv2d,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv3d: QuantConv3d,
     Conv1D: QuantConv1D,
 }
 """float layer -> quantized layer; subclasses of the float layer are covered by the same entry"""
@@ -90,7 +92,7 @@ def _warn_of_others(model: nn.Module, layers: Mapping[str, Any]) -> None:
     if others := other_weights(model):
         left, taken = sum(others.values()), sum(layer.weight.numel() for layer in layers.values())
         logger.warning(
-            "%.0f %% of the weights stay in float: %s%s; Linear, Conv2d and the Conv1D of transformers are quantized",
+            "%.0f %% of the weights stay in float: %s%s; linear layers and convolutions are quantized",
             100 * left / (left + taken), ", ".join(list(others)[:3]), ", ..." if len(others) > 3 else "",
         )  # fmt: skip
 
@@ -184,7 +186,7 @@ def quantize_model(
     layers = find_layers(model, include, exclude)
     if not layers:
         raise UserError(
-            f"{type(model).__name__} holds no layer to quantize: no Linear, Conv2d or Conv1D (of transformers) is left "
+            f"{type(model).__name__} holds no layer to quantize: no linear layer or convolution is left "
             f"with include={include} and exclude={exclude}"
         )
     if "" in layers:

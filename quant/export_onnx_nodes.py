@@ -169,7 +169,7 @@ class Replacement:
                 # ONNX Runtime widens constants as it loads, and multiplies integers of 8 bits only.
                 codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
             made = self._dequantized(layer, storage, codes, scale, point, name, rows_last)
-        if blocked and layer.float_weight.dim() == 4:
+        if blocked and layer.float_weight.dim() > 2:
             shape = self._constant(f"{name}.shape", np.asarray(layer.float_weight.shape, dtype=np.int64))
             made = self._node("Reshape", [made, shape], f"{name}.shaped")
         self.made[layer.name] = made
@@ -253,7 +253,7 @@ class Replacement:
         output = conv.output[0]
         del conv.input[2:]
         conv.output[0] = f"{output}/product"
-        added = self._constant(f"{layer.name}.bias", bias.reshape(1, -1, 1, 1))
+        added = self._constant(f"{layer.name}.bias", bias.reshape(-1, *(1,) * (layer.float_weight.dim() - 2)))
         return helper.make_node("Add", [conv.output[0], added], [output], name=f"{output}/bias")
 
     def _drop_identities(self) -> None:

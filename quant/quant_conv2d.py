@@ -1,31 +1,36 @@
-"""QuantConv2d: a Conv2d (grouped, depthwise, dilated, any padding mode) whose formats can be switched."""
+"""QuantConv2d, and its like in one and three dimensions: convolutions whose formats can be switched."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from quant.quant_module import QuantModule
 
 
-class QuantConv2d(QuantModule, nn.Conv2d):
-    """y = Q(x) * Q(W) + b; x (N, C_in, H, W), W (C_out, C_in / groups, kh, kw).
+class _QuantConv(QuantModule):
+    """y = Q(x) * Q(W) + b; x (N, C_in, ...), W (C_out, C_in / groups, ...), any groups, dilation and padding mode.
 
     The input is rounded before it is padded. The weight's output channel is axis 0, also when grouped or depthwise.
     """
 
     input_reduction_dim = 1
     differentiable = True
+    plain: ClassVar[type[_ConvNd]]
+    """torch's class, whose gradients are known; a subclass may compute otherwise"""
 
-    def compute(self, input: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(input, weight, self.bias)
+    def compute(self: Any, input: Tensor, weight: Tensor) -> Tensor:
+        made: Tensor = self._conv_forward(input, weight, self.bias)
+        return made
 
-    def knows_gradients(self, input: Tensor) -> bool:
-        own = type(self)._conv_forward is not nn.Conv2d._conv_forward
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and input.dim() == 4 and not own
-        return plain and super().knows_gradients(input)
+    def knows_gradients(self: Any, input: Tensor) -> bool:
+        own = type(self)._conv_forward is not self.plain._conv_forward  # type: ignore[attr-defined]
+        batched = input.dim() == self.weight.dim()
+        usual = self.padding_mode == "zeros" and not isinstance(self.padding, str) and batched and not own
+        return usual and QuantModule.knows_gradients(self, input)
 
     def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         return self._gradients(grad, input, weight, (True, False, False))[0]
@@ -36,6 +41,24 @@ class QuantConv2d(QuantModule, nn.Conv2d):
         _, dw, db = self._gradients(grad, input, weight.to(grad.dtype), (False, *wanted))
         return dw, db
 
-    def _gradients(self, grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
-        layout = self.stride, self.padding, self.dilation, False, (0, 0), self.groups
+    def _gradients(self: Any, grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
+        layout = self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
         return torch.ops.aten.convolution_backward(grad, input, weight, [self.out_channels], *layout, wanted)
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """x (N, C_in, H, W), W (C_out, C_in / groups, kh, kw)."""
+
+    plain = nn.Conv2d
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """x (N, C_in, L), W (C_out, C_in / groups, k). Not to be confused with the Conv1D of transformers, a Linear."""
+
+    plain = nn.Conv1d
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """x (N, C_in, D, H, W), W (C_out, C_in / groups, kd, kh, kw)."""
+
+    plain = nn.Conv3d

@@ -45,6 +45,13 @@ def test_convolutions_by_hand(conv, macs):
     assert profile.params == conv.weight.numel()
 
 
+def test_convolutions_in_one_and_three_dimensions_by_hand():
+    (line,) = profile_model(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), torch.zeros(1, 4, 10))
+    (cube,) = profile_model(nn.Sequential(nn.Conv3d(2, 5, 3)), torch.zeros(1, 2, 4, 4, 4))
+    assert (line.kind, line.macs, line.positions) == ("conv1d", 6 * 2 * 3 * 8, 8)
+    assert (cube.kind, cube.macs, cube.positions) == ("conv3d", 5 * 2 * 27 * 8, 8)
+
+
 @pytest.mark.parametrize(("bits", "published"), [(4, 65.43), (8, 261.7), (16, 1047)])
 def test_resnet50_published(bits, published):
     with torch.device("meta"):

@@ -81,7 +81,7 @@ def run(path, images, optimized=True):
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return torch.from_numpy(session.run(["logits"], {session.get_inputs()[0].name: images.numpy()})[0])
 
 
 SETS = {
@@ -214,6 +214,19 @@ def test_models_may_look_at_their_layers(tmp_path):
     export_onnx(tmp_path / "m.onnx", model, modules, {"images": images})
     with torch.no_grad():
         torch.testing.assert_close(run(tmp_path / "m.onnx", images), model(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", ["int8/int8", "int4/int8", "e4m3/e4m3", "mxfp4/mxfp8"])
+def test_convolutions_in_one_dimension(pair, tmp_path):
+    torch.manual_seed(0)
+    model, series = nn.Sequential(nn.Conv1d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv1d(32, 5, 3)), torch.randn(4, 3, 20)
+    weight, activation = map(parse_format, pair.split("/"))
+    modules = quantize_model(model.eval(), formats={weight, activation})
+    calibrate(model, modules, [series])
+    set_formats(modules, dict.fromkeys(modules, (weight, activation)))
+    export_onnx(tmp_path / "m.onnx", model, modules, {"input": series})
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", series), model(series), rtol=1e-3, atol=1e-3)
 
 
 def test_padding_moves_codes(tmp_path):

@@ -198,6 +198,24 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
         assert (fresh.head.weight is fresh.embedding.weight) == (names == ["inner"])
 
 
+@pytest.mark.parametrize("name", ["int3", "e2m1", "mxfp4", "nvfp4"])
+def test_convolutions_in_one_and_three_dimensions(name, tmp_path):
+    format = parse_format(name)
+
+    def build(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Unflatten(1, (8, 1, 1)), nn.Conv3d(8, 4, (1, 1, 3)))
+
+    model, x = build(0), torch.randn(2, 3, 12)
+    modules = quantize_model(model, formats=[format])
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (format, format)))
+    write_packed(tmp_path / "p.safetensors", model, modules)
+    again = build(1)
+    restore(again, *read_packed(tmp_path / "p.safetensors"))
+    torch.testing.assert_close(again.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
 class UsedTwice(nn.Module):
     """One layer under two names."""
 

@@ -43,6 +43,9 @@ LAYERS = {
     "replicate": lambda: conv(padding=(2, 1), padding_mode="replicate"),
     "circular": lambda: conv(padding=1, padding_mode="circular"),
     "zeros": lambda: conv(padding=2, padding_mode="zeros"),
+    "conv1d": lambda: (nn.Conv1d(8, 12, 3, groups=2, dilation=2), torch.randn(4, 8, 9, generator=generator())),
+    "conv1d same": lambda: (nn.Conv1d(8, 12, 3, padding="same"), torch.randn(4, 8, 9, generator=generator())),
+    "conv3d": lambda: (nn.Conv3d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 5, 6, 7, generator=generator())),
 }
 
 
@@ -342,7 +345,7 @@ def test_a_layer_must_say_how_it_computes():
         quant.quant_module.QuantModule().compute(torch.ones(1), torch.ones(1))
 
 
-@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv", "depthwise"])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv", "depthwise", "conv1d", "conv3d"])
 @pytest.mark.parametrize("pair", [("int4", "int8"), ("e2m1", "e4m3"), ("mxfp4", "nvfp4")], ids="-".join)
 def test_compiled_layers_give_what_eager_ones_give(kind, pair):
     """Outputs and the gradients of tensors bit for bit; those of scales are sums, in another order."""
@@ -366,7 +369,7 @@ def test_compiled_layers_give_what_eager_ones_give(kind, pair):
     torch.testing.assert_close(compiled_scales, eager_scales, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv", "depthwise"])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv", "depthwise", "conv1d", "conv3d"])
 @pytest.mark.parametrize("name", ["int4", "e2m1"])
 def test_the_scale_of_an_input_that_needs_no_gradient_gets_the_same_one(kind, name):
     layer, x = LAYERS[kind]()
