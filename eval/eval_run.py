@@ -14,6 +14,7 @@ if __name__ == "__main__":  # started as a script, its own folder is on the path
 import copy
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -25,9 +26,11 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from eval.flags import entry, parse, to_yaml
 from eval.limits import LIMIT_FLAGS, limits_of
-from eval.run_config import RunConfig
+from eval.run_config import GRID_FLAGS, RunConfig
 from eval.tracking import tracked
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
@@ -48,6 +51,14 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 COMPILE_ABOVE = 1e8
+MAY_DIFFER = {
+    *GRID_FLAGS,
+    *("task", "model_path", "data_dir", "load_model_path", "output_root_dir", "exp_name", "run_id", "config", "resume"),
+    *("save_model_path", "save_strategy", "log_dir", "log_steps", "report_to", "quiet", "verify_retrain", "eval_steps"),
+    *("eval_batch_size", "num_beams", "max_eval_samples", "num_workers", "device", "compile", "cuda_visible_devices"),
+    *("num_cpus", "num_gpus", "cpus_per_trial", "gpus_per_trial", "ray_address", "dry_run", "asha", "hpo"),
+}
+"""flags that a run may be resumed with other values of: folders, which move, the machine, and what is told of it"""
 """activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
 
 
@@ -80,6 +91,10 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong."""
+    if config.method == "search" and config.max_steps > 0:
+        from trainer.search import Phases
+
+        Phases.of(search_settings(config), config.max_steps)
     from cost.profile import profile_model
     from eval.coverage import searched_layers
     from eval.fused_groups import fused_groups
@@ -212,9 +227,24 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
     status 'failed'. Raises UserError for wrong input, before anything is written.
     """
     started = time.monotonic()
+    refuse_other_flags(config)
     plan = make_plan(config)
     with tracked(config) if first_process() else nullcontext():
         return carry_out(plan, on_step, started)
+
+
+def refuse_other_flags(config: RunConfig) -> None:
+    """UserError where the run's folder holds checkpoints of other settings: its budget and schedule are in them."""
+    written = config.run_folder / "config.yaml"
+    if not written.exists() or last_checkpoint(config.run_folder / "checkpoints") is None:
+        return
+    before, now = (yaml.safe_load(text) for text in (written.read_text(), to_yaml(config)))
+    for name in sorted((before.keys() | now.keys()) - MAY_DIFFER):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"--{name} {now.get(name)}: {config.run_folder} holds checkpoints of a run with {before.get(name)}; "
+                "give what it was started with to go on from there, or choose another --run_id"
+            )
 
 
 def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, started: float) -> dict[str, Any]:
@@ -233,20 +263,19 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
             trainer.finish()
         else:
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+        for turn, (bits, own_folder) in enumerate(config.smaller_targets.items()):
+            own = config.updated(target_bits=f"{bits:g}", save_model_path=None)
+            trainer.use(turn)
+            complete = record | {"run_id": f"{config.run_name}-{own_folder.name}", "float_metrics": float_metrics}
+            write_result(replace(plan, config=own), trainer, modules, complete, own_folder, started)
+        if config.smaller_targets:
+            trainer.use(len(config.smaller_targets))
+        return write_result(plan, trainer, modules, record | {"float_metrics": float_metrics}, folder, started)
     except TrainingDiverged as error:
         record |= {"status": "failed", "reason": str(error), "wall_seconds": round(time.monotonic() - started, 1)}
         if first_process():
             write_json(folder / "result.json", record)
         return record
-
-    for turn, (bits, own_folder) in enumerate(config.smaller_targets.items()):
-        own = config.updated(target_bits=f"{bits:g}", save_model_path=None)
-        trainer.use(turn)
-        complete = record | {"run_id": f"{config.run_name}-{own_folder.name}", "float_metrics": float_metrics}
-        write_result(replace(plan, config=own), trainer, modules, complete, own_folder, started)
-    if config.smaller_targets:
-        trainer.use(len(config.smaller_targets))
-    return write_result(plan, trainer, modules, record | {"float_metrics": float_metrics}, folder, started)
 
 
 def write_result(
@@ -260,16 +289,22 @@ def write_result(
     """Evaluate the assignment that the model is in, and write all that `folder` keeps of it, the record last."""
     from cost.cost import assignment_to_json
     from trainer.checkpoint import write_atomically, write_json
+    from trainer.reinforce_trainer import TrainingDiverged
 
     answers: dict[str, dict[str, list[int]]] = {}
     assignment = final_assignment(plan, trainer)
+    metrics = evaluate(trainer, plan, answers)
+    for split, values in metrics.items():
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
     record = record | costs_of(plan, assignment)
     if plan.config.chooses:
         record["cost_target"] = trainer.cost_target
     if trainer.contest is not None:
         record["contest"] = trainer.contest
     record |= {
-        "metrics": evaluate(trainer, plan, answers),
+        "metrics": metrics,
         "assignment": assignment_to_json(assignment),
         "steps": trainer.state.global_step,
         "wall_seconds": round(time.monotonic() - started, 1),
@@ -349,6 +384,8 @@ def make_trainer(
     if plan.formats and not config.chooses:
         assignment = dict.fromkeys(plan.layers, config.uniform_formats)
     arguments = training_arguments(config)
+    if config.save_strategy == "best":
+        arguments.metric_for_best_model, arguments.greater_is_better = f"{next(iter(prepared.validation))}_loss", False
     use_compiled(compile_mode(plan, len(train) - len(held_rows)), arguments.device)
     trainer = ReinforceTrainer(
         plan.bundle.model,

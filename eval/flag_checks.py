@@ -223,8 +223,11 @@ def _check_contradictions(config: RunConfig) -> None:
         raise UserError(
             f"{lacking} is missing: a latency limit is a table (--max_latency) and a sum (--latency_target)"
         )
-    if config.method == "uniform" and not given_bits and config.cost_target is None and config.target_bits is None:
+    budgets = ("cost_target", "target_bits", "max_memory", "max_compute", "latency_target")
+    if config.method == "uniform" and not given_bits and all(getattr(config, flag) is None for flag in budgets):
         raise UserError("--method uniform needs --bits, or a budget (--target_bits, --cost_target) that it shall fit")
+    if config.save_strategy == "best" and config.eval_steps is None:
+        raise UserError("--save_strategy best needs --eval_steps: the best is known by evaluating")
     if config.method not in ("search", "uniform", "float", None) and given_bits:
         _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", f"--method {config.method}", "drop one of them")
     if config.method == "float" and given_bits:
@@ -232,7 +235,7 @@ def _check_contradictions(config: RunConfig) -> None:
     if len(given_bits) > 1 and config.bits is not None:
         _refuse(f"--bits {config.bits}", f"--{given_bits[1]}", "--bits sets weights and activations")
     if config.method == "float" or given_bits:
-        for flag in ("cost_target", "target_bits", "max_memory", "max_compute", "latency_target"):
+        for flag in budgets:
             if getattr(config, flag) is not None:
                 _refuse(f"--{flag} {getattr(config, flag)}", f"--method {config.method}", "nothing is searched")
         if config.fuse_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -352,5 +353,15 @@ def _with_masks(model: nn.Module, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
 def run_model(model: nn.Module, batch: Any) -> Any:
     """model(batch), however the batch is packed."""
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return model(**_understood(model, batch))
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _understood(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch without labels that `forward` has no place for: a loss function beside the model takes those."""
+    if "labels" not in batch:
+        return batch
+    taken = inspect.signature(model.forward).parameters.values()
+    if any(one.name == "labels" or one.kind is one.VAR_KEYWORD for one in taken):
+        return batch
+    return {name: value for name, value in batch.items() if name != "labels"}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from policy.space import SearchSpace
 from quant.convert import set_formats, weights_kept
+from quant.errors import UserError
 from quant.quant_module import QuantModule
 from quant.replay import replayed
 from trainer.batch_norm import statistics_of_batch
@@ -222,6 +223,8 @@ class JudgingTrainer(PickleFreeTrainer):
         held = set(self.search_rows)
         order = self._permutation(self.train_dataset, salt=0)
         indices = [row for row in order if row not in held][: self.calibration_samples or count * size]
+        if len(indices) % size == 1 and len(indices) > 1:
+            indices.pop()  # one row alone has no variance for a batch norm
         for start in range(0, len(indices), size):
             yield self._batch(self.train_dataset, indices[start : start + size])
 
@@ -233,6 +236,8 @@ def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Tensor], kind: str) 
     regression). accuracy: share of examples whose largest logit is the truth.
     """
     logits = class_logits(outputs, batch)
+    if logits is None and kind == "accuracy":
+        raise UserError("--reward_quality accuracy needs a model that tells classes apart; choose likelihood")
     if logits is None:
         value = torch.exp(-loss.float())
     elif kind == "accuracy":

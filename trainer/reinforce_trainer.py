@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, Subset
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile, profile_model
@@ -23,6 +25,7 @@ from quant.convert import Assignment, calibrate, in_float, quantize_model, set_f
 from quant.errors import UserError
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
+from quant.quantizer import Quantizer
 from trainer import checkpoint
 from trainer.allocation import allocate, effects, propose
 from trainer.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
@@ -224,18 +227,35 @@ class ReinforceTrainer(JudgingTrainer):
 
     # ------------------------------------------------------ the run
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train to the end and finish: the model then runs in `assignment`, calibrated on training data.
 
         Raises TrainingDiverged for a loss or reward that is not finite.
         """
+        if isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
         if resume_from_checkpoint is None:
+            if self.history is not None:
+                self.history.truncate(0)  # of a run that was killed before its first checkpoint
             self.prepare()
         else:
             self._scale_exponents = checkpoint.load_state(Path(resume_from_checkpoint) / STATE)["scale_exponents"]
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = None
+        if resume_from_checkpoint is None or not self._is_trained(resume_from_checkpoint):
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.finish()
         return output
+
+    def _is_trained(self, checkpoint_folder: str) -> bool:
+        """Whether a checkpoint is behind the last step; what it holds is then loaded, since Trainer would go on."""
+        state = TrainerState.load_from_json(str(Path(checkpoint_folder) / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(checkpoint_folder)
+        self.create_optimizer_and_scheduler(state.max_steps)
+        self._load_optimizer_and_scheduler(checkpoint_folder)
+        return True
 
     def prepare(self) -> None:
         """Before the first step: ranges from training data, the policy's prior from measured sensitivities."""
@@ -390,6 +410,7 @@ class ReinforceTrainer(JudgingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        inputs = dict(inputs)  # a loss function of one's own takes the labels out of them
         if self.teacher is None or not self.teacher.share or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)
@@ -557,8 +578,12 @@ class ReinforceTrainer(JudgingTrainer):
             "scale_exponents": self._scale_exponents,
             "settled": self._settled,
             "float_quality": self._float_quality,
+            "token_quantiles": {name: q.token_quantiles for name, q in self._quantizers() if q.token_quantiles},
         }
         checkpoint.save_state(state, folder / STATE)
+
+    def _quantizers(self) -> Iterator[tuple[str, Quantizer]]:
+        return ((name, part) for name, part in self.model.named_modules() if isinstance(part, Quantizer))
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
@@ -567,6 +592,8 @@ class ReinforceTrainer(JudgingTrainer):
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self._settled, self._float_quality = state["settled"], state["float_quality"]
+        for name, quantizer in self._quantizers():
+            quantizer.token_quantiles = state["token_quantiles"].get(name, {})
         for target, saved in zip(self._in_turn(), state["targets"], strict=True):
             if target.budget is not None:
                 target.budget = replace(target.budget, limits=tuple(saved["limits"]))

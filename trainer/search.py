@@ -147,14 +147,14 @@ class Phases:
 
     @classmethod
     def of(cls, config: ReinforceConfig, total: int) -> Phases:
-        """Raises ValueError if the delay leaves the policy no step."""
+        """Raises UserError if the delay leaves the policy no step."""
         settle = total - round(total * config.settle_fraction)
         delay = settle // 2 if config.delay_steps is None and config.settle_fraction else total // 4
         delay = delay if config.delay_steps is None else config.delay_steps
         if total and not 0 <= delay < settle:
-            raise ValueError(
-                f"delay_steps={delay} leaves the policy no step to learn in: {total} steps, of which the last "
-                f"{total - settle} settle"
+            raise UserError(
+                f"--delay_steps {delay} leaves the policy no step to learn in: {total} steps (--max_steps, or the "
+                f"epochs), of which the last {total - settle} settle (--settle_fraction {config.settle_fraction:g})"
             )
         return cls(delay, settle, total)
 

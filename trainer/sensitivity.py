@@ -131,7 +131,10 @@ def fisher_effect(
         return hook
 
     handles = [modules[name].register_forward_hook(watch(name)) for name in choices]
+    frozen = [m.weight for m in modules.values() if isinstance(m.weight, nn.Parameter) and not m.weight.requires_grad]
     try:
+        for weight in frozen:
+            weight.requires_grad_(True)
         with in_float(modules), torch.enable_grad():
             for batch in batches:
                 examples = len(next(iter(batch.values())))
@@ -139,6 +142,8 @@ def fisher_effect(
     finally:
         for handle in handles:
             handle.remove()
+        for weight in frozen:
+            weight.requires_grad_(False)
         model.train(training)
     return np.array([sum(scores[layer] for layer in decision.layers) for decision in space.decisions]) / len(batches)
 

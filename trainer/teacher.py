@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.convert import run_model
 from trainer.sensitivity import divergence
 
 TEMPERATURE = 4.0
@@ -37,7 +38,7 @@ class Teacher:
     @torch.no_grad()
     def answers(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Its logits, (examples, classes); None where it tells no classes apart."""
-        return class_logits(self.model(**batch), batch)
+        return class_logits(run_model(self.model, batch), batch)
 
     def loss(self, loss: Tensor, logits: Tensor, batch: Mapping[str, Any], counted: Tensor | int | None) -> Tensor:
         """(1 - share) x loss + share x T^2 x KL(teacher || student), from logits (examples, classes) / T.
@@ -59,6 +60,9 @@ def softened_divergence(reference: Tensor, logits: Tensor) -> Tensor:
 def class_logits(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
     """The logits (examples, classes) of a model that tells classes apart; None for any other."""
     labels: Any = batch.get("labels")
-    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if isinstance(outputs, tuple) and not hasattr(outputs, "logits"):
+        logits: Any = outputs[1] if len(outputs) > 1 and isinstance(outputs[1], Tensor) else None  # (loss, logits, ...)
+    else:
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
     return logits if classes and not labels.is_floating_point() else None

@@ -89,6 +89,98 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
     assert timeless(run(stopped)) == timeless(whole)
 
 
+def test_a_run_does_not_go_on_with_another_budget(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(entry):
+        if entry["step"] == 30:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(config(tmp_path, f"{SEARCH} --run_id stopped"), on_step=kill)
+    for changed, message in (
+        (SEARCH.replace("compute", "memory"), "--cost_type memory: .* holds checkpoints of a run with compute"),
+        (f"{SEARCH} --max_compute 0.004", "--max_compute 0.004: .* of a run with None; .* or choose another --run_id"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(config(tmp_path, f"{changed} --run_id stopped"))
+    assert run(config(tmp_path, f"{SEARCH} --run_id stopped --verify_retrain"))["steps"] == 40
+
+
+@pytest.mark.parametrize("flags", ["--bits 8 --max_steps 10", f"{SEARCH} --log_steps 7"])
+def test_a_run_killed_behind_its_last_step_trains_no_further(flags, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(*arguments):
+        raise Killed
+
+    flags = f"{flags} --save_strategy steps"
+    whole = run(config(tmp_path, f"{flags} --run_id whole"))
+    stopped = config(tmp_path, f"{flags} --run_id stopped")
+    with monkeypatch.context() as broken, pytest.raises(Killed):
+        broken.setattr("eval.eval_run.write_result", kill)
+        run(stopped)
+    assert timeless(run(stopped)) == timeless(whole)
+    lines = (stopped.run_folder / "history.jsonl").read_text().splitlines()
+    assert len(lines) == whole["steps"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_its_history_anew(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(entry):
+        if entry["step"] == 10:
+            raise Killed
+
+    stopped = config(tmp_path, "--bits 8 --max_steps 14 --save_strategy no")
+    with pytest.raises(Killed):
+        run(stopped, on_step=kill)
+    run(stopped)
+    lines = (stopped.run_folder / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 15))
+
+
+def test_clipped_tokens_are_remembered_by_a_checkpoint(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(entry):
+        if entry["step"] == 20:
+            raise Killed
+
+    flags = "--bits 4 --observer avg_prune_minmax --quantizer fixed --max_steps 20 --save_strategy steps --log_steps 5"
+    whole = run(config(tmp_path, f"{flags} --run_id whole"))
+    stopped = config(tmp_path, f"{flags} --run_id stopped")
+    with pytest.raises(Killed):
+        run(stopped, on_step=kill)
+    assert timeless(run(stopped)) == timeless(whole)
+
+
+def test_metrics_that_are_not_finite_are_a_failed_run(tmp_path):
+    settings = config(tmp_path, "--learning_rate 1e30 --max_steps 1")
+    record = run(settings)
+    assert record["status"] == "failed" and "loss on validation is nan after 1 steps" in record["reason"]
+    assert json.loads((settings.run_folder / "result.json").read_text()) == record
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    settings = config(tmp_path, "--bits 8 --max_steps 12 --save_strategy best --eval_steps 4")
+    assert run(settings)["status"] == "finished"
+    assert last_checkpoint(settings.run_folder / "checkpoints") is not None
+    with pytest.raises(UserError, match="--save_strategy best needs --eval_steps"):
+        config(tmp_path, "--bits 8 --save_strategy best")
+
+
+@pytest.mark.parametrize("flags", ["--max_steps 2", "--max_steps 20 --delay_steps 10 --settle_fraction 0.5"])
+def test_a_search_without_a_step_to_learn_in_is_refused_before_the_work(flags, tmp_path):
+    with pytest.raises(UserError, match=r"--delay_steps \d+ leaves the policy no step to learn in: \d+ steps"):
+        run(config(tmp_path, f"--search --search_space 4,8 {flags}"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_starts_from_the_weights_of_another(tmp_path):
     first = config(tmp_path, "--bits 8 --max_steps 30 --run_id first")
     trained = run(first)

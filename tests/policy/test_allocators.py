@@ -75,6 +75,7 @@ def test_greedy_gives_up_what_costs_least_quality_first():
     effect = np.array([[9.0, 9.0, 0.0], [0.1, 0.1, 0.0], [9.0, 1.0, 0.0], [9.0, 9.0, 0.0]])
     # 32 in all: layer b to its cheapest saves 3 for 0.1, layer c to the middle saves 4 for 1
     assert greedy(effect, budget(29)) == [2, 0, 2, 2]
+    assert greedy(np.zeros_like(effect), budget(1000)) == [2, 2, 2, 2], "nothing is given up that the budget allows"
     assert greedy(effect, budget(25)) == [2, 0, 1, 2]
     with pytest.raises(InfeasibleError):
         greedy(effect, budget(7))

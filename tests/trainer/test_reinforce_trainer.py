@@ -227,6 +227,51 @@ def test_a_float_run_ends_with_recalibrated_batch_norms(tmp_path):
     torch.testing.assert_close(ended, model.body[1].running_mean)
 
 
+class WithoutLoss(Net):
+    """Leaves its loss to a function beside it, and has no place for labels."""
+
+    def forward(self, pixel_values):
+        return {"logits": self.head(self.body(pixel_values).flatten(1))}
+
+
+class Tuples(Net):
+    def forward(self, pixel_values, labels=None):
+        told = super().forward(pixel_values, labels)
+        return (told["logits"],) if labels is None else (told["loss"], told["logits"])
+
+
+def cross_entropy(outputs, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(outputs["logits"], labels)
+
+
+@pytest.mark.parametrize("method", ["search", "fisher", "hawq_v2"])
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        (WithoutLoss, {"compute_loss_func": cross_entropy}),
+        (Tuples, {}),
+    ],
+    ids=["loss beside the model", "tuples"],
+)
+def test_models_of_ones_own(model, changes, method, tmp_path):
+    torch.manual_seed(0)
+    config = ReinforceConfig(method, target_bits=4.5, calibration_batches=2, sensitivity_examples=8)
+    made = model()
+    trainer = ReinforceTrainer(made, arguments(tmp_path), search=config, train_dataset=Data(), **changes)
+    trainer.train()
+    assert trainer.cost <= trainer.cost_target
+
+
+def test_a_model_with_frozen_layers_is_searched(tmp_path):
+    model = Net()
+    model.body.requires_grad_(False)
+    before = model.body[0].weight.clone()
+    trainer = make(tmp_path, model=model)
+    trainer.train()
+    assert torch.equal(model.body[0].weight, before) and not model.body[0].weight.requires_grad
+    assert trainer.contest["candidates"].keys() >= {"measured", "policy"}
+
+
 def test_quality_is_a_probability():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
     expected = logits.softmax(1)[:, 0].mean()
