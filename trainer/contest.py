@@ -50,10 +50,9 @@ class Contest:
         return self.judged(choices)[:, 0]
 
     def decide(self, candidates: Mapping[str, Sequence[int]]) -> Verdict:
-        """The best fitting choice among the candidates and what local swaps make of it.
+        """The best fitting choice among the candidates and what local swaps make of it, see `better_of`.
 
-        A swap replaces the best so far only if it is better by more than the standard error of the difference on the
-        same batches. Raises ValueError for a candidate over the budget.
+        Raises ValueError for a candidate over the budget.
         """
         named = {name: tuple(choice) for name, choice in candidates.items()}
         if over := [name for name, choice in named.items() if not self.budget.fits(choice)]:
@@ -62,16 +61,23 @@ class Contest:
         winner = list(named)[int(means.argmin())]
         best, origin = named[winner], winner
         for round_ in range(self.rounds):
-            swaps = self.swaps(best)
-            if not swaps:
+            better = self.better_of(self.swaps(best), best)
+            if better is None:
                 break
-            harms = self.harms(swaps)
-            challenger = int(harms.mean(1).argmin())
-            gain = self.harms([best])[0] - harms[challenger]
-            if gain.mean() <= standard_error(gain):
-                break
-            best, origin = swaps[challenger], f"swap {round_ + 1} of {winner}"
+            best, origin = better, f"swap {round_ + 1} of {winner}"
         return Verdict(best, origin, {name: float(mean) for name, mean in zip(named, means, strict=True)}, self)
+
+    def better_of(self, challengers: Sequence[Choice], best: Choice) -> Choice | None:
+        """The challenger of least harm, if it is better than `best` by more than the difference's standard error.
+
+        Differences are taken on the same batches.
+        """
+        if not challengers:
+            return None
+        harms = self.harms(challengers)
+        challenger = int(harms.mean(1).argmin())
+        gain = self.harms([best])[0] - harms[challenger]
+        return challengers[challenger] if gain.mean() > standard_error(gain) else None
 
     def effects(self, around: Choice) -> dict[tuple[int, int], float]:
         """(decision, other index) -> harm with that one decision changed, less the harm of `around`; measured."""

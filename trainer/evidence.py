@@ -25,7 +25,8 @@ def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) ->
     Among ALL assignments within the budget, if the space has at most MAX_EXHAUSTIVE and judging those that the contest
     has not seen takes no more than ALL_SHARE x `affordable`; else among `affordable` random ones and every swap of the
     contest. Returns `kind` 'all' or 'sampled', `among` (how many, the chosen one included), `rank` (1 is best),
-    `regret` (best quality less the chosen one's) and `regret_error` (standard error over the batches).
+    `regret` (best quality less the chosen one's), `regret_error` (standard error over the batches) and `harm_rank`,
+    the rank by what the contest goes by.
     """
     budget = contest.budget
     fitting = {choice for choice in contest.seen if budget.fits(choice)} | {chosen}
@@ -36,7 +37,8 @@ def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) ->
         generator = np.random.default_rng(seed)
         fitting |= {tuple(random_choice(budget, generator, tries=1000)) for _ in range(affordable)}
     others = sorted(fitting - {chosen})
-    qualities = contest.judged([chosen, *others])[:, 1]
+    judged = contest.judged([chosen, *others])
+    harms, qualities = judged[:, 0].mean(1), judged[:, 1]
     means = qualities.mean(1)
     best = qualities[int(means.argmax())]
     lost = best - qualities[0]
@@ -46,6 +48,7 @@ def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) ->
         "rank": int((means > means[0]).sum()) + 1,
         "regret": float(lost.mean()),
         "regret_error": standard_error(lost),
+        "harm_rank": int((harms < harms[0]).sum()) + 1,
     }
 
 

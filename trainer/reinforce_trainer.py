@@ -367,8 +367,11 @@ class ReinforceTrainer(JudgingTrainer):
         candidates = {name: c for name, c in target.search.candidates.items() if self.budget.fits(c)}
         verdict = contest.decide({**candidates, "policy": best})
         affordable = max(8, self._affordable_judgements(1 / 20))
+        everything = all_if_affordable(contest, affordable)  # then the certificate judges all there is anyway
+        if (better := contest.better_of(everything or (), verdict.choice)) is not None:
+            verdict = replace(verdict, choice=better, origin="the best of all")
         if (floor := self._least_quality) is not None:
-            cheapest = cheapest_choice(contest, verdict.choice, floor, all_if_affordable(contest, affordable))
+            cheapest = cheapest_choice(contest, verdict.choice, floor, everything)
             if cheapest != verdict.choice:
                 verdict = replace(verdict, choice=cheapest, origin=f"cheaper than {verdict.origin}")
             lower = limited(self.budget, self.budget.costs(cheapest)[0])

@@ -34,6 +34,16 @@ def test_swaps_lead_to_the_best_choice_of_an_additive_loss(start):
     assert "swap" in verdict.origin and BUDGET.fits(verdict.choice)
 
 
+def test_a_challenger_must_be_better_by_more_than_its_error():
+    noise = np.array([0.3, -0.3, 0.3, -0.3])
+    harms = {(0,): np.zeros(4), (1,): noise - 0.1, (2,): noise / 10 - 0.1}
+    contest = Contest(BUDGET, lambda choices: np.array([[harms[choice], np.ones(4)] for choice in choices]))
+    assert contest.better_of([(1,)], (0,)) is None, "0.1 better, give or take 0.17"
+    assert contest.better_of([(1,), (2,)], (1,)) is None
+    assert contest.better_of([(2,)], (0,)) == (2,)
+    assert contest.better_of([], (0,)) is None
+
+
 def test_the_better_candidate_wins():
     verdict = Contest(BUDGET, judged(interacting)).decide({"prior": (0, 2, 0, 1), "policy": (1, 1, 1, 1)})
     assert verdict.choice[0] >= 1 and verdict.choice[2] >= 1

@@ -29,6 +29,7 @@ def test_the_certificate_of_a_small_space_is_exact():
         told = certificate(contest(additive), chosen, affordable=81, seed=0)
         better = sum(additive(other) < additive(chosen) - 1e-12 for other in ranked)
         assert (told["kind"], told["among"], told["rank"]) == ("all", len(ranked), better + 1)
+        assert told["harm_rank"] == told["rank"], "here quality falls with harm"
         wobble = np.exp(-np.linspace(-0.1, 0.1, 6)).mean()
         lost = np.exp(-additive(ranked[0])) - np.exp(-additive(chosen))
         assert told["regret"] == pytest.approx(lost * wobble)
