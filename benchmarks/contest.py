@@ -10,7 +10,6 @@ sample of one half of these picks the best assignment; its accuracy on the other
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.quality import ROOT, common_flags, rows
+from benchmarks.quality import parse_for_rows, searching
 from quant.convert import set_formats
 from quant.replay import replayed
 from trainer.contest import Contest
@@ -102,12 +101,8 @@ def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answer
 
 def answers(name: str, shared: Path, output: Path, seed: int) -> Answers:
     """Of a row's search, at its contest."""
-    from eval.eval_run import make_plan, make_trainer
-    from eval.flags import parse
-
-    row, plain = rows()[name], ReinforceTrainer._choose
-    flags = [*common_flags(name, row, shared, output), *shlex.split(row.budget), "--search", "--quiet"]
-    trainer, _, _ = make_trainer(make_plan(parse([*flags, "--seed", str(seed), "--run_id", f"contest-s{seed}"])))
+    plain = ReinforceTrainer._choose
+    trainer = searching(name, shared, output, seed, f"contest-s{seed}")
 
     def stop(self: ReinforceTrainer, target: Target) -> Any:
         raise look(self, target, plain(self, target))
@@ -136,16 +131,9 @@ def picks(seen: Answers, criterion: NDArray[np.float64], generator: Any) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--rows", default="resnet20-3,mrpc", help="comma list of rows of benchmarks.quality")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
-    arguments = parser.parse_args()
-    names = arguments.rows.split(",")
-    if unknown := [name for name in names if name not in rows()]:
-        parser.error(f"unknown row {unknown[0]}; choices: {', '.join(rows())}")
-    for name in names:
-        seen = answers(name, arguments.shared.resolve(), arguments.output_root_dir.resolve(), arguments.seed)
+    arguments = parse_for_rows(parser, "resnet20-3,mrpc")
+    for name in arguments.rows:
+        seen = answers(name, arguments.shared, arguments.output_root_dir, arguments.seed)
         sample = min(seen.judged, len(seen.labels) // 2)
         print(f"\n**{name}**: {len(seen.own)} assignments, {sample} of {len(seen.labels)} examples to pick by\n")
         print("| judged by | accuracy over the mean assignment's [points] | correlation with errors |\n|---|---|---|")

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.contest import around
-from benchmarks.quality import ROOT, common_flags, rows
+from benchmarks.quality import parse_for_rows, searching
 from quant.convert import calibrate, set_formats
 from trainer.allocation import allocate
 from trainer.batch_norm import statistics_of_batch
@@ -70,14 +68,9 @@ def trained(trainer: ReinforceTrainer, choice: tuple[int, ...], batches: list[An
 
 def measured(name: str, arguments: argparse.Namespace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Of a row's assignments: what each criterion says, (assignments, 2 x criteria), and the loss after training."""
-    from eval.eval_run import make_plan, make_trainer
-    from eval.flags import parse
-
-    row = rows()[name]
-    flags = common_flags(name, row, arguments.shared.resolve(), arguments.output_root_dir.resolve())
-    flags += [*shlex.split(row.budget), "--search", "--quiet", "--seed", str(arguments.seed)]
-    trainer, modules, _ = make_trainer(make_plan(parse([*flags, "--run_id", f"foresight-s{arguments.seed}"])))
-    calibrate(trainer.model, modules, trainer.calibration_batches())
+    seed = arguments.seed
+    trainer = searching(name, arguments.shared, arguments.output_root_dir, seed, f"foresight-s{seed}")
+    calibrate(trainer.model, trainer.modules, trainer.calibration_batches())
     chosen = tuple(allocate("measured", trainer))
     start = copy.deepcopy(trainer.model.state_dict())
     loader = trainer.get_train_dataloader()
@@ -98,18 +91,11 @@ def _again(loader: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--rows", default="resnet20-3", help="comma list of rows of benchmarks.quality")
     parser.add_argument("--assignments", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
-    arguments = parser.parse_args()
-    names = arguments.rows.split(",")
-    if unknown := [name for name in names if name not in rows()]:
-        parser.error(f"unknown row {unknown[0]}; choices: {', '.join(rows())}")
+    arguments = parse_for_rows(parser, "resnet20-3")
     criteria = ["loss", *(f"divergence from float, temperature {t:g}" for t in TEMPERATURES)]
-    for name in names:
+    for name in arguments.rows:
         told, losses = measured(name, arguments)
         print(f"\n**{name}**: {len(losses)} assignments, {arguments.steps} steps\n")
         print("| judged by | moving averages | the batch's statistics |\n|---|---|---|")

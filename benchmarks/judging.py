@@ -11,7 +11,6 @@ TRAINING examples, and asks how much more the choice of an exact knapsack costs 
 from __future__ import annotations
 
 import argparse
-import shlex
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.quality import ROOT, common_flags, rows
+from benchmarks.quality import ROOT, rows, searching
 from benchmarks.step_time import FORMATS, model_and_batch
 from benchmarks.timing import ratio, take_turns
 from policy.allocators import least_harm
@@ -81,12 +80,8 @@ def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[N
 
     The former are (temperatures, decisions, choices, examples).
     """
-    from eval.eval_run import make_plan, make_trainer
-    from eval.flags import parse
-
-    row = rows()[name]
-    flags = [*common_flags(name, row, shared, output), *shlex.split(row.budget), "--search", "--quiet", "--seed", "0"]
-    trainer, modules, _ = make_trainer(make_plan(parse(flags)))
+    trainer = searching(name, shared, output, 0, "judging-s0")
+    modules = trainer.modules
     calibrate(trainer.model, modules, trainer.calibration_batches())
     held_out = torch.utils.data.Subset(trainer.search_dataset, range(min(examples, len(trainer.search_dataset))))
     seen: list[Tensor] = []

@@ -22,13 +22,16 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eval.flag_checks import gpu_count
 from eval.flags import parse
 from eval.report_paired import share_right
+
+if TYPE_CHECKING:
+    from trainer.reinforce_trainer import ReinforceTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAP = ("measured", "fisher", "hawq_v2", "head_tail", "random", "greedy", "qbert")
@@ -143,6 +146,29 @@ def common_flags(name: str, row: Row, shared: Path, output: Path) -> list[str]:
         start = shlex.split(f"{row.start.format(shared=shared)} {always} --method float --seed 0")
         flags += ["--load_model_path", str(run(start, "start")[1])]
     return flags
+
+
+def searching(name: str, shared: Path, output: Path, seed: int, run_id: str) -> ReinforceTrainer:
+    """The trainer of a row's search, before its first step."""
+    from eval.eval_run import make_plan, make_trainer
+
+    row = rows()[name]
+    flags = [*common_flags(name, row, shared, output), *shlex.split(row.budget), "--search", "--quiet"]
+    return make_trainer(make_plan(parse([*flags, "--seed", str(seed), "--run_id", run_id])))[0]
+
+
+def parse_for_rows(parser: argparse.ArgumentParser, default: str) -> argparse.Namespace:
+    """The arguments of a benchmark of some rows' searches, `rows` as a list; ends the program for an unknown row."""
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser.add_argument("--rows", default=default, help="comma list of rows of benchmarks.quality")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "quality")
+    arguments = parser.parse_args()
+    arguments.rows = arguments.rows.split(",")
+    if unknown := [name for name in arguments.rows if name not in rows()]:
+        parser.error(f"unknown row {unknown[0]}; choices: {', '.join(rows())}")
+    arguments.shared, arguments.output_root_dir = arguments.shared.resolve(), arguments.output_root_dir.resolve()
+    return arguments
 
 
 def score(record: dict[str, Any], measures: str = "metrics", metric: str | None = None) -> float:

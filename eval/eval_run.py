@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 COMPILE_ABOVE = 1e8
+"""activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
 MAY_DIFFER = {
     *GRID_FLAGS,
     *("task", "model_path", "data_dir", "load_model_path", "output_root_dir", "exp_name", "run_id", "config", "resume"),
@@ -59,7 +60,6 @@ MAY_DIFFER = {
     *("num_cpus", "num_gpus", "cpus_per_trial", "gpus_per_trial", "ray_address", "dry_run", "asha", "hpo"),
 }
 """flags that a run may be resumed with other values of: folders, which move, the machine, and what is told of it"""
-"""activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
 
 
 @dataclass
@@ -91,16 +91,15 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong."""
-    if config.method == "search" and config.max_steps > 0:
-        from trainer.search import Phases
-
-        Phases.of(search_settings(config), config.max_steps)
     from cost.profile import profile_model
     from eval.coverage import searched_layers
     from eval.fused_groups import fused_groups
     from eval.models import build_model, recompute_activations
     from eval.tasks import load_task, prepare
+    from trainer.search import Phases
 
+    if config.method == "search" and config.max_steps > 0:
+        Phases.of(search_settings(config), config.max_steps)
     data = load_task(config)
     corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
     bundle = build_model(config, data.num_labels, corpus)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eval.export_formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written
+from eval.export_formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written, writing
 from eval.export_run import FinishedRun, finished_run
 from eval.flag_checks import check_one_of
 from eval.flags import entry
@@ -39,7 +39,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
 
     EXPORT_FORMATS[format].check_installed()
     with contextlib.ExitStack() as stack:
-        with writing(folder):
+        with writing("output_dir", folder):
             if folder.exists():
                 raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
             place.mkdir()
         if evaluate:
             _ = run.plan  # whatever is wrong with the data is wrong before the work
-        with writing(folder):
+        with writing("output_dir", folder):
             written = EXPORT_FORMATS[format].write(run, place)
         verdict = describe(run, format, written, evaluate)
         verdict["metrics"] = {
@@ -57,22 +57,11 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
         }
         verdict["notes"] += lost(run.record, verdict["metrics"]["exported"] or {})
         card = model_card(run, verdict, folder, written.usage or EXPORT_FORMATS[format].usage)
-        with writing(folder):
+        with writing("output_dir", folder):
             write_json(place / "export.json", verdict)
             write_atomically(place / "README.md", lambda path: Path(path).write_text(card))
             place.rename(folder)
     return verdict
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Within, what the file system refuses (a full disk, a folder that others own) is an error that names `folder`."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--output_dir {folder}: cannot be written: {error}") from None
 
 
 def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -> dict[str, Any]:

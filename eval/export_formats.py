@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +52,17 @@ class ExportFormat:
     def check_installed(self) -> None:
         """Raises UserError, naming the package and where it is pinned, if one is missing."""
         require(*self.needs)
+
+
+@contextmanager
+def writing(flag: str, path: Path) -> Iterator[None]:
+    """Within, what the file system refuses (a full disk, a folder that others own) is an error that names `path`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--{flag} {path}: cannot be written: {error}") from None
 
 
 def require(*packages: str) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import csv
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eval.export_formats import ONNX_PACKAGES, ROUND_OUTPUTS, require
+from eval.export_formats import ONNX_PACKAGES, ROUND_OUTPUTS, require, writing
 from eval.export_run import FinishedRun, finished_run
 from eval.flags import entry
 from eval.onnx_timing import REPEATS, latencies
@@ -249,14 +248,6 @@ def _flags(argv: Sequence[str]) -> Namespace:
     return flags
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written: {error}") from None
-
-
 def main(argv: Sequence[str]) -> int:
     """Measure, print and write the table."""
     flags = _flags(argv)
@@ -265,11 +256,11 @@ def main(argv: Sequence[str]) -> int:
     if not run.modules:
         raise UserError(f"RUN_DIR {flags.run}: every layer is in float, there is nothing to compare")
     path = flags.output or flags.run / TABLE
-    with _writing(path):  # before the measuring
+    with writing("output", path):  # before the measuring
         path.parent.mkdir(parents=True, exist_ok=True)
     model = model_latencies(run, flags.repeats, flags.threads)
     rows = layer_latencies(run, flags.repeats, flags.threads)
-    with _writing(path):
+    with writing("output", path):
         write_table(rows, path)
     print_latencies(run, rows, model)
     print(f"table: {path}")

@@ -359,9 +359,12 @@ def run_model(model: nn.Module, batch: Any) -> Any:
 
 def _understood(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """The batch without labels that `forward` has no place for: a loss function beside the model takes those."""
-    if "labels" not in batch:
-        return batch
-    taken = inspect.signature(model.forward).parameters.values()
-    if any(one.name == "labels" or one.kind is one.VAR_KEYWORD for one in taken):
+    if "labels" not in batch or _takes_labels(getattr(model.forward, "__func__", model.forward)):
         return batch
     return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@cache
+def _takes_labels(forward: Any) -> bool:
+    taken = inspect.signature(forward).parameters.values()
+    return any(one.name == "labels" or one.kind is one.VAR_KEYWORD for one in taken)

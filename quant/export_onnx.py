@@ -144,10 +144,8 @@ class _Traced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         module = self.module
-        for (
-            key,
-            hook,
-        ) in module._forward_pre_hooks.items():  # a migrated layer divides its input, or shows it to a shortcut
+        # A migrated layer divides its input, or shows it to a shortcut.
+        for key, hook in module._forward_pre_hooks.items():
             named = key in module._forward_pre_hooks_with_kwargs
             x = hook(module, (x,), {})[0][0] if named else (hook(module, (x,)) or (x,))[0]
         activation = module.input_quantizer

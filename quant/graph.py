@@ -218,7 +218,8 @@ def _groups(flow: _Flow, watched: _Watch, names: Mapping[nn.Module, str], owners
         and None not in targets
         and not (targets and flow.rectified)
         and _called_once(watched, source, *consumers, *targets)
-        and all(owners[id(parameter)] == 1 for parameter in _scaled(source))
+        # One that is shared, or computed (weight norm), cannot be divided.
+        and all(owners[id(parameter)] == 1 for parameter in scaled_parameters(source))
         and _scales(source, flow.source_input)
         and len({_channels_last(source, flow.source_input), *(not isinstance(c, nn.Conv2d) for c in consumers)}) == 1
     )
@@ -251,8 +252,8 @@ def _called_once(watched: _Watch, *modules: nn.Module | None) -> bool:
     return calls == len({module for module in modules if module is not None})
 
 
-def _scaled(source: nn.Module) -> list[Any]:
-    """What is divided where the source absorbs a scale; computed ones (weight norm) belong to no module."""
+def scaled_parameters(source: nn.Module) -> list[Any]:
+    """What is divided where the source absorbs a scale."""
     return [part for part in (source.weight, getattr(source, "bias", None)) if part is not None]
 
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from quant.convert import run_model
 from quant.errors import UserError
 from quant.formats import FloatFormat, Format, IntFormat
-from quant.graph import Group, find_groups
+from quant.graph import Group, find_groups, scaled_parameters
 from quant.quant_utils import fake_quantize, scale_from_range
 from quant.shortcut import Shortcut, add_shortcut
 
@@ -54,9 +54,8 @@ def migrate(
             _divide_input(consumer, g)
     if source is None:
         return
-    for parameter in (source.weight, getattr(source, "bias", None)):
-        if isinstance(parameter, Tensor):
-            parameter.copy_(_divided(source, parameter, g))
+    for parameter in scaled_parameters(source):
+        parameter.copy_(_divided(source, parameter, g))
     for norm in shortcuts:
         shortcut = add_shortcut(norm, consumers[0])
         shortcut.gain.mul_(g.to(shortcut.gain))

@@ -354,7 +354,7 @@ class ReinforceTrainer(JudgingTrainer):
         best = target.search.best()
         if not self._config.contest:
             return best
-        # The statistics of training are a mixture over all draws; the contest is between neighbours of the best.
+        # Only batches too small to go by their own statistics see these; those of training are a mixture of all draws.
         set_formats(self.modules, self.space.assignment(best))
         recalibrate_batch_norm(self.model, self.calibration_batches())
         if self._config.max_drop is not None:

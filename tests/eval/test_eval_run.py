@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,20 @@ DIGITS = "--task digits --model convnet --train_batch_size 64 --learning_rate 1e
 
 def config(folder, flags):
     return parse(f"{DIGITS} --output_root_dir {folder} {flags}".split())
+
+
+class Killed(Exception):
+    """Stands in for the end of a process."""
+
+
+def kill_at(step):
+    """What a run tells its steps to, which ends it at one."""
+
+    def on_step(entry):
+        if entry["step"] == step:
+            raise Killed
+
+    return on_step
 
 
 def timeless(record):
@@ -69,16 +84,9 @@ def test_same_seed_same_record(tmp_path):
 def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
     whole = run(config(tmp_path, f"{SEARCH} --run_id whole"))
 
-    class Killed(Exception):
-        pass
-
-    def kill(entry):
-        if entry["step"] == 30:
-            raise Killed
-
     stopped = config(tmp_path, f"{SEARCH} --run_id stopped")
     with pytest.raises(Killed):
-        run(stopped, on_step=kill)
+        run(stopped, on_step=kill_at(30))
     assert not (stopped.run_folder / "result.json").exists()
     folder = stopped.run_folder / "checkpoints"
     newest = last_checkpoint(folder)
@@ -90,15 +98,8 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
 
 
 def test_a_run_does_not_go_on_with_another_budget(tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(entry):
-        if entry["step"] == 30:
-            raise Killed
-
     with pytest.raises(Killed):
-        run(config(tmp_path, f"{SEARCH} --run_id stopped"), on_step=kill)
+        run(config(tmp_path, f"{SEARCH} --run_id stopped"), on_step=kill_at(30))
     for changed, message in (
         (SEARCH.replace("compute", "memory"), "--cost_type memory: .* holds checkpoints of a run with compute"),
         (f"{SEARCH} --max_compute 0.004", "--max_compute 0.004: .* of a run with None; .* or choose another --run_id"),
@@ -110,17 +111,11 @@ def test_a_run_does_not_go_on_with_another_budget(tmp_path):
 
 @pytest.mark.parametrize("flags", ["--bits 8 --max_steps 10", f"{SEARCH} --log_steps 7"])
 def test_a_run_killed_behind_its_last_step_trains_no_further(flags, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
-
-    def kill(*arguments):
-        raise Killed
-
     flags = f"{flags} --save_strategy steps"
     whole = run(config(tmp_path, f"{flags} --run_id whole"))
     stopped = config(tmp_path, f"{flags} --run_id stopped")
     with monkeypatch.context() as broken, pytest.raises(Killed):
-        broken.setattr("eval.eval_run.write_result", kill)
+        broken.setattr("eval.eval_run.write_result", Mock(side_effect=Killed))
         run(stopped)
     assert timeless(run(stopped)) == timeless(whole)
     lines = (stopped.run_folder / "history.jsonl").read_text().splitlines()
@@ -128,34 +123,20 @@ def test_a_run_killed_behind_its_last_step_trains_no_further(flags, tmp_path, mo
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_its_history_anew(tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(entry):
-        if entry["step"] == 10:
-            raise Killed
-
     stopped = config(tmp_path, "--bits 8 --max_steps 14 --save_strategy no")
     with pytest.raises(Killed):
-        run(stopped, on_step=kill)
+        run(stopped, on_step=kill_at(10))
     run(stopped)
     lines = (stopped.run_folder / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 15))
 
 
 def test_clipped_tokens_are_remembered_by_a_checkpoint(tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(entry):
-        if entry["step"] == 20:
-            raise Killed
-
     flags = "--bits 4 --observer avg_prune_minmax --quantizer fixed --max_steps 20 --save_strategy steps --log_steps 5"
     whole = run(config(tmp_path, f"{flags} --run_id whole"))
     stopped = config(tmp_path, f"{flags} --run_id stopped")
     with pytest.raises(Killed):
-        run(stopped, on_step=kill)
+        run(stopped, on_step=kill_at(20))
     assert timeless(run(stopped)) == timeless(whole)
 
 
@@ -257,18 +238,11 @@ def test_several_budgets_come_from_one_run_with_a_record_each(tmp_path):
 
 @pytest.mark.parametrize("step", [12, 35])
 def test_several_budgets_go_on_from_a_checkpoint(tmp_path, step):
-    class Killed(Exception):
-        pass
-
-    def kill(entry):
-        if entry["step"] == step:
-            raise Killed
-
     several = f"{SEVERAL} --save_strategy steps --log_steps 5"
     whole = run(config(tmp_path, f"{several} --run_id whole"))
     stopped = config(tmp_path, f"{several} --run_id stopped")
     with pytest.raises(Killed):
-        run(stopped, on_step=kill)
+        run(stopped, on_step=kill_at(step))
     assert timeless(run(stopped)) == timeless(whole)
     parts = [
         json.loads((tmp_path / f"digits/default/{name}/3b/result.json").read_text()) for name in ("whole", "stopped")
