@@ -45,6 +45,8 @@ def records(tmp_path_factory):
         str(STEPS),
         "--max_train_samples",
         "480",
+        "--seed",
+        "0",
         "--device",
         "cpu",
         "--quiet",
@@ -93,7 +95,7 @@ def test_the_record_is_the_same(records):
     assert contests[0]["winner"] == contests[1]["winner"]
     assert contests[0]["held_out_harm"] == pytest.approx(contests[1]["held_out_harm"], rel=1e-3)
     assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4)
-    assert metrics[0]["accuracy"] == pytest.approx(metrics[1]["accuracy"], abs=0.05), "at chance, many are near a tie"
+    assert metrics[0]["accuracy"] == pytest.approx(metrics[1]["accuracy"], abs=2 / 360), "two examples near a tie"
     assert {name for name in one if one[name] != two[name]} <= {"wall_seconds"}
 
 
