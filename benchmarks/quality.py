@@ -100,6 +100,8 @@ def rows() -> dict[str, Row]:
         "resnet20-4.1-wide": Row(compute, "--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
         "resnet20-3.5": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3.5", ("int4",)),
         "resnet20-3": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3", ("int3",)),
+        "resnet20-3-coarse": Row(compute, "--search_space 2,4,8 --target_bits 3", ("int3",)),
+        "resnet20-5": Row(compute, "--search_space 4,8 --target_bits 5", ("int4",)),
         "resnet20-fp": Row(compute, "--search_space e2m1,e4m3 --target_bits 4.3", ("e2m1",)),
         "resnet20-mixed": Row(memory, "--search_space int4,e2m1,int8,e4m3 --target_bits 4.3", ("int4", "e2m1")),
     }
