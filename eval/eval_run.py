@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from eval.flags import entry, parse, to_yaml
+from eval.flags import RUN_FILE, entry, parse, to_yaml
 from eval.limits import LIMIT_FLAGS, limits_of
 from eval.run_config import GRID_FLAGS, RunConfig
 from eval.tracking import tracked
@@ -234,7 +234,7 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
 
 def refuse_other_flags(config: RunConfig) -> None:
     """UserError where the run's folder holds checkpoints of other settings: its budget and schedule are in them."""
-    written = config.run_folder / "config.yaml"
+    written = config.run_folder / RUN_FILE
     if not written.exists() or last_checkpoint(config.run_folder / "checkpoints") is None:
         return
     before, now = (yaml.safe_load(text) for text in (written.read_text(), to_yaml(config)))
@@ -253,7 +253,7 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
 
     config, folder = plan.config, plan.config.run_folder
     if first_process():
-        write_atomically(folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(config)))
+        write_atomically(folder / RUN_FILE, lambda temporary: Path(temporary).write_text(to_yaml(config)))
     trainer, modules, float_metrics = make_trainer(plan, on_step)
     record = describe(plan)
     try:
@@ -310,7 +310,7 @@ def write_result(
     }
     if first_process():
         if folder != plan.config.run_folder:
-            write_atomically(folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(plan.config)))
+            write_atomically(folder / RUN_FILE, lambda temporary: Path(temporary).write_text(to_yaml(plan.config)))
         write_json(folder / "assignment.json", record["assignment"])
         if answers:
             write_json(folder / "predictions.json", answers)

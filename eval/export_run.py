@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.flags import parse
+from eval.flags import RUN_FILE, parse
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class FinishedRun:
     def config(self) -> RunConfig:
         """The run's settings. Raises UserError where they no longer hold: a folder that is gone, say."""
         overrides: Sequence[str] = () if self.data_dir is None else ("--data_dir", self.data_dir)
-        return parse(["--config", str(self.folder / "config.yaml"), *overrides])
+        return parse(["--config", str(self.folder / RUN_FILE), *overrides])
 
     @cached_property
     def plan(self) -> Plan:
@@ -89,7 +89,7 @@ def finished_run(folder: Path, data_dir: str | None = None) -> FinishedRun:
         raise UserError(f"RUN_DIR {folder}: no such folder")
     result = folder / "result.json"
     if not result.is_file():
-        why = "never finished: it has no result.json" if (folder / "config.yaml").is_file() else "is no run's folder"
+        why = "never finished: it has no result.json" if (folder / RUN_FILE).is_file() else "is no run's folder"
         raise UserError(f"RUN_DIR {folder}: {why}; give the folder of a finished run")
     try:
         record = json.loads(result.read_text())

@@ -27,6 +27,8 @@ _LISTS = {
     *("search_space", "target_bits", "include", "exclude", "high_precision_ops", "cuda_visible_devices"),
 }
 _UNSET = object()
+LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
+"""the flags of a launch and of a run, in their folders"""
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -35,10 +37,23 @@ def parse(argv: Sequence[str]) -> RunConfig:
     Raises UserError, one line that names the flag, the value and the choices, for anything wrong.
     """
     config = read_flags(argv)
+    if config.resume is not None:
+        config = _resumed(Path(config.resume).expanduser().resolve(), argv)
     for name in _LAUNCHER_ONLY:
         if getattr(config, name) not in (None, False):
             raise UserError(f"--{name} is for the launcher: python eval_parallel.py ... --{name}")
     return complete(config)
+
+
+def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:
+    """The run of `folder`, which may have been moved as a whole since; `argv` wins over what it was started with."""
+    if not (folder / RUN_FILE).is_file():
+        launch = "; python eval_parallel.py --resume finishes a launch" if (folder / LAUNCH_FILE).is_file() else ""
+        raise UserError(f"--resume {folder}: no {RUN_FILE} there; name the folder of a run{launch}")
+    values = {**read_yaml(folder / RUN_FILE, "--resume"), **flags_given(argv)}
+    # <output_root_dir>/<task>/<exp_name>/<run_id> is where it is now.
+    values |= {"output_root_dir": str(folder.parents[2]), "exp_name": folder.parent.name, "run_id": folder.name}
+    return replace(read_values(values, "--resume"), resume=None)
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -56,14 +71,18 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def _default_target(config: RunConfig) -> dict[str, Any]:
-    """The one limit that is given is the target; else latency alone counts, or the middle of the search space."""
+    """The one limit that is given is the target; else the limits alone count, or the middle of the search space.
+
+    Compute is not --cost_type's default, so who gives it beside a limit on memory alone has compute charged all the same.
+    """
     limits = {"memory": config.max_memory, "compute": config.max_compute}
     given = {kind: value for kind, value in limits.items() if value is not None}
-    if given:
+    if given and (config.cost_type in given or config.cost_type == "memory"):
         kind = config.cost_type if config.cost_type in given else next(iter(given))
         return {"cost_type": kind, "cost_target": given[kind]}
     bits = [f.bits for f in config.search_formats]
-    return {"target_bits": f"{max(bits) if config.max_latency is not None else (min(bits) + max(bits)) / 2:g}"}
+    limited = bool(given) or config.max_latency is not None
+    return {"target_bits": f"{max(bits) if limited else (min(bits) + max(bits)) / 2:g}"}
 
 
 def read_flags(argv: Sequence[str]) -> RunConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from eval.flags import complete, read_values, read_yaml
+from eval.flags import RUN_FILE, complete, read_values, read_yaml
 from eval.report_records import PLACE_SETTINGS, Excluded, Run, read_run
 from eval.run_config import GRID_FLAGS, LauncherFlags, RunConfig, is_path
 from quant.errors import UserError
@@ -124,7 +124,7 @@ class Progress:
 def look_up(config: RunConfig) -> Progress:
     """What the run's folder holds. Raises UserError if it belongs to a run with other flags."""
     folder = config.run_folder
-    if (folder / "config.yaml").exists() and (differ := differences(read_config(folder), config)):
+    if (folder / RUN_FILE).exists() and (differ := differences(read_config(folder), config)):
         changes = ", ".join(f"--{name} {now} (there: {before})" for name, before, now in differ)
         raise UserError(f"{folder} holds a run with other flags: {changes}; choose another --exp_name")
     if not folder.exists():
@@ -135,7 +135,7 @@ def look_up(config: RunConfig) -> Progress:
 
 def read_config(folder: Path) -> RunConfig:
     """The flags of the run in `folder`. Raises UserError where its config.yaml is damaged."""
-    return read_values(read_yaml(folder / "config.yaml", "--exp_name"), f"{folder / 'config.yaml'}")
+    return read_values(read_yaml(folder / RUN_FILE, "--exp_name"), f"{folder / RUN_FILE}")
 
 
 def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from eval.flags import flags_given, read_flags, read_values, read_yaml, to_yaml
+from eval.flags import LAUNCH_FILE, flags_given, read_flags, read_values, read_yaml, to_yaml
 from eval.run_config import RunConfig
 from quant.errors import UserError
-
-LAUNCH_FILE = "launch.yaml"
 
 
 def read_launch(argv: Sequence[str]) -> RunConfig:

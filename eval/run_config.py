@@ -265,7 +265,7 @@ class LauncherFlags:
     cpus_per_trial: float | None = flag(None, "CPU cores of one run; default: its share when as many run as GPUs allow")
     gpus_per_trial: float | None = flag(None, "GPUs (or a fraction of one) of one run; default: 1 where there are GPUs")
     ray_address: str | None = flag(None, "join this Ray cluster instead of starting Ray on this machine")
-    resume: str | None = flag(None, "folder of an earlier launch (or run): finish what is missing in it")
+    resume: str | None = flag(None, "folder of an earlier launch (eval_run.py: run): finish what is missing in it")
     dry_run: bool = flag(False, "print the runs, their cost ranges and times, and stop")
     asha: bool = flag(False, "stop hopeless runs early (ASHA)")
     hpo: int | None = flag(

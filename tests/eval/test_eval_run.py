@@ -94,7 +94,7 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
     broken = folder / "checkpoint-9999"  # a process killed while saving leaves a folder without the Trainer's state
     broken.mkdir()
     assert last_checkpoint(folder) == newest
-    assert timeless(run(stopped)) == timeless(whole)
+    assert timeless(run(parse(["--resume", str(stopped.run_folder)]))) == timeless(whole)
 
 
 def test_a_run_does_not_go_on_with_another_budget(tmp_path):

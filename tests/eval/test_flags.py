@@ -4,7 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -232,6 +232,22 @@ def test_a_config_survives_its_file(tmp_path):
     path.write_text(to_yaml(config))
     assert read_flags(["--config", str(path)]) == RunConfig(**{**vars(config), "config": str(path)})
     assert complete(config) == config
+
+
+def test_a_run_to_resume_is_the_one_of_its_folder_wherever_that_lies_now(tmp_path):
+    started = parse([*RUN, "--search", "--max_steps", "7", "--output_root_dir", "/elsewhere", "--run_id", "other"])
+    folder = tmp_path / "digits" / "trial" / "mine"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"--resume {folder}: no config.yaml there; name the folder of a run$"):
+        parse(["--resume", str(folder)])
+    (folder / "config.yaml").write_text(to_yaml(started))
+    resumed = parse(["--resume", str(folder), "--num_workers", "2"])
+    assert resumed.run_folder == folder
+    moved = {name: getattr(resumed, name) for name in ("output_root_dir", "exp_name", "run_id", "num_workers")}
+    assert resumed == replace(started, **moved)
+    (folder.parent / "launch.yaml").touch()
+    with pytest.raises(UserError, match=r"eval_parallel.py --resume finishes a launch$"):
+        parse(["--resume", str(folder.parent)])
 
 
 def test_the_run_folder_stays_inside_the_output_folder(tmp_path):

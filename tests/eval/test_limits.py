@@ -54,6 +54,8 @@ def test_every_limit_holds_and_is_recorded(tmp_path, capsys):
 def test_one_limit_alone_is_the_target():
     config = parse([*RUN, "--max_compute", "0.5"])
     assert (config.cost_type, config.cost_target, config.target_bits) == ("compute", 0.5, None)
+    config = parse([*RUN, "--cost_type", "compute", "--max_memory", "1"])
+    assert (config.cost_type, config.cost_target, config.target_bits) == ("compute", None, "8")
     config = parse([*RUN, "--max_memory", "1", "--target_bits", "4"])
     assert (config.cost_type, config.cost_target, config.target_bits) == ("memory", None, "4")
 
