@@ -112,8 +112,13 @@ def all_formats(runs: Sequence[Run], side: int, palette: Mapping[str, FormatStyl
 
 
 def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
-    """Probability of each choice in each decision over the steps; None if the run recorded none."""
-    kept = [line for line in history if line.get("probabilities")]
+    """Probability of each choice in each decision over the steps; None if the run recorded none.
+
+    It ends where the choice was made: from there on, nothing changes.
+    """
+    recorded = [line for line in history if line.get("probabilities")]
+    learning = sum(line.get("phase") != "settle" for line in recorded)
+    kept = recorded[: learning + 1]
     if len(kept) < 2:
         return None
     steps = np.array([line["step"] for line in kept], dtype=float)
@@ -144,7 +149,7 @@ def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
             image, ax=grid, label="probability", shrink=min(1.0, 2.5 / (rows * len(decisions) * 0.16)), aspect=15
         )
 
-    what = "A panel a format, a row a decision: what the policy believed at each step."
+    what = "A panel a format, a row a decision: what the policy believed at each step, until the choice was made."
     size = (WIDTH, 1.0 + rows * (0.35 + 0.13 * len(decisions)))
     return Drawing(f"{_where(run)}: policy of {run.label}", what, size, draw)
 

@@ -113,6 +113,9 @@ def test_policy_sums_pairs_into_weights_and_activations(tmp_path):
     shown = {axes.get_title(): axes.collections[0].get_array().mean() for axes in figure.axes if axes.get_title()}
     assert shown == pytest.approx({"w int4": 0.3, "w int8": 0.7, "a int4": 0.4, "a int8": 0.6})
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == plots.short_names(LAYERS)
+    settled = [{"step": step, "probabilities": pairs, "phase": "settle"} for step in (30, 40, 50)]
+    axes = drawn(plots.policy(run, history + settled)).axes[0]
+    assert axes.get_xlim() == (0, 30), "nothing changes behind the choice"
 
 
 def test_draws_show_every_assignment(tmp_path):
