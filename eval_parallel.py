@@ -15,18 +15,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from eval.flags import entry
+from eval.flags import INTERRUPTED, entry
 from eval.launch_facts import Facts, learn
-from eval.launch_grid import Progress, expand, experiment_folders, launch_folder, look_up
+from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
 from eval.launch_progress import Watch, duration, make_console, plan_table, result_table, watching
 from eval.launch_ray import Share, check_request, disk_is_full, fit, join, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import TUNED, Runner
 from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
 from eval.run_config import COST_UNITS, RunConfig
-
-INTERRUPTED = 130
-"""exit code after Ctrl-C, as shells know it"""
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
@@ -41,13 +38,14 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     if config.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     if config.dry_run:
-        return show_plan(runs, learn(runs, measure=True), share)
+        return show_plan(by_name(runs), share)
     folder = launch_folder(runs)
     with locked(list(dict.fromkeys([folder, *experiment_folders(runs)]))):
-        missing = [known.config for known in state(config, runs) if not is_over(config, known)]
-        facts = learn(missing or runs[:1]) if runner is None and (missing or config.hpo) else {}
-        write_launch(folder, config)
-        set_aside(missing)
+        missing = {name: known.config for name, known in state(config, runs).items() if not is_over(config, known)}
+        facts = learn(missing or by_name(runs[:1])) if runner is None and (missing or config.hpo) else {}
+        if (kept := write_launch(folder, config, runs)) is not None:
+            make_console(sys.stderr).print(f"An earlier launch here is not finished; go on with it by --resume {kept}")
+        set_aside(missing.values())
         died: dict[str, str] = {}
         try:
             if missing or config.hpo:
@@ -57,9 +55,11 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
         return report(config, state(config, runs), folder, died)
 
 
-def state(config: RunConfig, runs: Sequence[RunConfig]) -> list[Progress]:
-    """How far the launch is: its runs, or with --hpo those that were tried so far."""
-    return tried(runs[0]) if config.hpo else [look_up(run) for run in runs]
+def state(config: RunConfig, runs: Sequence[RunConfig]) -> dict[str, Progress]:
+    """How far the launch is: its runs by name, or with --hpo those that were tried so far."""
+    if config.hpo:
+        return {known.config.run_name: known for known in tried(runs[0])}
+    return {name: look_up(run) for name, run in by_name(runs).items()}
 
 
 def is_over(config: RunConfig, known: Progress) -> bool:
@@ -70,7 +70,7 @@ def is_over(config: RunConfig, known: Progress) -> bool:
 def launch(
     config: RunConfig,
     runs: Sequence[RunConfig],
-    missing: Sequence[RunConfig],
+    missing: Mapping[str, RunConfig],
     facts: Mapping[str, Facts],
     share: Share | None,
     runner: Runner | None,
@@ -87,27 +87,23 @@ def launch(
         # Ray sets a handler of its own; a job manager that ends us means the same as Ctrl-C.
         signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
         share = share or join(config, folder, runs)
-        with watching(watch(config, runs, missing, facts), console):
+        with watching(watch(config, runs[0], missing, facts), console):
             died = {}
             if missing:
-                died = fit({run.run_name: run for run in missing}, share, folder / "tune", console, runner, **settings)
-                if any(not (run.run_folder / "result.json").exists() for run in missing if run.run_name not in died):
+                died = fit(missing, share, folder / "tune", console, runner, **settings)
+                if any(not (r.run_folder / "result.json").exists() for name, r in missing.items() if name not in died):
                     raise KeyboardInterrupt  # Tune returns as if nothing had happened
             if config.hpo and (search := hyperparameter_search(runs[0], config.hpo)):
-                base = {runs[0].run_name: runs[0]}
-                died |= fit(base, share, folder / "tune", console, runner, **search, **settings)
+                died |= fit(by_name(runs), share, folder / "tune", console, runner, **search, **settings)
     return died
 
 
-def watch(
-    config: RunConfig, runs: Sequence[RunConfig], missing: Sequence[RunConfig], facts: Mapping[str, Facts]
-) -> Watch:
-    """Where the progress of this launch is to be read."""
-    unit = COST_UNITS[config.cost_type]
+def watch(config: RunConfig, base: RunConfig, missing: Mapping[str, RunConfig], facts: Mapping[str, Facts]) -> Watch:
+    """Where the progress of this launch is to be read; `base`: its first run."""
+    unit = COST_UNITS[base.cost_type]
     if not config.hpo:
-        folders = {run.run_name: run.run_folder for run in missing}
+        folders = {name: run.run_folder for name, run in missing.items()}
         return Watch(lambda: folders, facts.get, len(missing), unit)
-    base = runs[0]
     pattern = f"{glob.escape(base.run_name)}-*"
     known = next(iter(facts.values()), None)
     return Watch(
@@ -115,8 +111,9 @@ def watch(
     )
 
 
-def show_plan(runs: Sequence[RunConfig], facts: Mapping[str, Facts], share: Share | None) -> int:
+def show_plan(runs: Mapping[str, RunConfig], share: Share | None) -> int:
     """What --dry_run prints."""
+    facts = learn(runs, measure=True)
     console = make_console(sys.stdout)
     console.print(plan_table(runs, facts))
     seconds = sum(known.seconds or 0.0 for known in facts.values())
@@ -126,14 +123,14 @@ def show_plan(runs: Sequence[RunConfig], facts: Mapping[str, Facts], share: Shar
     return 0
 
 
-def report(config: RunConfig, known: Sequence[Progress], folder: Path, died: Mapping[str, str]) -> int:
+def report(config: RunConfig, known: Mapping[str, Progress], folder: Path, died: Mapping[str, str]) -> int:
     """Print every run's result or why there is none, and what to do next. Returns the exit code."""
     console = make_console(sys.stdout)
     console.print(result_table(known, died))
-    failed = [one.config.run_name for one in known if one.failed or one.config.run_name in died]
+    failed = [name for name, one in known.items() if one.failed or name in died]
     tried_enough = config.hpo is None or len(known) >= config.hpo
-    unfinished = not tried_enough or any(not (one.finished or one.failed or one.stopped) for one in known)
-    if config.hpo and (winner := best(known)):
+    unfinished = not tried_enough or any(not (one.finished or one.failed or one.stopped) for one in known.values())
+    if config.hpo and (winner := best(list(known.values()))):
         chosen = " ".join(f"--{name} {getattr(winner.config, name):g}" for name in TUNED)
         console.print(f"\nBest on the validation split (so report it on data that chose nothing): {chosen}")
     if failed:
@@ -144,8 +141,10 @@ def report(config: RunConfig, known: Sequence[Progress], folder: Path, died: Map
         resume = [sys.executable, str(Path(sys.argv[0]).resolve()), "--resume", str(folder)]
         console.print(f"\n{'Run what is missing' if unfinished else 'Try them again'} with:\n{shlex.join(resume)}")
         return 1 if failed else INTERRUPTED
-    console.print(f"\nTables and figures: python eval/eval_parse.py {shlex.quote(str(folder))}")
-    console.print(f"Curves:             tensorboard --logdir {shlex.quote(str(folder))}")
+    folders = [str(path) for path in experiment_folders([one.config for one in known.values()])] or [str(folder)]
+    above = folders[0] if len(folders) == 1 else str(Path(folders[0]).parents[1])  # tensorboard takes one
+    console.print(f"\nTables and figures: {shlex.join(['python', 'eval/eval_parse.py', *folders])}")
+    console.print(f"Curves:             {shlex.join(['tensorboard', '--logdir', above])}")
     return 0
 
 

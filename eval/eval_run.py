@@ -96,10 +96,8 @@ def make_plan(config: RunConfig) -> Plan:
     from eval.fused_groups import fused_groups
     from eval.models import build_model, recompute_activations
     from eval.tasks import load_task, prepare
-    from trainer.search import Phases
 
-    if config.method == "search" and config.max_steps > 0:
-        Phases.of(search_settings(config), config.max_steps)
+    check_phases(config)
     data = load_task(config)
     corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
     bundle = build_model(config, data.num_labels, corpus)
@@ -123,6 +121,14 @@ def make_plan(config: RunConfig) -> Plan:
         plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
     budget(plan)
     return plan
+
+
+def check_phases(config: RunConfig) -> None:
+    """UserError for a search that has no step to learn in."""
+    from trainer.search import Phases
+
+    if config.method == "search" and config.max_steps > 0:
+        Phases.of(search_settings(config), config.max_steps)
 
 
 def _refuse_untrained(config: RunConfig) -> None:
@@ -238,6 +244,8 @@ def refuse_other_flags(config: RunConfig) -> None:
     if not written.exists() or last_checkpoint(config.run_folder / "checkpoints") is None:
         return
     before, now = (yaml.safe_load(text) for text in (written.read_text(), to_yaml(config)))
+    for values in (before, now):  # of these the product counts: a batch that was too large has been halved
+        values["train_batch_size"] *= values.pop("gradient_accumulation_steps")
     for name in sorted((before.keys() | now.keys()) - MAY_DIFFER):
         if before.get(name) != now.get(name):
             raise UserError(
@@ -655,6 +663,8 @@ def device_name(config: RunConfig) -> str:
 def main(argv: list[str]) -> int:
     """Run what the flags say and print where the record is. `torchrun` shares one run among several GPUs."""
     config = parse(argv)
+    if config.cuda_visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     quiet = config.quiet or not first_process()
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     result = config.run_folder / "result.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,8 @@ from quant.formats import parse_format, parse_search_space
 _POSITIVE = "(0, inf)"
 _NOT_NEGATIVE = "[0, inf)"
 _SHARE = "(0, 1)"
+LAUNCH_FOLDERS = ("tune",)
+"""where a launch keeps its own files, beside the runs'"""
 RANGES = {
     **dict.fromkeys(["num_train_epochs", "learning_rate", "rl_learning_rate", "cost_target"], _POSITIVE),
     **dict.fromkeys(["max_memory", "max_compute", "latency_target"], _POSITIVE),
@@ -123,7 +126,7 @@ def _check_exists(flag: str, path: str | None, kind: str) -> None:
 
 
 def _check_can_be_made(flag: str, path: str | Path | None) -> None:
-    """Refuse a folder to write into that a file stands in the way of: before anything is trained."""
+    """Refuse a folder to write into that cannot be made, or not be written to: before anything is trained."""
     if path is None:
         return
     standing = Path(path).expanduser().absolute()
@@ -131,6 +134,10 @@ def _check_can_be_made(flag: str, path: str | Path | None) -> None:
         standing = standing.parent
     if not standing.is_dir():
         raise UserError(f"--{flag} {path}: {standing} is a file, no folder")
+    try:
+        tempfile.TemporaryFile(dir=standing).close()  # permissions alone do not tell of read-only file systems
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: cannot write in {standing}: {error.strerror}") from None
 
 
 def _check_folders(config: RunConfig) -> None:
@@ -146,6 +153,8 @@ def _check_folders(config: RunConfig) -> None:
         name = getattr(config, flag)
         if name is not None and (not re.fullmatch(r"[\w.+=@ -]{1,120}", name) or set(name) <= {".", " "}):
             raise UserError(f"--{flag} {name!r} must be the name of one folder: letters, digits and . _ - + = @")
+    if config.run_id in LAUNCH_FOLDERS:
+        raise UserError(f"--run_id {config.run_id}: a launch keeps its own files there; choose another name")
 
 
 def _check_formats(config: RunConfig) -> None:

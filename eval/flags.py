@@ -21,12 +21,17 @@ from quant.errors import UserError
 
 __all__ = ["RunConfig", "complete", "entry", "parse", "read_flags", "to_yaml", "validate"]
 
-_LAUNCHER_ONLY = (*GRID_FLAGS, "dry_run", "asha", "hpo", "ray_address")
+_LAUNCHER_ONLY = (
+    *(*GRID_FLAGS, "dry_run", "asha", "hpo", "ray_address"),
+    *("num_cpus", "num_gpus", "cpus_per_trial", "gpus_per_trial"),
+)
 _LISTS = {
     *GRID_FLAGS,
     *("search_space", "target_bits", "include", "exclude", "high_precision_ops", "cuda_visible_devices"),
 }
 _UNSET = object()
+INTERRUPTED = 130
+"""exit code after Ctrl-C, as shells know it"""
 LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
 """the flags of a launch and of a run, in their folders"""
 
@@ -50,7 +55,7 @@ def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:
     if not (folder / RUN_FILE).is_file():
         launch = "; python eval_parallel.py --resume finishes a launch" if (folder / LAUNCH_FILE).is_file() else ""
         raise UserError(f"--resume {folder}: no {RUN_FILE} there; name the folder of a run{launch}")
-    values = {**read_yaml(folder / RUN_FILE, "--resume"), **flags_given(argv)}
+    values = {**read_yaml(folder / RUN_FILE, "--resume"), **flags_beside_resume(argv)}
     # <output_root_dir>/<task>/<exp_name>/<run_id> is where it is now.
     values |= {"output_root_dir": str(folder.parents[2]), "exp_name": folder.parent.name, "run_id": folder.name}
     return replace(read_values(values, "--resume"), resume=None)
@@ -65,6 +70,8 @@ def complete(config: RunConfig) -> RunConfig:
     if config.method == "search":
         config = replace(config, search=True)
     validate(config)
+    if config.target_bits is not None:
+        config = replace(config, target_bits=",".join(f"{bits:.12g}" for bits in config.target_list))
     if config.chooses and config.cost_target is None and config.target_bits is None and config.max_drop is None:
         config = replace(config, **_default_target(config))
     return config
@@ -73,7 +80,7 @@ def complete(config: RunConfig) -> RunConfig:
 def _default_target(config: RunConfig) -> dict[str, Any]:
     """The one limit that is given is the target; else the limits alone count, or the middle of the search space.
 
-    Compute is not --cost_type's default, so who gives it beside a limit on memory alone has compute charged all the same.
+    Compute is not --cost_type's default: given beside a limit on memory alone, it is what the policy pays for.
     """
     limits = {"memory": config.max_memory, "compute": config.max_compute}
     given = {kind: value for kind, value in limits.items() if value is not None}
@@ -83,6 +90,15 @@ def _default_target(config: RunConfig) -> dict[str, Any]:
     bits = [f.bits for f in config.search_formats]
     limited = bool(given) or config.max_latency is not None
     return {"target_bits": f"{max(bits) if limited else (min(bits) + max(bits)) / 2:g}"}
+
+
+def flags_beside_resume(argv: Sequence[str]) -> dict[str, Any]:
+    """What `argv` changes in a run or launch that it resumes. Raises UserError for what would make it another one."""
+    given = flags_given(argv)
+    for name in ("config", "output_root_dir", "exp_name"):
+        if name in given:
+            raise UserError(f"--{name} {given[name]} contradicts --resume {given['resume']}: it goes on where it was")
+    return given
 
 
 def read_flags(argv: Sequence[str]) -> RunConfig:
@@ -104,7 +120,10 @@ def read_values(values: dict[str, Any], source: str) -> RunConfig:
     OmegaConf.set_readonly(config, False)  # it inherits the frozen dataclass
     for name, value in values.items():
         try:
-            OmegaConf.update(config, name, value)
+            # A dollar means itself: what a file's interpolations stand for is there already.
+            OmegaConf.update(config, name, value.replace("${", "\\${") if isinstance(value, str) else value)
+            if OmegaConf.is_missing(config, name):
+                raise UserError(f"{source}: {name}: {value} is no value")
         except OmegaConfBaseException as error:
             raise UserError(f"{source}: {name}: {str(error).splitlines()[0]}") from None
     made = OmegaConf.to_object(config)
@@ -117,6 +136,7 @@ def to_yaml(config: RunConfig) -> str:
     import yaml
 
     values = {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.name != "config"}
+    values = {k: v.replace("${", "\\${") if isinstance(v, str) else v for k, v in values.items()}  # no interpolation
     return yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True)
 
 
@@ -125,6 +145,9 @@ def entry(main: Callable[[list[str]], int]) -> NoReturn:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's enums, at every import: not our matter
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except UserError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -197,6 +220,8 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]}?" if close else "the keys are the flags' names"
             raise UserError(f"{flag} {path}: unknown key {key!r}; {hint}")
         field = names[key]
+        if field.name in values:
+            raise UserError(f"{flag} {path}: {key!r} says again what {field.name!r} says; say it once")
         if isinstance(value, list) and field.name in _LISTS:
             value = ",".join(str(item) for item in value)
         elif isinstance(value, bool) and "const" in field.metadata:  # 'block_search: true' is the flag without a value

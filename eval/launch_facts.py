@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,8 @@ class Facts:
     """about how long it takes on this machine; None where it was not measured"""
 
 
-def learn(runs: Sequence[RunConfig], measure: bool = False) -> dict[str, Facts]:
-    """The facts of every run, by its name. Raises UserError for data, models and targets that do not work.
+def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Facts]:
+    """The facts of every run, by its name in the launch. Raises UserError for data, models, targets that do not work.
 
     Runs that differ in training and search flags alone share one look at data and model.
     """
@@ -49,21 +49,22 @@ def learn(runs: Sequence[RunConfig], measure: bool = False) -> dict[str, Facts]:
 
     facts: dict[str, Facts] = {}
     plans: dict[Any, tuple[Plan, float | None]] = {}
-    for run in runs:
+    for name, run in runs.items():
         key = tuple(getattr(run, name) for name in _SHAPING)
         if key not in plans:
             plans.clear()  # one model in memory at a time: runs of a kind stand together
             plan = make_plan(run)
             plans[key] = plan, _seconds_per_step(plan) if measure else None
         plan, seconds = plans[key]
-        facts[run.run_name] = _facts(replace(plan, config=run), seconds)
+        facts[name] = _facts(replace(plan, config=run), seconds)
     return facts
 
 
 def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
-    from eval.eval_run import budget, search_space, teacher_share
+    from eval.eval_run import budget, check_phases, search_space, teacher_share
 
     run = plan.config
+    check_phases(run)
     cost_type: Any = run.cost_type
     steps = _steps(plan)
     seconds = None

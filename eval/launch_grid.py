@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from eval.flags import RUN_FILE, complete, read_values, read_yaml
+from eval.quant_yaml import PLACED
 from eval.report_records import PLACE_SETTINGS, Excluded, Run, read_run
 from eval.run_config import GRID_FLAGS, LauncherFlags, RunConfig, is_path
 from quant.errors import UserError
+from quant.formats import parse_search_space
 
 _FOLDERS = ("data_dir", "model_path", "load_model_path", "save_model_path", "output_root_dir", "log_dir")
 _FREE = (PLACE_SETTINGS - {"seed", "data_dir"}) | {"train_batch_size", "gradient_accumulation_steps"}
@@ -24,31 +26,41 @@ def expand(config: RunConfig) -> list[RunConfig]:
     Raises UserError for the first run that is wrong, for a grid flag beside its single form, and for two runs that
     would share a folder.
     """
-    runs = list(dict.fromkeys(complete(_absolute(run)) for run in _grid(config)))
+    launcher = {entry.name: entry.default for entry in fields(LauncherFlags)}
+    runs = list(dict.fromkeys(complete(_absolute(run)).updated(**launcher) for run in _grid(config)))
     if len(runs) > 1:
         for flag in ("run_id", "save_model_path"):
             if (value := getattr(config, flag)) is not None:
                 raise UserError(f"--{flag} {value} names one run, and the grid has {len(runs)}: leave it out")
-        runs = [r.updated(log_dir=str(Path(r.log_dir) / r.run_name)) if r.log_dir else r for r in runs]
     seen: dict[Path, RunConfig] = {}
     for run in runs:
         if twin := seen.get(run.run_folder):
             differ = ", ".join(f"--{name} {mine} and {other}" for name, mine, other in differences(twin, run))
             raise UserError(f"two runs would share the folder {run.run_folder}: {differ}")
         seen[run.run_folder] = run
+    if len(runs) > 1:  # the curves of each in a folder of its own
+        named = by_name(runs)
+        runs = [r.updated(log_dir=str(Path(r.log_dir) / name)) if r.log_dir else r for name, r in named.items()]
     return runs
+
+
+def by_name(runs: Iterable[RunConfig]) -> dict[str, RunConfig]:
+    """The runs of a launch by what it calls them: their names, behind their tasks' where there are several tasks."""
+    runs = list(runs)
+    several = len({run.task_name for run in runs}) > 1
+    return {f"{run.task_name}/{run.run_name}" if several else run.run_name: run for run in runs}
 
 
 def _grid(config: RunConfig) -> Iterator[RunConfig]:
     lists = {name: _items(config, name) for name in GRID_FLAGS}
-    plain = config.updated(config=None, **{f.name: f.default for f in fields(LauncherFlags)})
+    plain = config.updated(config=None, resume=None, **dict.fromkeys(GRID_FLAGS))
     for name, single in GRID_FLAGS.items():
         default = next(f.default for f in fields(RunConfig) if f.name == single)
         if lists[name] is not None and getattr(config, single) != default:
             raise UserError(f"--{name} contradicts --{single} {getattr(config, single)}: give one of them")
     axes = {GRID_FLAGS[name]: values for name, values in lists.items() if values is not None}
     if "target_bits" in axes:
-        axes["target_bits"] = [str(bits) for bits in axes["target_bits"]]
+        axes["target_bits"] = [f"{bits:.12g}" for bits in axes["target_bits"]]
     for values in itertools.product(*axes.values()):
         run = plain.updated(**dict(zip(axes, values, strict=True)))
         yield _fit_method(run) if "method" in axes else run
@@ -70,19 +82,29 @@ def _items(config: RunConfig, name: str) -> list[Any] | None:
     return items
 
 
+_SEARCH = ("search", "block_search", "single_decision", "fuse_groups")
+_BITS = ("bits", "weight_bits", "activation_bits")
+_LIMITS = ("max_memory", "max_compute", "max_latency", "latency_target")
+_BUDGET = ("cost_target", "target_bits", "max_drop", *_LIMITS, "verify_retrain")
+_NOT_IN_FLOAT = ("distill", "gamma_migration", "smooth_quant", "smooth_quant_alpha", "high_precision_ops", *PLACED)
+
+
 def _fit_method(run: RunConfig) -> RunConfig:
     """In a grid over methods the flags of one method are not errors for the others: each run keeps what it uses."""
-    no_search: dict[str, Any] = {"search": False, "block_search": None, "single_decision": False, "fuse_groups": False}
-    no_target: dict[str, Any] = {"cost_target": None, "target_bits": None}
-    no_bits: dict[str, Any] = {"bits": None, "weight_bits": None, "activation_bits": None}
     if run.method == "float":
-        return run.updated(**no_search, **no_target, **no_bits)
+        return _without(run, *_SEARCH, *_BITS, *_BUDGET, *_NOT_IN_FLOAT)
     if run.method == "uniform":
-        bits_given = any(getattr(run, name) is not None for name in no_bits)
-        if not bits_given and run.target_bits is not None:
+        if all(getattr(run, name) is None for name in _BITS):
+            if run.target_bits is None or any(getattr(run, name) is not None for name in _LIMITS):
+                return _without(run, *_SEARCH)  # the best uniform within the budget
             run = run.updated(bits=str(int(run.target_list[0])))  # the widest uniform format within the target
-        return run.updated(**no_search, **no_target)
-    return run.updated(**no_bits)
+        return _without(run, *_SEARCH, *_BUDGET)
+    return _without(run, *_BITS)
+
+
+def _without(run: RunConfig, *names: str) -> RunConfig:
+    """`run` with the defaults of some flags."""
+    return run.updated(**{entry.name: entry.default for entry in fields(RunConfig) if entry.name in names})
 
 
 def _absolute(run: RunConfig) -> RunConfig:
@@ -144,7 +166,16 @@ def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any
     pairs: list[tuple[str, Any, Any]] = [(name, getattr(first, name), getattr(second, name)) for name in names]
     first_batch, second_batch = (run.train_batch_size * run.gradient_accumulation_steps for run in (first, second))
     pairs.append(("train_batch_size", first_batch, second_batch))
-    return [(name, a, b) for name, a, b in pairs if a != b]
+    return [(name, a, b) for name, a, b in pairs if a != b and _meant(name, a) != _meant(name, b)]
+
+
+def _meant(name: str, value: Any) -> Any:
+    """What a value stands for: 4,8 and int4,int8 are one search space, 6 and 6.0 one target."""
+    if name == "search_space":
+        return parse_search_space(value)
+    if name == "target_bits" and value is not None:
+        return [float(bits) for bits in value.split(",")]
+    return value
 
 
 def experiment_folders(runs: Sequence[RunConfig]) -> list[Path]:

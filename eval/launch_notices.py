@@ -19,23 +19,29 @@ class Notices(Callback):
     def __init__(self, runs: Mapping[str, RunConfig], console: Console) -> None:
         self._runs, self._console = runs, console
         self.died: dict[str, str] = {}
-        """why a run ended without a record, by its name"""
+        """why a run ended without a record, by its name in the launch"""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        run = with_settings(self._runs[trial.config["run"]], trial.config)
+        run, name = self.run_of(trial)
         if not (run.run_folder / "result.json").exists():
-            self._console.print(f"{run.run_name}: its process died; it starts again from its last checkpoint")
+            self._console.print(f"{name}: its process died; it starts again from its last checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        run = with_settings(self._runs[trial.config["run"]], trial.config)
+        run, name = self.run_of(trial)
         if not (run.run_folder / "result.json").exists():
-            self.died[run.run_name] = f"its process died {trial.num_failures} times; see {run.run_folder / 'run.log'}"
+            self.died[name] = f"its process died {trial.num_failures} times; see {run.run_folder / 'run.log'}"
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        run = with_settings(self._runs[trial.config["run"]], trial.config)
+        run, _ = self.run_of(trial)
         if not (run.run_folder / "result.json").exists():
             step = trial.last_result.get("step", 0)
             record_failure(run, f"{STOPPED} at step {step}: --asha saw the others do better")
+
+    def run_of(self, trial: Any) -> tuple[RunConfig, str]:
+        """A trial's run, and what the launch calls it."""
+        base = trial.config["run"]
+        run = with_settings(self._runs[base], trial.config)
+        return run, base if run == self._runs[base] else run.run_name
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune copies its callbacks to disk; a terminal cannot go there, and nothing reads the copy."""

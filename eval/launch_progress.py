@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -167,8 +167,9 @@ def duration(seconds: float | None) -> str:
 
 
 def make_console(file: TextIO, quiet: bool = False) -> Console:
-    """A terminal's own width; elsewhere wide enough for one line a run."""
-    return Console(file=file, quiet=quiet, soft_wrap=True, width=None if file.isatty() else WIDE)
+    """A terminal's own width; elsewhere wide enough for one line a run. Names and reasons are shown as they are."""
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    return Console(file=file, quiet=quiet, soft_wrap=True, width=None if file.isatty() else WIDE, **plain)
 
 
 @contextmanager
@@ -203,18 +204,17 @@ def _print_news(watch: Watch, console: Console, stop: threading.Event) -> None:
     while not ended:
         ended = stop.wait(PLAIN_SECONDS)  # what happened last is told as well
         for line in watch.news():
-            console.print(line, markup=False, highlight=False)
+            console.print(line)
 
 
-def result_table(runs: Sequence[Progress], died: Mapping[str, str]) -> Table:
+def result_table(runs: Mapping[str, Progress], died: Mapping[str, str]) -> Table:
     """One line a run: its metric and cost, or why there is none (`died`: the reason of runs without a record)."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("result", overflow="fold")
     for title in ("cost", "target", "time"):
         table.add_column(title, justify="right", no_wrap=True)
-    for known in runs:
-        name = known.config.run_name
+    for name, known in runs.items():
         if known.run is None:
             table.add_row(name, died.get(name) or known.reason or "not started")
             continue
@@ -238,17 +238,17 @@ def _result(run: Run) -> list[str]:
     ]
 
 
-def plan_table(runs: Sequence[RunConfig], facts: Mapping[str, Facts]) -> Table:
+def plan_table(runs: Mapping[str, RunConfig], facts: Mapping[str, Facts]) -> Table:
     """What --dry_run shows: one line a run, with its steps, the costs it can reach, its target and about its time."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for title in ("steps", "cost range", "target", "about"):
         table.add_column(title, justify="right", no_wrap=True)
-    for run in runs:
-        known = facts[run.run_name]
+    for name, run in runs.items():
+        known = facts[name]
         low, high = known.cost_range
         unit = COST_UNITS[run.cost_type]
         target = "" if known.cost_target is None else f"{number(known.cost_target)} {unit}"
         reach = f"{number(low)} to {number(high)} {unit}" if run.chooses else ""
-        table.add_row(run.run_name, str(known.steps), reach, target, duration(known.seconds))
+        table.add_row(name, str(known.steps), reach, target, duration(known.seconds))
     return table

@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 
 from eval.flag_checks import gpu_count
-from eval.launch_trial import Runner, one_line, trial, with_settings
+from eval.launch_trial import Runner, one_line, trial
 from eval.run_config import RunConfig
 from quant.errors import UserError
 
@@ -143,7 +143,7 @@ def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: in
     fitting = [node for node in usable if node.get("GPU", 0) >= gpus]
     cpus = config.cpus_per_trial
     if cpus is None and fitting:
-        sharing = [min(int(node.get("GPU", 0) / gpus) if gpus else 1, runs) for node in fitting]
+        sharing = [min(_runs_on_gpus(node, gpus) if gpus else 1, runs) for node in fitting]
         cpus = max(1.0, min(node["CPU"] // number for node, number in zip(fitting, sharing, strict=True)))
     fitting = [node for node in fitting if node["CPU"] >= (cpus or 0)]
     if not fitting or cpus is None:
@@ -151,13 +151,18 @@ def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: in
         raise UserError(
             f"no machine can hold a run of {cpus or 1:g} CPU and {gpus:g} GPU (per machine: {have or 'nothing'})"
         )
-    slots = sum(min(int(n["CPU"] / cpus), int(n.get("GPU", 0) / gpus) if gpus else runs) for n in fitting)
+    slots = sum(min(int(n["CPU"] / cpus), _runs_on_gpus(n, gpus) if gpus else runs) for n in fitting)
     if config.ray_address is not None:  # a cluster has more than this launch may want to use
         if config.num_cpus is not None:
             slots = min(slots, int(config.num_cpus / cpus))
         if config.num_gpus is not None and gpus:
-            slots = min(slots, int(config.num_gpus / gpus))
+            slots = min(slots, _runs_on_gpus({"GPU": config.num_gpus}, gpus))
     return Share(cpus, gpus, max(1, min(slots, runs)))
+
+
+def _runs_on_gpus(node: Mapping[str, float], share: float) -> int:
+    """Runs with a share of a GPU each that a node's GPUs hold: none is spread over two."""
+    return int(node.get("GPU", 0)) * int(1 / share + 1e-9)
 
 
 def join(config: RunConfig, folder: Path, runs: Sequence[RunConfig]) -> Share:
@@ -196,7 +201,7 @@ def fit(
     param_space: dict[str, Any] | None = None,
     **tune_config: Any,
 ) -> dict[str, str]:
-    """Run every trial to its end. Returns, for runs whose process ended without a record, why (by run name).
+    """Run every trial to its end. Returns, for runs whose process ended without a record, why (by name).
 
     Tune's own files stay in `storage` while it runs; only its TensorBoard events are kept: the rest are pickles, and
     our records decide what is finished. After Ctrl-C it returns as well.
@@ -211,7 +216,7 @@ def fit(
     storage.mkdir(parents=True, exist_ok=True)
 
     def name_of_trial(tried: Any) -> str:
-        return with_settings(runs[tried.config["run"]], tried.config).run_name
+        return notices.run_of(tried)[1].replace("/", "-")
 
     function = tune.with_parameters(trial, runs=dict(runs), runner=runner)
     tuner = tune.Tuner(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from eval.flags import LAUNCH_FILE, flags_given, read_flags, read_values, read_yaml, to_yaml
+from eval.flags import LAUNCH_FILE, flags_beside_resume, read_flags, read_values, read_yaml, to_yaml
+from eval.launch_grid import expand, look_up
 from eval.run_config import RunConfig
 from quant.errors import UserError
 
@@ -24,17 +26,42 @@ def read_launch(argv: Sequence[str]) -> RunConfig:
         return config
     folder = Path(config.resume).expanduser().resolve()
     path = folder / LAUNCH_FILE
+    if folder.is_file():  # an earlier launch's, see `write_launch`
+        folder, path = folder.parent, folder
     if not path.exists():
         raise UserError(f"--resume {config.resume}: no {LAUNCH_FILE} there; name the folder of a launch")
-    values = {**read_yaml(path, "--resume"), **flags_given(argv)}
+    values = {**read_yaml(path, "--resume"), **flags_beside_resume(argv)}
     # The folder may have been moved, or be mounted elsewhere: <output_root_dir>/<task>/<exp_name> is where it is now.
     values |= {"output_root_dir": str(folder.parents[1]), "exp_name": folder.name}
     return replace(read_values(values, "--resume"), resume=None)
 
 
-def write_launch(folder: Path, config: RunConfig) -> None:
-    """The flags of this launch, for `--resume`."""
-    (folder / LAUNCH_FILE).write_text(to_yaml(config))
+def write_launch(folder: Path, config: RunConfig, runs: Sequence[RunConfig]) -> Path | None:
+    """The flags of this launch, for `--resume`; those of another one that is not finished are kept beside them.
+
+    Returns the file of those, which `--resume` takes as well; None where nothing is left to do for another launch.
+    """
+    path, text, kept = folder / LAUNCH_FILE, to_yaml(config), None
+    if path.exists() and path.read_text() != text and _left_to_do(path, runs):
+        numbers = itertools.count(1)
+        kept = next(file for n in numbers if not (file := path.with_suffix(f".{n}.yaml")).exists())
+        path.replace(kept)
+    for file in folder.glob("launch.*.yaml"):
+        if file.read_text() == text:  # it is this launch that goes on
+            file.unlink()
+    path.write_text(text)
+    return kept
+
+
+def _left_to_do(path: Path, runs: Sequence[RunConfig]) -> bool:
+    """Whether the launch of a file has runs that are not finished, apart from `runs`."""
+    mine = {run.run_folder for run in runs}
+    try:
+        other = read_launch(["--resume", str(path)])
+        theirs = [run for run in expand(other) if run.run_folder not in mine]
+        return any(other.hpo is not None or not look_up(run).finished for run in theirs)
+    except UserError:  # what it needs is gone: who wants to go on with it will be told
+        return True
 
 
 @contextmanager
@@ -60,7 +87,7 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def set_aside(runs: Sequence[RunConfig]) -> None:
+def set_aside(runs: Iterable[RunConfig]) -> None:
     """Move the records of failed and damaged runs out of the way: a run with a result.json is over."""
     for run in runs:
         path = run.run_folder / "result.json"

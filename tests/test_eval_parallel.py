@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import eval_parallel
 from eval.flags import read_flags, to_yaml
 from eval.launch_facts import Facts
-from eval.launch_grid import expand, launch_folder, look_up
+from eval.launch_grid import by_name, expand, launch_folder, look_up
 from eval.launch_progress import Watch, duration, last_entry, make_console, result_table, watching
 from eval.launch_ray import check_request, clean, plan_share, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
@@ -75,6 +76,51 @@ def test_each_method_of_a_grid_keeps_the_flags_it_uses():
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        "--methods search,uniform --cost_target 0.1",
+        "--methods search,uniform --bits 4 --max_memory 0.1",
+        "--methods search,uniform,float --max_memory 0.1 --max_compute 0.2 --target_bits 5",
+        "--methods search,float --verify_retrain --distill 0.5 --gamma_migration",
+        "--methods search,float --smooth_quant --smooth_quant_alpha auto --quantize_residual_adds",
+        "--methods search,float --high_precision_ops softmax --max_drop 0.01",
+    ],
+)
+def test_the_flags_of_one_method_are_not_errors_for_the_others(flags):
+    search, *others = runs_of(*flags.split())
+    assert search.method == "search" and len(others) == flags.count(",")
+    for run in others:
+        budget = (run.cost_target, run.target_bits, run.max_memory, run.max_compute, run.max_drop)
+        if run.method == "float" or run.bits is not None:
+            assert set(budget) == {None} and not run.verify_retrain
+        else:  # the best uniform within the budget
+            assert budget == (search.cost_target, search.target_bits, search.max_memory, search.max_compute, None)
+
+
+def test_a_run_is_the_same_however_its_numbers_are_written(tmp_path, fake):
+    given = ["--search", "--max_steps", "3", "--output_root_dir", str(tmp_path)]
+    fake.run(runs_of(*given, "--target_bits", "6.0")[0])
+    for same in (["--targets", "6"], ["--target_bits", "6", "--search_space", "int4,int8"]):
+        assert look_up(runs_of(*given, *same)[0]).finished, same
+
+
+def test_runs_of_several_tasks_are_told_apart(tmp_path):
+    given = ["--model", "resnet20", "--output_root_dir", str(tmp_path), "--log_dir", str(tmp_path / "logs")]
+    runs = expand(read_flags(["--tasks", "digits,cifar10", "--seeds", "0,1", *given]))
+    assert list(by_name(runs)) == [f"{t}/resnet20-float-s{s}" for t in ("digits", "cifar10") for s in (0, 1)]
+    assert len({run.log_dir for run in runs}) == 4
+    assert list(by_name(runs_of("--seeds", "0,1"))) == ["resnet20-float-s0", "resnet20-float-s1"]
+
+
+def test_a_cluster_has_the_gpus_that_its_head_node_lacks():
+    flags = ["--device", "cuda", "--cuda_visible_devices", ""]
+    (run,) = runs_of(*flags, "--ray_address", "auto")
+    assert (run.device, run.ray_address, run.cuda_visible_devices) == ("cuda", None, None)
+    with pytest.raises(UserError, match="--device cuda: no GPU"):
+        runs_of(*flags)
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--seeds", "0,x"], ["--seeds 0,x", "'x'"]),
@@ -84,6 +130,11 @@ def test_each_method_of_a_grid_keeps_the_flags_it_uses():
         (["--targets", "4.2,9", "--search"], ["--target_bits 9", "4 to 8"]),
         (["--methods", "search,best"], ["--method", "'best'"]),
         (["--seed", "3", "--seeds", "0,1"], ["--seeds", "--seed 3"]),
+        (["--cpus_per_trial", "0"], ["--cpus_per_trial", "(0, inf)", "0"]),
+        (["--gpus_per_trial", "-0.5"], ["--gpus_per_trial", "-0.5"]),
+        (["--num_cpus", "0"], ["--num_cpus", "got 0"]),
+        (["--search", "--hpo", "0"], ["--hpo", "got 0"]),
+        (["--run_id", "tune"], ["--run_id tune", "choose another"]),
         (["--models", "resnet20,resnet21"], ["--models contradicts --model resnet20"]),
         (["--seeds", "0,1", "--run_id", "a"], ["--run_id a", "2"]),
         (["--seeds", "0,1", "--save_model_path", "a"], ["--save_model_path a", "2"]),
@@ -155,12 +206,37 @@ def test_a_folder_of_other_flags_is_refused_by_name(tmp_path, fake):
 def test_resume_reads_the_flags_of_the_launch_where_it_lies_now(tmp_path):
     folder = tmp_path / "moved" / "digits" / "mine"
     folder.mkdir(parents=True)
-    write_launch(folder, read_flags([*RUN, "--seeds", "0,1", "--output_root_dir", "/elsewhere", "--exp_name", "mine"]))
+    started = read_flags([*RUN, "--seeds", "0,1", "--output_root_dir", "/elsewhere", "--exp_name", "mine"])
+    assert write_launch(folder, started, expand(started)) is None
     config = read_launch(["--resume", str(folder), "--num_cpus", "1"])
     assert (config.seeds, config.num_cpus, config.resume) == ("0,1", 1, None)
     assert launch_folder(expand(config)) == folder
     with pytest.raises(UserError, match=r"--resume .*no launch.yaml"):
         read_launch(["--resume", str(tmp_path)])
+    for flags in (["--exp_name", "other"], ["--output_root_dir", "x"]):
+        with pytest.raises(UserError, match=f"{flags[0]} {flags[1]} contradicts --resume"):
+            read_launch(["--resume", str(folder), *flags])
+
+
+def test_a_launch_that_is_not_finished_is_kept_when_another_starts_there(tmp_path, fake):
+    def start(seeds):
+        config = read_flags([*RUN, "--seeds", seeds, "--max_steps", "3", "--output_root_dir", str(tmp_path)])
+        return config, expand(config), launch_folder(expand(config))
+
+    (first, runs, folder), (second, more, _) = start("0,1"), start("2")
+    folder.mkdir(parents=True)
+    assert write_launch(folder, first, runs) is None
+    assert write_launch(folder, first, runs) is None, "the same launch again"
+    fake.run(runs[0])
+    kept = write_launch(folder, second, more)
+    assert kept == folder / "launch.1.yaml"
+    again = read_launch(["--resume", str(kept)])
+    assert [run.seed for run in expand(again)] == [0, 1] and launch_folder(expand(again)) == folder
+    assert write_launch(folder, again, expand(again)) == folder / "launch.2.yaml"
+    assert not kept.exists(), "it goes on, as the launch of this folder"
+    for run in (runs[1], *more):
+        fake.run(run)
+    assert write_launch(folder, second, more) is None, "nothing was left to do"
 
 
 def test_a_second_launch_into_one_folder_is_refused(tmp_path):
@@ -190,6 +266,8 @@ CPU, GPU = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
         ([], [GPU], 8, (4, 1, 4)),
         ([], [GPU], 2, (8, 1, 2)),
         (["--gpus_per_trial", "0.5"], [GPU], 8, (2, 0.5, 8)),
+        (["--gpus_per_trial", "0.4", "--cpus_per_trial", "1"], [GPU], 16, (1, 0.4, 8)),
+        (["--gpus_per_trial", "0.6", "--cpus_per_trial", "1"], [GPU], 16, (1, 0.6, 4)),
         (["--device", "cpu"], [GPU], 8, (16, 0, 1)),
         ([], [CPU, CPU], 5, (8, 0, 2)),
         ([], [CPU, GPU], 9, (4, 1, 4)),
@@ -402,11 +480,16 @@ def test_durations_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text
 
 
+def test_names_and_reasons_are_shown_as_they_are(capsys):
+    make_console(sys.stdout).print("expected list[int], got [batch, 3] in /out[v2]/:x: [/tmp]")
+    assert capsys.readouterr().out == "expected list[int], got [batch, 3] in /out[v2]/:x: [/tmp]\n"
+
+
 def test_the_result_table_names_every_run_once(tmp_path, fake):
     runs = runs_of("--seeds", "0,1,2", "--max_steps", "3", "--output_root_dir", str(tmp_path))
     fake.run(runs[0])
     record_failure(runs[1], "row 7 has no label")
-    text = shown(result_table([look_up(run) for run in runs], {}))
+    text = shown(result_table({run.run_name: look_up(run) for run in runs}, {}))
     assert [text.count(run.run_name) for run in runs] == [1, 1, 1]
     assert f"accuracy {fake.digest(runs[0]):.4f}" in text and "failed: row 7 has no label" in text
     assert "not started" in text
@@ -419,7 +502,7 @@ def test_a_run_for_several_budgets_has_a_line_for_each(tmp_path, fake):
     record = json.loads((whole.run_folder / "result.json").read_text())
     record |= {"cost": 0.0625, "contest": {"within_drop": False, "max_drop": 0.01}}
     (whole.run_folder / "5b" / "result.json").write_text(json.dumps(record))
-    first, second = shown(result_table([look_up(whole)], {})).splitlines()[1:3]
+    first, second = shown(result_table({whole.run_name: look_up(whole)}, {})).splitlines()[1:3]
     assert first.startswith(f"{whole.run_name}/5b") and "0.0625" in first and "NOT within 0.01 of float" in first
     assert second.startswith(f"{whole.run_name} ") and "NOT" not in second
 
@@ -441,6 +524,17 @@ def test_what_is_finished_is_reported_without_ray(tmp_path, fake, capsys):
     told = capsys.readouterr().out
     assert "eval/eval_parse.py" in told and "tensorboard --logdir" in told
     assert (tmp_path / "digits" / "default" / "launch.yaml").exists()
+
+    argv = ["--tasks", "digits,cifar10", "--model", "resnet20", "--max_steps", "3", "--output_root_dir", str(tmp_path)]
+    for run in expand(read_flags(argv)):
+        fake.run(run)
+    assert eval_parallel.main(argv, runner=pytest.fail) == 0
+    told = capsys.readouterr().out
+    assert f"eval/eval_parse.py {tmp_path}/digits/default {tmp_path}/cifar10/default\n" in told
+    assert f"tensorboard --logdir {tmp_path}\n" in told
+    assert [line.split()[0] for line in told.splitlines()[1:3]] == [
+        f"{t}/resnet20-float-s42" for t in ("digits", "cifar10")
+    ]
 
 
 def test_a_dry_run_shows_steps_range_and_target_and_starts_nothing(tmp_path, capsys):

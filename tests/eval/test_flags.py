@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from eval.eval_run import search_settings
 from eval.flag_checks import RANGES
-from eval.flags import RunConfig, complete, markdown_table, parse, read_flags, to_yaml
+from eval.flags import RunConfig, complete, entry, markdown_table, parse, read_flags, to_yaml
 from quant.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +170,10 @@ def test_switches_go_both_ways(flag):
         (["--exp_name", ""], ["--exp_name"]),
         (["--run_id", "a/b"], ["--run_id", "a/b"]),
         (["--seeds", "1,2"], ["--seeds", "eval_parallel.py"]),
+        (["--gpus_per_trial", "0.5"], ["--gpus_per_trial", "eval_parallel.py"]),
+        (["--output_root_dir", "/proc/x"], ["--output_root_dir", "/proc/x", "cannot write"]),
+        (["--log_dir", "/proc/x"], ["--log_dir", "/proc/x", "cannot write"]),
+        (["--exp_name", "???"], ["exp_name", "???"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -215,6 +219,7 @@ def test_a_file_holds_the_same_names_and_flags_win(tmp_path):
         ("- task", "name: value"),
         ("task: [", "not readable as YAML"),
         ("task: digits\ntask: sst2", "duplicate key"),
+        ("model: resnet20\nmodel_type: convnet", "say it once"),
         ("task: !!python/object/apply:os.system ['true']", "not readable as YAML"),
     ],
 )
@@ -248,6 +253,23 @@ def test_a_run_to_resume_is_the_one_of_its_folder_wherever_that_lies_now(tmp_pat
     (folder.parent / "launch.yaml").touch()
     with pytest.raises(UserError, match=r"eval_parallel.py --resume finishes a launch$"):
         parse(["--resume", str(folder.parent)])
+
+
+def test_a_dollar_in_a_flag_means_itself(tmp_path):
+    config = parse([*RUN, "--output_root_dir", f"{tmp_path}/${{USER}}"])
+    assert config.output_root_dir == f"{tmp_path}/${{USER}}"
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]).output_root_dir == config.output_root_dir
+
+
+def test_ctrl_c_is_told_in_a_word(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        entry(main)
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_run_folder_stays_inside_the_output_folder(tmp_path):

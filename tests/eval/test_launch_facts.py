@@ -2,6 +2,7 @@ import pytest
 
 from eval import eval_run, launch_facts
 from eval.flags import parse
+from quant.errors import UserError
 
 RUN = ["--task", "digits", "--model", "convnet", "--max_steps", "80", "--train_batch_size", "32"]
 
@@ -20,11 +21,19 @@ RUN = ["--task", "digits", "--model", "convnet", "--max_steps", "80", "--train_b
 def test_a_search_takes_longer_by_the_passes_that_it_makes(monkeypatch, flags, seconds):
     monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
     run = parse([*RUN, *flags])
-    assert launch_facts.learn([run], measure=True)[run.run_name].seconds == pytest.approx(seconds)
+    assert launch_facts.learn({"a": run}, measure=True)["a"].seconds == pytest.approx(seconds)
 
 
 def test_a_teacher_takes_a_pass_more_at_every_step(monkeypatch):
     monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
     monkeypatch.setattr(eval_run, "teacher_share", lambda plan: 0.9)
     run = parse([*RUN, "--bits", "4"])
-    assert launch_facts.learn([run], measure=True)[run.run_name].seconds == pytest.approx(80 * (1 + 1 / 3))
+    assert launch_facts.learn({run.run_name: run}, measure=True)[run.run_name].seconds == pytest.approx(
+        80 * (1 + 1 / 3)
+    )
+
+
+def test_a_run_that_shares_its_plan_is_checked_all_the_same():
+    runs = {name: parse([*RUN, "--max_steps", "2", *flags]) for name, flags in (("a", []), ("b", ["--search"]))}
+    with pytest.raises(UserError, match=r"2 steps .* of which the last 2 settle"):
+        launch_facts.learn(runs)
