@@ -116,7 +116,11 @@ def mismatch(module: QuantModule) -> str | None:
         return f"compressed-tensors has no scheme for {activation} inputs"
     if (range := static_range(module.input_quantizer)) is None:
         return "the range of its inputs is not fixed"
-    return None if range.offset is None else "compressed-tensors has no offsets learned beside the zero point (LSQ+)"
+    if range.offset is not None:
+        return "compressed-tensors has no offsets learned beside the zero point (LSQ+)"
+    if isinstance(activation, IntFormat) and module.input_quantizer.config.symmetric:  # ours leave -2^(k-1) out
+        return "compressed-tensors has no inputs in symmetric integers without the lowest one; choose asymmetric inputs"
+    return None
 
 
 def scheme(names: list[str], module: QuantModule, weight: Format, activation: Format) -> Any:

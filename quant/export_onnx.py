@@ -28,6 +28,7 @@ from quant.export_onnx_layers import OnnxLayer
 from quant.export_onnx_nodes import DOMAIN, Replacement
 from quant.export_verdict import LayerVerdict
 from quant.formats import BlockFormat
+from quant.modes import evaluating
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
 
@@ -36,6 +37,9 @@ OPSET = 21
 LARGEST_FILE = 2**31 - 1
 """bytes of a protobuf message; more would have to stand in files of their own"""
 OUTPUT = "logits"
+PRIVATE = "public."
+"""what the names of inputs and outputs begin with while the model is traced, so that no node takes them"""
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 
 
 def export_onnx(
@@ -134,6 +138,8 @@ class _Traced(nn.Module):
         super().__init__()
         self.name = name
         self.module = module
+        for hooks in HOOKS:  # a migrated layer divides its input, or shows it to a shortcut; users have their own
+            setattr(self, hooks, getattr(module, hooks))
 
     def __getattr__(self, name: str) -> Any:
         """What models ask their layers for: MobileNetV2 pads by a convolution's stride."""
@@ -142,12 +148,8 @@ class _Traced(nn.Module):
             return super().__getattr__(name)
         return getattr(own, name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        module = self.module
-        # A migrated layer divides its input, or shows it to a shortcut.
-        for key, hook in module._forward_pre_hooks.items():
-            named = key in module._forward_pre_hooks_with_kwargs
-            x = hook(module, (x,), {})[0][0] if named else (hook(module, (x,)) or (x,))[0]
+    def forward(self, input: Tensor) -> Tensor:  # called by keyword as the layer is
+        module, x = self.module, input
         activation = module.input_quantizer
         if isinstance(activation.format, BlockFormat):
             x = emulate(x, activation.format, activation.reduction_dim)
@@ -179,23 +181,32 @@ class _Logits(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         single = isinstance(self.model, nn.Sequential)  # its forward has a name for its input that says nothing
         output = self.model(*inputs) if single else self.model(**dict(zip(self.names, inputs, strict=True)))
-        return output if isinstance(output, Tensor) else output["logits"]
+        if isinstance(output, Tensor):
+            return output
+        if not isinstance(output, Mapping) or OUTPUT not in output:
+            raise UserError(f"it returns a {type(output).__name__}, not a tensor or something with '{OUTPUT}'")
+        logits: Tensor = output[OUTPUT]
+        return logits
 
 
 def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
     """The model as ONNX with placeholders. Raises UserError for an operation that ONNX lacks."""
+    if double := [name for name, weight in model.named_parameters() if weight.dtype == torch.float64]:
+        raise UserError(f"--format onnx: {double[0]} is float64, files hold float32: export model.float()")
     names = list(inputs)
     # One row would be taken for a model of batches of one.
     rows = [x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for x in inputs.values()]
-    axes = [{0: "batch", **({x.dim() - 1: "length"} if not x.is_floating_point() else {})} for x in rows]
-    traced = _Logits(model, names).eval()
-    with _placeholders(model, modules), _quiet():
+    # Whether the last axis of whole numbers may have another size is the model's matter: features have a fixed number.
+    last = torch.export.Dim.AUTO
+    axes = [{0: "batch", **({x.dim() - 1: last} if x.dim() > 1 and not x.is_floating_point() else {})} for x in rows]
+    traced = _Logits(model, names)
+    with evaluating(model), _placeholders(model, modules), _quiet():
         try:
             program: Any = torch.onnx.export(
                 traced,
                 tuple(rows),
-                input_names=names,
-                output_names=[OUTPUT],
+                input_names=[f"{PRIVATE}{name}" for name in names],
+                output_names=[f"{PRIVATE}{OUTPUT}"],
                 opset_version=OPSET,
                 dynamic_shapes=(tuple(axes),),
                 dynamo=True,
@@ -207,7 +218,23 @@ def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[
                 cause = cause.__cause__
             reason = " ".join(str(cause).split())[:300]
             raise UserError(f"--format onnx: {type(model).__name__} cannot be exported: {reason}") from None
-    return program.model_proto
+    proto: onnx.ModelProto = program.model_proto  # made anew each time it is asked for
+    rename_values(proto.graph)
+    return proto
+
+
+def rename_values(graph: onnx.GraphProto) -> None:
+    """Take `PRIVATE` off the names of inputs and outputs; what has such a name inside the graph gets another."""
+    public = {value.name.removeprefix(PRIVATE) for value in (*graph.input, *graph.output)}
+
+    def renamed(name: str) -> str:
+        return f"{name}.inside" if name in public else name.removeprefix(PRIVATE)
+
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = renamed(value.name)
+    for node in graph.node:
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
 
 
 @contextlib.contextmanager

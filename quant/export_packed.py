@@ -28,6 +28,7 @@ from quant.export_verdict import LayerVerdict, as_chosen
 from quant.export_weights import RoundedWeight, from_rows, round_weight, static_range, to_rows
 from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
+from quant.placement import placed_sites
 from quant.quant_module import QuantModule
 from quant.quantizer import Quantizer, Rounder
 
@@ -65,8 +66,10 @@ def write_packed(
     Args:
         extra: JSON values that go into the description, under their names.
 
-    Raises UserError for a weight that cannot be stored, see `round_weight`.
+    Raises UserError for a weight that cannot be stored, see `round_weight`, and for quantizers around layers.
     """
+    if sites := placed_sites(model):
+        raise UserError(f"a packed file has no place for the quantizers around layers, such as {next(iter(sites))}")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, module in modules.items():
@@ -136,7 +139,7 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
         if weight_format != FLOAT:
             old = module.weight_quantizer
             values = _unpack(own, weight_format, module.weight.shape, old)
-            module.weight = nn.Parameter(values, requires_grad=False)
+            module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
             on_grid = OnGrid(old.config, old.shape, old.reduction_dim, batched=False)
             on_grid.scale = own["weight.scale"].view(old.shape) if "weight.scale" in own else None
             module.weight_quantizer = on_grid

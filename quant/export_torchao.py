@@ -50,6 +50,8 @@ def mismatch(module: QuantModule) -> str | None:
         return None
     if not isinstance(module, QuantLinear):
         return f"it quantizes Linear layers, this is a {type(module).__name__.removeprefix('Quant')}"
+    if module._forward_pre_hooks or module._forward_hooks:  # a migrated layer divides its input, say
+        return "more is done around this layer than a Linear does"
     if isinstance(weight, BlockFormat) or not (weight == E4M3 or (isinstance(weight, IntFormat) and weight.width <= 8)):
         return f"it has no {weight} weights"
     if not module.weight_quantizer.config.symmetric:

@@ -123,7 +123,7 @@ class StaticRange:
 def static_range(quantizer: Quantizer) -> StaticRange | None:
     """The fixed grid of what `quantizer` rounds; None in float, in block formats and where the tensor itself decides.
 
-    Formats without a scale, such as bf16, are a grid of scale 1.
+    Formats without a scale, such as bf16, are a grid of scale 1. Raises UserError for a grid that was never calibrated.
     """
     format: Format = quantizer.format
     if not isinstance(format, IntFormat | FloatFormat):
@@ -134,6 +134,8 @@ def static_range(quantizer: Quantizer) -> StaticRange | None:
         return None
     grid = quantizer.grids[format.name]
     assert isinstance(grid, Grid)
+    if not grid.is_ready:
+        raise UserError(f"a layer's {format} inputs were never calibrated: call quant.convert.calibrate(...) first")
     zero_point = int(grid.zero_point) if grid.moved else 0
     low, high = grid.row[:2].flatten().tolist()
     offset = None if grid.offset is None else float(grid.offset.detach())

@@ -17,7 +17,6 @@ class _QuantConv(QuantModule):
     The input is rounded before it is padded. The weight's output channel is axis 0, also when grouped or depthwise.
     """
 
-    input_reduction_dim = 1
     differentiable = True
     plain: ClassVar[type[_ConvNd]]
     """torch's class, whose gradients are known; a subclass may compute otherwise"""
@@ -50,15 +49,18 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
     """x (N, C_in, H, W), W (C_out, C_in / groups, kh, kw)."""
 
     plain = nn.Conv2d
+    input_reduction_dim = -3  # channels, with or without a batch
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """x (N, C_in, L), W (C_out, C_in / groups, k). Not to be confused with the Conv1D of transformers, a Linear."""
 
     plain = nn.Conv1d
+    input_reduction_dim = -2
 
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """x (N, C_in, D, H, W), W (C_out, C_in / groups, kd, kh, kw)."""
 
     plain = nn.Conv3d
+    input_reduction_dim = -4

@@ -24,11 +24,11 @@ def bert():
     return BertForSequenceClassification(BertConfig(vocab_size=30, max_position_embeddings=16, **sizes)).eval()
 
 
-def quantized(pairs, weight=WEIGHT):
+def quantized(pairs, weight=WEIGHT, activation=ACTIVATION):
     model = bert()
     pairs = [tuple(map(parse_format, pair.split("/"))) for pair in pairs]
     formats = {format for pair in pairs for format in pair if format != FLOAT}
-    modules = quantize_model(model, include=["bert.encoder.*"], formats=formats, weight=weight, activation=ACTIVATION)
+    modules = quantize_model(model, include=["bert.encoder.*"], formats=formats, weight=weight, activation=activation)
     calibrate(model, modules, [BATCH])
     set_formats(modules, {name: pairs[place % len(pairs)] for place, name in enumerate(modules)})
     return model, modules
@@ -65,6 +65,20 @@ def test_what_has_no_scheme_stays_in_float_and_is_told(tmp_path):
     ]
     again = BertForSequenceClassification.from_pretrained(tmp_path).eval()
     set_formats(modules, {name: (module.formats[0], FLOAT) for name, module in modules.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(again(**BATCH).logits, model(**BATCH).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_symmetric_inputs_without_the_lowest_integer_are_told(tmp_path):
+    symmetric = QuantizerConfig(range="calibrated", symmetric=True)
+    model, modules = quantized(["int8/int2", "int4/e4m3"], QuantizerConfig(granularity="channel"), symmetric)
+    verdicts, _ = export_compressed(tmp_path, bert(), modules)
+    for name, verdict in verdicts.items():
+        assert verdict.as_chosen == (modules[name].formats[1].name == "e4m3")
+        assert verdict.as_chosen or "without the lowest one" in verdict.why[0]
+    again = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    inputs = {name: FLOAT if not verdicts[name].as_chosen else module.formats[1] for name, module in modules.items()}
+    set_formats(modules, {name: (module.formats[0], inputs[name]) for name, module in modules.items()})
     with torch.no_grad():
         torch.testing.assert_close(again(**BATCH).logits, model(**BATCH).logits, rtol=1e-4, atol=1e-5)
 

@@ -216,6 +216,68 @@ def test_models_may_look_at_their_layers(tmp_path):
         torch.testing.assert_close(run(tmp_path / "m.onnx", images), model(images), rtol=1e-3, atol=1e-4)
 
 
+class Own(nn.Module):
+    """A model of one's own: features in whole numbers, a mask, names that nodes take, calls by keyword, a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.mix = nn.Linear(8 + 12, 6)
+        self.head = nn.Linear(6, 3)
+        self.head.register_forward_hook(lambda module, args, output: 3 * output)
+
+    def forward(self, matmul, cat, mask):
+        seen = (matmul * mask.unsqueeze(-1)).sum(1)
+        mixed = self.mix(input=torch.cat([seen, self.embedding(cat).flatten(1)], 1))
+        return self.head(mixed.relu())
+
+
+def test_a_model_of_ones_own(tmp_path):
+    torch.manual_seed(0)
+    model, int8 = Own(), parse_format("int8")
+    inputs = {
+        "matmul": torch.randn(4, 6, 8),
+        "cat": torch.randint(5, (4, 3)),
+        "mask": torch.randint(2, (4, 6)).bool(),
+    }
+    modules = quantize_model(model, formats=[int8])
+    calibrate(model, modules, [inputs])
+    set_formats(modules, dict.fromkeys(modules, (int8, int8)))
+    model.train()
+    model.head.eval()
+    export_onnx(tmp_path / "m.onnx", model, modules, inputs)
+    assert model.training and model.mix.training and not model.head.training
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert [value.name for value in (*session.get_inputs(), *session.get_outputs())] == [*inputs, "logits"]
+    for rows in (4, 1, 3):
+        (found,) = session.run(["logits"], {name: value[:rows].numpy() for name, value in inputs.items()})
+        with torch.no_grad():
+            expected = model.eval()(**{name: value[:rows] for name, value in inputs.items()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_cannot_be_written_is_refused_in_words(tmp_path):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x), x
+
+    model, x, int8 = Pair().eval(), torch.ones(3, 4), parse_format("int8")
+    modules = quantize_model(model, formats=[int8])
+    set_formats(modules, {"linear": (int8, FLOAT)})
+    with pytest.raises(UserError, match="Pair cannot be exported: it returns a tuple, not a tensor"):
+        export_onnx(tmp_path / "m.onnx", model, modules, {"x": x})
+    set_formats(modules, {"linear": (int8, int8)})
+    with pytest.raises(UserError, match="int8 inputs were never calibrated"):
+        export_onnx(tmp_path / "m.onnx", nn.Sequential(model.linear), {"0": modules["linear"]}, {"x": x})
+    with pytest.raises(UserError, match=r"linear.weight is float64, .* model.float\(\)"):
+        export_onnx(tmp_path / "m.onnx", model.double(), modules, {"x": x.double()})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("pair", ["int8/int8", "int4/int8", "e4m3/e4m3", "mxfp4/mxfp8"])
 def test_convolutions_in_one_dimension(pair, tmp_path):
     torch.manual_seed(0)

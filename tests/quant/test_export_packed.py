@@ -15,6 +15,7 @@ from quant.export_codes import decode, decode_powers, encode, encode_powers, pac
 from quant.export_packed import packed_sizes, read_packed, restore, write_packed
 from quant.export_weights import from_rows, round_weight, to_rows
 from quant.formats import FLOAT, BlockFormat, FloatFormat, IntFormat, parse_format
+from quant.placement import Placement, place_quantizers
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
 from tests.quant.oracles import DTYPES
 
@@ -214,6 +215,36 @@ def test_convolutions_in_one_and_three_dimensions(name, tmp_path):
     again = build(1)
     restore(again, *read_packed(tmp_path / "p.safetensors"))
     torch.testing.assert_close(again.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_model_of_another_precision_comes_back_in_it(dtype, tmp_path):
+    int8 = parse_format("int8")
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype), torch.randn(4, 6).to(dtype)
+    modules = quantize_model(model, formats=[int8])
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (int8, int8)))
+    write_packed(tmp_path / "p.safetensors", model, modules)
+    again = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+    restore(again, *read_packed(tmp_path / "p.safetensors"))
+    assert {weight.dtype for weight in again.parameters() if weight.dim() == 2} == {dtype}
+    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+
+
+def test_quantizers_around_layers_are_refused(tmp_path):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    model, x, int8 = Added(), torch.randn(4, 6), parse_format("int8")
+    modules = quantize_model(model, formats=[int8])
+    place_quantizers(model, modules, x, Placement(residual_adds=True))
+    with pytest.raises(UserError, match="no place for the quantizers around layers"):
+        write_packed(tmp_path / "p.safetensors", model, modules)
 
 
 class UsedTwice(nn.Module):

@@ -55,6 +55,21 @@ def test_inputs_with_a_scale_a_token_are_torchaos(name, tmp_path):
     assert verdicts["4"].why == ("rounded in float32, not by torchao: no int4 inputs",)
 
 
+def test_layers_around_which_more_is_done_stay():
+    """A migrated layer divides its input before it rounds it: a plain Linear would not."""
+    model, images, int8 = net().eval(), torch.randn(6, 2, 6, 6), parse_format("int8")
+    modules = quantize_model(model, formats=[int8])
+    for name in modules:
+        modules[name].register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    set_formats(modules, dict.fromkeys(modules, (int8, FLOAT)))
+    with torch.no_grad():
+        expected = model(images)
+    verdicts = to_torchao(model, modules)
+    assert "more is done around this layer" in verdicts["2"].why[0] and not verdicts["2"].as_chosen
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected)
+
+
 def test_what_does_not_match_goes_on_as_it_is_and_is_told(tmp_path):
     verdicts, taken = exported(tmp_path, {"0": "int8/float", "2": "e2m1/float", "4": "int8/int8"})
     assert not taken and not any(verdict.as_chosen for verdict in verdicts.values())

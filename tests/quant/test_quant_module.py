@@ -299,6 +299,14 @@ def test_an_example_alone_gives_what_it_gives_in_a_batch(kind):
     torch.testing.assert_close(module(x)[0], alone[0])
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int8"])
+@pytest.mark.parametrize("kind", ["linear without bias", "conv", "conv1d", "conv3d"])
+def test_an_example_without_a_batch_is_rounded_as_in_one(kind, name):
+    layer, x = LAYERS[kind]()
+    module = quantized(layer, name, name, x[:1]).eval()
+    torch.testing.assert_close(module(x[0]), module(x[:1])[0])
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv", "Conv1D"])
 def test_autocast_half_models_and_inference_mode(kind):
     layer, x = LAYERS[kind]()
