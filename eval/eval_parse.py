@@ -103,7 +103,7 @@ def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
     table = tables.comparison_table(*runs)
     _print(table, table.rows, form, console)
     if form == "table":
-        console.print("\n".join(["", *tables.comparison_notes(*runs)]), markup=False)
+        console.print(Text("\n".join(["", *tables.comparison_notes(*runs)])))
     return 0
 
 

@@ -48,6 +48,7 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": PAPER,
     "figure.constrained_layout.w_pad": 0.08,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with two dollar signs is no formula
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
 }
 WIDTH = 4.5

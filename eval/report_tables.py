@@ -135,7 +135,9 @@ def comparison_notes(a: Run, b: Run) -> list[str]:
 
 def print_table(table: Table, console: Console) -> None:
     """Aligned, nothing cut off: cells that do not fit the terminal are folded."""
-    shown = RichTable(title=table.title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    # As Text: what stands in brackets in a string would be read as markup.
+    title = Text(table.title, style="bold") if table.title else None
+    shown = RichTable(title=title, title_justify="left", box=None, pad_edge=False)
     for column in table.columns:
         shown.add_column(Text(column.heading), justify="right" if column.numeric else "left", overflow="fold")
     for texts in table.texts():

@@ -196,6 +196,22 @@ def test_values_of_different_kinds_keep_their_own_digits_and_units(tmp_path):
     assert "23.46 perplexity" in {metric.text(row) for row in table.rows}
 
 
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    name = "mö[/x]del [v2] :car:"
+    runs = [write_run(tmp_path, "search", seed, target=0.05, model=name, folder=str(seed)) for seed in (0, 1)]
+    assert main([str(tmp_path), "--no_plots"]) == 0
+    assert f"digits · {name} " in capsys.readouterr().out
+    named = [write_run(tmp_path / "named", method, target=0.05, folder=method) for method in ("[v2]", "[/x]")]
+    assert main(["--compare", *map(str, named)]) == 0
+    assert "A: [v2] ≤" in (shown := capsys.readouterr().out) and "B: [/x] ≤" in shown
+    record = json.loads((runs[0] / "result.json").read_text())
+    for run in runs:
+        told = {"metric": "[m]:car:", "metrics": {"validation": {"[m]:car:": 0.5}}}
+        (run / "result.json").write_text(json.dumps(record | told))
+    assert main(["--compare", *map(str, runs)]) == 0
+    assert "[m]:car:: 0.5000 (A)" in capsys.readouterr().out
+
+
 def test_compare_shows_every_layer_of_both(tmp_path, capsys):
     assignment = {"a": ["int4", "int4"], "b": ["int2", "int8"], "c": ["int8", "int8"]}
     first = write_run(tmp_path, "search", 0, target=0.05, assignment=assignment)

@@ -198,6 +198,15 @@ def test_no_text_is_cut_off_and_every_axis_has_a_label(every_picture):
         assert any(unit in labels for unit in ("bits", "GBOPs", "MiB", "step", "layer")), drawing.title
 
 
+def test_a_name_with_dollar_signs_is_no_formula(tmp_path):
+    for seed, name in enumerate(("a$\\frac$", "$b$")):
+        write_run(tmp_path, name, seed, target=0.05, folder=str(seed))
+    runs = runs_below(tmp_path)
+    (panel,) = panels(group_runs(runs))
+    shown = {text.get_text() for text in drawn(plots.pareto(panel, sorted(panel.points))).findobj(Text)}
+    assert any("a$\\frac$" in text for text in shown)
+
+
 def test_files_of_a_report(tmp_path):
     write_run(tmp_path / "runs", "search", 0, target=0.05)
     write_run(tmp_path / "runs", "uniform", 0, (4,))
