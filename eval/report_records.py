@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 RUN_FILES = frozenset({"result.json", "config.yaml", "history.jsonl"})
 """a folder with any of these is a run"""
 INNER_FOLDERS = {
-    **dict.fromkeys(RUN_FILES, frozenset({"model", "plots", "tensorboard", "checkpoints"})),
+    **dict.fromkeys(RUN_FILES, frozenset({"model", "plots", "tensorboard", "checkpoints", "retrained"})),
     "launch.yaml": frozenset({"tune"}),
 }
 """file -> what stands beside it and holds no runs of ours: Ray Tune's result.json is another thing"""

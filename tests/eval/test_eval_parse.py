@@ -140,6 +140,8 @@ def test_what_stands_inside_a_run_or_beside_a_launch_is_no_run(tmp_path, capsys)
         inner.mkdir(parents=True)
         (inner / "result.json").write_text('{"loss": 1}\n{"loss": 2}\n')
         (inner / "config.yaml").write_text("")
+    (run / "retrained").mkdir()  # of --verify_retrain
+    (run / "retrained" / "history.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     write_run(tmp_path, "uniform", 1, (4,), task="tune", model="model", folder="checkpoints")
     assert [row["task"] for row in table_of(capsys, tmp_path)] == ["digits", "tune"]
     assert main([str(tmp_path), "--no_plots"]) == 0 and capsys.readouterr().err == ""
