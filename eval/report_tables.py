@@ -182,7 +182,7 @@ def to_latex(table: Table) -> str:
     lines = [[_escape_latex(cell) for cell in line] for line in ([c.heading for c in table.columns], *table.texts())]
     head, *body = [" & ".join(line) + r" \\" for line in lines]
     shape = "".join("r" if column.numeric else "l" for column in table.columns)
-    title = [f"% {table.title}"] if table.title else []
+    title = [f"% {line}" for line in table.title.splitlines()]
     begin = [rf"\begin{{tabular}}{{{shape}}}", r"\toprule", head, r"\midrule"]
     return "\n".join([*title, *begin, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 

@@ -227,6 +227,9 @@ def test_compare_shows_every_layer_of_both(tmp_path, capsys):
     assert rows["c"]["b"] == rows["d"]["a"] == "–" and rows["c"]["weight_bits_change"] is None
     assert main(["--compare", str(first), str(second)]) == 0
     assert "1 of 2 shared layers differ" in capsys.readouterr().out
+    assert main(["--compare", str(first), str(second), "--format", "latex"]) == 0
+    title = capsys.readouterr().out.split("\\begin")[0].splitlines()
+    assert [line[:4] for line in title] == ["% A:", "% B:"]
 
 
 @pytest.mark.parametrize(
