@@ -24,6 +24,8 @@ class Panel:
     cost_type: str
     cost_unit: str
     groups: tuple[Group, ...]
+    left_out: int
+    """runs that do not know their cost of this type"""
 
     @property
     def lower_is_better(self) -> bool:
@@ -66,7 +68,9 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
         own = [g for g in groups if (g.record["task"], g.record["model"], g.record["metric"]) == (task, model, metric)]
         aimed = [g for g in own if g.record["cost_target"] is not None] or own
         for cost_type, unit in dict.fromkeys((g.record["cost_type"], g.record["cost_unit"]) for g in aimed):
-            found.append(Panel(task, model, metric, cost_type, unit, tuple(own)))
+            shown = tuple(group for group in own if group.has_cost(cost_type))
+            left_out = sum(len(group.runs) for group in own) - sum(len(group.runs) for group in shown)
+            found.append(Panel(task, model, metric, cost_type, unit, shown, left_out))
     return found
 
 

@@ -29,7 +29,7 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
             colour, marker = method_style(method, methods)
             for group in (g for g in panel.groups if g.record["method"] == method):
                 several = len(group.runs) > 1
-                xy = [(run.cost(panel.cost_type), run.quality) for run in group.runs]
+                xy = [(run.costs[panel.cost_type], run.quality) for run in group.runs]
                 size, alpha = (4, 0.55) if several else (6, 0.9)
                 axes.plot(*zip(*xy, strict=True), marker, color=colour, ms=size, alpha=alpha, mew=0)
                 if several:
@@ -52,6 +52,8 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
     what = "One point a run" + ("; outlined: the mean over its seeds. " if spread else ". ")
     what += "Line: the front of the means. " if spread else "Line: the front. "
     what += "Hypervolume: the share that it dominates of the box between the best and the worst of all runs."
+    if panel.left_out:
+        what += f" Not shown, as their {panel.cost_type} cost is not known: {panel.left_out} of the runs."
     title = f"{panel.task} · {panel.model}: {panel.metric} against {panel.cost_type}"
     return Drawing(title, what, (WIDTH, 3.6), draw)
 

@@ -90,9 +90,11 @@ class Run:
         target = self.record["cost_target"]
         return None if target is None else self.record["cost"] <= target * (1 + 1e-9)
 
-    def cost(self, cost_type: str) -> float:
-        """The cost of one type, also where the run was made under another [MiB or GBOPs]."""
-        return float(self.record["costs"].get(cost_type, self.record["cost"]))
+    @cached_property
+    def costs(self) -> Mapping[str, float]:
+        """Cost type -> cost [MiB or GBOPs]: the run's own type, and those it noted besides."""
+        noted = {name: float(cost) for name, cost in self.record["costs"].items() if isinstance(cost, NUMBER)}
+        return {self.record["cost_type"]: float(self.record["cost"]), **noted}
 
     @cached_property
     def formats(self) -> str:
@@ -145,8 +147,12 @@ class Group:
     def quality(self) -> tuple[float, float | None]:
         return mean_sd([run.quality for run in self.runs])
 
+    def has_cost(self, cost_type: str) -> bool:
+        """Whether all its runs know their cost of that type."""
+        return all(cost_type in run.costs for run in self.runs)
+
     def cost(self, cost_type: str) -> tuple[float, float | None]:
-        return mean_sd([run.cost(cost_type) for run in self.runs])
+        return mean_sd([run.costs[cost_type] for run in self.runs])
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:

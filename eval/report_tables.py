@@ -128,8 +128,12 @@ def comparison_notes(a: Run, b: Run) -> list[str]:
     metric, unit = a.record["metric"], a.record["cost_unit"]
     if metric == b.record["metric"]:
         lines.append(f"{metric}: {a.quality:.4f} (A), {b.quality:.4f} (B), {b.quality - a.quality:+.4f}")
-    cost_a, cost_b = a.cost(a.record["cost_type"]), b.cost(a.record["cost_type"])
-    lines.append(f"{a.record['cost_type']}: {cost_a:.4g} {unit} (A), {cost_b:.4g} {unit} (B), {cost_b - cost_a:+.3g}")
+    cost_type = a.record["cost_type"]
+    if cost_type in b.costs:
+        cost_a, cost_b = a.costs[cost_type], b.costs[cost_type]
+        lines.append(f"{cost_type}: {cost_a:.4g} {unit} (A), {cost_b:.4g} {unit} (B), {cost_b - cost_a:+.3g}")
+    else:
+        lines.append(f"{cost_type}: {a.costs[cost_type]:.4g} {unit} (A), not known (B)")
     return lines
 
 

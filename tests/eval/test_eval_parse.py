@@ -232,6 +232,15 @@ def test_compare_shows_every_layer_of_both(tmp_path, capsys):
     assert [line[:4] for line in title] == ["% A:", "% B:"]
 
 
+def test_compare_says_where_a_cost_is_not_known(tmp_path, capsys):
+    first = write_run(tmp_path, "search", 0, target=0.05, cost=0.04)
+    second = write_run(tmp_path, "search", 1, cost_type="memory", cost_unit="MiB", cost=7.0, costs={})
+    assert main(["--compare", str(first), str(second)]) == 0
+    assert "compute: 0.04 GBOPs (A), not known (B)" in capsys.readouterr().out
+    assert main(["--compare", str(second), str(first)]) == 0
+    assert "memory: 7 MiB (A), " in (shown := capsys.readouterr().out) and "not known" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

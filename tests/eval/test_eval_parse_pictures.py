@@ -74,6 +74,15 @@ def test_pareto_puts_runs_of_another_cost_type_in_the_panel(tmp_path):
     assert "compute" in axes.get_xlabel() and "GBOPs" in axes.get_xlabel() and "accuracy" in axes.get_ylabel()
 
 
+def test_a_cost_that_a_run_does_not_know_is_not_plotted(tmp_path):
+    write_run(tmp_path, "search", 0, target=0.05)
+    other = {"cost_type": "memory", "cost_unit": "MiB", "cost": 7.0, "costs": {"compute": None}}
+    write_run(tmp_path, "float", 0, (16,), **other)
+    (panel,) = panels(group_runs(read_runs([tmp_path])[0]))
+    assert set(panel.points) == {"search"} and panel.left_out == 1
+    assert "Not shown, as their compute cost is not known: 1 of the runs" in plots.pareto(panel, ["search"]).caption
+
+
 def test_methods_differ_in_colour_and_marker():
     methods = ["float", "uniform", "search", "hawq_v2", "greedy", "random", "fisher"]
     colours, markers = zip(*(method_style(method, methods) for method in methods), strict=True)
