@@ -168,6 +168,13 @@ def sort_formats(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (parse_format(name).bits, name))
 
 
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the values that are not the same in all of `settings`, in order."""
+    first = settings[0]
+    names = {name for own in settings for name in own}
+    return sorted(name for name in names if any(own.get(name) != first.get(name) for own in settings))
+
+
 def _evaluated(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """The measures of one split out of {split: measures}; measures without a split as they are."""
     return next((value for value in metrics.values() if isinstance(value, dict)), metrics)

@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from eval.report_paired import half_width, share_right
-from eval.report_records import Group, Run, mean_sd
+from eval.report_records import Group, Run, differing, mean_sd
 from quant.formats import parse_format
 
 Row: TypeAlias = Mapping[str, Any]
@@ -256,16 +256,14 @@ def _assignments(group: Group) -> set[str]:
 
 def _what_differs(groups: Sequence[Group]) -> list[str]:
     """For each group the settings that tell it from those it shares every other column with: 'max_steps=400'."""
-    alike: dict[tuple[str, ...], list[Group]] = {}
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for group in groups:
-        alike.setdefault(group.runs[0].key[:-1], []).append(group)
-    found = []
-    for group in groups:
-        own = group.runs[0].settings
-        others = [other.runs[0].settings for other in alike[group.runs[0].key[:-1]]]
-        names = sorted({name for other in others for name in {*own, *other} if own.get(name) != other.get(name)})
-        found.append(" ".join(f"{name}={own.get(name)}" for name in names))
-    return found
+        alike.setdefault(group.runs[0].key[:-1], []).append(group.runs[0].settings)
+    names = {shared: differing(settings) for shared, settings in alike.items()}
+    return [
+        " ".join(f"{name}={group.runs[0].settings.get(name)}" for name in names[group.runs[0].key[:-1]])
+        for group in groups
+    ]
 
 
 def _plain(key: str) -> Callable[[Row], str]:

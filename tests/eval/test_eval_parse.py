@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import yaml
 from benchmarks.synthetic_runs import write_run
 from eval import report_tables as tables
 from eval.eval_parse import main
-from eval.report_records import group_runs, read_runs
+from eval.report_records import Group, group_runs, read_runs
 from quant.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,23 @@ def test_only_repetitions_are_averaged(tmp_path, capsys):
             write_run(tmp_path, "uniform", seed, (4,), settings=settings, folder=f"{steps}-{seed}")
     rows = table_of(capsys, tmp_path)
     assert [(row["n"], row["settings"]) for row in rows] == [(2, "max_steps=200"), (2, "max_steps=400")]
+
+
+def test_what_differs_is_found_in_one_look_at_each_run(tmp_path):
+    """Every run against every other took minutes for a thousand of them."""
+    looks = []
+
+    class Setting(str):
+        def __ne__(self, other):
+            looks.append(self)
+            return str(self) != other
+
+    write_run(tmp_path, "uniform", 0, (4,))
+    (run,), _ = read_runs([tmp_path])
+    runs = [replace(run, settings={"max_steps": Setting(number % 2)}) for number in range(200)]
+    rows = tables.summary_rows([Group((run,)) for run in runs])
+    assert [row["settings"] for row in rows] == ["max_steps=0", "max_steps=1"] * 100
+    assert len(looks) <= len(runs)
 
 
 def test_folders_inside_one_another_count_once(tmp_path, capsys):
@@ -278,8 +296,6 @@ def test_runs_as_a_file_and_as_a_module(tmp_path, command):
 
 def test_a_real_config_groups_by_what_changes_the_result(tmp_path, capsys):
     """Settings come from eval.flags' own file: a flag renamed there must not split repetitions here."""
-    from dataclasses import replace
-
     from eval.flags import RunConfig, to_yaml
 
     base = RunConfig(task="digits", model="convnet", method="uniform", bits="4")
