@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 if __name__ == "__main__":  # run as a file: its own folder stands first on the path, where `eval` is not a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,8 +19,15 @@ from rich.text import Text
 
 from eval import report_tables as tables
 from eval.flags import entry
-from eval.report_records import Excluded, Group, Run, group_runs, read_run, read_runs
+from eval.report_paired import read_answers
+from eval.report_records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
 from quant.errors import UserError
+
+if TYPE_CHECKING:  # loads matplotlib, which tables do without
+    from eval.report_canvas import Drawing
+
+Sections: TypeAlias = "dict[str, list[Drawing]]"
+"""heading -> the pictures below it"""
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
 
@@ -34,14 +41,24 @@ def main(argv: Sequence[str]) -> int:
     if not flags.folders:
         raise UserError("DIR is missing: name the folder of one or more runs, for example output")
     runs, excluded = read_runs(flags.folders)
+    groups = group_runs(runs)
+    shown = [] if flags.no_plots else shown_runs(groups, flags.max_runs)
+    answers, damaged_answers = read_each(runs, lambda run: read_answers(run.folder))
+    histories, damaged_histories = read_each(shown, Run.history)
+    excluded += damaged_answers + damaged_histories
     _say_excluded(excluded)
     if not runs:
         raise UserError(f"DIR {' '.join(map(str, flags.folders))}: no finished run in it, {len(excluded)} left out")
-    groups = group_runs(runs)
-    per_run = [Group((run,)) for run in runs]
-    rows = tables.summary_rows(per_run if flags.per_run else groups)
+    summary = tables.summary_rows(groups, answers)
+    every_run = tables.summary_rows([Group((run,)) for run in runs], answers)
+    rows = every_run if flags.per_run else summary
     _print(tables.summary_table(rows, flags.per_run), rows, flags.format, console)
-    written = _write_files(flags, runs, groups, excluded)
+    sections: Sections = {}
+    if not flags.no_plots:
+        from eval.report_pictures import pictures  # late: matplotlib takes a second to load
+
+        sections = pictures(runs, groups, shown, histories)
+    written = _write_files(flags, summary, every_run, sections, excluded)
     if flags.format == "table":
         console.print()
         for what, path in written:
@@ -108,32 +125,31 @@ def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
 
 
 def _write_files(
-    flags: Namespace, runs: Sequence[Run], groups: Sequence[Group], excluded: Sequence[Excluded]
+    flags: Namespace,
+    summary: Sequence[tables.Row],
+    every_run: Sequence[tables.Row],
+    sections: Sections,
+    excluded: Sequence[Excluded],
 ) -> list[tuple[str, Path]]:
     """Write what was asked for; (what, where) of each file. Raises UserError where a folder cannot be written."""
     folder: Path = flags.output_dir or flags.folders[0] / "report"
-    summary, every_run = tables.summary_rows(groups), tables.summary_rows([Group((run,)) for run in runs])
     written = [("summary", folder / "summary.csv"), ("runs", folder / "runs.csv")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for rows, (_, path) in zip((summary, every_run), written, strict=True):
             path.write_text(tables.to_csv(rows))
-        # Imported late: the second that matplotlib takes to load, and that tables do without.
-        if not flags.no_plots:
+        for name, drawings in sections.items():
             from eval.report_canvas import write_png
-            from eval.report_pictures import pictures
 
-            sections = pictures(runs, groups, flags.max_runs)
-            for name, drawings in sections.items():
-                path = folder / f"{name.lower().replace(' ', '_')}.png"
-                write_png(drawings, path)
-                written.append((name.lower(), path))
+            path = folder / f"{name.lower().replace(' ', '_')}.png"
+            write_png(drawings, path)
+            written.append((name.lower(), path))
         if flags.html:
             from eval.report_html import page
 
             shown = (tables.summary_table(summary), tables.summary_table(every_run, per_run=True))
-            title = "Mixed-precision results: " + ", ".join(dict.fromkeys(run.record["task"] for run in runs))
-            flags.html.write_text(page(title, *shown, {} if flags.no_plots else sections, excluded))
+            title = "Mixed-precision results: " + ", ".join(dict.fromkeys(row["task"] for row in every_run))
+            flags.html.write_text(page(title, *shown, sections, excluded))
             written.append(("page", flags.html))
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot write {error.filename}: {error.strerror}") from None

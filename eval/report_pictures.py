@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from eval import report_plots as plots
 from eval.report_canvas import Drawing, format_palette
@@ -13,12 +15,16 @@ MAX_ROWS = 40
 """runs in one picture of all formats"""
 
 
-def pictures(runs: Sequence[Run], groups: Sequence[Group], max_runs: int) -> dict[str, list[Drawing]]:
-    """Heading -> drawings. Runs with pictures of their own: the first seed of the searched configurations."""
+History: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def pictures(
+    runs: Sequence[Run], groups: Sequence[Group], shown: Sequence[Run], told: Mapping[Path, History]
+) -> dict[str, list[Drawing]]:
+    """Heading -> drawings; `shown`: runs with pictures of their own, `told`: folder -> its history where it has one."""
     methods = sorted({run.record["method"] for run in runs})
     palette = format_palette(runs)
-    shown = [group.runs[0] for group in groups if group.record["search_space"]][:max_runs]
-    histories = {run.folder: run.history() for run in shown}
+    histories = {run.folder: told.get(run.folder, ()) for run in shown}
     mixed = [run for run in runs if len({tuple(pair) for pair in run.record["assignment"].values()}) > 1]
     sections: dict[str, list[Drawing]] = {
         "Pareto": [plots.pareto(panel, methods) for panel in panels(groups)],

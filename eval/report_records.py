@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from eval.run_config import LauncherFlags, OutputFlags
 from quant.errors import UserError
 from quant.formats import parse_format
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 RUN_FILES = frozenset({"result.json", "config.yaml", "history.jsonl"})
@@ -63,6 +65,14 @@ class Excluded:
 
     path: Path
     reason: str
+
+
+class DamagedFile(UserError):
+    """A file beside a record that cannot be read. Its run counts without it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.excluded = Excluded(path, f"{reason}; its run counts without it")
 
 
 @dataclass(frozen=True)
@@ -119,16 +129,25 @@ class Run:
         return (*map(str, shown), self.formats, json.dumps(self.settings, sort_keys=True, default=str))
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of history.jsonl; a last line that was cut off in mid-write is left out."""
+        """The lines of history.jsonl; a last one that was cut off in mid-write is left out. Raises DamagedFile."""
         path = self.folder / "history.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DamagedFile(path, f"not readable: {error.strerror}") from None
         steps = []
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines, start=1):
             try:
-                steps.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines) - 1:
-                    raise UserError(f"{path}: line {number + 1} is not JSON") from None
+                step = json.loads(line)
+            except ValueError:  # no JSON, or no text
+                if line.endswith(b"\n"):
+                    raise DamagedFile(path, f"damaged: line {number} is not JSON") from None
+                continue
+            if not isinstance(step, dict) or not isinstance(step.get("step"), NUMBER):
+                raise DamagedFile(path, f"damaged: line {number} has no step")
+            steps.append(step)
         return steps
 
 
@@ -153,6 +172,11 @@ class Group:
 
     def cost(self, cost_type: str) -> tuple[float, float | None]:
         return mean_sd([run.costs[cost_type] for run in self.runs])
+
+
+def shown_runs(groups: Sequence[Group], max_runs: int) -> list[Run]:
+    """The runs that get pictures of their own: the first seed of so many searched configurations."""
+    return [group.runs[0] for group in groups if group.record["search_space"]][:max_runs]
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -222,6 +246,18 @@ def read_run(folder: Path) -> Run | Excluded:
         return Run(folder, record, _settings(folder / "config.yaml"))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         return Excluded(folder / "config.yaml", "damaged: not a YAML mapping")
+
+
+def read_each(runs: Iterable[Run], read: Callable[[Run], T]) -> tuple[dict[Path, T], list[Excluded]]:
+    """Folder -> what `read` makes of a file of its run, and the files that are damaged."""
+    found: dict[Path, T] = {}
+    damaged = []
+    for run in runs:
+        try:
+            found[run.folder] = read(run)
+        except DamagedFile as error:
+            damaged.append(error.excluded)
+    return found, damaged
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:

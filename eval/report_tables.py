@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from eval.report_paired import half_width, share_right
+from eval.report_paired import Answers, half_width, mean_answers
 from eval.report_records import Group, Run, differing, mean_sd
 from quant.formats import parse_format
 
@@ -55,13 +54,20 @@ class Table:
         return [[column.text(row) for column in self.columns] for row in self.rows]
 
 
-def summary_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One row a group: means and sample standard deviations over its seeds, with their units beside them."""
+def summary_rows(
+    groups: Sequence[Group], answers: Mapping[Path, Answers | None] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """One row a group: means and sample standard deviations over its seeds, with their units beside them.
+
+    `answers`: run folder -> its answers, where it kept any; what is said of differences from the best rests on them.
+    """
     floats = [group for group in groups if group.record["method"] == "float"]
     baselines = {(group.record["task"], group.record["model"]): group.quality[0] for group in floats}
     return [
         {**_summary_row(group, baselines, settings), **against_best}
-        for group, settings, against_best in zip(groups, _what_differs(groups), _against_best(groups), strict=True)
+        for group, settings, against_best in zip(
+            groups, _what_differs(groups), _against_best(groups, answers), strict=True
+        )
     ]
 
 
@@ -221,7 +227,7 @@ def _summary_row(group: Group, baselines: Mapping[tuple[str, str], float], setti
     }
 
 
-def _against_best(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def _against_best(groups: Sequence[Group], answers: Mapping[Path, Answers | None]) -> list[dict[str, Any]]:
     """How far each group is behind the most accurate one of its budget, paired by example; None without others."""
     rivals: dict[tuple[Any, ...], list[int]] = {}
     for number, group in enumerate(groups):
@@ -231,11 +237,11 @@ def _against_best(groups: Sequence[Group]) -> list[dict[str, Any]]:
     found = [dict.fromkeys(("minus_best", "minus_best_half_width", "formats_of_best")) for _ in groups]
     for numbers in rivals.values():
         best = max(numbers, key=lambda number: groups[number].quality[0])
-        best_right = _right(groups[best])
+        of_best = _answers(groups[best], answers)
         apart = {
-            number: own - best_right
+            number: own.right - of_best.right
             for number in numbers
-            if best_right is not None and (own := _right(groups[number])) is not None and len(own) == len(best_right)
+            if of_best and (own := _answers(groups[number], answers)) and own.examples == of_best.examples
         }
         for number in apart if len(apart) > 1 else ():
             found[number] = {
@@ -246,8 +252,8 @@ def _against_best(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return found
 
 
-def _right(group: Group) -> NDArray[np.float64] | None:
-    return share_right([run.folder for run in group.runs])
+def _answers(group: Group, answers: Mapping[Path, Answers | None]) -> Answers | None:
+    return mean_answers([answers.get(run.folder) for run in group.runs])
 
 
 def _assignments(group: Group) -> set[str]:

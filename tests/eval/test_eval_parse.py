@@ -178,9 +178,26 @@ def test_a_history_cut_off_in_mid_line_keeps_its_whole_lines(tmp_path):
     (run / "history.jsonl").write_text("\n".join(lines[:10]) + '\n{"step": 10, "lo')
     (found,), _ = read_runs([tmp_path])
     assert [line["step"] for line in found.history()] == list(range(10))
-    (run / "history.jsonl").write_text("\n".join([lines[0], "{broken", lines[1]]))
-    with pytest.raises(UserError, match="line 2 is not JSON"):
-        found.history()
+    (run / "history.jsonl").write_bytes(f"{lines[0]}\n".encode() + b'{"step": \xff')
+    assert len(found.history()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("{broken", "2 is not JSON"), ("\udcff", "2 is not JSON"), ("{}", "2 has no step"), ("7", "no step")],
+)
+def test_a_damaged_history_costs_no_other_run_its_pictures(tmp_path, capsys, line, reason):
+    """It stands among what was left out; its run counts without it."""
+    damaged = write_run(tmp_path / "runs", target=0.05) / "history.jsonl"
+    write_run(tmp_path / "runs", target=0.06)
+    lines = damaged.read_text().splitlines()
+    damaged.write_bytes("\n".join([lines[0], line, lines[1], ""]).encode(errors="surrogateescape"))
+    page = tmp_path / "report.html"
+    assert main([str(tmp_path / "runs"), "--format", "csv", "--html", str(page)]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 3
+    assert f"1 left out:\n  {damaged}: " in shown.err and reason in shown.err and "counts without it" in shown.err
+    assert page.read_text().count(": policy of") == 1 and reason in page.read_text()
 
 
 def rows_of(tmp_path):

@@ -19,7 +19,7 @@ from eval.eval_parse import main
 from eval.report_canvas import STYLE, format_palette, method_style
 from eval.report_pareto import hypervolume, panels, pareto_front
 from eval.report_pictures import pictures
-from eval.report_records import group_runs, read_runs
+from eval.report_records import Run, group_runs, read_each, read_runs, shown_runs
 
 BERT = [f"bert.encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.self.query", "attention.output.dense")]
 
@@ -179,7 +179,8 @@ def every_picture(tmp_path_factory):
         }
         write_run(folder, "hawq_v2", seed, target=40.0, cost=39.0, assignment=long, cost_unit="MiB", **names)
     runs = read_runs([folder])[0]
-    return pictures(runs, group_runs(runs), 4)
+    shown = shown_runs(groups := group_runs(runs), 4)
+    return pictures(runs, groups, shown, read_each(shown, Run.history)[0])
 
 
 def test_every_section_has_its_pictures(every_picture):

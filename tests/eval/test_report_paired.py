@@ -7,9 +7,11 @@ import pytest
 from scipy import stats
 
 from benchmarks.synthetic_runs import write_run
-from eval.report_paired import half_width, right, share_right
-from eval.report_records import group_runs, read_runs
+from eval.eval_parse import main
+from eval.report_paired import half_width, read_answers, share_right
+from eval.report_records import group_runs, read_each, read_runs
 from eval.report_tables import summary_rows, summary_table
+from quant.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(0, 3, 400)
 
@@ -26,7 +28,10 @@ def run_with_answers(root, method, seed, wrong, labels=LABELS):
 
 
 def rows_of(root):
-    return {row["method"]: row for row in summary_rows(group_runs(read_runs([root])[0]))}
+    runs, _ = read_runs([root])
+    answers, damaged = read_each(runs, lambda run: read_answers(run.folder))
+    assert not damaged
+    return {row["method"]: row for row in summary_rows(group_runs(runs), answers)}
 
 
 def test_the_interval_is_that_of_a_paired_test(tmp_path):
@@ -63,12 +68,37 @@ def test_without_rivals_or_answers_there_is_no_difference(tmp_path):
     run_with_answers(tmp_path, "search", 0, [3])
     assert rows_of(tmp_path)["search"]["minus_best"] is None
     folder = run_with_answers(tmp_path, "measured", 0, [3, 4], LABELS[:300])
-    assert rows_of(tmp_path)["measured"]["minus_best"] is None, "other examples"
+    assert rows_of(tmp_path)["measured"]["minus_best"] is None, "fewer examples"
+    other = run_with_answers(tmp_path, "greedy", 0, [3, 4], LABELS[::-1])
+    assert rows_of(tmp_path)["greedy"]["minus_best"] is None, "other examples, as many"
+    same = run_with_answers(tmp_path, "greedy", 1, [3, 4])
+    assert share_right([same, same]) is not None and share_right([same, other]) is None
     (folder / "predictions.json").unlink()
-    assert right(folder) is None and share_right([folder]) is None
+    assert read_answers(folder) is None and share_right([folder]) is None
     rows = list(rows_of(tmp_path).values())
     assert rows[0]["minus_best"] is None
     assert "Δ best, 95 %" not in [column.heading for column in summary_table(rows).columns]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"validation": {"predicted": [1, 2', "{}", "[]", '{"validation": [1]}', '{"validation": {"label": [1]}}'),
+        *('{"validation": {"predicted": [1, 2], "label": [1]}}', '{"validation": {"predicted": [[1]], "label": [1]}}'),
+        *('{"validation": {"predicted": [], "label": []}}', "\udcff"),
+    ],
+)
+def test_damaged_answers_are_told_of_and_the_rest_is_shown(tmp_path, capsys, text):
+    for seed, method in enumerate(("search", "measured", "greedy")):
+        folder = run_with_answers(tmp_path, method, 0, range(seed))
+    (folder / "predictions.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert main([str(tmp_path), "--no_plots", "--format", "json"]) == 0
+    shown = capsys.readouterr()
+    assert f"1 left out:\n  {folder / 'predictions.json'}: " in shown.err and "damaged" in shown.err
+    behind = {row["method"]: row["minus_best"] for row in json.loads(shown.out)}
+    assert behind == {"search": 0, "measured": pytest.approx(-1 / 400), "greedy": None}
+    with pytest.raises(UserError, match=r"predictions.json: .*damaged"):
+        share_right([folder])
 
 
 def test_one_example_has_no_spread():
