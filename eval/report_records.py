@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from eval.run_config import LauncherFlags, OutputFlags
+from eval.run_config import DataFlags, LauncherFlags, OutputFlags, TrainingFlags
 from quant.errors import UserError
 from quant.formats import parse_format
 
@@ -36,6 +36,10 @@ PLACE_SETTINGS = frozenset(
     | {"seed", "data_dir", "device", "log_steps"}
 )
 """settings that say where and how a run was made: runs that differ in these alone are repetitions of one another"""
+TRAINING_SETTINGS = frozenset(
+    {entry.name for group in (DataFlags, TrainingFlags) for entry in fields(group)} | {"load_model_path"}
+)
+"""settings that the quality of a float model may rest on; the others say what is quantized, and how"""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 NUMBER = (int, float)

@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from eval.report_paired import Answers, half_width, mean_answers
-from eval.report_records import Group, Run, differing, mean_sd
+from eval.report_records import TRAINING_SETTINGS, Group, Run, differing, mean_sd
 from quant.formats import parse_format
 
 Row: TypeAlias = Mapping[str, Any]
@@ -61,14 +61,8 @@ def summary_rows(
 
     `answers`: run folder -> its answers, where it kept any; what is said of differences from the best rests on them.
     """
-    floats = [group for group in groups if group.record["method"] == "float"]
-    baselines = {(group.record["task"], group.record["model"]): group.quality[0] for group in floats}
-    return [
-        {**_summary_row(group, baselines, settings), **against_best}
-        for group, settings, against_best in zip(
-            groups, _what_differs(groups), _against_best(groups, answers), strict=True
-        )
-    ]
+    told = zip(groups, _baselines(groups), _what_differs(groups), _against_best(groups, answers), strict=True)
+    return [{**_summary_row(group, baseline, settings), **best} for group, baseline, settings, best in told]
 
 
 def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
@@ -201,13 +195,49 @@ def _escape_latex(text: str) -> str:
     return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match[0]], text)
 
 
-def _summary_row(group: Group, baselines: Mapping[tuple[str, str], float], settings: str) -> dict[str, Any]:
+def _baselines(groups: Sequence[Group]) -> list[float | None]:
+    """What the float model of each group scores; None for float runs, and where it is not known.
+
+    It is the group's own float model, where its runs measured it. Else it is the mean of the float runs of its task,
+    model and metric; where these differ in how they were trained, of those that agree with the group in that.
+    """
+    floats: dict[tuple[str, ...], list[Run]] = {}
+    for group in groups:
+        if group.record["method"] == "float":
+            floats.setdefault(_task_of(group), []).extend(group.runs)
+    names = {
+        task: [name for name in differing([run.settings for run in runs]) if name in TRAINING_SETTINGS]
+        for task, runs in floats.items()
+    }
+    scores: dict[tuple[str, ...], list[float]] = {}
+    for task, runs in floats.items():
+        for run in runs:
+            scores.setdefault((*task, *_values(run, names[task])), []).append(run.quality)
+
+    def baseline(group: Group) -> float | None:
+        if group.record["method"] == "float":
+            return None
+        # A float run of the table may have had other weights, steps or settings.
+        own = [run.float_quality for run in group.runs if run.float_quality is not None]
+        task = _task_of(group)
+        found = own or scores.get((*task, *_values(group.runs[0], names.get(task, ()))))
+        return mean(found) if found else None
+
+    return [baseline(group) for group in groups]
+
+
+def _task_of(group: Group) -> tuple[str, ...]:
+    return tuple(group.record[key] for key in ("task", "model", "metric"))
+
+
+def _values(run: Run, names: Iterable[str]) -> list[str]:
+    return [str(run.settings.get(name)) for name in names]
+
+
+def _summary_row(group: Group, baseline: float | None, settings: str) -> dict[str, Any]:
     record = group.record
     cost, cost_sd = group.cost(record["cost_type"])
     quality, quality_sd = group.quality
-    # Its own float model; a float run of the table may have had other weights, steps or settings.
-    own = [run.float_quality for run in group.runs if run.float_quality is not None]
-    baseline = mean(own) if own else baselines.get((record["task"], record["model"]))
     return {
         **{key: record[key] for key in ("task", "model", "method")},
         "formats": group.runs[0].formats,
@@ -217,7 +247,7 @@ def _summary_row(group: Group, baselines: Mapping[tuple[str, str], float], setti
         "metric": record["metric"],
         "quality_mean": quality,
         "quality_sd": quality_sd,
-        "minus_float": None if baseline is None or record["method"] == "float" else quality - baseline,
+        "minus_float": None if baseline is None else quality - baseline,
         "n": len(group.runs),
         "seeds": " ".join(str(run.record["seed"]) for run in group.runs),
         "feasible": None if record["cost_target"] is None else sum(bool(run.feasible) for run in group.runs),

@@ -41,6 +41,31 @@ def test_means_and_deviations_over_seeds(tmp_path, capsys):
     assert baseline["quality_sd"] is None and baseline["minus_float"] is None and baseline["feasible"] is None
 
 
+def test_the_float_model_is_one_that_was_trained_alike(tmp_path, capsys):
+    def run(method, seed, accuracy, **settings):
+        told = {"metrics": {"validation": {"accuracy": accuracy}}, "folder": f"{method} {seed} {settings}"}
+        write_run(tmp_path, method, seed, (16,) if method == "float" else (4,), settings=settings, **told)
+
+    def ahead(*flags):
+        rows = table_of(capsys, tmp_path, *flags)
+        return {row["quality_mean"]: row["minus_float"] for row in rows if row["method"] != "float"}
+
+    run("uniform", 0, 0.90, max_steps=400, quantizer="fixed")
+    run("uniform", 0, 0.45, max_steps=0, quantizer="fixed")
+    run("uniform", 0, 0.40, max_steps=7, quantizer="fixed")
+    assert set(ahead().values()) == {None}
+    run("float", 0, 0.50, max_steps=0, quantizer="lsq")
+    one = pytest.approx(0.40), pytest.approx(-0.05), pytest.approx(-0.10)
+    assert ahead() == dict(zip((0.90, 0.45, 0.40), one, strict=True)), "it is clear which"
+    for seed, accuracy in enumerate((0.98, 1.00)):
+        run("float", seed, accuracy, max_steps=400, quantizer="lsq")
+    run("float", 0, 0.96, max_steps=400, quantizer="lsq", cost_type="compute")  # the same model, charged otherwise
+    several = {0.90: pytest.approx(-0.08), 0.45: pytest.approx(-0.05), 0.40: None}
+    assert ahead() == several and ahead("--per_run") == several
+    write_run(tmp_path, "search", 0, metric="perplexity", metrics={"validation": {"perplexity": 20.0}})
+    assert ahead()[20.0] is None, "another metric"
+
+
 def test_a_cost_above_the_target_is_not_feasible(tmp_path, capsys):
     write_run(tmp_path, "search", 0, target=0.05, cost=0.05)
     write_run(tmp_path, "search", 1, target=0.05, cost=0.0501)
