@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from eval.report_paired import Answers, half_width, mean_answers
-from eval.report_records import TRAINING_SETTINGS, Group, Run, differing, mean_sd
+from eval.report_records import TRAINING_SETTINGS, Group, Run, differing, lower_is_better, mean_sd
 from quant.formats import parse_format
 
 Row: TypeAlias = Mapping[str, Any]
@@ -77,7 +77,7 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
         Column("formats", _plain("formats")),
         Column(f"cost{in_unit}", _mean_sd(rows, "cost", unit, with_unit), "cost_mean"),
         Column(name, _mean_sd(rows, "quality", metric, with_name), "quality_mean"),
-        Column("Δ float", _number(rows, "minus_float", metric, "quality_mean", sign="+"), "minus_float"),
+        Column("Δ float", _minus_float(rows), "minus_float"),
         Column(f"target{in_unit}", _number(rows, "cost_target", unit, "cost_mean", show_unit=with_unit), "cost_target"),
         Column("feasible", _feasible, "feasible"),
         Column("seed", _plain("seeds"), "seeds") if per_run else Column("n", _plain("n"), "n"),
@@ -127,7 +127,8 @@ def comparison_notes(a: Run, b: Run) -> list[str]:
     lines = [f"{sum(first[name] != second[name] for name in both)} of {len(both)} shared layers differ"]
     metric, unit = a.record["metric"], a.record["cost_unit"]
     if metric == b.record["metric"]:
-        lines.append(f"{metric}: {a.quality:.4f} (A), {b.quality:.4f} (B), {b.quality - a.quality:+.4f}")
+        ahead = b.quality - a.quality
+        lines.append(f"{metric}: {a.quality:.4f} (A), {b.quality:.4f} (B), {ahead:+.4f}{_verdict(metric, ahead)}")
     cost_type = a.record["cost_type"]
     if cost_type in b.costs:
         cost_a, cost_b = a.costs[cost_type], b.costs[cost_type]
@@ -327,6 +328,18 @@ def _number(
         return f"{row[key]:{sign}.{decimals[row[unit]]}f}" + (f" {row[unit]}" if show_unit else "")
 
     return text
+
+
+def _minus_float(rows: Sequence[Row]) -> Callable[[Row], str]:
+    number = _number(rows, "minus_float", "metric", "quality_mean", sign="+")
+    return lambda row: number(row) + _verdict(row["metric"], row["minus_float"])
+
+
+def _verdict(metric: str, difference: float | None) -> str:
+    """What a difference means in a metric where less is better: there, + reads like a gain."""
+    if not difference or not lower_is_better(metric):
+        return ""
+    return " (worse)" if difference > 0 else " (better)"
 
 
 def _mean_sd(rows: Sequence[Row], key: str, unit: str, show_unit: bool) -> Callable[[Row], str]:

@@ -274,6 +274,21 @@ def test_names_are_shown_as_they_are(tmp_path, capsys):
     assert "[m]:car:: 0.5000 (A)" in capsys.readouterr().out
 
 
+def test_a_difference_says_what_it_means_where_less_is_better(tmp_path, capsys):
+    def run(method, metric, value):
+        told = {"metric": metric, "metrics": {"validation": {metric: value}}}
+        return write_run(tmp_path, method, task=metric, **told)
+
+    runs = [run(method, "perplexity", value) for method, value in (("greedy", 30.0), ("search", 18.0), ("float", 20.0))]
+    run("search", "accuracy", 0.5)
+    run("float", "accuracy", 0.25)
+    table = tables.summary_table(tables.summary_rows(group_runs(read_runs([tmp_path])[0])))
+    column = [column.heading for column in table.columns].index("Δ float")
+    assert {cells[column] for cells in table.texts()} == {"+10.00 (worse)", "-2.00 (better)", "+0.2500", "–"}
+    assert main(["--compare", *map(str, runs[:2])]) == 0
+    assert "30.0000 (A), 18.0000 (B), -12.0000 (better)" in capsys.readouterr().out
+
+
 def test_compare_shows_every_layer_of_both(tmp_path, capsys):
     assignment = {"a": ["int4", "int4"], "b": ["int2", "int8"], "c": ["int8", "int8"]}
     first = write_run(tmp_path, "search", 0, target=0.05, assignment=assignment)
