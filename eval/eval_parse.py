@@ -5,6 +5,7 @@ Nothing here loads a model or imports torch: a report of thousands of runs takes
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eval import report_tables as tables
+from eval.export_formats import writing
 from eval.flags import entry
 from eval.report_paired import read_answers
 from eval.report_records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
@@ -40,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
         return _compare(flags.compare, flags.format, console)
     if not flags.folders:
         raise UserError("DIR is missing: name the folder of one or more runs, for example output")
+    _check_places(flags)
     runs, excluded = read_runs(flags.folders)
     groups = group_runs(runs)
     shown = [] if flags.no_plots else shown_runs(groups, flags.max_runs)
@@ -58,7 +61,14 @@ def main(argv: Sequence[str]) -> int:
         from eval.report_pictures import pictures  # late: matplotlib takes a second to load
 
         sections = pictures(runs, groups, shown, histories)
-    written = _write_files(flags, summary, every_run, sections, excluded)
+    folder = _output_folder(flags)
+    with writing("output_dir", folder):
+        written = _write_files(folder, summary, every_run, sections)
+    if flags.html:
+        page = _page(summary, every_run, sections, excluded)
+        with writing("html", flags.html):
+            flags.html.write_text(page)
+        written.append(("page", flags.html))
     if flags.format == "table":
         console.print()
         for what, path in written:
@@ -124,36 +134,56 @@ def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
     return 0
 
 
+def _check_places(flags: Namespace) -> None:
+    """UserError where nothing could be written: before the work, not after it."""
+    folder = _output_folder(flags)
+    if flags.output_dir or flags.folders[0].is_dir():  # else DIR is what is wrong
+        _check_folder("output_dir", folder, next(place for place in (folder, *folder.parents) if place.exists()))
+    if flags.html is None:
+        return
+    if flags.html.is_dir():
+        raise UserError(f"--html {flags.html}: is a folder, name a file")
+    beside, made = flags.html.absolute().parent, folder.absolute()
+    if beside not in (made, *made.parents):  # those are made where they are missing
+        _check_folder("html", flags.html, beside)
+
+
+def _check_folder(flag: str, path: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"--{flag} {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--{flag} {path}: the folder {folder} is not writable")
+
+
+def _output_folder(flags: Namespace) -> Path:
+    return flags.output_dir or flags.folders[0] / "report"
+
+
 def _write_files(
-    flags: Namespace,
-    summary: Sequence[tables.Row],
-    every_run: Sequence[tables.Row],
-    sections: Sections,
-    excluded: Sequence[Excluded],
+    folder: Path, summary: Sequence[tables.Row], every_run: Sequence[tables.Row], sections: Sections
 ) -> list[tuple[str, Path]]:
-    """Write what was asked for; (what, where) of each file. Raises UserError where a folder cannot be written."""
-    folder: Path = flags.output_dir or flags.folders[0] / "report"
-    written = [("summary", folder / "summary.csv"), ("runs", folder / "runs.csv")]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for rows, (_, path) in zip((summary, every_run), written, strict=True):
-            path.write_text(tables.to_csv(rows))
-        for name, drawings in sections.items():
-            from eval.report_canvas import write_png
+    """The tables as CSV, each section's pictures as a PNG; (what, where) of each file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for what, rows in {"summary": summary, "runs": every_run}.items():
+        written.append((what, folder / f"{what}.csv"))
+        written[-1][1].write_text(tables.to_csv(rows))
+    for name, drawings in sections.items():
+        from eval.report_canvas import write_png
 
-            path = folder / f"{name.lower().replace(' ', '_')}.png"
-            write_png(drawings, path)
-            written.append((name.lower(), path))
-        if flags.html:
-            from eval.report_html import page
-
-            shown = (tables.summary_table(summary), tables.summary_table(every_run, per_run=True))
-            title = "Mixed-precision results: " + ", ".join(dict.fromkeys(row["task"] for row in every_run))
-            flags.html.write_text(page(title, *shown, sections, excluded))
-            written.append(("page", flags.html))
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot write {error.filename}: {error.strerror}") from None
+        written.append((name.lower(), folder / f"{name.lower().replace(' ', '_')}.png"))
+        write_png(drawings, written[-1][1])
     return written
+
+
+def _page(
+    summary: Sequence[tables.Row], every_run: Sequence[tables.Row], sections: Sections, excluded: Sequence[Excluded]
+) -> str:
+    from eval.report_html import page
+
+    shown = (tables.summary_table(summary), tables.summary_table(every_run, per_run=True))
+    title = "Mixed-precision results: " + ", ".join(dict.fromkeys(row["task"] for row in every_run))
+    return page(title, *shown, sections, excluded)
 
 
 if __name__ == "__main__":

@@ -334,11 +334,43 @@ def test_wrong_calls_name_the_flag_and_the_value(tmp_path, arguments, words):
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "path", "reason"),
+    [
+        ("--output_dir", "file/report", "no folder .*file"),
+        ("--html", "nowhere/report.html", "no folder .*nowhere"),
+        ("--html", "file/report.html", "no folder .*file"),
+        ("--html", "runs", "is a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_named_before_the_work(tmp_path, capsys, flag, path, reason):
     write_run(tmp_path / "runs", "uniform", 0, (4,))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output_dir .*file"):
-        main([str(tmp_path / "runs"), "--output_dir", str(tmp_path / "file" / "report")])
+    with pytest.raises(UserError, match=f"{flag} .*{path}: .*{reason}"):
+        main([str(tmp_path / "runs"), flag, str(tmp_path / path)])
+    assert capsys.readouterr().out == "" and not (tmp_path / "runs" / "report").exists()
+    with pytest.raises(UserError, match=r"DIR: no folder .*file"):
+        main([str(tmp_path / "file")])
+
+
+def test_files_that_cannot_be_written_are_named_by_their_flag(tmp_path, capsys):
+    write_run(tmp_path / "runs", "uniform", 0, (4,))
+    report = tmp_path / "runs" / "report"
+    (report / "runs.csv").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--output_dir .*runs.csv"):
+        main([str(tmp_path / "runs"), "--no_plots"])
+    (report / "runs.csv").rmdir()
+    (report / "page.html").symlink_to(tmp_path / "nowhere" / "page.html")
+    with pytest.raises(UserError, match=r"--html .*page.html"):
+        main([str(tmp_path / "runs"), "--no_plots", "--html", str(report / "page.html")])
+
+
+def test_the_page_may_stand_in_a_folder_that_the_report_makes(tmp_path):
+    write_run(tmp_path / "runs", "uniform", 0, (4,))
+    out = tmp_path / "new" / "report"
+    for page in (out / "page.html", out.parent / "page.html"):
+        assert main([str(tmp_path / "runs"), "--no_plots", "--output_dir", str(out), "--html", str(page)]) == 0
+        assert page.exists()
 
 
 @pytest.mark.parametrize("command", [["eval/eval_parse.py"], ["-m", "eval.eval_parse"]], ids=["file", "module"])
