@@ -26,7 +26,8 @@ Canvas: TypeAlias = Figure | SubFigure
 INK, GRID, PAPER = "#1f2429", "#d5dae0", "#fefefd"
 """text and lines, grid lines, background: the page replaces them by its theme's"""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d46", "#7f7f7f")
-MARKERS = "os^DvPX*"
+MARKERS = "os^DvPX*<>d"
+"""one for each method, and not as many as colours: the two together repeat only after 88"""
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
 STYLE: dict[Any, Any] = {
     "font.size": 8.5,
@@ -121,6 +122,6 @@ def format_palette(runs: Sequence[Run]) -> dict[str, FormatStyle]:
 
 
 def method_style(method: str, methods: Sequence[str]) -> tuple[str, str]:
-    """(colour, marker) of a method by its place in `methods`."""
+    """(colour, marker) of a method by its place in `methods`; no two of 11 share their marker."""
     place = list(methods).index(method)
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from matplotlib.text import Text
 from benchmarks.synthetic_runs import LAYERS, write_run
 from eval import report_plots as plots
 from eval.eval_parse import main
-from eval.report_canvas import STYLE, format_palette, method_style
+from eval.report_canvas import COLOURS, STYLE, format_palette, method_style
 from eval.report_pareto import hypervolume, panels, pareto_front
 from eval.report_pictures import pictures
 from eval.report_records import Run, group_runs, read_each, read_runs, shown_runs
+from policy.allocators import Allocator
 
 BERT = [f"bert.encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.self.query", "attention.output.dense")]
 
@@ -84,9 +86,12 @@ def test_a_cost_that_a_run_does_not_know_is_not_plotted(tmp_path):
 
 
 def test_methods_differ_in_colour_and_marker():
-    methods = ["float", "uniform", "search", "hawq_v2", "greedy", "random", "fisher"]
-    colours, markers = zip(*(method_style(method, methods) for method in methods), strict=True)
-    assert len(set(colours)) == len(set(markers)) == len(methods)
+    methods = ["float", "search", *get_args(Allocator)]
+    styles = [method_style(method, methods) for method in methods]
+    assert len({marker for _, marker in styles}) == len(methods) > len(COLOURS), "also in grey"
+    assert len({colour for colour, _ in styles}) == len(COLOURS)
+    many = [str(number) for number in range(50)]
+    assert len({method_style(name, many) for name in many}) == len(many)
 
 
 def test_bars_are_as_long_as_the_formats_have_bits(tmp_path):
