@@ -31,25 +31,25 @@ def pictures(
         "Formats": [plots.layer_formats(run, palette) for run in shown],
         "Formats of all runs": [
             plots.all_formats(members[:MAX_ROWS], side, palette)
-            for members in _by_model(mixed)
+            for members in _alike(mixed, "task", "model")
             if len(members) > 1
             for side in _sides(members)
         ],
         "Policy": [drawing for run in shown if (drawing := plots.policy(run, histories[run.folder]))],
         "Curves": [
             plots.curves(members, [histories[run.folder] for run in members])
-            for members in _by_model([run for run in shown if histories[run.folder]])
+            for members in _alike([run for run in shown if histories[run.folder]], "task", "model", "cost_type")
         ],
         "Draws": [drawing for run in shown if (drawing := plots.drawn_assignments(run, histories[run.folder]))],
     }
     return {heading: drawings for heading, drawings in sections.items() if drawings}
 
 
-def _by_model(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs of one task and model together."""
-    found: dict[tuple[str, str], list[Run]] = {}
+def _alike(runs: Sequence[Run], *names: str) -> list[list[Run]]:
+    """Runs together whose records are the same in `names`."""
+    found: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        found.setdefault((run.record["task"], run.record["model"]), []).append(run)
+        found.setdefault(tuple(run.record[name] for name in names), []).append(run)
     return list(found.values())
 
 

@@ -157,13 +157,16 @@ def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
 
 
 def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]) -> Drawing:
-    """Loss, reward, quality, cost and entropy over the steps, thin as recorded and thick as a running mean."""
-    unit = runs[0].record["cost_unit"]
+    """Loss, reward, quality, cost and entropy over the steps, thin as recorded and thick as a running mean.
+
+    All runs are of one cost type.
+    """
+    kind, unit = (runs[0].record[name] for name in ("cost_type", "cost_unit"))
     measures = {
         "loss": "loss",
         "reward": "reward",
         "quality": "quality",
-        "cost": f"cost [{unit}]",
+        "cost": f"{kind} cost [{unit}]",
         "entropy": "entropy [nat]",
     }
 
@@ -188,7 +191,7 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
 
     what = "Thick: running mean over a twentieth of the steps. Dashed level in the cost: the target."
     size = (WIDTH, 4.2 + 0.16 * len(runs))
-    return Drawing(f"{_where(runs[0])}: the course of the training", what, size, draw)
+    return Drawing(f"{_where(runs[0])}: the course of the training, charged for {kind}", what, size, draw)
 
 
 def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:

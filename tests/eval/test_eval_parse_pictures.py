@@ -232,6 +232,16 @@ def test_files_of_a_report(tmp_path):
     assert all((tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
 
 
+def test_costs_of_two_kinds_do_not_share_an_axis(tmp_path):
+    write_run(tmp_path, target=0.05)
+    write_run(tmp_path, target=3.0, cost=2.5, cost_type="memory", cost_unit="MiB")
+    runs = runs_below(tmp_path)
+    drawings = pictures(runs, group_runs(runs), runs, read_each(runs, Run.history)[0])["Curves"]
+    assert len({drawing.title for drawing in drawings}) == 2
+    titles = [axes.get_title(loc="left") for drawing in drawings for axes in drawn(drawing).axes]
+    assert {title for title in titles if "cost" in title} == {"compute cost [GBOPs]", "memory cost [MiB]"}
+
+
 def test_a_competitor_of_the_search_has_a_curve_of_its_loss_alone(tmp_path):
     write_run(tmp_path)
     path = write_run(tmp_path, "measured", search_space=["int2", "int8"]) / "history.jsonl"
