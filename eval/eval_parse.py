@@ -21,6 +21,7 @@ from rich.text import Text
 from eval import report_tables as tables
 from eval.export_formats import writing
 from eval.flags import entry
+from eval.report_labels import told_apart
 from eval.report_paired import read_answers
 from eval.report_records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
 from quant.errors import UserError
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("DIR is missing: name the folder of one or more runs, for example output")
     _check_places(flags)
     runs, excluded = read_runs(flags.folders)
-    groups = group_runs(runs)
+    groups = group_runs(runs := told_apart(runs))
     shown = [] if flags.no_plots else shown_runs(groups, flags.max_runs)
     answers, damaged_answers = read_each(runs, lambda run: read_answers(run.folder))
     histories, damaged_histories = read_each(shown, Run.history)
@@ -127,6 +128,7 @@ def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
         if isinstance(found, Excluded):
             raise UserError(f"--compare {path}: {found.reason}")
         runs.append(found)
+    runs = told_apart(runs)
     table = tables.comparison_table(*runs)
     _print(table, table.rows, form, console)
     if form == "table":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
             volume = panel.hypervolume(method)
             name = method if volume is None else f"{method} (hypervolume {volume:.3f})"
             handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=1, label=name))
+        if panel.left_out:
+            handles.append(Line2D([], [], ls="", label=f"not shown, cost unknown: {panel.left_out}"))
         axes.set_xlabel(f"{panel.cost_type} cost [{panel.cost_unit}]" + (", log scale" if panel.log_cost else ""))
         axes.set_ylabel(f"{panel.metric} (validation)" + (", lower is better" if panel.lower_is_better else ""))
         axes.margins(0.08)
@@ -52,8 +55,6 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
     what = "One point a run" + ("; outlined: the mean over its seeds. " if spread else ". ")
     what += "Line: the front of the means. " if spread else "Line: the front. "
     what += "Hypervolume: the share that it dominates of the box between the best and the worst of all runs."
-    if panel.left_out:
-        what += f" Not shown, as their {panel.cost_type} cost is not known: {panel.left_out} of the runs."
     title = f"{panel.task} · {panel.model}: {panel.metric} against {panel.cost_type}"
     return Drawing(title, what, (WIDTH, 3.6), draw)
 
@@ -88,6 +89,7 @@ def all_formats(runs: Sequence[Run], side: int, palette: Mapping[str, FormatStyl
     """Runs of one task and model under each other, a column for each layer; `side` 0: weights, 1: activations."""
     layers = list(dict.fromkeys(name for run in runs for name in run.record["assignment"]))
     present = sort_formats(pair[side] for run in runs for pair in run.record["assignment"].values())
+    labels = [_wrapped(run.label, 45) for run in runs]
     codes = np.full((len(runs), len(layers)), np.nan)
     for row, run in enumerate(runs):
         for name, pair in run.record["assignment"].items():
@@ -100,14 +102,14 @@ def all_formats(runs: Sequence[Run], side: int, palette: Mapping[str, FormatStyl
         axes.imshow(
             codes, colours, aspect="auto", extent=shape, vmin=-0.5, vmax=len(present) - 0.5, interpolation="none"
         )
-        axes.set_yticks(range(len(runs)), [run.label for run in runs], fontsize=6.5)
+        axes.set_yticks(range(len(runs)), labels, fontsize=6.5)
         axes.set_xlabel("layer, counted from the input")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(False)
         _format_legend(canvas, present, palette, hatched=False)
 
     what = ("weights", "activations")[side]
-    size = (WIDTH, 1.2 + 0.15 * len(runs))
+    size = (WIDTH, 1.2 + (0.04 + 0.11 * _most_lines(labels)) * len(runs))
     return Drawing(
         f"{_where(runs[0])}: formats of the {what}, run by run", "A row a run, a column a layer.", size, draw
     )
@@ -161,6 +163,7 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
 
     All runs are of one cost type.
     """
+    labels = [_wrapped(run.label, 75) for run in runs]
     kind, unit = (runs[0].record[name] for name in ("cost_type", "cost_unit"))
     measures = {
         "loss": "loss",
@@ -185,13 +188,13 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
                     axes.axhline(run.record["cost_target"], color=colour, lw=0.8, ls=(0, (4, 3)))
             axes.set_title(label, loc="left")
         grid["entropy"].set_xlabel("step")
-        lines = [(run.label, *_line(index)) for index, run in enumerate(runs)]
+        lines = [(label, *_line(index)) for index, label in enumerate(labels)]
         handles = [Line2D([], [], color=colour, ls=dash, label=label) for label, colour, dash in lines]
         canvas.legend(handles=handles, loc="outside lower left", ncols=1)
 
     what = "Thick: running mean over a twentieth of the steps. Dashed level in the cost: the target."
-    size = (WIDTH, 4.2 + 0.16 * len(runs))
-    return Drawing(f"{_where(runs[0])}: the course of the training, charged for {kind}", what, size, draw)
+    size = (WIDTH, 4.2 + (0.04 + 0.12 * _most_lines(labels)) * len(runs))
+    return Drawing(f"{_where(runs[0])}: the course of the training ({kind})", what, size, draw)
 
 
 def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -228,6 +231,17 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
     dot = "an assignment that the search drew" if single else "the mean over the draws of a step"
     what = f"Each dot {dot}, coloured by when."
     return Drawing(f"{_where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw)
+
+
+def _wrapped(label: str, width: int) -> str:
+    """A run's label over as many lines as it needs, broken between its parts alone."""
+    space = "\N{NO-BREAK SPACE}"
+    parts = label.replace(" ", space).split(f"{space}·{space}")
+    return textwrap.fill(f"{space}· ".join(parts), width)
+
+
+def _most_lines(texts: Sequence[str]) -> int:
+    return max(text.count("\n") + 1 for text in texts)
 
 
 def _line(index: int) -> tuple[str, str]:

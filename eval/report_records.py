@@ -87,6 +87,8 @@ class Run:
     record: Mapping[str, Any]
     settings: Mapping[str, Any]
     """the run's config.yaml without PLACE_SETTINGS"""
+    details: tuple[str, ...] = ()
+    """what its label needs besides, to be told from those of other runs"""
 
     @property
     def quality(self) -> float:
@@ -120,11 +122,16 @@ class Run:
         return weights if weights == activations else f"w {weights} a {activations}"
 
     @property
-    def label(self) -> str:
-        """A short name: method, its target or formats, seed."""
+    def name(self) -> str:
+        """Method, and its target or formats."""
         target = self.record["cost_target"]
-        detail = self.formats if target is None else f"≤ {target:.4g} {self.record['cost_unit']}"
-        return f"{self.record['method']} {detail} · seed {self.record['seed']}"
+        aim = self.formats if target is None else f"≤ {target:.4g} {self.record['cost_unit']}"
+        return f"{self.record['method']} {aim}"
+
+    @property
+    def label(self) -> str:
+        """A short name: method, its target or formats, what differs besides, seed."""
+        return " · ".join([self.name, *self.details, f"seed {self.record['seed']}"])
 
     @cached_property
     def key(self) -> tuple[str, ...]:
@@ -194,13 +201,6 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 def sort_formats(names: Iterable[str]) -> list[str]:
     """Format names by their bits, then by name."""
     return sorted(set(names), key=lambda name: (parse_format(name).bits, name))
-
-
-def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the values that are not the same in all of `settings`, in order."""
-    first = settings[0]
-    names = {name for own in settings for name in own}
-    return sorted(name for name in names if any(own.get(name) != first.get(name) for own in settings))
 
 
 def _evaluated(metrics: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from eval.report_labels import differing
 from eval.report_paired import Answers, half_width, mean_answers
-from eval.report_records import TRAINING_SETTINGS, Group, Run, differing, lower_is_better, mean_sd
+from eval.report_records import TRAINING_SETTINGS, Group, Run, lower_is_better, mean_sd
 from quant.formats import parse_format
 
 Row: TypeAlias = Mapping[str, Any]

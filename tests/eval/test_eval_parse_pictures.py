@@ -18,6 +18,7 @@ from benchmarks.synthetic_runs import LAYERS, write_run
 from eval import report_plots as plots
 from eval.eval_parse import main
 from eval.report_canvas import COLOURS, STYLE, format_palette, method_style
+from eval.report_labels import told_apart
 from eval.report_pareto import hypervolume, panels, pareto_front
 from eval.report_pictures import pictures
 from eval.report_records import Run, group_runs, read_each, read_runs, shown_runs
@@ -33,6 +34,11 @@ def drawn(drawing) -> Figure:
         drawing.draw(figure)
         figure.draw_without_rendering()
     return figure
+
+
+def cut_off(drawing, figure) -> bool:
+    box, (width, height) = figure.get_tightbbox(), drawing.size
+    return min(box.x0, box.y0) < 0 or box.x1 > width or box.y1 > height
 
 
 def runs_below(folder):
@@ -82,7 +88,8 @@ def test_a_cost_that_a_run_does_not_know_is_not_plotted(tmp_path):
     write_run(tmp_path, "float", 0, (16,), **other)
     (panel,) = panels(group_runs(read_runs([tmp_path])[0]))
     assert set(panel.points) == {"search"} and panel.left_out == 1
-    assert "Not shown, as their compute cost is not known: 1 of the runs" in plots.pareto(panel, ["search"]).caption
+    shown = [text.get_text() for text in drawn(plots.pareto(panel, ["search"])).findobj(Text)]
+    assert "not shown, cost unknown: 1" in shown
 
 
 def test_methods_differ_in_colour_and_marker():
@@ -202,8 +209,7 @@ def test_every_section_has_its_pictures(every_picture):
 def test_no_text_is_cut_off_and_every_axis_has_a_label(every_picture):
     for drawing in (d for section in every_picture.values() for d in section):
         figure = drawn(drawing)
-        box, (width, height) = figure.get_tightbbox(), drawing.size
-        assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, (drawing.title, box)
+        assert not cut_off(drawing, figure), drawing.title
         for axes in figure.axes:
             low, high = sorted(axes.get_xlim())
             ticks = [t for t in axes.xaxis.get_major_ticks() if t.label1.get_visible() and low <= t.get_loc() <= high]
@@ -240,6 +246,44 @@ def test_costs_of_two_kinds_do_not_share_an_axis(tmp_path):
     assert len({drawing.title for drawing in drawings}) == 2
     titles = [axes.get_title(loc="left") for drawing in drawings for axes in drawn(drawing).axes]
     assert {title for title in titles if "cost" in title} == {"compute cost [GBOPs]", "memory cost [MiB]"}
+
+
+def test_labels_name_what_tells_configurations_apart(tmp_path, capsys):
+    common = {"model_path": "/a/long/path/to/a/model"}
+    configurations = {
+        "a": common | {"max_steps": 400, "quantizer": "lsq", "reward_draws": 1},
+        "b": common | {"max_steps": 800, "quantizer": "lsq", "reward_draws": 2},
+        "c": common | {"max_steps": 800, "quantizer": "fixed", "reward_draws": 2},
+        "d": common
+        | {"max_steps": 800, "quantizer": "fixed", "reward_draws": 2, "model_path": "/a/path/to/another/model"},
+    }
+    configurations["d"]["adam"] = 1  # others lack it
+    folders = [
+        write_run(tmp_path, seed=seed, target=0.1, settings=settings, folder=f"{name}{seed}")
+        for name, settings in configurations.items()
+        for seed in (0, 1)
+    ]
+    write_run(tmp_path, target=0.1, bits=(2, 4), settings=configurations["a"], folder="e0")
+    write_run(tmp_path, target=0.2, settings=configurations["b"], folder="f0")
+    runs = {run.folder.name: run for run in told_apart(runs_below(tmp_path))}
+    labels = {name: run.label for name, run in runs.items()}
+    assert len(set(labels.values())) == len(labels)
+    assert labels["f0"] == "search ≤ 0.2 GBOPs · seed 0"
+    assert "reward_draws" not in (every := "".join(labels.values())), "max_steps says the same"
+    assert "adam" not in every, "model_path says the same, and all have it"
+    assert labels["a1"] == labels["a0"].replace("seed 0", "seed 1")
+    shown = [run for name, run in runs.items() if name.endswith("0")]
+    sections = pictures(shown, group_runs(shown), shown, read_each(shown, Run.history)[0])
+    assert not any(cut_off(drawing, drawn(drawing)) for drawings in sections.values() for drawing in drawings)
+    (drawing,) = sections["Curves"]
+    legend = {" ".join(text.get_text().split()) for text in drawn(drawing).legends[0].get_texts()}
+    assert legend == {run.label for run in shown}
+    assert main(["--compare", str(folders[2]), str(folders[4])]) == 0
+    titles = [line.strip() for line in capsys.readouterr().out.splitlines()[:2]]
+    assert titles == [
+        f"{told} · seed 0"
+        for told in ("A: search ≤ 0.1 GBOPs · quantizer=lsq", "B: search ≤ 0.1 GBOPs · quantizer=fixed")
+    ]
 
 
 def test_a_competitor_of_the_search_has_a_curve_of_its_loss_alone(tmp_path):
