@@ -6,7 +6,7 @@ Names of modules and classes of a library change between versions; what reads a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from quant.calls import first_tensor
 from quant.convert import run_model
 from quant.shortcut import Shortcut
 
@@ -71,14 +72,14 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
         for tensor in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
             if isinstance(tensor, Tensor):
                 watched.flow(tensor).others += 1
-        owners = Counter(id(p) for module in names for p in module._parameters.values())
+        uses = Counter(id(p) for module in names for p in module._parameters.values()) + Counter(watched.read_elsewhere)
         taken: set[str] = set()
         groups = []
         for flow in watched.flows:
-            for group in _groups(flow, watched, names, owners):
-                if not taken & set(group.consumers):  # a layer that is called twice is divided once
-                    groups.append(group)
-                    taken |= set(group.consumers)
+            group = _group(flow, watched, names, uses, taken)
+            if group is not None and not taken & set(group.consumers):  # a layer that is called twice is divided once
+                groups.append(group)
+                taken |= {*group.consumers, *group.shortcuts}
         return groups
     finally:
         for hook in hooks:
@@ -109,7 +110,10 @@ class _Watch(TorchFunctionMode):
         self.flows: list[_Flow] = []
         self.by_id: dict[int, _Flow] = {}
         self.alive: list[Tensor] = []  # an id is only good while its tensor lives
-        self.depth = 0
+        self.inside: list[nn.Module] = []
+        self.calls: list[nn.Module] = []
+        self.read_elsewhere: set[int] = set()
+        """ids of parameters that something reads besides the module that holds them"""
 
     def flow(self, tensor: Tensor) -> _Flow:
         if id(tensor) not in self.by_id:
@@ -125,18 +129,19 @@ class _Watch(TorchFunctionMode):
     # ------------------------------------------------------ modules
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read = _first_tensor(args, kwargs)
-        if self.depth == 0 and read is not None:
+        read = first_tensor(args, kwargs)
+        if not self.inside and read is not None:
+            self.calls.append(module)
             flow = self.flow(read)
             if not isinstance(module, Shortcut):
                 flow.readers.append(module)
-        self.depth += 1
+        self.inside.append(module)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.depth -= 1
-        if self.depth or not isinstance(output, Tensor):
+        self.inside.pop()
+        if self.inside or not isinstance(output, Tensor):
             return
-        read = _first_tensor(args, kwargs)
+        read = first_tensor(args, kwargs)
         if isinstance(module, Shortcut) and read is not None:
             self._start(output, self.flow(read))  # the same sum, of an earlier migration
         else:
@@ -147,12 +152,14 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if self.depth or not isinstance(output, Tensor | tuple | list):
-            return output
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not results:
             return output
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        own = {id(parameter) for parameter in self.inside[0].parameters()} if self.inside else set()
+        self.read_elsewhere |= {id(leaf) for leaf in inputs if isinstance(leaf, nn.Parameter)} - own
+        if self.inside:
+            return output
         result = results[0]
         for tensor in inputs:
             flow = self.flow(tensor)
@@ -168,10 +175,6 @@ class _Watch(TorchFunctionMode):
             else:
                 flow.others += 1
         return output
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def _same_values(result: Tensor, tensor: Tensor) -> bool:
@@ -203,32 +206,33 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def _groups(flow: _Flow, watched: _Watch, names: Mapping[nn.Module, str], owners: Mapping[int, int]) -> Iterator[Group]:
+def _group(
+    flow: _Flow, watched: _Watch, names: Mapping[nn.Module, str], uses: Mapping[int, int], taken: set[str]
+) -> Group | None:
     layers = list(dict.fromkeys(module for module in flow.readers if isinstance(module, LAYERS)))
-    if not layers:
-        return
-    # A weight that is also an embedding's, say, cannot take a scale.
-    consumers = [layer for layer in layers if _absorbs(layer) and owners[id(layer.weight)] == 1]
+    # A weight that is also an embedding's, say, or that a function reads, cannot take a scale.
+    consumers = [layer for layer in layers if _absorbs(layer) and uses[id(layer.weight)] == 1]
     targets = [_only_norm(total) for total in flow.sums]
     source = flow.source
     whole = (
         source is not None
+        and bool(consumers)
         and len(consumers) == len(flow.readers)
         and not flow.others
-        and None not in targets
-        and not (targets and flow.rectified)
+        and _add_up(targets, consumers[0], watched, names, taken)
+        and not (targets and (flow.rectified or isinstance(consumers[0], nn.Conv2d)))
         and _called_once(watched, source, *consumers, *targets)
         # One that is shared, or computed (weight norm), cannot be divided.
-        and all(owners[id(parameter)] == 1 for parameter in scaled_parameters(source))
+        and all(uses[id(parameter)] == 1 for parameter in scaled_parameters(source))
         and _scales(source, flow.source_input)
         and len({_channels_last(source, flow.source_input), *(not isinstance(c, nn.Conv2d) for c in consumers)}) == 1
     )
     normal = not isinstance(source, (*LAYERS, nn.BatchNorm2d))
     if whole and source is not None:
         shortcuts = tuple(names[target] for target in targets if target is not None)
-        yield Group(names[source], tuple(names[c] for c in consumers), shortcuts, normal, flow.rectified)
-    elif alone := [layer for layer in consumers if not isinstance(layer, nn.Conv2d)]:
-        yield Group(None, tuple(names[layer] for layer in alone))
+        return Group(names[source], tuple(names[c] for c in consumers), shortcuts, normal, flow.rectified)
+    alone = [layer for layer in consumers if not isinstance(layer, nn.Conv2d)]
+    return Group(None, tuple(names[layer] for layer in alone)) if alone else None
 
 
 def _absorbs(layer: nn.Module) -> bool:
@@ -243,6 +247,16 @@ def _only_norm(total: _Flow) -> nn.Module | None:
         return None
     norm = total.readers[0]
     return norm if is_norm(norm) and not isinstance(norm, nn.BatchNorm2d) else None
+
+
+def _add_up(
+    targets: list[nn.Module | None], reader: nn.Module, watched: _Watch, names: Mapping[nn.Module, str], taken: set[str]
+) -> bool:
+    """Whether norms can add a factor of what `reader` has read before: each has room for one, and takes it once."""
+    norms = [target for target in targets if target is not None]
+    free = {names[norm] for norm in norms} - taken
+    calls = watched.calls
+    return len(free) == len(targets) and all(calls.index(norm) > calls.index(reader) for norm in norms)
 
 
 def _called_once(watched: _Watch, *modules: nn.Module | None) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from quant.calls import Arguments, first_tensor, with_first_tensor
 from quant.convert import run_model
 from quant.errors import UserError
 from quant.formats import FloatFormat, Format, IntFormat
@@ -88,11 +89,8 @@ def _divide_input(layer: nn.Module, g: Tensor) -> None:
     divisor.mul_(g.to(divisor))
 
 
-def _read_divided(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not args:
-        name, read = next(iter(kwargs.items()))
-        return (), {**kwargs, name: read / layer.input_divisor.to(read)}
-    return (args[0] / layer.input_divisor.to(args[0]), *args[1:]), kwargs
+def _read_divided(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    return with_first_tensor(lambda x: x / layer.input_divisor.to(x), args, kwargs)
 
 
 # ------------------------------------------------------ saved and loaded
@@ -313,8 +311,9 @@ def watch_inputs(
     room = samples
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_tensor(args, kwargs)
+            assert x is not None
             channel = 1 if isinstance(layer, nn.Conv2d) else -1
             amax = x.float().abs().movedim(channel, 0).flatten(1).amax(dim=1)
             entry = seen.setdefault(name, Inputs(amax))
@@ -325,7 +324,7 @@ def watch_inputs(
         return hook
 
     modes = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     model.eval()
     empty = True
     try:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.calls import Arguments, first_tensor, with_first_tensor
+
 
 class Shortcut(nn.Module):
     """What a shortcut adds, multiplied by `gain`: part of the norm that reads the sum.
@@ -22,8 +24,8 @@ class Shortcut(nn.Module):
         self.register_buffer("gain", torch.ones(channels, device=device))
         self.latest: Tensor | None = None
 
-    def remember(self, reader: nn.Module, args: tuple[Any, ...]) -> None:
-        self.latest = args[0]
+    def remember(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.latest = first_tensor(args, kwargs)
 
     def forward(self, total: Tensor) -> Tensor:
         x, self.latest = self.latest, None
@@ -36,11 +38,11 @@ def add_shortcut(norm: nn.Module, reader: nn.Module) -> Shortcut:
     if not hasattr(norm, "shortcut"):
         weight: Any = norm.weight
         norm.shortcut = Shortcut(len(weight), weight.device)
-        reader.register_forward_pre_hook(norm.shortcut.remember)
-        norm.register_forward_pre_hook(_add_through_shortcut)
+        reader.register_forward_pre_hook(norm.shortcut.remember, with_kwargs=True)
+        norm.register_forward_pre_hook(_add_through_shortcut, with_kwargs=True)
     assert isinstance(norm.shortcut, Shortcut)
     return norm.shortcut
 
 
-def _add_through_shortcut(norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return norm.shortcut(args[0]), *args[1:]
+def _add_through_shortcut(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    return with_first_tensor(norm.shortcut, args, kwargs)

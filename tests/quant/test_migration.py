@@ -200,6 +200,88 @@ def test_a_weight_that_something_else_shares_takes_no_scale():
     assert all("lm_head" not in group.consumers for group in find_groups(model, batch))
 
 
+class Blocks(nn.Module):
+    """Norms n1 to n3 and layers f, g, h of 8 channels, put together by `way`."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        for name in ("n1", "n2", "n3"):
+            setattr(self, name, nn.LayerNorm(8))
+            nn.init.normal_(getattr(self, name).weight)
+        self.f, self.g, self.h = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def two_sources_of_one_shortcut(m, x):
+    a = m.n1(x)
+    b = m.n2(m.f(a))
+    u = m.g(b)
+    return m.h(m.n3(a + b)) + u
+
+
+def a_sum_with_itself(m, x):
+    a = m.n1(x)
+    return m.g(m.n2(a + a)) + m.f(a)
+
+
+def a_norm_read_as_a_function(m, x):
+    return m.f(m.n1(x)) + nn.functional.layer_norm(x, (8,), m.n1.weight, m.n1.bias)
+
+
+def a_layer_read_as_a_function(m, x):
+    return m.f(x) + x.abs() @ m.f.weight.T
+
+
+def a_norm_before_the_layer_it_would_ask(m, x):
+    a = m.n1(x)
+    t = m.n2(a + x)
+    return m.f(a) + m.g(t)
+
+
+def layers_called_by_name(m, x):
+    a = m.n1(input=x)
+    return m.h(input=m.n2(input=a + m.f(input=a)))
+
+
+@pytest.mark.parametrize(
+    ("way", "sources", "shortcuts"),
+    [
+        (two_sources_of_one_shortcut, {"f": "n1", "g": None, "h": "n3"}, ["n3"]),
+        (a_sum_with_itself, {"f": None, "g": "n2"}, []),
+        (a_norm_read_as_a_function, {"f": None}, []),
+        (a_layer_read_as_a_function, {}, []),
+        (a_norm_before_the_layer_it_would_ask, {"f": None, "g": "n2"}, []),
+        (layers_called_by_name, {"f": "n1", "h": "n2"}, ["n2"]),
+    ],
+)
+def test_whoever_reads_what_and_when_the_float_model_stays_as_it_is(way, sources, shortcuts):
+    torch.manual_seed(0)
+    model, x = Blocks(way).eval(), torch.randn(6, 8)
+    before, groups = model(x), find_groups(model, x)
+    assert {layer: group.source for group in groups for layer in group.consumers} == sources
+    assert [norm for group in groups for norm in group.shortcuts] == shortcuts
+    gamma_migration(model, groups)
+    smooth_quant(model, groups, [x], SmoothQuantConfig(alpha="auto"))
+    assert_same(before, model(x))
+
+
+def test_a_shortcut_of_channels_that_are_not_last_is_none():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = LayerNorm2d(6), LayerNorm2d(6)
+            self.conv, self.last = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 3, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.second(x + self.conv(x)))
+
+    assert [group.source for group in find_groups(Net(), torch.randn(2, 6, 6, 6))] == ["second"]
+
+
 def test_a_layer_called_twice_absorbs_nothing_and_is_divided_once():
     class Twice(nn.Module):
         def __init__(self):
