@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eval.eval_partitions import Blocks
+from quant.calls import first_tensor
 from quant.convert import find_layers, run_model
 
 
@@ -27,14 +28,14 @@ def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: A
     inputs: list[Tensor] = []  # kept, so that no other tensor gets the identity of one that is gone
     trace = AdditionTrace()
 
-    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
             trace.sources[id(output)] = frozenset([name])
             trace.alive.append(output)
         else:
             trace.sources.pop(id(output), None)
-            inputs.append(args[0])
-            readers.setdefault(id(args[0]), []).append(name)
+            inputs.append(x)
+            readers.setdefault(id(x), []).append(name)
 
     with hooks(layers, note), trace, torch.no_grad(), evaluating(model):
         run_model(model, example_inputs)
@@ -90,9 +91,12 @@ class AdditionTrace(TorchDispatchMode):
 
 @contextmanager
 def hooks(layers: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
-    """Call note(name, module, inputs, output) after every call of every layer."""
+    """Call note(name, module, input, output) after every call of every layer."""
     handles = [
-        layer.register_forward_hook(lambda module, args, output, name=name: note(name, module, args, output))
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output, name=name: note(name, module, first_tensor(args, kwargs), output),
+            with_kwargs=True,
+        )
         for name, layer in layers.items()
     ]
     try:

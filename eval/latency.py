@@ -103,9 +103,17 @@ def layer_calls(run: FinishedRun, modules: Mapping[str, QuantModule]) -> dict[st
     """What each layer is called with, call by call, when the model runs one example."""
     import torch
 
+    from quant.calls import first_tensor
+
     calls: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_tensor(args, kwargs)
+        assert x is not None
+        calls[name].append(x.detach().clone())
+
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: calls[name].append(args[0].detach().clone()))
+        module.register_forward_pre_hook(lambda _, *given, name=name: note(name, *given), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:

@@ -6,19 +6,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from cost.cost import memory_cost
 from eval.eval_run import run
 from eval.export import export, lost, main, print_verdict
 from eval.export_run import finished_run
 from eval.flags import parse
+from eval.latency import layer_calls
 from eval.latency import main as latency
 from eval.packed_model import load_packed
 from eval.saved_model import load_model
-from quant.convert import get_formats, set_formats
+from quant.convert import get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
 
@@ -193,6 +196,21 @@ def test_latencies_stand_in_the_table_that_the_search_reads(folder, tmp_path, ca
     assert "of float" in capsys.readouterr().out
     with pytest.raises(UserError, match="--repeats must be 1 or more, got 0"):
         latency([str(folder), "--repeats", "0"])
+
+
+def test_a_layer_called_by_name_is_timed_on_what_it_reads():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(input=2 * x)
+
+    model, x = Net(), torch.randn(1, 4)
+    modules = quantize_model(model)
+    run = SimpleNamespace(model=model, plan=SimpleNamespace(prepared=SimpleNamespace(example_inputs={"x": x})))
+    assert [torch.equal(read, 2 * x) for read in layer_calls(run, modules)["layer"]] == [True]
 
 
 def test_a_torchao_export_says_what_torchao_runs(folder, tmp_path):

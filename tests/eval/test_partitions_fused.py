@@ -37,6 +37,18 @@ def test_gate_and_up_go_together():
     ]
 
 
+def test_layers_called_by_name_go_together_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.query(x) + self.key(input=x)
+
+    assert fused_groups(Net(), ["query", "key"], torch.randn(2, 4)) == {"query+1": ["query", "key"]}
+
+
 def test_what_a_residual_block_adds_goes_together():
     stage = "resnet.encoder.stages"
     found = groups(*published("resnet18"))
