@@ -43,6 +43,11 @@ class Group:
     rectified: bool = False
     """a ReLU lies between, which only positive scales pass"""
 
+    @property
+    def has_gamma(self) -> bool:
+        """Whether the source multiplies by a gamma of any sign that its readers can take."""
+        return self.normalizes and not self.rectified
+
     def only(self, layers: Collection[str]) -> Group:
         """The group as far as it matters for `layers`: whole or empty with a source, else without the other layers."""
         inside = tuple(name for name in self.consumers if name in layers)
@@ -68,10 +73,9 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
     model.eval()
     try:
         with watched:
-            output = run_model(model, example)
-        for tensor in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
-            if isinstance(tensor, Tensor):
-                watched.flow(tensor).others += 1
+            found = outputs(model, example)
+        for tensor in found:
+            watched.flow(tensor).others += 1
         uses = Counter(id(p) for module in names for p in module._parameters.values()) + Counter(watched.read_elsewhere)
         taken: set[str] = set()
         groups = []
@@ -86,6 +90,13 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
             hook.remove()
         for module, training in modes.items():
             module.training = training
+
+
+def outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """Every tensor that the model gives for an example."""
+    output = run_model(model, example)
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 @dataclass(eq=False)

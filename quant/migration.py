@@ -8,6 +8,8 @@ Sources: Outlier Suppression (arXiv 2209.13325), SmoothQuant (arXiv 2211.10438).
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +17,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from quant.calls import Arguments, first_tensor, with_first_tensor
 from quant.convert import run_model
 from quant.errors import UserError
 from quant.formats import FloatFormat, Format, IntFormat
-from quant.graph import Group, find_groups, scaled_parameters
+from quant.graph import Group, find_groups, outputs, scaled_parameters
 from quant.quant_utils import fake_quantize, scale_from_range
 from quant.shortcut import Shortcut, add_shortcut
+
+logger = logging.getLogger(__name__)
 
 SMALLEST = 1e-5
 """smallest scale of SmoothQuant, and smallest gamma that is migrated"""
@@ -144,7 +147,7 @@ def gamma_migration(model: nn.Module, groups: Iterable[Group]) -> None:
     """Move every norm's gamma into its readers: the norm then multiplies by 1, which is what gets quantized."""
     modules = dict(model.named_modules())
     for group in groups:
-        if not group.normalizes or group.rectified:
+        if not group.has_gamma:
             continue
         norm: Any = modules[group.source or ""]
         gamma = norm.weight.detach()
@@ -277,10 +280,21 @@ def alpha_loss(
         quantized = _quantized(torch.cat([(x / divisor).flatten() for x in inputs]).view(1, -1), formats[1], False)
         loss = 0.0
         for x, part in zip(inputs, quantized[0].split(sizes), strict=True):
-            made = functional_call(consumer, {"weight": rounded}, (part.view_as(x),))
-            loss += float((made - functional_call(consumer, {}, (x,))).double().square().sum())
+            made, wanted = _output(consumer, part.view_as(x), rounded), _output(consumer, x, weight)
+            loss += float((made - wanted).double().square().sum())
         losses.append(loss)
     return {"mean": sum(losses) / len(losses), "min": min(losses), "max": max(losses)}[config.shared_criterion]
+
+
+def _output(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """What the layer makes of x with this weight, past its hooks: x is what they have made of its input."""
+    own = layer.weight
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        made: Tensor = layer.forward(x)
+        return made
+    finally:
+        layer.weight = own
 
 
 def _quantized(rows: Tensor, format: Format, symmetric: bool) -> Tensor:
@@ -359,6 +373,53 @@ def _examples(batch: Any) -> int:
 # ------------------------------------------------------ both, as a run asks for them
 
 
+def sound_groups(model: nn.Module, example: Any, groups: Sequence[Group]) -> list[Group]:
+    """The groups whose scales can move with the outputs of a float model unchanged, as tried on a copy of it.
+
+    Watching a forward pass does not see who reads a tensor past torch's functions, nor layers that do more with their
+    weight than multiply by it. Such groups are left out with a warning.
+    """
+    if _unchanged(model, example, groups):
+        return list(groups)
+    sound: list[Group] = []
+    for group in groups:
+        if _unchanged(model, example, [*sound, group]):
+            sound.append(group)
+        else:
+            readers = ", ".join(group.consumers)
+            logger.warning("no scale is moved into %s: the model's output would change with it", readers)
+    return sound
+
+
+@torch.no_grad()
+def _unchanged(model: nn.Module, example: Any, groups: Iterable[Group]) -> bool:
+    """Whether a copy of the model has the same outputs with powers of two moved in these groups.
+
+    Only where a shortcut is multiplied do these leave a rounding error, of a few eps: far below sqrt(eps).
+    """
+    # A weight that hooks compute (weight norm) cannot be copied; the next forward pass makes it anew.
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    trial = copy.deepcopy(model, {id(tensor): tensor for tensor in computed}).eval()
+    before, modules = _seeded_outputs(trial, example), dict(trial.named_modules())
+    for group in groups:
+        g = torch.full((input_channels(modules[group.consumers[0]]),), 2.0)
+        g[1::2] = 0.5 if group.rectified else -0.5
+        _migrate_group(modules, group, g)
+    tolerance = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) ** 0.5
+    return all(
+        torch.allclose(now, then, rtol=0, atol=tolerance * float(then.nan_to_num(0, 0, 0).abs().max()), equal_nan=True)
+        for then, now in zip(before, _seeded_outputs(trial, example), strict=True)
+        if then.is_floating_point() and then.numel()
+    )
+
+
+def _seeded_outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """The model's outputs, alike every time even if it draws random numbers."""
+    with torch.random.fork_rng({p.device.index for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(0)
+        return outputs(model, example)
+
+
 def fold(
     model: nn.Module,
     example: Any,
@@ -379,9 +440,10 @@ def fold(
     Raises UserError if Gamma Migration finds no norm that can be migrated.
     """
     groups = [group.only(layers) for group in find_groups(model, example)]
-    groups = [group for group in groups if group.consumers]
+    groups = [group for group in groups if group.consumers and (smooth is not None or group.has_gamma)]
+    groups = sound_groups(model, example, groups)
     if gamma:
-        if not any(group.normalizes and not group.rectified for group in groups):
+        if not any(group.has_gamma for group in groups):
             raise UserError(
                 f"--gamma_migration: {type(model).__name__} has no norm whose output only layers and shortcuts read"
             )

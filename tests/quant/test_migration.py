@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, StdConv2d
 from torch import nn
 
 from quant.convert import calibrate, quantize_model, set_formats
@@ -349,6 +349,61 @@ def test_only_what_reads_the_sources_own_channels_is_in_its_group(model, x, sour
     assert [group.source for group in groups] == sources
     smooth_quant(made, groups, [x])
     torch.testing.assert_close(made(x), before, rtol=1e-5, atol=1e-5)
+
+
+class ReadBesideTorch(nn.Module):
+    """The norm's output is also read by what no torch function stands for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.linear = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.linear(x) + torch.from_numpy(x.detach().numpy())
+
+
+def test_what_watching_does_not_see_is_tried_on_a_copy(caplog):
+    torch.manual_seed(0)
+    model, x = ReadBesideTorch().eval(), torch.randn(6, 8)
+    nn.init.normal_(model.norm.weight)
+    state, before = copy.deepcopy(model.state_dict()), model(x)
+    with pytest.raises(UserError, match="--gamma_migration: ReadBesideTorch has no norm"):
+        fold(model, x, lambda: [x], ["first", "linear"], gamma=True)
+    assert not added(model).divided and all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    fold(model, x, lambda: [x], ["first", "linear"], smooth=SmoothQuantConfig())
+    assert added(model).divided == ["first"] and "no scale is moved into linear: the model's output" in caplog.text
+    assert_same(before, model(x))
+
+
+def test_a_convolution_that_standardizes_its_weight_takes_no_scale():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), StdConv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU()
+    model, x = nn.Sequential(*layers, nn.Conv2d(4, 4, 1)).eval(), torch.randn(2, 3, 8, 8)
+    before, weight = model(x), model[2].weight.clone()
+    fold(model, x, lambda: [x], ["0", "2", "4", "6"], smooth=SmoothQuantConfig())
+    assert torch.equal(model[2].weight, weight)
+    assert_same(before, model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trying_takes_computed_weights_and_any_precision(dtype, caplog):
+    model, batch = build("bert")
+    model.classifier = nn.utils.weight_norm(model.classifier)
+    model.to(dtype)
+    fold(model, batch, lambda: [batch], ["bert.encoder.layer.1.intermediate.dense"], gamma=True)
+    assert len(added(model).shortcuts) == 1 and "no scale" not in caplog.text
+
+
+def test_alpha_is_judged_on_what_hooks_have_made_of_the_input():
+    torch.manual_seed(0)
+    plain, x, s = nn.Linear(16, 4), torch.randn(20, 16), torch.linspace(0.5, 2, 16)
+    divides = copy.deepcopy(plain)
+    migrate(None, [divides], [], torch.logspace(-2, 2, 16))
+    divides.load_state_dict(plain.state_dict(), strict=False)
+    one, two = (alpha_loss([layer], [x], s, (IntFormat(4),) * 2, SmoothQuantConfig()) for layer in (plain, divides))
+    assert one == two
 
 
 # ------------------------------------------------------ what it is for
