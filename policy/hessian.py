@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import fmean, pstdev, stdev
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import is_parametrized
+
+from quant.errors import UserError
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar tensor, the mean loss of the batch"""
@@ -149,15 +152,14 @@ def gradients(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, los
     Within, only these weights require gradients; everything is as before afterwards. Weights that several layers share
     are one block under each of their names.
     """
-    weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
     model.requires_grad_(False)
     try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with held_weights(layers) as weights, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for weight in weights.values():
+                weight.requires_grad_(True)
             grads = torch.autograd.grad(
                 loss(model, batch), list(weights.values()), create_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -169,6 +171,37 @@ def gradients(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, los
             parameter.requires_grad_(before)
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def held_weights(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Within, a layer that computes its weight (weight norm) has one that stays the same, and requires gradients.
+
+    Yields every layer's weight. Raises UserError for a layer whose weight cannot be held.
+    """
+    weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if not isinstance(weights[name], nn.Parameter):
+                weights[name] = weights[name].detach().requires_grad_(True)
+                _hold(name, layer, weights[name], stack)
+        yield weights
+
+
+def _hold(name: str, layer: Any, weight: Tensor, stack: ExitStack) -> None:
+    """Have the layer use this weight; `stack` undoes it."""
+    if is_parametrized(layer, "weight"):
+        # Not torch's cache, which takes a copy of a layer for the layer itself.
+        stack.enter_context(layer.parametrizations.weight.register_forward_hook(lambda *_: weight))
+    elif "weight" in vars(layer) or "weight" in layer._buffers:
+        # A plain tensor, as torch.nn.utils.weight_norm sets before every forward.
+        stack.callback(setattr, layer, "weight", layer.weight)
+        layer.weight = weight
+        stack.enter_context(layer.register_forward_pre_hook(lambda *_: setattr(layer, "weight", weight)))
+    else:
+        raise UserError(
+            f"layer {name}: its weight is computed in a way in which the loss cannot be differentiated by it"
+        )
 
 
 def _block_products(blocks: Mapping[str, Block], vectors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from policy.allocators import best_uniform, greedy, head_tail, least_harm, random_choice
+from policy.hessian import held_weights
 from policy.solve import InfeasibleError
 from trainer import sensitivity
 from trainer.processes import of_first_process
@@ -56,7 +57,8 @@ def _effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
     batches = trainer.judging_batches(trainer.space.num_decisions * trainer.space.num_choices)
     model, modules, space, loss = trainer.model, trainer.modules, trainer.space, trainer.plain_loss
     if method == "fisher":
-        return sensitivity.fisher_effect(model, modules, space, batches, loss)
+        with held_weights(modules):
+            return sensitivity.fisher_effect(model, modules, space, batches, loss)
     return sensitivity.hessian_effect(model, modules, space, batches, loss, method, trainer.args.seed)
 
 

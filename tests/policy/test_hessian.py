@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from policy.hessian import EigenEstimate, gradients, hessian_traces, top_eigenvalues
+from quant.errors import UserError
 
 INPUTS, HIDDEN, CLASSES = 4, 5, 3
 
@@ -174,3 +175,17 @@ def test_no_batches_are_refused(problem):
         hessian_traces(model, layers, batches, loss, max_draws=1)
     with pytest.raises(ValueError, match="at least 1 batch"):
         top_eigenvalues(model, layers, [], loss)
+
+
+def test_a_weight_that_cannot_be_held_is_refused():
+    class Doubled(nn.Linear):
+        weight = property(lambda self: 2 * self.stored)
+
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.stored, self.bias = nn.Parameter(torch.randn(CLASSES, INPUTS)), None
+
+    model = Doubled()
+    batch = torch.randn(6, INPUTS), torch.randint(0, CLASSES, (6,))
+    with pytest.raises(UserError, match="layer odd: its weight is computed in a way"):
+        hessian_traces(model, {"odd": model}, [batch], loss)

@@ -1,3 +1,6 @@
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 from policy.space import build_space
 from quant.convert import calibrate, get_formats, in_float, quantize_model, set_formats
 from quant.formats import FLOAT, parse_format
+from trainer.allocation import effects
 from trainer.sensitivity import divergence, increase, measure_sensitivity
 
 FORMATS = [parse_format(bits) for bits in (2, 4, 8)]
@@ -84,3 +88,50 @@ def test_mode_and_formats_come_back(measured):
     measure_sensitivity(model, layers, space, batches, logits, divergence)
     assert model.training
     assert get_formats(layers) == before
+
+
+def normed_copies(first, second):
+    """Both layers weight-normed, the second a copy of the first: torch's cache of weights takes one for the other."""
+    one = nn.utils.parametrizations.weight_norm(first)
+    two = copy.deepcopy(one)
+    two.weight = second.weight.detach()
+    two.bias = second.bias
+    return one, two
+
+
+def frozen(*layers):
+    return (nn.utils.parametrizations.weight_norm(layer).requires_grad_(False) for layer in layers)
+
+
+def normed_by_hooks(*layers):
+    return (nn.utils.weight_norm(layer) for layer in layers)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("computed", [normed_copies, frozen, normed_by_hooks])
+@pytest.mark.parametrize("method", ["fisher", "hawq_v2", "qbert"])
+def test_a_layer_that_computes_its_weight_is_as_sensitive_as_any(method, computed):
+    def told(make):
+        torch.manual_seed(0)
+        one, two, last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        one, two = make(one, two)
+        model = nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), last)
+        layers = quantize_model(model, formats=FORMATS)
+        batches = [{"input": torch.randn(9, 8)} for _ in range(2)]
+        calibrate(model, layers, batches)
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        trainer = SimpleNamespace(
+            **{"model": model, "modules": layers, "space": build_space(list(layers), FORMATS)},
+            **{"args": SimpleNamespace(seed=0), "judging_batches": lambda count: batches},
+            plain_loss=lambda model, batch: model(**batch).square().mean(),
+        )
+        made = effects(method, trainer)
+        assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        with torch.no_grad():
+            reference = logits(model, batches[0])
+            for parameter in model[0].parameters():
+                parameter.mul_(2)
+            assert not torch.equal(logits(model, batches[0]), reference)  # its weight is computed again
+        return made
+
+    np.testing.assert_allclose(told(computed), told(lambda *layers: layers), rtol=1e-3)
