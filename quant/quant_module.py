@@ -30,6 +30,7 @@ class QuantModule(nn.Module):
     weight_reduction_dim: ClassVar[int | None] = None
     """the weight's axis that is summed over, along which block formats run; None: all but the first, flattened"""
     input_reduction_dim: ClassVar[int] = -1
+    """counted from the end: the input of one example alone comes without a batch axis"""
     differentiable: ClassVar[bool] = False
     """whether the class states the gradients of its `compute`, see `quant.fused`"""
 

@@ -81,7 +81,7 @@ class Quantizer(nn.Module):
         config: how scales are found.
         shape: of the scale, broadcasting to the tensor: () for per tensor, (C, 1, 1, 1) for a Conv2d's weight.
         reduction_dim: axis along which block formats form their blocks, None: all but the first, flattened.
-        batched: the tensor's first axis is the batch (activations), which LSQ's gradient scale does not count.
+        batched: an axis before all others is the batch (activations), which LSQ's gradient scale does not count.
     """
 
     anchor: Tensor
@@ -210,9 +210,13 @@ class Quantizer(nn.Module):
             if self.observation is not None:
                 return None  # in the middle of the calibration that will find its scale
             self._calibrate_on(x, format)
-        elements = x.numel() // x.shape[0] if self.batched else x.numel()
-        gradient = lsq_gradient_scale(elements // grid.scale.numel(), grid.largest_code)
+        gradient = lsq_gradient_scale(self._elements(x) // grid.scale.numel(), grid.largest_code)
         return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset)
+
+    def _elements(self, x: Tensor) -> int:
+        """Of one example."""
+        alone = self.reduction_dim is not None and x.dim() + self.reduction_dim <= 0  # an example without a batch axis
+        return x.numel() // x.shape[0] if self.batched and not alone else x.numel()
 
     def _calibrate_on(self, x: Tensor, format: Format) -> None:
         if self.batched and not self.training:

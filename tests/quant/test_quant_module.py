@@ -307,6 +307,15 @@ def test_an_example_without_a_batch_is_rounded_as_in_one(kind, name):
     torch.testing.assert_close(module(x[0]), module(x[:1])[0])
 
 
+@pytest.mark.parametrize("kind", ["linear without bias", "conv", "conv1d", "conv3d"])
+def test_a_scale_learns_from_an_example_without_a_batch_as_from_a_batch_of_one(kind):
+    layer, x = LAYERS[kind]()
+    module = quantized(layer, "int4", "int4", x)
+    scale = module.input_quantizer.grids["int4"].scale
+    one, alone = (torch.autograd.grad(module(x).square().sum(), scale)[0] for x in (x[:1], x[0]))
+    torch.testing.assert_close(one, alone)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv", "Conv1D"])
 def test_autocast_half_models_and_inference_mode(kind):
     layer, x = LAYERS[kind]()
