@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from quant.convert import find_layers, run_model
+from quant.convert import evaluating, find_layers, run_model
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """What the model is called with: model(tensor), model(*list or tuple) or model(**mapping)."""
@@ -147,12 +147,6 @@ def _batch_size(example_inputs: ExampleInputs) -> int:
 
 
 def _run(model: nn.Module, example_inputs: ExampleInputs) -> None:
-    """One forward pass in eval mode; then each module is in its own mode again, such as a frozen batch norm in eval."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            run_model(model, example_inputs)
-    finally:
-        for module, training in modes:
-            module.training = training
+    """One forward pass in eval mode."""
+    with torch.no_grad(), evaluating(model):
+        run_model(model, example_inputs)

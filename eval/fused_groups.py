@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from eval.eval_partitions import Blocks
 from quant.calls import first_tensor
-from quant.convert import find_layers, run_model
+from quant.convert import evaluating, find_layers, run_model
 
 
 def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: Any) -> Blocks:
@@ -104,14 +104,3 @@ def hooks(layers: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode: batch statistics stay, dropout is off."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -13,6 +13,7 @@ from eval.metrics import rouge
 from eval.model_bundle import ModelBundle
 from eval.task_text import PadCollator, encoded_texts, example_tokens, text_tokenizer
 from eval.tasks import PreparedData, TaskData
+from quant.convert import evaluating
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,9 @@ class Writer:
     def __call__(self, name: str, model: nn.Module, batches: Any) -> dict[str, float]:
         """ROUGE of split `name`, whose `batches` come in its order; the model runs in eval mode."""
         texts: list[str] = []
-        training = model.training
-        model.eval()
-        for batch in batches:
-            texts += self.write(model, batch)
-        model.train(training)
+        with evaluating(model):
+            for batch in batches:
+                texts += self.write(model, batch)
         return rouge(texts, self.references[name])
 
     def write(self, model: Any, batch: dict[str, Tensor]) -> list[str]:

@@ -250,6 +250,18 @@ def get_formats(modules: Mapping[str, QuantModule]) -> dict[str, tuple[Format, F
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; then each module is in its own mode again, such as a frozen norm in eval."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def in_float(modules: Mapping[str, QuantModule]) -> Iterator[None]:
     """Within, every layer runs in float; the formats come back after."""
     before = get_formats(modules)
@@ -303,15 +315,13 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
 
     Raises UserError if there is no batch.
     """
-    modes = {module: module.training for module in model.modules()}
     quantizers = [quantizer for module in modules.values() for quantizer in module.activation_quantizers]
     unpadded = [quantizer for quantizer in quantizers if quantizer.config.ignore_padding]
     empty = True
-    model.eval()
     for module in modules.values():
         module.observing = True
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
                 empty = False
                 if unpadded:
@@ -320,8 +330,6 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
                         quantizer.real_tokens = masks
                 run_model(model, batch)
     finally:
-        for part, training in modes.items():
-            part.training = training
         for module in modules.values():
             module.observing = False
         for quantizer in unpadded:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.convert import run_model
+from quant.convert import evaluating, run_model
 from quant.errors import UserError
 from quant.graph import ADD, is_norm
 from quant.quant_module import TABLE, QuantModule
@@ -72,15 +72,11 @@ def place_quantizers(
     Returns site -> layer that it belongs to, which is what `attach_quantizers` takes.
     """
     watching = _Placer(model, modules, placement)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             run_model(model, example)
     finally:
         watching.remove()
-        for module, training in modes.items():
-            module.training = training
     attach_quantizers(model, modules, watching.found)
     return watching.found
 

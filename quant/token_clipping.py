@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant.convert import in_float, observe_inputs, run_model, set_formats
+from quant.convert import evaluating, in_float, observe_inputs, run_model, set_formats
 from quant.formats import FLOAT, Format
 from quant.grid import Grid
 from quant.observers import token_observer
@@ -50,10 +50,8 @@ def clip_tokens(
         for quantizer in module.activation_quantizers
         if quantizer.config.observer == "avg_prune_minmax"
     ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with in_float(modules):
+        with evaluating(model), in_float(modules):
             for quantizer in quantizers:
                 quantizer.prepare(format)
             targets = [outputs(model, batch) for batch in batches]
@@ -66,8 +64,6 @@ def clip_tokens(
         for module in modules.values():
             for quantizer in module.activation_quantizers:
                 quantizer.observation = None
-        for part, mode in modes.items():
-            part.training = mode
     return ratio
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quant.convert import run_model
+from quant.convert import evaluating, run_model
 
 LEAST_TELLING = 8
 """examples of a batch whose own statistics say more of it than averages from other formats"""
@@ -19,25 +19,24 @@ LEAST_TELLING = 8
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     """Replace running means and variances by the plain average over `batches`. Returns the number of norms.
 
-    Only the norms are in training mode, so dropout stays off and ranges stay put.
+    Only the norms are in training mode, so dropout stays off and ranges stay put. Frozen norms, which are in eval mode
+    while the model is in training mode, keep what they have.
     """
-    norms = _batch_norms(model)
+    norms = [norm for norm in _batch_norms(model) if norm.training or not model.training]
     if not norms:
         return 0
-    training, momenta = model.training, [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
+    momenta = [norm.momentum for norm in norms]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.train()
             for batch in batches:
                 run_model(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        model.train(training)
     return len(norms)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policy.space import SearchSpace
-from quant.convert import set_formats, weights_kept
+from quant.convert import evaluating, set_formats, weights_kept
 from quant.errors import UserError
 from quant.quant_module import QuantModule
 from quant.replay import replayed
@@ -91,14 +91,13 @@ class JudgingTrainer(PickleFreeTrainer):
         Batch norms go by the statistics of the batch. Harm is the divergence from the teacher's class probabilities;
         without a teacher or classes, the loss. Without `in_formats` the layers stay in the formats they are in.
         """
-        batches, training = self.judging_batches(2 * self.space.num_decisions), self.model.training
-        self.model.eval()
+        batches = self.judging_batches(2 * self.space.num_decisions)
         judged = np.zeros((len(choices), 2, len(batches)))
         kind = self._config.reward_quality
         # Sorted, each choice shares with the one before it all layers up to the first that differs.
         order = sorted(range(len(choices)), key=lambda row: tuple(choices[row]))
         for column, batch in enumerate(batches):
-            with statistics_of_batch(self.model, batch), replayed(self.modules) as replay:
+            with evaluating(self.model), statistics_of_batch(self.model, batch), replayed(self.modules) as replay:
                 known = self._known(batch)
                 for row in order:
                     if in_formats:
@@ -109,7 +108,6 @@ class JudgingTrainer(PickleFreeTrainer):
                         logits = class_logits(outputs, batch)
                     harm = loss if known is None or logits is None else softened_divergence(known, logits).mean()
                     judged[row, :, column] = float(harm), float(quality(loss, outputs, batch, kind))
-        self.model.train(training)
         return judged
 
     def _known(self, batch: Any) -> Tensor | None:
@@ -125,16 +123,14 @@ class JudgingTrainer(PickleFreeTrainer):
         size = math.ceil(self._config.reward_share * self._global_batch_size)
         indices = own_share(self._permutation(self.search_dataset, salt=2 + step)[:size])
         batch = self._batch(self.search_dataset, indices)
-        training = self.model.training
-        self.model.eval()
         measured = []
-        with statistics_of_batch(self.model, batch), weights_kept(self.modules):  # for draws that agree on a layer
+        kept = weights_kept(self.modules)  # for draws that agree on a layer
+        with evaluating(self.model), statistics_of_batch(self.model, batch), kept:
             for choice in choices:
                 set_formats(self.modules, self.space.assignment(choice.tolist()))
                 with self.compute_loss_context_manager():
                     loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
                 measured.append(quality(loss, outputs, batch, self._config.reward_quality))
-        self.model.train(training)
         return mean_over_processes(torch.stack(measured), len(indices)).tolist()
 
     def plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -156,11 +152,8 @@ class JudgingTrainer(PickleFreeTrainer):
     @torch.no_grad()
     def _classes(self, batch: Any) -> bool:
         """Whether the model tells classes apart."""
-        training = self.model.training
-        self.model.eval()
-        with self.compute_loss_context_manager():
+        with evaluating(self.model), self.compute_loss_context_manager():
             outputs: Any = self.compute_loss(self.model, batch, return_outputs=True)[1]
-        self.model.train(training)
         return class_logits(outputs, batch) is not None
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from policy.budget import Budget
 from policy.hessian import hessian_traces, top_eigenvalues
 from policy.space import SearchSpace
-from quant.convert import in_float, set_formats
+from quant.convert import evaluating, in_float, set_formats
 from quant.formats import FLOAT
 from quant.quant_module import QuantModule
 from quant.replay import replayed
@@ -57,10 +57,8 @@ def measure_sensitivity(
         compare: (seen in float, seen now) -> effects, one for the batch, as `increase`, or one for each example, as
             `divergence`.
     """
-    training = model.training
-    model.eval()
     seen = []
-    try:
+    with evaluating(model):
         for batch in batches:
             effects: list[list[Tensor]] = [[] for _ in space.decisions]
             with in_float(modules), statistics_of_batch(model, batch), replayed(modules) as replay:
@@ -72,8 +70,6 @@ def measure_sensitivity(
                         effects[d].append(compare(reference, look(model, batch)).view(-1))
                     set_formats(modules, dict.fromkeys(decision.layers, (FLOAT, FLOAT)))
             seen.append(np.array([[own.double().cpu().numpy() for own in row] for row in effects]))
-    finally:
-        model.train(training)
     values = np.concatenate(seen, axis=-1)
     mean, count = values.mean(axis=-1), values.shape[-1]
     return Sensitivity(mean, values.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros_like(mean))
@@ -105,8 +101,6 @@ def fisher_effect(
     One forward and one backward pass a batch; each layer also computes its own output in every choice, from its float
     input. Mean over examples. Source: the score of NVIDIA Model Optimizer's gradient-based auto_quantize.
     """
-    training = model.training
-    model.eval()
     scores = {name: np.zeros(space.num_choices) for name in modules}
     choices = {layer: decision.choices for decision in space.decisions for layer in decision.layers}
     examples = 1
@@ -135,7 +129,7 @@ def fisher_effect(
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        with in_float(modules), torch.enable_grad():
+        with evaluating(model), in_float(modules), torch.enable_grad():
             for batch in batches:
                 examples = len(next(iter(batch.values())))
                 torch.autograd.grad(loss(model, batch), [m.weight for m in modules.values()], allow_unused=True)
@@ -144,7 +138,6 @@ def fisher_effect(
             handle.remove()
         for weight in frozen:
             weight.requires_grad_(False)
-        model.train(training)
     return np.array([sum(scores[layer] for layer in decision.layers) for decision in space.decisions]) / len(batches)
 
 

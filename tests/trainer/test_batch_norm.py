@@ -14,6 +14,21 @@ def test_batch_norm_is_recalibrated_to_the_plain_mean():
     assert model.training and model[0].momentum == 0.1
 
 
+def test_frozen_norms_keep_their_statistics_and_their_mode():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[0].eval()
+    batch = torch.randn(16, 3) * 2 + 1
+    assert recalibrate_batch_norm(model, [batch]) == 1
+    assert not model[0].running_mean.any() and model[1].running_mean.any()
+    assert model.training and model[1].training and not model[0].training
+
+
+def test_a_model_in_eval_mode_is_recalibrated_and_stays_in_it():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).eval()
+    assert recalibrate_batch_norm(model, [torch.randn(16, 3) * 2 + 1]) == 2
+    assert model[0].running_mean.any() and not any(module.training for module in model.modules())
+
+
 def test_a_batch_is_normalized_by_its_own_statistics_and_leaves_nothing_behind():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).eval()
     images = torch.randn(LEAST_TELLING, 3, 4, 4) * 2 + 1

@@ -284,6 +284,21 @@ def test_quality_is_a_probability():
     assert quality(torch.tensor(1e6), {}, {}, "likelihood") > 0
 
 
+def test_judging_leaves_every_module_in_its_own_mode(tmp_path):
+    trainer = make(tmp_path)
+    trainer.prepare()
+    trainer.model.train()
+    trainer.model.body.eval()  # frozen
+    before = [module.training for module in trainer.model.modules()]
+    choice = [0] * trainer.space.num_decisions
+    trainer.measure()  # which also asks whether there are classes
+    assert [module.training for module in trainer.model.modules()] == before
+    trainer.judge([choice])
+    assert [module.training for module in trainer.model.modules()] == before
+    trainer.qualities(torch.tensor([choice]), step=3)
+    assert [module.training for module in trainer.model.modules()] == before
+
+
 def test_a_teacher_judges_by_the_distance_from_its_answers(tmp_path):
     teacher = Net()
     trainer = make(tmp_path, model=copy.deepcopy(teacher))

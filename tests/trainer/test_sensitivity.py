@@ -12,7 +12,7 @@ from policy.space import build_space
 from quant.convert import calibrate, get_formats, in_float, quantize_model, set_formats
 from quant.formats import FLOAT, parse_format
 from trainer.allocation import effects
-from trainer.sensitivity import divergence, increase, measure_sensitivity
+from trainer.sensitivity import divergence, fisher_effect, increase, measure_sensitivity
 
 FORMATS = [parse_format(bits) for bits in (2, 4, 8)]
 
@@ -84,9 +84,11 @@ def test_mode_and_formats_come_back(measured):
     model, layers, space, batches = measured
     set_formats(layers, {"0": (FORMATS[0], FLOAT)})
     model.train()
+    model[1].eval()  # as a frozen norm would be
     before = get_formats(layers)
     measure_sensitivity(model, layers, space, batches, logits, divergence)
-    assert model.training
+    fisher_effect(model, layers, space, batches, lambda m, b: m(**b).square().mean())
+    assert model.training and model[2].training and not model[1].training
     assert get_formats(layers) == before
 
 
