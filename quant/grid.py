@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Grid(nn.Module):
             self.register_buffer("zero_point", torch.zeros(shape, device=device))
         self.offset = nn.Parameter(torch.zeros(shape, device=device)) if asymmetric and learned_offset else None
         self.register_buffer("ready", torch.tensor(False, device=device))
-        self.register_load_state_dict_post_hook(lambda grid, keys: grid._refresh())
+        self.register_load_state_dict_post_hook(_refresh_loaded)
         self._refresh()
 
     @torch.no_grad()
@@ -75,3 +76,8 @@ class Grid(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+def _refresh_loaded(grid: Grid, keys: Any) -> None:
+    """After `load_state_dict`. Not a lambda: models that hold one can neither be pickled nor sent to a process."""
+    grid._refresh()
