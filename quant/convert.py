@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import cache
+from glob import escape
 from typing import Any
 
 import torch
@@ -234,7 +235,7 @@ def quantize_as_described(
     for name in layers:
         own = others.get(name, described)
         weight, activation = QuantizerConfig(**own["weight"]), QuantizerConfig(**own["activation"])
-        made |= quantize_model(model, [name], formats=formats, weight=weight, activation=activation)
+        made |= quantize_model(model, [escape(name)], formats=formats, weight=weight, activation=activation)
     return made
 
 

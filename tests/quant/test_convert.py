@@ -1,6 +1,7 @@
 """quantize_model on any module: which layers are found, that they compute rounded, and that nothing else changes."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -13,12 +14,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from quant.convert import (
     calibrate,
+    describe_quantizers,
     find_layers,
     from_float,
     get_formats,
     hidden_weights,
     in_float,
     other_weights,
+    quantize_as_described,
     quantize_model,
     run_model,
     set_formats,
@@ -531,6 +534,32 @@ def test_a_deep_copy_is_equal_and_independent(make):
         for parameter in twin.parameters():
             parameter.mul_(1.5)
     assert torch.equal(outputs(model, modules), before)
+
+
+def test_a_model_may_be_written_whole_by_torch():
+    model = small().eval()
+    modules = quantize_model(model, formats=FORMATS)
+    calibrate(model, modules, [images()])
+    all_in(modules, "int4", "int4")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(images()), model(images()))
+    grid = again[0].input_quantizer.grids["int4"]
+    grid.is_ready = False
+    again.load_state_dict(model.state_dict())
+    assert grid.is_ready
+
+
+def test_layers_named_like_globs_are_quantized_as_described():
+    def made():
+        return nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a[0]", "b*", "bc")})
+
+    modules = quantize_model(made(), formats=FORMATS)
+    described = describe_quantizers(modules)
+    assert list(quantize_as_described(made(), modules, described)) == ["a[0]", "b*", "bc"]
+    assert list(quantize_as_described(made(), ["b*"], described)) == ["b*"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
