@@ -15,8 +15,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from quant.convert import evaluating, in_float, observe_inputs, run_model, set_formats
+from quant.errors import UserError
 from quant.formats import FLOAT, Format
 from quant.grid import Grid
 from quant.observers import token_observer
@@ -181,10 +183,19 @@ def outputs(model: nn.Module, batch: Any) -> Tensor:
 
 
 def model_output(model: nn.Module, batch: Any) -> Tensor:
-    """What the model says about a batch, as float (n,): all its logits, or the tensor it returns."""
+    """What the model says about a batch, as float (n,): all its logits; without any, all it returns but the loss.
+
+    Raises UserError where that holds no floating-point tensor.
+    """
     output = run_model(model, batch)
     if isinstance(output, Mapping):
-        parts = [value for key, value in output.items() if "logits" in key]
-    else:
-        parts = [output] if isinstance(output, Tensor) else list(output)
-    return torch.cat([part.float().flatten() for part in parts if isinstance(part, Tensor)])
+        logits = {key: value for key, value in output.items() if "logits" in key}
+        output = logits or {key: value for key, value in output.items() if "loss" not in key}
+    parts = [part for part in tree_leaves(output) if _is_float(part)]
+    if not parts:
+        raise UserError(f"{type(model).__name__} returns no floating-point tensor that its quantization could change")
+    return torch.cat([part.float().flatten() for part in parts])
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from quant.convert import calibrate, get_formats, quantize_model, set_formats
+from quant.errors import UserError
 from quant.formats import FLOAT, IntFormat
 from quant.quantizer import QuantizerConfig
 from quant.token_clipping import clip_tokens, output_loss, outputs, ratios
@@ -130,6 +131,22 @@ def test_formats_modes_and_other_observers_are_left_alone():
     assert model.training and not modules["second"].training and set(get_formats(modules).values()) == {(INT8, INT6)}
     assert torch.equal(other.grids["int8"].scale, scale) and not other.token_quantiles
     assert all(m.input_quantizer.observation is None for m in modules.values())
+
+
+class Returns(nn.Module):
+    """Returns what it is given."""
+
+    def forward(self, **outputs):
+        return outputs
+
+
+def test_what_a_model_says_are_its_logits_or_all_but_its_loss():
+    one, two, whole = torch.tensor([1.0]), torch.tensor([[2.0, 3.0]]), torch.tensor([4])
+    model = Returns()
+    assert outputs(model, {"loss": one, "scores": [two, whole], "boxes": {"a": one.double()}}).tolist() == [2, 3, 1]
+    assert outputs(model, {"start_logits": one, "end_logits": two, "hidden": two}).tolist() == [1, 2, 3]
+    with pytest.raises(UserError, match="Returns returns no floating-point tensor"):
+        outputs(model, {"loss": one, "ids": whole})
 
 
 def test_the_ratios_of_the_paper():
