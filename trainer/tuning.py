@@ -139,7 +139,7 @@ def tune(
 
     In order: the default; the recipes; wider activations, a layer type at a time; static for dynamic ranges or the
     other way round; one layer back to high precision at a time; ever more of them together, the most effective first.
-    Each stage starts from the best setting so far.
+    Each stage starts from the best setting so far, and at least one layer stays quantized.
 
     Args:
         evaluate: setting -> metrics of the evaluation, and costs.
@@ -148,9 +148,13 @@ def tune(
         rank: setting -> layers in the order to try them in; None: as in `layers`.
         on_trial: called with every trial, before the next one.
 
-    Returns the accepted trial of least cost (None if none is accepted) and all trials. Raises UserError for a metric
-    that the evaluation does not return.
+    Returns the accepted trial of least cost (None if none is accepted) and all trials. Raises UserError without layers,
+    and for a metric that the evaluation does not return.
     """
+    if not layers:
+        raise UserError(
+            "there is no layer to quantize: the model has no linear layer or convolution that is not excluded"
+        )
     check_metrics(config.metrics, base)
     weights = weights_of("metrics", config.metrics)
     allowed = sum(w * metric.allowed(base[metric.name]) for w, metric in zip(weights, config.metrics, strict=True))
@@ -159,7 +163,7 @@ def tune(
     started = clock()
 
     def attempt(setting: Setting) -> Trial | None:
-        if setting in tried:
+        if setting in tried or setting.high_precision >= layers.keys():  # the latter is the float model
             return None
         if len(trials) >= config.max_trials or (config.timeout and clock() - started >= config.timeout):
             raise _Stop

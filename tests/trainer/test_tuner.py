@@ -67,8 +67,8 @@ def test_the_order_of_trials():
     assert [set(setting.wide) for setting in settings[5:7]] == [{"Linear"}, {"Conv1D"}]
     assert settings[7].approach == DYNAMIC
     assert [set(setting.high_precision) for setting in settings[8:12]] == [{"a"}, {"b"}, {"c"}, {"d"}]
-    assert [len(setting.high_precision) for setting in settings[12:]] == [2, 3, 4]
-    assert len(settings) == len(set(settings)) == SIMPLE + 4 + 3
+    assert [len(setting.high_precision) for setting in settings[12:]] == [2, 3]
+    assert len(settings) == len(set(settings)) == SIMPLE + 4 + 2
 
 
 @pytest.mark.parametrize("bad", list(LAYERS))
@@ -84,6 +84,17 @@ def test_two_bad_layers_fall_back_together_the_most_effective_first():
 
     best, trials = run(score)
     assert set(best.setting.high_precision) == {"b", "d"} and len(trials) == SIMPLE + 4 + 1
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc"])
+def test_the_float_model_is_no_quantized_one(names):
+    def evaluate(setting):
+        return Measured({"eval_f1": 0.9 * (len(setting.high_precision) == len(names))})
+
+    best, trials = tune(
+        evaluate, {"eval_f1": 0.9}, dict.fromkeys(names, "Linear"), QuantizationConfig(metrics=[metric()])
+    )
+    assert best is None and len(trials) > SIMPLE - 2
 
 
 def test_layers_are_tried_in_the_order_of_their_rank():
@@ -111,19 +122,19 @@ def test_no_setting_is_tried_twice():
         QuantizationConfig(metrics=[metric()]),
         recipes=[Recipe(), Recipe(True), Recipe(True)],  # the default again, and one twice
     )
-    assert len(seen) == len(set(seen)) == 1 + 1 + 2 + 1 + 4 + 3
+    assert len(seen) == len(set(seen)) == 1 + 1 + 2 + 1 + 4 + 2
 
 
 def test_training_has_no_counterpart():
     _, trials = run(lambda setting: 0.1, approach="QuantizationAwareTraining")
-    assert len(trials) == SIMPLE - 1 + 4 + 3 and not OTHER.get("QuantizationAwareTraining")
+    assert len(trials) == SIMPLE - 1 + 4 + 2 and not OTHER.get("QuantizationAwareTraining")
 
 
 def test_trials_are_counted():
     assert len(run(lambda setting: 0.1, max_trials=3)[1]) == 3
 
 
-@pytest.mark.parametrize(("seconds", "trials"), [(10, 1), (25, 3), (1000, SIMPLE + 7)])
+@pytest.mark.parametrize(("seconds", "trials"), [(10, 1), (25, 3), (1000, SIMPLE + 6)])
 def test_time_is_kept(seconds, trials):
     now = [0.0]
 
@@ -182,7 +193,7 @@ def test_nothing_accepted_says_what_was_best(caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(trials) + 1
     assert lines[0].startswith("trial 1/100: PostTrainingStatic: eval_f1 0.5 (float 0.9): not accepted")
-    assert lines[-1].startswith("no trial of 15 was accepted; best: ") and "'eval_f1': 0.6" in lines[-1]
+    assert lines[-1].startswith("no trial of 14 was accepted; best: ") and "'eval_f1': 0.6" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -205,9 +216,11 @@ def test_configurations_that_make_no_sense_are_refused(fields, message):
         QuantizationConfig(**{"metrics": [metric()], **fields})
 
 
-def test_a_metric_that_is_not_there_is_named():
+def test_what_cannot_be_tuned_is_named():
     with pytest.raises(UserError, match="metric 'eval_f2' is not in the evaluation; choices: eval_f1"):
         run(lambda setting: 0.9, fields={"name": "eval_f2"}.items())
+    with pytest.raises(UserError, match="there is no layer to quantize"):
+        tune(lambda setting: Measured({}), {"eval_f1": 0.9}, {}, QuantizationConfig(metrics=[metric()]))
     with pytest.raises(UserError, match=r"criterion must lie in \[0, inf\), got -1"):
         metric(criterion=-1)
 
