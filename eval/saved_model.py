@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from eval.text_nets import CandidateScorer
 from quant.convert import Assignment
 from quant.errors import UserError
-from trainer.checkpoint import CheckpointError, load_tensors, save_tensors, write_json
+from trainer.checkpoint import CheckpointError, load_tensors, save_weights, write_json
 from trainer.quantization_file import QUANTIZATION, migrate_again, quantize_again, write_quantization
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def save_model(
 ) -> None:
     """Write the model as it is now: weights, ranges, assignment, and the names that `load_model` builds it from."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bundle.model.state_dict().items()}
-    save_tensors(tensors, folder / "model.safetensors")
+    save_weights(bundle.model.state_dict(), folder)
     if isinstance(settings := getattr(bundle.model, "config", None), PretrainedConfig):
         owner = bundle.model.model if isinstance(bundle.model, CandidateScorer) else bundle.model
         settings.architectures = [type(owner).__name__]  # which head: nothing else says it

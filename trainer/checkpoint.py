@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def load_state(path: Path) -> dict[str, Any]:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, written atomically."""
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+
+def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
+    """A state dict as model.safetensors, every tensor under each of its names: tied weights are read back as any."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_tensors(tensors, folder / "model.safetensors")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -38,11 +38,7 @@ class PickleFreeTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        state = {
-            name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in (state_dict or self.model.state_dict()).items()
-        }
-        checkpoint.save_tensors(state, folder / "model.safetensors")
+        checkpoint.save_weights(state_dict or self.model.state_dict(), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         tensors = checkpoint.load_tensors(Path(resume_from_checkpoint) / "model.safetensors")
