@@ -497,7 +497,7 @@ class ReinforceTrainer(JudgingTrainer):
         is already made for it.
         """
         optimizer = super().create_optimizer(model)
-        if self.args.optim == "sgd" or any("scale_exponent" in group for group in optimizer.param_groups):
+        if isinstance(optimizer, torch.optim.SGD) or any("scale_exponent" in group for group in optimizer.param_groups):
             return optimizer
         named = {name: parameter for name, parameter in self.model.named_parameters() if SCALES in name}
         if not self._scale_exponents:  # a resumed run has them from its checkpoint: scales have moved since
