@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from glob import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 
 from cost.cost import compute_cost, memory_cost
 from cost.profile import profile_model
@@ -23,6 +28,7 @@ from quant.quant_module import QuantModule
 from quant.quantizer import QuantizerConfig
 from quant.token_clipping import output_loss, outputs
 from trainer import metrics, objectives
+from trainer.checkpoint import save_weights
 from trainer.quantization_file import write_quantization
 from trainer.reinforce_trainer import ReinforceTrainer
 from trainer.tuning import PLAIN, RECIPES, Measured, QuantizationConfig, Recipe, Setting, Trial, check_metrics, tune
@@ -44,6 +50,11 @@ class NLPTrainer(Trainer):
     quantized: tuple[dict[str, QuantModule], dict[str, tuple[Format, Format]]] | None = None
     """layers and formats of the model, once it is quantized"""
 
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        # Asked here: later, the Trainer keeps those that it has made itself in the same place.
+        self._has_optimizers = self.optimizer is not None or self.lr_scheduler is not None
+
     def quantize(self, quant_config: QuantizationConfig, exclude: Sequence[str] | None = None) -> nn.Module | None:
         """The best model whose metrics are accepted, in eval mode; None, and the float model stays, if there is none.
 
@@ -51,15 +62,16 @@ class NLPTrainer(Trainer):
             quant_config: what is accepted and what is tried, see `QuantizationConfig`.
             exclude: globs over names of layers to leave in float; default: none.
 
-        Raises UserError where the evaluation does not return a metric, or there is no data to calibrate on.
+        Raises UserError where the evaluation does not return a metric, there is no data to calibrate on, or the
+        approach trains and cannot: see `_check_training`.
         """
-        if self.train_dataset is None or not len(self.train_dataset):  # type: ignore[arg-type]
-            raise UserError("the calibration set is empty: NLPTrainer needs a train_dataset to quantize")
+        batches = self._samples(quant_config.sampling_size)
+        if quant_config.approach == "QuantizationAwareTraining":
+            self._check_training()
         original = self.model
         base = self.evaluate()
         check_metrics(quant_config.metrics, base)
         layers = find_layers(original, exclude=exclude)
-        batches = self._samples(quant_config.sampling_size)
         profiles = profile_model(original, batches[0], list(layers))
         kept: dict[Setting, tuple[nn.Module, Any]] = {}
         latest: list[Any] = []
@@ -97,17 +109,37 @@ class NLPTrainer(Trainer):
         return self.model
 
     def _samples(self, size: int) -> list[Any]:
-        """The first `size` training examples, in evaluation batches."""
-        dataset: Any = self.train_dataset
-        size, step = min(size, len(dataset)), self.args.per_device_eval_batch_size
+        """The first `size` training examples, in evaluation batches. Raises UserError where there is none."""
+        dataset: Any = () if self.train_dataset is None else self.train_dataset
+        rows = (
+            list(islice(dataset, size)) if _streams(dataset) else [dataset[i] for i in range(min(size, len(dataset)))]
+        )
+        if not rows:
+            raise UserError("the calibration set is empty: NLPTrainer needs a train_dataset to quantize")
+        step = self.args.per_device_eval_batch_size
         collate = self._get_collator_with_removed_columns(self.data_collator)
-        parts = [range(start, min(start + step, size)) for start in range(0, size, step)]
-        return [self._prepare_inputs(collate([dataset[i] for i in part])) for part in parts]
+        return [self._prepare_inputs(collate(rows[start : start + step])) for start in range(0, len(rows), step)]
+
+    def _check_training(self) -> None:
+        """Raises UserError for what fits one run on the float model, and no training of quantized copies of it."""
+        if _streams(self.train_dataset):
+            raise UserError(
+                "QuantizationAwareTraining needs a train_dataset with a length and rows by index, "
+                f"got {type(self.train_dataset).__name__}"
+            )
+        if self._has_optimizers:
+            raise UserError(
+                "QuantizationAwareTraining trains copies of the model, and `optimizers` hold the parameters of one: "
+                "give NLPTrainer optimizer_cls_and_kwargs, or name the optimizer in its arguments"
+            )
 
     def _recipes(self, model: nn.Module, layers: Any, batches: Sequence[Any]) -> list[Recipe]:
-        """The recipes that this model can take: Gamma Migration needs a norm whose readers are known."""
+        """The recipes that this model can take: Gamma Migration needs a norm whose readers are known.
+
+        Nor may a ReLU stand between: `fold` refuses a model without any such norm.
+        """
         groups = [group.only(list(layers)) for group in find_groups(model, batches[0])]
-        normal = any(group.normalizes and group.consumers for group in groups)
+        normal = any(group.normalizes and group.consumers and not group.rectified for group in groups)
         return [recipe for recipe in RECIPES if normal or not recipe.gamma_migration]
 
     def _quantized(
@@ -122,7 +154,7 @@ class NLPTrainer(Trainer):
         dynamic: Any = "dynamic" if setting.approach == "PostTrainingDynamic" else ranges
         modules = quantize_model(
             model,
-            include=list(layers),
+            include=[escape(name) for name in layers],
             formats=[INT8, INT16] if setting.wide else [INT8],
             weight=QuantizerConfig(range=ranges, granularity="channel", observer="mse"),
             activation=QuantizerConfig(range=dynamic, observer="minmax", symmetric=False, ignore_padding=True),
@@ -136,15 +168,33 @@ class NLPTrainer(Trainer):
         calibrate(model, modules, batches)
         set_formats(modules, assignment)
         if training:
-            ReinforceTrainer(
-                model,
-                self.args,
-                modules=modules,
-                assignment=assignment,
-                train_dataset=self.train_dataset,
-                data_collator=self.data_collator,
-            ).train()
+            self._trainer_of(model, modules, assignment).train()
         return modules, assignment
+
+    def _trainer_of(
+        self, model: nn.Module, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]]
+    ) -> ReinforceTrainer:
+        """What trains a quantized copy with all that this trainer was given."""
+        optimizer = self.optimizer_cls_and_kwargs
+        trainer = ReinforceTrainer(
+            model,
+            self.args,
+            modules=modules,
+            assignment=assignment,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+            data_collator=self.data_collator,
+            processing_class=self.processing_class,
+            compute_loss_func=self.compute_loss_func,
+            compute_metrics=self.compute_metrics,
+            preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
+            optimizer_cls_and_kwargs=optimizer and (optimizer[0], dict(optimizer[1])),  # the Trainer takes some out
+        )
+        own = {type(callback) for callback in trainer.callback_handler.callbacks}  # the Trainer's, such as its bar
+        for callback in self.callback_handler.callbacks:
+            if type(callback) not in own:
+                trainer.add_callback(_unused(callback))
+        return trainer
 
     def _ranked(
         self, original: nn.Module, setting: Setting, layers: dict[str, nn.Module], batches: Sequence[Any]
@@ -165,6 +215,15 @@ class NLPTrainer(Trainer):
                 set_formats(modules, {name: (FLOAT, FLOAT)})
         return sorted(effect, key=lambda name: -effect[name])
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer does, but a quantized model's weights as `load_model` reads them: tied ones by each name."""
+        if self.quantized is None:
+            super()._save(output_dir, state_dict)
+            return
+        super()._save(output_dir, {})  # all that goes with the weights
+        if self.args.should_save:
+            save_weights(state_dict or self.model.state_dict(), Path(output_dir or str(self.args.output_dir)))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model; once it is quantized, with its ranges and formats, for `eval.saved_model.load_model`."""
         super().save_model(output_dir, _internal_call)
@@ -172,3 +231,13 @@ class NLPTrainer(Trainer):
             return
         modules, assignment = self.quantized
         write_quantization(Path(output_dir or str(self.args.output_dir)), self.model, modules, assignment)
+
+
+def _streams(dataset: Any) -> bool:
+    """Whether rows come one after the other alone, without an index."""
+    return isinstance(dataset, IterableDataset) or not has_length(dataset)
+
+
+def _unused(callback: TrainerCallback) -> TrainerCallback:
+    """The callback; one that says what its state is, as it was before any run."""
+    return type(callback)(**callback.state()["args"]) if isinstance(callback, ExportableState) else callback

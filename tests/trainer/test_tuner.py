@@ -4,7 +4,16 @@ import logging
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
 
 from eval.saved_model import load_model
 from quant.errors import UserError
@@ -302,6 +311,158 @@ def test_a_bad_layer_falls_back_in_a_real_model(tmp_path):
     trainer.quantize(QuantizationConfig(metrics=[metric], sampling_size=20))
     _, assignment = trainer.quantized
     assert [name for name, formats in assignment.items() if formats[0].name == "float"] == [bad]
+
+
+class Tiny(nn.Module):
+    """Three layers, of which the first is normalized and rectified; it knows no loss. `tied`: two share a weight."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({"a[0]": nn.Linear(8, 8), "b*": nn.Linear(8, 8), "bc": nn.Linear(8, 3)})
+        self.norm = nn.LayerNorm(8)
+        if tied:
+            self.layers["b*"].weight = self.layers["a[0]"].weight
+
+    def forward(self, x):
+        first, second, last = self.layers.values()
+        return {"scores": last(second(self.norm(first(x)).relu()))}
+
+
+class Points(torch.utils.data.Dataset):
+    """48 random rows in three classes; `taken` says which were asked for."""
+
+    def __init__(self):
+        self.x = torch.randn(48, 8, generator=torch.Generator().manual_seed(0))
+        self.taken = []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.taken.append(index)
+        return {"x": self.x[index], "labels": index % 3}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """The same, one after the other."""
+
+    def __init__(self):
+        self.points = Points()
+
+    def __iter__(self):
+        return (self.points[i] for i in range(len(self.points)))
+
+
+def cross_entropy(outputs, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(outputs["scores"], labels)
+
+
+def make_tiny(folder, model=None, train=None, **arguments):
+    settings = TrainingArguments(
+        str(folder), report_to="none", max_steps=3, use_cpu=True, disable_tqdm=True, label_names=["labels"]
+    )
+    points = {"train_dataset": train or Points(), "eval_dataset": Points()}
+    return NLPTrainer(model or Tiny(), settings, **points, compute_loss_func=cross_entropy, **arguments)
+
+
+def loss_within(criterion, **fields):
+    allowed = metrics.Metric("eval_loss", greater_is_better=False, is_relative=False, criterion=criterion)
+    return QuantizationConfig(metrics=[allowed], **fields)
+
+
+def test_every_stage_is_reached_by_a_model_without_logits_and_with_a_rectified_norm(tmp_path, caplog):
+    trainer = make_tiny(tmp_path)
+    before, original = trainer.model, trainer.evaluate
+    trainer.evaluate = lambda: {"eval_loss": original()["eval_loss"] if trainer.model is before else 9.0}
+    with caplog.at_level(logging.INFO, logger="trainer.tuning"):
+        assert trainer.quantize(loss_within(0.1, sampling_size=20)) is None
+    tried = [record.getMessage() for record in caplog.records]
+    assert not any("gamma_migration" in line for line in tried)
+    # default, two recipes, one layer type, dynamic, three layers, two layers
+    assert sum(line.startswith("trial") for line in tried) == 1 + 2 + 1 + 1 + 3 + 1
+
+
+def test_a_stream_is_calibrated_on_by_its_first_rows(tmp_path):
+    stream = Stream()
+    assert make_tiny(tmp_path, train=stream).quantize(loss_within(9.0, sampling_size=20)) is not None
+    assert stream.points.taken == list(range(20))
+    trainer = make_tiny(tmp_path, train=stream)
+    with pytest.raises(UserError, match="needs a train_dataset with a length and rows by index, got Stream"):
+        trainer.quantize(loss_within(9.0, approach="QuantizationAwareTraining"))
+
+
+class Watcher(TrainerCallback):
+    """Remembers whom it was told of."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_train_end(self, args, state, control, model, optimizer, **others):
+        self.told.append((model, {group["initial_lr"] for group in optimizer.param_groups}, state.stateful_callbacks))
+
+
+class Counter(TrainerCallback, ExportableState):
+    """Counts steps by twos, say."""
+
+    def __init__(self, by):
+        self.by, self.count = by, 0
+
+    def on_step_end(self, args, state, control, **others):
+        self.count += self.by
+        state.stateful_callbacks["Counter"] = self.state()
+
+    def state(self):
+        return {"args": {"by": self.by}, "attributes": {"count": self.count}}
+
+
+def test_quantized_copies_are_trained_with_what_the_trainer_was_given(tmp_path):
+    watcher, counter = Watcher(), Counter(by=2)
+    sgd = (torch.optim.SGD, {"lr": 0.25, "momentum": 0.5})
+    trainer = make_tiny(tmp_path, callbacks=[watcher, counter], optimizer_cls_and_kwargs=sgd)
+    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 3  # which needs the evaluation set
+    trainer.train()
+    model = trainer.quantize(loss_within(9.0, approach="QuantizationAwareTraining"))
+    (_, (trained, rates, stateful)) = watcher.told
+    assert trained is model and rates == {0.25}  # one rate: SGD needs no other for scales
+    assert stateful["Counter"] == {"args": {"by": 2}, "attributes": {"count": 6}} and counter.count == 6
+
+
+def test_optimizers_of_one_model_are_refused_for_training_copies(tmp_path):
+    model = Tiny()
+    trainer = make_tiny(tmp_path, model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+    with pytest.raises(UserError, match="`optimizers` hold the parameters of one: give NLPTrainer optimizer_cls_and"):
+        trainer.quantize(loss_within(9.0, approach="QuantizationAwareTraining"))
+    trainer = make_tiny(tmp_path)
+    trainer.train()  # the optimizer it then has is its own
+    assert trainer.quantize(loss_within(9.0, approach="QuantizationAwareTraining")) is not None
+
+
+def test_tied_weights_come_back_from_disk(tmp_path):
+    trainer = make_tiny(tmp_path, Tiny(tied=True))
+    model = trainer.quantize(loss_within(9.0))
+    trainer.save_model(str(tmp_path / "own"))
+    again, x = load_model(tmp_path / "own", Tiny(tied=True)), Points().x
+    assert again.layers["b*"].weight is again.layers["a[0]"].weight
+    with torch.no_grad():
+        assert torch.equal(again(x)["scores"], model(x)["scores"])
+
+
+def test_a_language_model_with_a_tied_head_comes_back_from_disk(tmp_path):
+    torch.manual_seed(0)
+    rows = [{"input_ids": row, "labels": row} for row in Rows(16, 0).tokens]
+    trainer = NLPTrainer(
+        GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=30)),
+        TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    model = trainer.quantize(loss_within(9.0))
+    trainer.save_model(str(tmp_path / "saved"))
+    again, ids = load_model(tmp_path / "saved"), Rows(4, 2).tokens
+    assert again.lm_head.weight is again.transformer.wte.weight
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_no_model_is_accepted_and_the_float_model_stays(tmp_path):
