@@ -42,7 +42,8 @@ class Histogram:
     def of(cls, groups: Tensor, before: Histogram | None = None) -> Histogram:
         """Of a tensor laid out as (groups, values), neither of them 0, on top of what was seen `before`.
 
-        Bins keep their width, unless there would be more than MAX_BINS. Infinities and NaN count as the largest value.
+        Bins keep their width, unless there would be more than MAX_BINS. Infinities count as the largest value; NaN
+        spoils everything. Calibration refuses both.
         """
         groups = groups.detach().float()
         largest = torch.finfo(torch.float32).max / 4

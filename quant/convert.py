@@ -18,12 +18,12 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from quant.errors import UserError
+from quant.errors import NotFiniteError, UserError
 from quant.formats import FLOAT, Format
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
-from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
+from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -300,21 +300,24 @@ def calibrate(
         batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
         learned: also reset the learned scales, which is how they start; False leaves them as trained.
 
-    Raises UserError if there is no batch.
+    Raises UserError if there is no batch, NotFiniteError for a layer whose weight or input holds NaN or infinity.
     """
+    for name, module in modules.items():
+        if module.weight_quantizer.grids and not all_finite(module.weight):
+            raise NotFiniteError(f"layer {name}: its weight holds NaN or infinity, which no range spans")
     observe_inputs(model, modules, batches)
     for module in modules.values():
         module.weight_quantizer.observe(module.weight)
         for quantizer in (module.weight_quantizer, *module.activation_quantizers):
             if learned or quantizer.config.range != "learned":
                 quantizer.finish_calibration()
-            quantizer.observation = None
+            quantizer.forget()
 
 
 def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches: Iterable[Any]) -> None:
     """Show every layer's input to its quantizer, in eval mode: what `calibrate` chooses activation ranges from.
 
-    Raises UserError if there is no batch.
+    Raises UserError if there is no batch, NotFiniteError for a layer whose input holds NaN or infinity.
     """
     quantizers = [quantizer for module in modules.values() for quantizer in module.activation_quantizers]
     unpadded = [quantizer for quantizer in quantizers if quantizer.config.ignore_padding]
@@ -337,6 +340,13 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
             quantizer.real_tokens = ()
     if empty:
         raise UserError("the calibration set is empty: ranges need at least one batch of training data")
+    for name, module in modules.items():  # the first of them is where it began
+        if not all(quantizer.saw_finite for quantizer in module.activation_quantizers):
+            for quantizer in quantizers:
+                quantizer.forget()
+            raise NotFiniteError(
+                f"layer {name}: its input holds NaN or infinity on calibration data, which no range spans"
+            )
 
 
 def _with_masks(model: nn.Module, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:

@@ -105,6 +105,8 @@ class Quantizer(nn.Module):
         self.prepared: set[Format] = set()
         self.observation: Any = None
         """what the observer has seen so far"""
+        self.saw_finite: Tensor | bool = True
+        """whether all of that is finite: bool 0-d on the device of what was seen, since reading it stalls a GPU"""
         self.token_quantiles: dict[str, float] = {}
         """'avg_prune_minmax': name of a format -> quantile of the token bounds at which it clips, see `clip_tokens`"""
         self.real_tokens: tuple[Tensor, ...] = ()
@@ -145,6 +147,11 @@ class Quantizer(nn.Module):
         x = without_padding(x, self.real_tokens)
         if x.numel():
             self.observation = self._see(x, self.observation)
+            self.saw_finite = all_finite(x) & self.saw_finite
+
+    def forget(self) -> None:
+        """Start observing anew."""
+        self.observation, self.saw_finite = None, True
 
     def finish_calibration(self, only: Format | None = None) -> None:
         """Set the scale of every prepared format (or of `only`) from what was observed, and forget that."""
@@ -152,7 +159,7 @@ class Quantizer(nn.Module):
             if only is None or name == only.name:
                 clipped = token_observer(self.token_quantiles[name]) if name in self.token_quantiles else None
                 self.set_ranges(clipped or self.config.estimator, cast(Grid, grid).format)
-        self.observation = None
+        self.forget()
 
     @torch.no_grad()
     def set_ranges(self, estimate: RangeEstimator, format: Format) -> None:
@@ -297,6 +304,11 @@ class Rounder:
         # The offset's gradient is what autograd makes of this: all of g, less what passes inside the range.
         moved = fake_quantize_row(x.float() - self.offset, self.scale, self.row, self.gradient_scale)
         return (moved + self.offset).to(x.dtype)
+
+
+def all_finite(x: Tensor) -> Tensor:
+    """Whether x holds neither NaN nor infinity, bool 0-d: both show in its extrema, which take one pass and no copy."""
+    return torch.stack(x.detach().aminmax()).isfinite().all()
 
 
 def without_padding(x: Tensor, masks: Iterable[Tensor]) -> Tensor:

@@ -65,7 +65,7 @@ def clip_tokens(
     finally:
         for module in modules.values():
             for quantizer in module.activation_quantizers:
-                quantizer.observation = None
+                quantizer.forget()
     return ratio
 
 

@@ -22,7 +22,7 @@ from policy.budget import Budget, Limit
 from policy.solve import Table
 from policy.space import Partition, SearchSpace, build_space
 from quant.convert import Assignment, calibrate, in_float, quantize_model, set_formats, weights_kept
-from quant.errors import UserError
+from quant.errors import NotFiniteError, UserError
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from quant.quantizer import Quantizer
@@ -393,7 +393,11 @@ class ReinforceTrainer(JudgingTrainer):
         return self.space.assignment(agreed.tolist())
 
     def _recalibrate(self) -> None:
-        calibrate(self.model, self.modules, self.calibration_batches(), learned=False)
+        try:
+            calibrate(self.model, self.modules, self.calibration_batches(), learned=False)
+        except NotFiniteError as error:  # before training it would have been wrong input
+            self._flush()  # which names the step, if the loss has shown it
+            raise TrainingDiverged(f"{error}, after {self.state.global_step} steps") from None
 
     # ------------------------------------------------------ one step
 

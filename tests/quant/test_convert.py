@@ -26,7 +26,7 @@ from quant.convert import (
     run_model,
     set_formats,
 )
-from quant.errors import UserError
+from quant.errors import NotFiniteError, UserError
 from quant.formats import FLOAT, IntFormat, parse_format
 from quant.observers import OBSERVERS
 from quant.quant_conv2d import QuantConv2d
@@ -404,6 +404,24 @@ def test_a_failed_calibration_leaves_the_model_as_it_was():
     with pytest.raises(RuntimeError):
         calibrate(model, modules, [torch.randn(2, 5, 6, 6)])
     assert model.training and not any(module.observing for module in modules.values())
+
+
+@pytest.mark.parametrize("observer", list(OBSERVERS))
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_not_finite_ends_the_calibration_and_names_the_layer(observer, spoiled):
+    model = small()
+    activation = QuantizerConfig(range="calibrated", observer=observer, symmetric=False)
+    modules = quantize_model(model, formats=FORMATS, activation=activation)
+    batches = [images(), images()]
+    batches[0][0, 0, 0, 0] = spoiled
+    with pytest.raises(NotFiniteError, match="layer 0: its input holds NaN or infinity"):
+        calibrate(model, modules, batches)
+    assert all(module.input_quantizer.observation is None for module in modules.values())
+    calibrate(model, modules, [images()])  # what was seen before is forgotten
+    with torch.no_grad():
+        model[4].weight[0, 0] = spoiled
+    with pytest.raises(NotFiniteError, match="layer 4: its weight holds NaN or infinity"):
+        calibrate(model, modules, [images()])
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,14 @@ def test_divergence_ends_the_run_and_names_step_and_assignment(tmp_path):
         trainer.train()
 
 
+def test_weights_that_training_has_spoiled_are_divergence_and_no_wrong_input(tmp_path):
+    trainer = make(tmp_path)
+    trainer.prepare()
+    next(iter(trainer.modules.values())).weight.data.fill_(torch.nan)  # by the last step, which no loss shows
+    with pytest.raises(TrainingDiverged, match=r"layer \S+: its weight holds NaN or infinity.*, after 0 steps"):
+        trainer._recalibrate()
+
+
 def test_fixed_formats_and_float_need_no_search(tmp_path):
     torch.manual_seed(0)
     model = Net()
