@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from quant.convert import evaluating, find_layers, run_model
+from quant.convert import find_layers, run_model
+from quant.modes import evaluating
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """What the model is called with: model(tensor), model(*list or tuple) or model(**mapping)."""

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from eval.eval_partitions import Blocks
 from quant.calls import first_tensor
-from quant.convert import evaluating, find_layers, run_model
+from quant.convert import find_layers, run_model
+from quant.modes import evaluating
 
 
 def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: Any) -> Blocks:

@@ -13,7 +13,7 @@ from eval.metrics import rouge
 from eval.model_bundle import ModelBundle
 from eval.task_text import PadCollator, encoded_texts, example_tokens, text_tokenizer
 from eval.tasks import PreparedData, TaskData
-from quant.convert import evaluating
+from quant.modes import evaluating
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 
 from quant.errors import UserError
+from quant.modes import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar tensor, the mean loss of the batch"""
@@ -152,12 +153,10 @@ def gradients(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, los
     Within, only these weights require gradients; everything is as before afterwards. Weights that several layers share
     are one block under each of their names.
     """
-    modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     model.requires_grad_(False)
     try:
-        with held_weights(layers) as weights, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with evaluating(model), held_weights(layers) as weights, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for weight in weights.values():
                 weight.requires_grad_(True)
             grads = torch.autograd.grad(
@@ -169,8 +168,6 @@ def gradients(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, los
     finally:
         for parameter, before in wanted.items():
             parameter.requires_grad_(before)
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

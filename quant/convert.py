@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.errors import NotFiniteError, UserError
 from quant.formats import FLOAT, Format
+from quant.modes import evaluating
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
@@ -248,18 +249,6 @@ def set_formats(modules: Mapping[str, QuantModule], assignment: Assignment) -> N
 def get_formats(modules: Mapping[str, QuantModule]) -> dict[str, tuple[Format, Format]]:
     """The assignment as set now."""
     return {name: module.formats for name, module in modules.items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in eval mode; then each module is in its own mode again, such as a frozen norm in eval."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.calls import first_tensor
 from quant.convert import run_model
+from quant.modes import evaluating
 from quant.shortcut import Shortcut
 
 LAYERS = (nn.Linear, nn.Conv2d, Conv1D)
@@ -63,16 +64,14 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
     Convolutions in groups other than depthwise, and those without a source, are left out.
     """
     watched = _Watch()
-    modes = {module: module.training for module in model.modules()}
     names = {module: name for name, module in model.named_modules()}
     known = [module for module in names if isinstance(module, (*LAYERS, Shortcut)) or is_norm(module)]
     hooks = [hook for module in known for hook in (
         module.register_forward_pre_hook(watched.enter, with_kwargs=True),
         module.register_forward_hook(watched.leave, with_kwargs=True),
     )]  # fmt: skip
-    model.eval()
     try:
-        with watched:
+        with evaluating(model), watched:
             found = outputs(model, example)
         for tensor in found:
             watched.flow(tensor).others += 1
@@ -88,8 +87,6 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:

@@ -24,6 +24,7 @@ from quant.convert import run_model
 from quant.errors import UserError
 from quant.formats import FloatFormat, Format, IntFormat
 from quant.graph import Group, find_groups, outputs, scaled_parameters
+from quant.modes import evaluating
 from quant.quant_utils import fake_quantize, scale_from_range
 from quant.shortcut import Shortcut, add_shortcut
 
@@ -337,20 +338,17 @@ def watch_inputs(
 
         return hook
 
-    modes = {module: module.training for module in model.modules()}
     hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
-    model.eval()
     empty = True
     try:
-        for batch in batches:
-            empty = False
-            run_model(model, batch)
-            room -= _examples(batch)
+        with evaluating(model):
+            for batch in batches:
+                empty = False
+                run_model(model, batch)
+                room -= _examples(batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     if empty:
         raise UserError("the calibration set is empty: SmoothQuant needs at least one batch of training data")
     return seen

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.convert import evaluating, run_model
+from quant.calls import Arguments, first_tensor, with_first_tensor
+from quant.convert import run_model
 from quant.errors import UserError
 from quant.graph import ADD, is_norm
+from quant.modes import evaluating
 from quant.quant_module import TABLE, QuantModule
 from quant.quantizer import Quantizer, QuantizerConfig
 from quant.shortcut import Shortcut
@@ -147,7 +149,7 @@ class _Placer:
                 continue
             path = dotted.replace(".", "/")  # sites become names of modules, which may hold no dot
             leave: Any = partial(self.leave, path, _kind(module), names.get(module))  # type: ignore[call-overload]
-            hooks.append(module.register_forward_pre_hook(partial(self.enter, path, _kind(module))))
+            hooks.append(module.register_forward_pre_hook(partial(self.enter, path, _kind(module)), with_kwargs=True))
             hooks.append(module.register_forward_hook(leave, always_call=True))
         if placement is not None:  # what stays is copied with the model, and handles cannot be
             self.hooks = hooks
@@ -158,16 +160,19 @@ class _Placer:
 
     # ------------------------------------------------------ modules
 
-    def enter(self, path: str, kind: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def enter(
+        self, path: str, kind: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
         outer = bool(self.frames) and self.frames[-1].closed
         if not self.frames:
             self.mode.__enter__()
         self.frames.append(_Frame(path, outer or kind != ""))
-        if outer or kind == "" or not args or not isinstance(args[0], Tensor):
+        x = first_tensor(args, kwargs)
+        if outer or kind == "" or x is None:
             return None
         if self.placement is not None and kind in ("layer", "layernorm"):
-            self.read[id(args[0])] = weakref.ref(args[0])
-        return (self.pass_on(f"{path}:{kind}:in", args[0], kind), *args[1:])
+            self.read[id(x)] = weakref.ref(x)
+        return with_first_tensor(lambda read: self.pass_on(f"{path}:{kind}:in", read, kind), args, kwargs)
 
     def leave(
         self, path: str, kind: str, name: str | None, module: nn.Module, args: tuple[Any, ...], output: Any

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quant.convert import evaluating, in_float, observe_inputs, run_model, set_formats
+from quant.convert import in_float, observe_inputs, run_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
 from quant.grid import Grid
+from quant.modes import evaluating
 from quant.observers import token_observer
 from quant.quant_module import QuantModule
 from quant.quantizer import Quantizer

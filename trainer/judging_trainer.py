@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policy.space import SearchSpace
-from quant.convert import evaluating, set_formats, weights_kept
+from quant.convert import set_formats, weights_kept
 from quant.errors import UserError
+from quant.modes import evaluating
 from quant.quant_module import QuantModule
 from quant.replay import replayed
 from trainer.batch_norm import statistics_of_batch

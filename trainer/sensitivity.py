@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from policy.budget import Budget
 from policy.hessian import hessian_traces, top_eigenvalues
 from policy.space import SearchSpace
-from quant.convert import evaluating, in_float, set_formats
+from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
+from quant.modes import evaluating
 from quant.quant_module import QuantModule
 from quant.replay import replayed
 from trainer.batch_norm import statistics_of_batch
@@ -106,14 +107,14 @@ def fisher_effect(
     examples = 1
 
     def watch(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+        def hook(module: Any, inputs: Any, named: Any, output: Tensor) -> None:
             if not output.requires_grad:
                 return
             with torch.no_grad():
                 changes = []
                 for formats in choices[name]:
                     module.set_formats(*formats)
-                    changes.append((module.forward(*inputs) - output).square())
+                    changes.append((module.forward(*inputs, **named) - output).square())
                 module.set_formats(FLOAT, FLOAT)
 
             def add(gradient: Tensor) -> None:
@@ -124,7 +125,7 @@ def fisher_effect(
 
         return hook
 
-    handles = [modules[name].register_forward_hook(watch(name)) for name in choices]
+    handles = [modules[name].register_forward_hook(watch(name), with_kwargs=True) for name in choices]
     frozen = [m.weight for m in modules.values() if isinstance(m.weight, nn.Parameter) and not m.weight.requires_grad]
     try:
         for weight in frozen:

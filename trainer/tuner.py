@@ -23,7 +23,7 @@ from quant.convert import calibrate, find_layers, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, Format, IntFormat
 from quant.graph import find_groups
-from quant.migration import SmoothQuantConfig, fold
+from quant.migration import SmoothQuantConfig, fold, sound_groups
 from quant.quant_module import QuantModule
 from quant.quantizer import QuantizerConfig
 from quant.token_clipping import output_loss, outputs
@@ -134,13 +134,11 @@ class NLPTrainer(Trainer):
             )
 
     def _recipes(self, model: nn.Module, layers: Any, batches: Sequence[Any]) -> list[Recipe]:
-        """The recipes that this model can take: Gamma Migration needs a norm whose readers are known.
-
-        Nor may a ReLU stand between: `fold` refuses a model without any such norm.
-        """
+        """The recipes that this model can take: Gamma Migration needs a norm whose gamma its readers can take."""
         groups = [group.only(list(layers)) for group in find_groups(model, batches[0])]
-        normal = any(group.normalizes and group.consumers and not group.rectified for group in groups)
-        return [recipe for recipe in RECIPES if normal or not recipe.gamma_migration]
+        groups = [group for group in groups if group.consumers and group.has_gamma]
+        migrates = bool(groups) and bool(sound_groups(model, batches[0], groups))
+        return [recipe for recipe in RECIPES if migrates or not recipe.gamma_migration]
 
     def _quantized(
         self, model: nn.Module, setting: Setting, layers: dict[str, nn.Module], batches: Sequence[Any]

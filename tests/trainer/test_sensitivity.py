@@ -137,3 +137,23 @@ def test_a_layer_that_computes_its_weight_is_as_sensitive_as_any(method, compute
         return made
 
     np.testing.assert_allclose(told(computed), told(lambda *layers: layers), rtol=1e-3)
+
+
+def test_a_layer_that_is_called_by_keyword_is_as_sensitive_as_any():
+    class Net(nn.Module):
+        def __init__(self, named):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last, self.named = nn.Linear(8, 8), nn.Linear(8, 3), named
+
+        def forward(self, x):
+            return self.last(self.first(input=x).relu() if self.named else self.first(x).relu())
+
+    def told(named):
+        model, batches = Net(named), [{"x": torch.linspace(-1, 1, 72).view(9, 8)}]
+        layers = quantize_model(model, formats=FORMATS)
+        calibrate(model, layers, batches)
+        space = build_space(list(layers), FORMATS)
+        return fisher_effect(model, layers, space, batches, lambda m, b: m(**b).square().mean())
+
+    np.testing.assert_array_equal(told(True), told(False))
