@@ -24,6 +24,7 @@ from eval.flags import entry
 from eval.report_labels import told_apart
 from eval.report_paired import read_answers
 from eval.report_records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
+from eval.report_summary import summary_rows
 from quant.errors import UserError
 
 if TYPE_CHECKING:  # loads matplotlib, which tables do without
@@ -53,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     _say_excluded(excluded)
     if not runs:
         raise UserError(f"DIR {' '.join(map(str, flags.folders))}: no finished run in it, {len(excluded)} left out")
-    summary = tables.summary_rows(groups, answers)
-    every_run = tables.summary_rows([Group((run,)) for run in runs], answers)
+    summary = summary_rows(groups, answers)
+    every_run = summary_rows([Group((run,)) for run in runs], answers)
     rows = every_run if flags.per_run else summary
     _print(tables.summary_table(rows, flags.per_run), rows, flags.format, console)
     sections: Sections = {}

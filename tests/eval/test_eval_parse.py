@@ -18,6 +18,7 @@ from benchmarks.synthetic_runs import write_run
 from eval import report_tables as tables
 from eval.eval_parse import main
 from eval.report_records import Group, group_runs, read_runs
+from eval.report_summary import summary_rows
 from quant.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +167,7 @@ def test_what_differs_is_found_in_one_look_at_each_run(tmp_path):
     write_run(tmp_path, "uniform", 0, (4,))
     (run,), _ = read_runs([tmp_path])
     runs = [replace(run, settings={"max_steps": Setting(number % 2)}) for number in range(200)]
-    rows = tables.summary_rows([Group((run,)) for run in runs])
+    rows = summary_rows([Group((run,)) for run in runs])
     assert [row["settings"] for row in rows] == ["max_steps=0", "max_steps=1"] * 100
     assert len(looks) <= len(runs)
 
@@ -229,7 +230,7 @@ def rows_of(tmp_path):
     write_run(tmp_path, "hawq_v2", 0, target=0.05)
     write_run(tmp_path, "hawq_v2", 1, target=0.05)
     write_run(tmp_path, "float", 0, (16,), metric="perplexity", metrics={"validation": {"perplexity": 23.456}})
-    return tables.summary_rows(group_runs(read_runs([tmp_path])[0]))
+    return summary_rows(group_runs(read_runs([tmp_path])[0]))
 
 
 def test_csv_and_json_hold_the_same(tmp_path):
@@ -282,7 +283,7 @@ def test_a_difference_says_what_it_means_where_less_is_better(tmp_path, capsys):
     runs = [run(method, "perplexity", value) for method, value in (("greedy", 30.0), ("search", 18.0), ("float", 20.0))]
     run("search", "accuracy", 0.5)
     run("float", "accuracy", 0.25)
-    table = tables.summary_table(tables.summary_rows(group_runs(read_runs([tmp_path])[0])))
+    table = tables.summary_table(summary_rows(group_runs(read_runs([tmp_path])[0])))
     column = [column.heading for column in table.columns].index("Δ float")
     assert {cells[column] for cells in table.texts()} == {"+10.00 (worse)", "-2.00 (better)", "+0.2500", "–"}
     assert main(["--compare", *map(str, runs[:2])]) == 0

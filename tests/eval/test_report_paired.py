@@ -10,7 +10,8 @@ from benchmarks.synthetic_runs import write_run
 from eval.eval_parse import main
 from eval.report_paired import half_width, read_answers, share_right
 from eval.report_records import group_runs, read_each, read_runs
-from eval.report_tables import summary_rows, summary_table
+from eval.report_summary import summary_rows
+from eval.report_tables import summary_table
 from quant.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(0, 3, 400)
