@@ -23,7 +23,7 @@ from eval.launch_ray import Share, check_request, disk_is_full, fit, join, ray_s
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import TUNED, Runner
 from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
-from eval.run_config import COST_UNITS, RunConfig
+from eval.run_config import COST_UNITS, TUNE_FOLDER, RunConfig
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
@@ -90,11 +90,11 @@ def launch(
         with watching(watch(config, runs[0], missing, facts), console):
             died = {}
             if missing:
-                died = fit(missing, share, folder / "tune", console, runner, **settings)
+                died = fit(missing, share, folder / TUNE_FOLDER, console, runner, **settings)
                 if any(not (r.run_folder / "result.json").exists() for name, r in missing.items() if name not in died):
                     raise KeyboardInterrupt  # Tune returns as if nothing had happened
             if config.hpo and (search := hyperparameter_search(runs[0], config.hpo)):
-                died |= fit(by_name(runs), share, folder / "tune", console, runner, **search, **settings)
+                died |= fit(by_name(runs), share, folder / TUNE_FOLDER, console, runner, **search, **settings)
     return died
 
 

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from eval.flags import RUN_FILE, entry, parse, to_yaml
+from eval.flags import entry, parse, to_yaml
 from eval.limits import LIMIT_FLAGS, limits_of
-from eval.run_config import GRID_FLAGS, RunConfig
+from eval.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.tracking import tracked
 from quant.errors import UserError
 from quant.formats import FLOAT, Format

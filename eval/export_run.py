@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.flags import RUN_FILE, parse
+from eval.flags import parse
+from eval.run_config import RUN_FILE
 from quant.errors import UserError
 
 if TYPE_CHECKING:

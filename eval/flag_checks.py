@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from eval.quant_yaml import HIGH_PRECISION_OPS, PLACED, alpha_settings
-from eval.run_config import RunConfig, is_path, name_of
+from eval.run_config import TUNE_FOLDER, RunConfig, is_path, name_of
 from eval.tracking import check_tracking
 from quant.errors import UserError
 from quant.formats import parse_format, parse_search_space
@@ -20,8 +20,6 @@ from quant.formats import parse_format, parse_search_space
 _POSITIVE = "(0, inf)"
 _NOT_NEGATIVE = "[0, inf)"
 _SHARE = "(0, 1)"
-LAUNCH_FOLDERS = ("tune",)
-"""where a launch keeps its own files, beside the runs'"""
 RANGES = {
     **dict.fromkeys(["num_train_epochs", "learning_rate", "rl_learning_rate", "cost_target"], _POSITIVE),
     **dict.fromkeys(["max_memory", "max_compute", "latency_target"], _POSITIVE),
@@ -153,7 +151,7 @@ def _check_folders(config: RunConfig) -> None:
         name = getattr(config, flag)
         if name is not None and (not re.fullmatch(r"[\w.+=@ -]{1,120}", name) or set(name) <= {".", " "}):
             raise UserError(f"--{flag} {name!r} must be the name of one folder: letters, digits and . _ - + = @")
-    if config.run_id in LAUNCH_FOLDERS:
+    if config.run_id == TUNE_FOLDER:
         raise UserError(f"--run_id {config.run_id}: a launch keeps its own files there; choose another name")
 
 

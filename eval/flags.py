@@ -9,14 +9,14 @@ import difflib
 import logging
 import sys
 from argparse import SUPPRESS, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.flag_checks import validate
 from eval.quant_yaml import quant_flags
-from eval.run_config import GRID_FLAGS, GROUPS, RunConfig, name_of
+from eval.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
 from quant.errors import UserError
 
 __all__ = ["RunConfig", "complete", "entry", "parse", "read_flags", "to_yaml", "validate"]
@@ -32,8 +32,6 @@ _LISTS = {
 _UNSET = object()
 INTERRUPTED = 130
 """exit code after Ctrl-C, as shells know it"""
-LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
-"""the flags of a launch and of a run, in their folders"""
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -51,14 +49,13 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:
-    """The run of `folder`, which may have been moved as a whole since; `argv` wins over what it was started with."""
+    """The run of `folder`."""
     if not (folder / RUN_FILE).is_file():
         launch = "; python eval_parallel.py --resume finishes a launch" if (folder / LAUNCH_FILE).is_file() else ""
         raise UserError(f"--resume {folder}: no {RUN_FILE} there; name the folder of a run{launch}")
-    values = {**read_yaml(folder / RUN_FILE, "--resume"), **flags_beside_resume(argv)}
     # <output_root_dir>/<task>/<exp_name>/<run_id> is where it is now.
-    values |= {"output_root_dir": str(folder.parents[2]), "exp_name": folder.parent.name, "run_id": folder.name}
-    return replace(read_values(values, "--resume"), resume=None)
+    place = {"output_root_dir": str(folder.parents[2]), "exp_name": folder.parent.name, "run_id": folder.name}
+    return resumed(folder / RUN_FILE, argv, place)
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -92,13 +89,17 @@ def _default_target(config: RunConfig) -> dict[str, Any]:
     return {"target_bits": f"{max(bits) if limited else (min(bits) + max(bits)) / 2:g}"}
 
 
-def flags_beside_resume(argv: Sequence[str]) -> dict[str, Any]:
-    """What `argv` changes in a run or launch that it resumes. Raises UserError for what would make it another one."""
+def resumed(path: Path, argv: Sequence[str], place: Mapping[str, str]) -> RunConfig:
+    """The run or launch whose flags a file holds, at `place`: its folder may have been moved, or be mounted elsewhere.
+
+    What `argv` gives wins. Raises UserError for a flag that would make it another run or launch.
+    """
     given = flags_given(argv)
     for name in ("config", "output_root_dir", "exp_name"):
         if name in given:
             raise UserError(f"--{name} {given[name]} contradicts --resume {given['resume']}: it goes on where it was")
-    return given
+    values = {**read_yaml(path, "--resume"), **given, **place}
+    return replace(read_values(values, "--resume"), resume=None)
 
 
 def read_flags(argv: Sequence[str]) -> RunConfig:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from eval.flags import RUN_FILE, complete, read_values, read_yaml
+from eval.flags import complete, read_values, read_yaml
 from eval.quant_yaml import PLACED
 from eval.report_records import PLACE_SETTINGS, Excluded, Run, read_run
-from eval.run_config import GRID_FLAGS, LauncherFlags, RunConfig, is_path
+from eval.run_config import GRID_FLAGS, RUN_FILE, LauncherFlags, RunConfig, is_path
 from quant.errors import UserError
 from quant.formats import parse_search_space
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from eval.flags import LAUNCH_FILE, flags_beside_resume, read_flags, read_values, read_yaml, to_yaml
+from eval.flags import read_flags, resumed, to_yaml
 from eval.launch_grid import expand, look_up
-from eval.run_config import RunConfig
+from eval.run_config import LAUNCH_FILE, RunConfig
 from quant.errors import UserError
 
 
@@ -30,10 +29,8 @@ def read_launch(argv: Sequence[str]) -> RunConfig:
         folder, path = folder.parent, folder
     if not path.exists():
         raise UserError(f"--resume {config.resume}: no {LAUNCH_FILE} there; name the folder of a launch")
-    values = {**read_yaml(path, "--resume"), **flags_beside_resume(argv)}
-    # The folder may have been moved, or be mounted elsewhere: <output_root_dir>/<task>/<exp_name> is where it is now.
-    values |= {"output_root_dir": str(folder.parents[1]), "exp_name": folder.name}
-    return replace(read_values(values, "--resume"), resume=None)
+    # <output_root_dir>/<task>/<exp_name> is where it is now.
+    return resumed(path, argv, {"output_root_dir": str(folder.parents[1]), "exp_name": folder.name})
 
 
 def write_launch(folder: Path, config: RunConfig, runs: Sequence[RunConfig]) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.launch_grid import Progress, differences, look_up, read_config
 from eval.launch_trial import TUNED, objective, with_settings
-from eval.run_config import RunConfig
+from eval.run_config import RUN_FILE, RunConfig
 from quant.errors import UserError
 
 GRACE = 5
@@ -71,7 +71,7 @@ def hyperparameter_search(base: RunConfig, trials: int) -> dict[str, Any]:
 def tried(base: RunConfig) -> list[Progress]:
     """The runs that --hpo has made of `base` so far."""
     found = []
-    for path in sorted(base.experiment_folder.glob(f"{glob.escape(base.run_name)}-*/config.yaml")):
+    for path in sorted(base.experiment_folder.glob(f"{glob.escape(base.run_name)}-*/{RUN_FILE}")):
         run = read_config(path.parent)
         settings = {name: getattr(run, name) for name in TUNED}
         if run.run_id == with_settings(base, settings).run_id and not differences(base.updated(**settings), run):

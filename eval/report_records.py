@@ -17,18 +17,18 @@ from typing import Any, TypeVar
 
 import yaml
 
-from eval.run_config import DataFlags, LauncherFlags, OutputFlags, TrainingFlags
+from eval.run_config import LAUNCH_FILE, RUN_FILE, TUNE_FOLDER, DataFlags, LauncherFlags, OutputFlags, TrainingFlags
 from quant.errors import UserError
 from quant.formats import parse_format
 
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
-RUN_FILES = frozenset({"result.json", "config.yaml", "history.jsonl"})
+RUN_FILES = frozenset({"result.json", RUN_FILE, "history.jsonl"})
 """a folder with any of these is a run"""
 INNER_FOLDERS = {
     **dict.fromkeys(RUN_FILES, frozenset({"model", "plots", "tensorboard", "checkpoints", "retrained"})),
-    "launch.yaml": frozenset({"tune"}),
+    LAUNCH_FILE: frozenset({TUNE_FOLDER}),
 }
 """file -> what stands beside it and holds no runs of ours: Ray Tune's result.json is another thing"""
 PLACE_SETTINGS = frozenset(
@@ -247,9 +247,9 @@ def read_run(folder: Path) -> Run | Excluded:
     if reason := _wrong(record):
         return Excluded(path, reason)
     try:
-        return Run(folder, record, _settings(folder / "config.yaml"))
+        return Run(folder, record, _settings(folder / RUN_FILE))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        return Excluded(folder / "config.yaml", "damaged: not a YAML mapping")
+        return Excluded(folder / RUN_FILE, "damaged: not a YAML mapping")
 
 
 def read_each(runs: Iterable[Run], read: Callable[[Run], T]) -> tuple[dict[Path, T], list[Excluded]]:

@@ -18,6 +18,10 @@ OBSERVERS = [
     *("minmax", "percentile", "mse", "entropy", "avg_minmax", "avg_quantile"),
     *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax", "mse_grid", "mse_histogram"),
 ]
+LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
+"""the flags of a launch and of a run, in their folders"""
+TUNE_FOLDER = "tune"
+"""where a launch keeps Ray Tune's files, beside the runs'"""
 COST_UNITS = {"memory": "MiB", "compute": "GBOPs"}
 
 
