@@ -1,7 +1,8 @@
 """The final choice: candidates, and the swaps around the best of them, compared on held-out data.
 
 A policy gradient's noise is larger than a layer's effect, and effects measured one layer at a time on the float model
-miss what training has changed. So neither has the last word: both propose, the trained weights decide.
+miss what training has changed. So neither has the last word: both propose, the trained weights decide. What is best of
+many on the examples that proposed it is so by luck, in part; so other examples decide.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Contest:
     budget: Budget
     judge: Judge
     rounds: int = ROUNDS
+    decide_by: Judge | None = None
+    """judges on examples that have proposed nothing; None: there are no others, those of `judge` decide too"""
     seen: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
     """choice -> its (harm, quality) on each batch, (2, batches)"""
 
@@ -49,6 +52,10 @@ class Contest:
         """(choices, batches)"""
         return self.judged(choices)[:, 0]
 
+    def deciding_harms(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+        """(choices, batches), on the examples that decide."""
+        return self.harms(choices) if self.decide_by is None else self.decide_by(choices)[:, 0]
+
     def decide(self, candidates: Mapping[str, Sequence[int]]) -> Verdict:
         """The best fitting choice among the candidates and what local swaps make of it, see `better_of`.
 
@@ -57,7 +64,7 @@ class Contest:
         named = {name: tuple(choice) for name, choice in candidates.items()}
         if over := [name for name, choice in named.items() if not self.budget.fits(choice)]:
             raise ValueError(f"over the budget: {', '.join(over)}")
-        means = self.harms(list(named.values())).mean(1)
+        means = self.deciding_harms(list(named.values())).mean(1)
         winner = list(named)[int(means.argmin())]
         best, origin = named[winner], winner
         for round_ in range(self.rounds):
@@ -68,16 +75,18 @@ class Contest:
         return Verdict(best, origin, {name: float(mean) for name, mean in zip(named, means, strict=True)}, self)
 
     def better_of(self, challengers: Sequence[Choice], best: Choice) -> Choice | None:
-        """The challenger of least harm, if it is better than `best` by more than the difference's standard error.
+        """The challenger of least harm, if the deciding examples call it better than `best` by more than the error.
 
-        Differences are taken on the same batches.
+        That is the standard error of the difference, taken on the same batches.
         """
         if not challengers:
             return None
-        harms = self.harms(challengers)
-        challenger = int(harms.mean(1).argmin())
-        gain = self.harms([best])[0] - harms[challenger]
-        return challengers[challenger] if gain.mean() > standard_error(gain) else None
+        challenger = challengers[int(self.harms(challengers).mean(1).argmin())]
+        if self.harms([challenger]).mean() >= self.harms([best]).mean():
+            return None
+        before, after = self.deciding_harms([best, challenger])
+        gain = before - after
+        return challenger if gain.mean() > standard_error(gain) else None
 
     def effects(self, around: Choice) -> dict[tuple[int, int], float]:
         """(decision, other index) -> harm with that one decision changed, less the harm of `around`; measured."""
@@ -131,7 +140,7 @@ class Verdict:
     origin: str
     """the candidate that won, or the swap of it"""
     candidates: dict[str, float]
-    """held-out harm of each candidate"""
+    """harm of each candidate on the examples that decide"""
     contest: Contest
 
     def describe(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ What it sees depends on the seed and the step alone, so that a resumed run, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +24,14 @@ from quant.replay import replayed
 from trainer.batch_norm import statistics_of_batch
 from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
-from trainer.search import LEAST_JUDGED, ReinforceConfig, examples_to_judge
+from trainer.search import LEAST_JUDGED, MOST_JUDGED, ReinforceConfig, examples_to_judge
 from trainer.sensitivity import Sensitivity, increase, measure_sensitivity
 from trainer.teacher import Teacher, class_logits, softened_divergence
 
 LEAST_MEASURED = 32
 """examples that single formats are measured on: against float, effects are larger than between neighbours"""
+DECIDING_SHARE = 4
+"""times the examples that propose may decide: two choices are compared then, instead of a neighbourhood"""
 
 
 class JudgingTrainer(PickleFreeTrainer):
@@ -62,8 +65,17 @@ class JudgingTrainer(PickleFreeTrainer):
 
     def judging_batches(self, assignments: int, least: int = LEAST_JUDGED) -> list[Any]:
         """Batches of `search_dataset` to judge so many assignments on; always the first of the same order."""
-        count = self._judging_examples(assignments, least)
-        indices = self._permutation(self.search_dataset, salt=1)[:count]
+        return self._batches_apart(0, self._judging_examples(assignments, least))
+
+    def _deciding_batches(self) -> list[Any]:
+        """Batches of `search_dataset` that `judging_batches` leaves: more, for the few that are compared at last."""
+        seen = self._judging_examples(2 * self.space.num_decisions)
+        left = min(len(self.search_dataset) - seen, MOST_JUDGED, DECIDING_SHARE * seen)
+        return self._batches_apart(seen, left) if left >= LEAST_JUDGED else []
+
+    def _batches_apart(self, start: int, count: int) -> list[Any]:
+        """`count` examples of `search_dataset` from `start` on in an order of their own, as batches."""
+        indices = self._permutation(self.search_dataset, salt=1)[start : start + count]
         # At least four batches, so that what is measured comes with an error.
         size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(count / 4)))
         return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, count, size)]
@@ -85,14 +97,22 @@ class JudgingTrainer(PickleFreeTrainer):
         """What `judge` takes for the harm of a choice: the record says it."""
         return "loss" if self._known(self._batch(self.search_dataset, [0])) is None else "divergence"
 
+    @property
+    def decide_by(self) -> Callable[[Sequence[Sequence[int]]], NDArray[np.float64]] | None:
+        """`judge` on examples that it does not see itself; None where too few are left."""
+        batches = self._deciding_batches()
+        return partial(self.judge, batches=batches) if batches else None
+
     @torch.no_grad()
-    def judge(self, choices: Sequence[Sequence[int]], in_formats: bool = True) -> NDArray[np.float64]:
+    def judge(
+        self, choices: Sequence[Sequence[int]], in_formats: bool = True, batches: Sequence[Any] | None = None
+    ) -> NDArray[np.float64]:
         """Harm and quality of each choice on the same held-out batches, in eval mode: (choices, 2, batches).
 
         Batch norms go by the statistics of the batch. Harm is the divergence from the teacher's class probabilities;
         without a teacher or classes, the loss. Without `in_formats` the layers stay in the formats they are in.
         """
-        batches = self.judging_batches(2 * self.space.num_decisions)
+        batches = self.judging_batches(2 * self.space.num_decisions) if batches is None else batches
         judged = np.zeros((len(choices), 2, len(batches)))
         kind = self._config.reward_quality
         # Sorted, each choice shares with the one before it all layers up to the first that differs.

@@ -363,7 +363,7 @@ class ReinforceTrainer(JudgingTrainer):
             best = target.search.best()
         # Measuring the neighbours of a choice is most of the contest's work; once is the least.
         rounds = self._affordable_judgements(1 / 4) // (2 * self.space.num_decisions)
-        contest = Contest(self.budget, self.judge, min(max(rounds, 1), ROUNDS))
+        contest = Contest(self.budget, self.judge, min(max(rounds, 1), ROUNDS), self.decide_by)
         candidates = {name: c for name, c in target.search.candidates.items() if self.budget.fits(c)}
         verdict = contest.decide({**candidates, "policy": best})
         affordable = max(8, self._affordable_judgements(1 / 20))
@@ -380,6 +380,7 @@ class ReinforceTrainer(JudgingTrainer):
         target.contest = {
             **told,
             "judged_by": self.judged_by,
+            "decided_by": "the same examples" if contest.decide_by is None else "other examples",
             **self._drop_of(told["held_out_quality"]),
             "certificate": certificate(contest, verdict.choice, affordable, self.args.seed),
             "additivity": additivity(contest, verdict.choice, self.args.seed),

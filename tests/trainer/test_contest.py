@@ -44,6 +44,26 @@ def test_a_challenger_must_be_better_by_more_than_its_error():
     assert contest.better_of([], (0,)) is None
 
 
+def test_what_was_best_by_luck_is_refused_by_examples_that_proposed_nothing():
+    start, asked = (1, 1, 1, 1), []
+
+    def lucky(choice):
+        return -float(choice[0] == 2)
+
+    def others(choices):
+        asked.extend(choices)
+        return judged(lambda choice: 1.0 + choice[0])(choices)
+
+    by_luck = Contest(BUDGET, judged(lucky)).decide({"prior": start})
+    assert by_luck.choice[0] == 2
+    decided = Contest(BUDGET, judged(lucky), decide_by=others).decide({"prior": start})
+    assert decided.choice == start and decided.origin == "prior"
+    assert decided.candidates == {"prior": pytest.approx(2.0)}, "by the others, too"
+    assert len(set(asked)) == 2, "only what is compared at last"
+    confirmed = Contest(BUDGET, judged(additive), decide_by=judged(additive, seed=1)).decide({"prior": start})
+    assert additive(confirmed.choice) == pytest.approx(additive(best_of(additive)))
+
+
 def test_the_better_candidate_wins():
     verdict = Contest(BUDGET, judged(interacting)).decide({"prior": (0, 2, 0, 1), "policy": (1, 1, 1, 1)})
     assert verdict.choice[0] >= 1 and verdict.choice[2] >= 1

@@ -63,13 +63,18 @@ def make(folder, config=None, model=None, **changes):
     torch.manual_seed(0)
     model = model or Net()
     config = config or ReinforceConfig(target_bits=4.5, calibration_batches=2, sensitivity_examples=8)
-    trainer_changes = {name: changes.pop(name) for name in ("search_space", "history") if name in changes}
+    own = ("search_space", "history", "train_dataset")
+    trainer_changes = {name: changes.pop(name) for name in own if name in changes}
     return ReinforceTrainer(
         model,
         arguments(folder, **changes),
         search=config,
-        train_dataset=Data(),
-        **{"search_space": "2,4,8", "history": folder / "history.jsonl", **trainer_changes},
+        **{
+            "search_space": "2,4,8",
+            "history": folder / "history.jsonl",
+            "train_dataset": Data(),
+            **trainer_changes,
+        },
     )
 
 
@@ -305,6 +310,20 @@ def test_judging_leaves_every_module_in_its_own_mode(tmp_path):
     assert [module.training for module in trainer.model.modules()] == before
     trainer.qualities(torch.tensor([choice]), step=3)
     assert [module.training for module in trainer.model.modules()] == before
+
+
+def test_examples_that_decide_are_none_that_proposed(tmp_path):
+    config = ReinforceConfig(target_bits=4.5, calibration_batches=2)
+    trainer = make(tmp_path, config, train_dataset=Data(2000))
+    proposing, deciding = trainer.judging_batches(2 * trainer.space.num_decisions), trainer._deciding_batches()
+    seen, others = (
+        {image.numpy().tobytes() for batch in batches for image in batch["pixel_values"]}
+        for batches in (proposing, deciding)
+    )
+    assert len(seen) == 64 and len(others) == 136 and not seen & others
+    assert len(deciding) >= 4, "they come with an error"
+    few = make(tmp_path, config, train_dataset=Data(1200))
+    assert not few._deciding_batches() and few.decide_by is None, "56 examples are too few"
 
 
 def test_a_teacher_judges_by_the_distance_from_its_answers(tmp_path):
