@@ -5,7 +5,6 @@ Nothing here loads a model or imports torch: a report of thousands of runs takes
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from eval import report_tables as tables
 from eval.export_formats import writing
+from eval.flag_checks import check_can_be_made
 from eval.flags import entry
 from eval.report_labels import told_apart
 from eval.report_paired import read_answers
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     if flags.html:
         page = _page(summary, every_run, sections, excluded)
         with writing("html", flags.html):
+            flags.html.parent.mkdir(parents=True, exist_ok=True)
             flags.html.write_text(page)
         written.append(("page", flags.html))
     if flags.format == "table":
@@ -96,6 +97,10 @@ def _flags(argv: Sequence[str]) -> Namespace:
     flags = parser.parse_args(argv)
     if flags.max_runs < 1:
         raise UserError(f"--max_runs must be 1 or more, got {flags.max_runs}")
+    if flags.compare:
+        written = {"DIR": flags.folders, "--html": flags.html, "--output_dir": flags.output_dir}
+        if given := [name for name, value in written.items() if value]:
+            raise UserError(f"{given[0]} contradicts --compare: it prints two runs side by side, and writes nothing")
     return flags
 
 
@@ -139,23 +144,12 @@ def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
 
 def _check_places(flags: Namespace) -> None:
     """UserError where nothing could be written: before the work, not after it."""
-    folder = _output_folder(flags)
     if flags.output_dir or flags.folders[0].is_dir():  # else DIR is what is wrong
-        _check_folder("output_dir", folder, next(place for place in (folder, *folder.parents) if place.exists()))
-    if flags.html is None:
-        return
-    if flags.html.is_dir():
+        check_can_be_made("output_dir", _output_folder(flags))
+    if flags.html and flags.html.is_dir():
         raise UserError(f"--html {flags.html}: is a folder, name a file")
-    beside, made = flags.html.absolute().parent, folder.absolute()
-    if beside not in (made, *made.parents):  # those are made where they are missing
-        _check_folder("html", flags.html, beside)
-
-
-def _check_folder(flag: str, path: Path, folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"--{flag} {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--{flag} {path}: the folder {folder} is not writable")
+    if flags.html:
+        check_can_be_made("html", flags.html.parent)
 
 
 def _output_folder(flags: Namespace) -> Path:

@@ -20,7 +20,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from eval.flags import entry, parse, to_yaml
+from eval.folder_lock import alone_in
 from eval.limits import LIMIT_FLAGS, limits_of
 from eval.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.tracking import tracked
@@ -52,6 +53,8 @@ SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 COMPILE_ABOVE = 1e8
 """activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
+DYING = 5.0
+"""seconds that the process of a run may still hold its folder when it is started again"""
 MAY_DIFFER = {
     *GRID_FLAGS,
     *("task", "model_path", "data_dir", "load_model_path", "output_root_dir", "exp_name", "run_id", "config", "resume"),
@@ -234,7 +237,10 @@ def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = No
     started = time.monotonic()
     refuse_other_flags(config)
     plan = make_plan(config)
-    with tracked(config) if first_process() else nullcontext():
+    with ExitStack() as held:
+        if first_process():
+            held.enter_context(alone_in(config.run_folder, "run", "--run_id", DYING))
+            held.enter_context(tracked(config))
         return carry_out(plan, on_step, started)
 
 

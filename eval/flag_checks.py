@@ -64,6 +64,21 @@ def check_one_of(flag: str, value: str, choices: Iterable[str], besides: str = "
         raise UserError(f"unknown {flag} {value!r}; choices: {', '.join(known)}{besides}{hint}")
 
 
+def check_can_be_made(flag: str, path: str | Path | None) -> None:
+    """Refuse a folder to write into that cannot be made, or not be written to: before anything is trained."""
+    if path is None:
+        return
+    standing = Path(path).expanduser().absolute()
+    while not standing.exists() and standing != standing.parent:
+        standing = standing.parent
+    if not standing.is_dir():
+        raise UserError(f"--{flag} {path}: {standing} is a file, no folder")
+    try:
+        tempfile.TemporaryFile(dir=standing).close()  # permissions alone do not tell of read-only file systems
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: cannot write in {standing}: {error.strerror}") from None
+
+
 def _refuse(first: str, second: str, why: str) -> NoReturn:
     raise UserError(f"{first} contradicts {second}: {why}")
 
@@ -123,30 +138,15 @@ def _check_exists(flag: str, path: str | None, kind: str) -> None:
         raise UserError(f"--{flag} {path}: no such {kind}")
 
 
-def _check_can_be_made(flag: str, path: str | Path | None) -> None:
-    """Refuse a folder to write into that cannot be made, or not be written to: before anything is trained."""
-    if path is None:
-        return
-    standing = Path(path).expanduser().absolute()
-    while not standing.exists() and standing != standing.parent:
-        standing = standing.parent
-    if not standing.is_dir():
-        raise UserError(f"--{flag} {path}: {standing} is a file, no folder")
-    try:
-        tempfile.TemporaryFile(dir=standing).close()  # permissions alone do not tell of read-only file systems
-    except OSError as error:
-        raise UserError(f"--{flag} {path}: cannot write in {standing}: {error.strerror}") from None
-
-
 def _check_folders(config: RunConfig) -> None:
     _check_exists("data_dir", config.data_dir, "folder")
     _check_exists("model_path", config.model_path, "file or folder")
     _check_exists("load_model_path", config.load_model_path, "file or folder")
     _check_exists("resume", config.resume, "folder")
     _check_exists("max_latency", config.max_latency, "file")
-    _check_can_be_made("output_root_dir", config.output_root_dir)
-    _check_can_be_made("save_model_path", config.save_model_path)
-    _check_can_be_made("log_dir", config.log_dir)
+    check_can_be_made("output_root_dir", config.output_root_dir)
+    check_can_be_made("save_model_path", config.save_model_path)
+    check_can_be_made("log_dir", config.log_dir)
     for flag in ("exp_name", "run_id"):
         name = getattr(config, flag)
         if name is not None and (not re.fullmatch(r"[\w.+=@ -]{1,120}", name) or set(name) <= {".", " "}):

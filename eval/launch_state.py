@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from eval.flags import read_flags, resumed, to_yaml
+from eval.folder_lock import alone_in
 from eval.launch_grid import expand, look_up
 from eval.run_config import LAUNCH_FILE, RunConfig
 from quant.errors import UserError
@@ -70,15 +69,10 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as held:
         for folder in folders:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / ".lock", timeout=0))
+                held.enter_context(alone_in(folder, "launch", "--exp_name"))
                 probe = folder / ".probe"
                 probe.write_bytes(b"\0" * 4096)
                 probe.unlink()
-            except Timeout:
-                raise UserError(
-                    f"{folder}: another launch is at work there; wait for it, or choose another --exp_name"
-                ) from None
             except OSError as error:
                 raise UserError(f"--output_root_dir: cannot write in {folder}: {error.strerror}") from None
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from glob import escape
 from itertools import islice
@@ -30,7 +31,7 @@ from quant.token_clipping import output_loss, outputs
 from trainer import metrics, objectives
 from trainer.checkpoint import save_weights
 from trainer.quantization_file import write_quantization
-from trainer.reinforce_trainer import ReinforceTrainer
+from trainer.reinforce_trainer import ReinforceTrainer, TrainingDiverged
 from trainer.tuning import PLAIN, RECIPES, Measured, QuantizationConfig, Recipe, Setting, Trial, check_metrics, tune
 
 __all__ = ["NLPTrainer", "QuantizationConfig", "metrics", "objectives"]
@@ -38,6 +39,8 @@ __all__ = ["NLPTrainer", "QuantizationConfig", "metrics", "objectives"]
 logger = logging.getLogger(__name__)
 
 INT8, INT16 = IntFormat(8), IntFormat(16)
+TRIALS = "trials"
+"""folder in the trainer's own where quantization-aware training keeps what it writes"""
 
 
 class NLPTrainer(Trainer):
@@ -78,10 +81,13 @@ class NLPTrainer(Trainer):
 
         def evaluate(setting: Setting) -> Measured:
             model = copy.deepcopy(original)
-            modules, assignment = self._quantized(model, setting, layers, batches)
             try:
+                modules, assignment = self._quantized(model, setting, layers, batches)
                 self.model = self.model_wrapped = model
                 measured = self.evaluate()
+            except TrainingDiverged as error:  # of this trial: others may not
+                logger.warning(f"{setting}: {error}")
+                return Measured({metric.name: math.nan for metric in quant_config.metrics})
             finally:
                 self.model = self.model_wrapped = original
             latest[:] = [(model, (modules, assignment))]
@@ -173,10 +179,11 @@ class NLPTrainer(Trainer):
         self, model: nn.Module, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]]
     ) -> ReinforceTrainer:
         """What trains a quantized copy with all that this trainer was given."""
-        optimizer = self.optimizer_cls_and_kwargs
+        optimizer, arguments = self.optimizer_cls_and_kwargs, copy.copy(self.args)
+        arguments.output_dir = str(Path(str(self.args.output_dir)) / TRIALS)  # a trial's checkpoints are not the user's
         trainer = ReinforceTrainer(
             model,
-            self.args,
+            arguments,
             modules=modules,
             assignment=assignment,
             train_dataset=self.train_dataset,
@@ -188,6 +195,8 @@ class NLPTrainer(Trainer):
             preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
             optimizer_cls_and_kwargs=optimizer and (optimizer[0], dict(optimizer[1])),  # the Trainer takes some out
         )
+        if type(self).compute_loss is not Trainer.compute_loss:
+            trainer.compute_loss = self.compute_loss  # type: ignore[method-assign]
         own = {type(callback) for callback in trainer.callback_handler.callbacks}  # the Trainer's, such as its bar
         for callback in self.callback_handler.callbacks:
             if type(callback) not in own:

@@ -205,7 +205,8 @@ def tune(
         best = _best(trials)
         logger.warning(f"no trial of {len(trials)} was accepted; best: {best.setting}: {dict(best.measured.metrics)}")
         return None, trials
-    return min(accepted, key=lambda trial: _cost(trial, trials[0], config.objectives)), trials
+    first = next((trial for trial in trials if trial.measured.costs), trials[0])  # one that failed has none
+    return min(accepted, key=lambda trial: _cost(trial, first, config.objectives)), trials
 
 
 def check_metrics(metrics: Sequence[Metric], returned: Mapping[str, float]) -> None:
@@ -234,7 +235,7 @@ def _best(trials: Sequence[Trial]) -> Trial:
 
 
 def _cost(trial: Trial, first: Trial, objectives: Sequence[Objective]) -> tuple[float, float]:
-    """Weighted costs as shares of the first trial's, then the metrics."""
+    """Weighted costs as shares of those of the `first` trial, then the metrics."""
     if not objectives:
         return 0.0, trial.excess
     total = 0.0

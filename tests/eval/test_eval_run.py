@@ -237,6 +237,20 @@ def test_several_budgets_come_from_one_run_with_a_record_each(tmp_path):
         assert accuracy == pytest.approx(record["metrics"]["validation"]["accuracy"], abs=1e-9)
 
 
+def test_two_processes_do_not_share_a_runs_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.eval_run.DYING", 0)
+    settings = config(tmp_path, "--max_steps 2 --method float --run_id one")
+
+    def second(entry):
+        before = {path: path.stat().st_mtime_ns for path in settings.run_folder.rglob("*")}
+        with pytest.raises(UserError, match=r"/one: another run is at work there; .* another --run_id"):
+            run(settings)
+        assert before == {path: path.stat().st_mtime_ns for path in settings.run_folder.rglob("*")}
+
+    assert run(settings, on_step=second)["status"] == "finished"
+    assert run(settings)["status"] == "finished", "the lock ends with the run"
+
+
 @pytest.mark.parametrize("step", [12, 35])
 def test_several_budgets_go_on_from_a_checkpoint(tmp_path, step):
     several = f"{SEVERAL} --save_strategy steps --log_steps 5"

@@ -358,12 +358,12 @@ def cross_entropy(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(outputs["scores"], labels)
 
 
-def make_tiny(folder, model=None, train=None, **arguments):
+def make_tiny(folder, model=None, train=None, kind=NLPTrainer, **arguments):
     settings = TrainingArguments(
         str(folder), report_to="none", max_steps=3, use_cpu=True, disable_tqdm=True, label_names=["labels"]
     )
     points = {"train_dataset": train or Points(), "eval_dataset": Points()}
-    return NLPTrainer(model or Tiny(), settings, **points, compute_loss_func=cross_entropy, **arguments)
+    return kind(model or Tiny(), settings, **points, compute_loss_func=cross_entropy, **arguments)
 
 
 def loss_within(criterion, **fields):
@@ -426,6 +426,35 @@ def test_quantized_copies_are_trained_with_what_the_trainer_was_given(tmp_path):
     (_, (trained, rates, stateful)) = watcher.told
     assert trained is model and rates == {0.25}  # one rate: SGD needs no other for scales
     assert stateful["Counter"] == {"args": {"by": 2}, "attributes": {"count": 6}} and counter.count == 6
+
+
+BOTH = [objectives.performance, objectives.modelsize]
+
+
+def test_a_diverging_trial_is_not_accepted_and_others_follow(tmp_path, caplog):
+    class Diverging(NLPTrainer):
+        """Whose own loss is not finite in the first copies that it trains."""
+
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            self.trained = []
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if model.training and not any(model is one for one in self.trained):
+                self.trained.append(model)
+            if model.training and len(self.trained) <= 2:
+                loss = loss * float("nan")
+            return (loss, outputs) if return_outputs else loss
+
+    trainer = make_tiny(tmp_path, kind=Diverging)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 2
+    with caplog.at_level(logging.INFO):
+        model = trainer.quantize(loss_within(9.0, approach="QuantizationAwareTraining", objectives=BOTH))
+    assert model is not None and len(trainer.trained) == 3
+    told = [record.message for record in caplog.records if "loss is nan at step" in record.message]
+    assert len(told) == 2 and told[0].startswith("QuantizationAwareTraining: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"trials"}, "checkpoints of copies are not the trainer's own"
 
 
 def test_optimizers_of_one_model_are_refused_for_training_copies(tmp_path):
