@@ -37,8 +37,9 @@ def pictures(
         ],
         "Policy": [drawing for run in shown if (drawing := plots.policy(run, histories[run.folder]))],
         "Curves": [
-            plots.curves(members, [histories[run.folder] for run in members])
+            drawing
             for members in _alike([run for run in shown if histories[run.folder]], "task", "model", "cost_type")
+            if (drawing := plots.curves(members, [histories[run.folder] for run in members]))
         ],
         "Draws": [drawing for run in shown if (drawing := plots.drawn_assignments(run, histories[run.folder]))],
     }

@@ -158,10 +158,10 @@ def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
     return Drawing(f"{_where(run)}: policy of {run.label}", what, size, draw)
 
 
-def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]) -> Drawing:
+def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]) -> Drawing | None:
     """Loss, reward, quality, cost and entropy over the steps, thin as recorded and thick as a running mean.
 
-    All runs are of one cost type.
+    All runs are of one cost type. What none of them recorded has no panel (only a search has rewards); None: nothing.
     """
     labels = [_wrapped(run.label, 75) for run in runs]
     kind, unit = (runs[0].record[name] for name in ("cost_type", "cost_unit"))
@@ -172,28 +172,34 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
         "cost": f"{kind} cost [{unit}]",
         "entropy": "entropy [nat]",
     }
+    known = {name: [series(history, name) for history in histories] for name in measures}
+    shown = [name for name, lines in known.items() if any(len(values) for _, values in lines)]
+    rows = [shown[i : i + 2] for i in range(0, len(shown), 2)]
+    if not rows:
+        return None
 
     def draw(canvas: Canvas) -> None:
-        grid = canvas.subplot_mosaic([["loss", "reward"], ["quality", "cost"], ["entropy", "entropy"]], sharex=True)
-        for name, label in measures.items():
+        mosaic: list[Any] = [row if len(row) == 2 else row * 2 for row in rows]
+        grid = canvas.subplot_mosaic(mosaic, sharex=True)
+        for name in shown:
             axes = grid[name]
-            for index, (run, history) in enumerate(zip(runs, histories, strict=True)):
+            for index, (run, (steps, values)) in enumerate(zip(runs, known[name], strict=True)):
                 colour, dash = _line(index)
-                steps, values = series(history, name)
-                if not len(values):  # only a search has rewards
+                if not len(values):
                     continue
                 axes.plot(steps, values, color=colour, lw=0.5, alpha=0.3)
                 axes.plot(steps, running_mean(values), dash, color=colour, lw=1.3)
                 if name == "cost" and run.record["cost_target"] is not None:
                     axes.axhline(run.record["cost_target"], color=colour, lw=0.8, ls=(0, (4, 3)))
-            axes.set_title(label, loc="left")
-        grid["entropy"].set_xlabel("step")
+            axes.set_title(measures[name], loc="left")
+        for name in rows[-1]:
+            grid[name].set_xlabel("step")
         lines = [(label, *_line(index)) for index, label in enumerate(labels)]
         handles = [Line2D([], [], color=colour, ls=dash, label=label) for label, colour, dash in lines]
         canvas.legend(handles=handles, loc="outside lower left", ncols=1)
 
     what = "Thick: running mean over a twentieth of the steps. Dashed level in the cost: the target."
-    size = (WIDTH, 4.2 + (0.04 + 0.12 * _most_lines(labels)) * len(runs))
+    size = (WIDTH, 1.4 * len(rows) + (0.04 + 0.12 * _most_lines(labels)) * len(runs))
     return Drawing(f"{_where(runs[0])}: the course of the training ({kind})", what, size, draw)
 
 

@@ -295,3 +295,7 @@ def test_a_competitor_of_the_search_has_a_curve_of_its_loss_alone(tmp_path):
     figure = drawn(plots.curves(runs, [run.history() for run in runs]))
     lines = {axes.get_title(loc="left"): len(axes.lines) for axes in figure.axes}
     assert lines["loss"] == 4 and lines["reward"] == 2
+    (alone,) = [run for run in runs if run.record["method"] == "measured"]
+    figure = drawn(plots.curves([alone], [alone.history()]))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["loss"], "no empty panels"
+    assert plots.curves([alone], [[{"step": 1}]]) is None
