@@ -40,10 +40,10 @@ def start_entropy(share: float) -> Iterator[None]:
 @contextmanager
 def changed(**settings: Any) -> Iterator[None]:
     """Settings of the search that have no flag."""
-    from eval import eval_run
+    from eval import run_trainer
 
-    plain = eval_run.search_settings
-    with patch.object(eval_run, "search_settings", lambda config: replace(plain(config), **settings)):
+    plain = run_trainer.search_settings
+    with patch.object(run_trainer, "search_settings", lambda config: replace(plain(config), **settings)):
         yield
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.eval_run import evaluate, make_plan, make_trainer
 from eval.flags import parse
+from eval.run_plan import make_plan
+from eval.run_trainer import evaluate, make_trainer
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import Format, IntFormat
 from quant.graph import find_groups

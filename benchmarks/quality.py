@@ -152,7 +152,8 @@ def common_flags(name: str, row: Row, shared: Path, output: Path) -> list[str]:
 
 def searching(name: str, shared: Path, output: Path, seed: int, run_id: str) -> ReinforceTrainer:
     """The trainer of a row's search, before its first step."""
-    from eval.eval_run import make_plan, make_trainer
+    from eval.run_plan import make_plan
+    from eval.run_trainer import make_trainer
 
     row = rows()[name]
     flags = [*common_flags(name, row, shared, output), *shlex.split(row.budget), "--search", "--quiet"]

@@ -141,7 +141,7 @@ def evaluated(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]
     """Metrics of `model` on the run's evaluation splits, measured as the run measured its own."""
     from transformers import PrinterCallback
 
-    from eval.eval_run import evaluate, training_arguments
+    from eval.run_trainer import evaluate, training_arguments
     from trainer.reinforce_trainer import ReinforceTrainer
 
     plan = run.plan

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cost.profile import LayerProfile
-    from eval.eval_run import Plan
     from eval.run_config import RunConfig
+    from eval.run_plan import Plan
     from quant.quant_module import QuantModule
 
 
@@ -46,7 +46,7 @@ class FinishedRun:
     @cached_property
     def plan(self) -> Plan:
         """The run's data, prepared as it had them."""
-        from eval.eval_run import make_plan
+        from eval.run_plan import make_plan
 
         return make_plan(self.config)
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from eval.run_config import DataFlags, LayerFlags
 
 if TYPE_CHECKING:
-    from eval.eval_run import Plan
     from eval.run_config import RunConfig
+    from eval.run_plan import Plan
 
 _SHAPING = [entry.name for group in (DataFlags, LayerFlags) for entry in fields(group)]
 _SHAPING += ["load_model_path", "fuse_groups"]
@@ -45,7 +45,7 @@ def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Fac
 
     Runs that differ in training and search flags alone share one look at data and model.
     """
-    from eval.eval_run import make_plan
+    from eval.run_plan import make_plan
 
     facts: dict[str, Facts] = {}
     plans: dict[Any, tuple[Plan, float | None]] = {}
@@ -61,7 +61,8 @@ def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Fac
 
 
 def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
-    from eval.eval_run import budget, check_phases, search_space, teacher_share
+    from eval.run_plan import budget, check_phases, search_space
+    from eval.run_trainer import teacher_share
 
     run = plan.config
     check_phases(run)
@@ -77,7 +78,7 @@ def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
 
 def _passes(plan: Plan, steps: int) -> float:
     """Forward passes over a step's examples that a search takes beside training: rewards, sensitivities, contests."""
-    from eval.eval_run import search_settings, search_space
+    from eval.run_plan import search_settings, search_space
     from trainer.judging_trainer import LEAST_MEASURED
     from trainer.search import Phases, examples_to_judge
 

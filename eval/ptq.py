@@ -12,8 +12,8 @@ from quant.quantizer import QuantizerConfig
 from quant.token_clipping import clip_tokens
 
 if TYPE_CHECKING:
-    from eval.eval_run import Plan
     from eval.run_config import RunConfig
+    from eval.run_plan import Plan
     from trainer.reinforce_trainer import ReinforceTrainer
 
 FOR_WEIGHTS = ("minmax", "mse", "mse_fast", "mse_grid", "lsq_plus")

@@ -143,7 +143,8 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from eval.eval_run import make_plan, make_trainer
+    from eval.run_plan import make_plan
+    from eval.run_trainer import make_trainer
     from quant.convert import calibrate
 
     trainer, modules, _ = make_trainer(make_plan(config))

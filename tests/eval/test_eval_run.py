@@ -7,8 +7,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from eval.eval_run import float_teacher, last_checkpoint, main, make_plan, outcome, run
+from eval.eval_run import last_checkpoint, main, run
 from eval.flags import parse
+from eval.run_plan import make_plan
+from eval.run_record import outcome
+from eval.run_trainer import float_teacher
 from eval.saved_model import load_model
 from quant.errors import UserError
 from trainer.teacher import SHARE

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.eval_run import search_settings
 from eval.flag_checks import RANGES
 from eval.flags import RunConfig, complete, entry, markdown_table, parse, read_flags, to_yaml
+from eval.run_plan import search_settings
 from quant.errors import UserError
 
 ROOT = Path(__file__).parents[2]

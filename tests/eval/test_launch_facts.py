@@ -1,6 +1,6 @@
 import pytest
 
-from eval import eval_run, launch_facts
+from eval import launch_facts, run_trainer
 from eval.flags import parse
 from quant.errors import UserError
 
@@ -26,7 +26,7 @@ def test_a_search_takes_longer_by_the_passes_that_it_makes(monkeypatch, flags, s
 
 def test_a_teacher_takes_a_pass_more_at_every_step(monkeypatch):
     monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
-    monkeypatch.setattr(eval_run, "teacher_share", lambda plan: 0.9)
+    monkeypatch.setattr(run_trainer, "teacher_share", lambda plan: 0.9)
     run = parse([*RUN, "--bits", "4"])
     assert launch_facts.learn({run.run_name: run}, measure=True)[run.run_name].seconds == pytest.approx(
         80 * (1 + 1 / 3)

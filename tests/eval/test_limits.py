@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from eval.eval_run import main, make_plan
+from eval.eval_run import main
 from eval.flags import parse
 from eval.limits import read_latencies
+from eval.run_plan import make_plan
 from quant.errors import UserError
 from quant.formats import parse_format
 

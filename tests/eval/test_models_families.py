@@ -8,10 +8,10 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-from eval import eval_run
-from eval.eval_run import save_result
+from eval.eval_run import run, save_result
 from eval.flags import parse
 from eval.models import build_model
+from eval.run_plan import make_plan, search_space
 from eval.saved_model import load_model
 from quant.errors import UserError
 
@@ -87,9 +87,9 @@ def settings(family, folder, words, more=""):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_search_ends_in_its_budget_and_loads_again_bit_by_bit(family, tmp_path, words, monkeypatch):
     plans = []
-    monkeypatch.setattr(eval_run, "save_result", lambda plan, *rest: plans.append(plan) or save_result(plan, *rest))
+    monkeypatch.setattr("eval.eval_run.save_result", lambda plan, *rest: plans.append(plan) or save_result(plan, *rest))
     config = settings(family, tmp_path, words)
-    record = eval_run.run(config)
+    record = run(config)
     assert record["status"] == "finished" and record["cost"] <= record["cost_target"]
 
     (plan,) = plans
@@ -113,7 +113,7 @@ FUSED = {
 
 @pytest.mark.parametrize("family", FUSED)
 def test_fused_groups_share_a_decision_that_the_record_names(family, tmp_path, words):
-    record = eval_run.run(settings(family, tmp_path, words, "--fuse_groups"))
+    record = run(settings(family, tmp_path, words, "--fuse_groups"))
     groups = [layers for layers in record["decisions"].values() if len(layers) > 1]
     assert [[layer.rpartition(".")[2] for layer in layers] for layers in groups] == FUSED[family]
     assert sorted(layer for layers in record["decisions"].values() for layer in layers) == sorted(record["assignment"])
@@ -122,8 +122,8 @@ def test_fused_groups_share_a_decision_that_the_record_names(family, tmp_path, w
 
 
 def test_fused_groups_widen_the_blocks_of_a_block_search(tmp_path, words):
-    plan = eval_run.make_plan(settings("llama", tmp_path, words, "--block_search --fuse_groups"))
-    decisions = eval_run.search_space(plan).decisions
+    plan = make_plan(settings("llama", tmp_path, words, "--block_search --fuse_groups"))
+    decisions = search_space(plan).decisions
     assert {d.name: [layer.rpartition(".")[2] for layer in d.layers] for d in decisions} == {
         "model.layers.*.self_attn.q_proj+2": ["q_proj"] * 2 + ["k_proj"] * 2 + ["v_proj"] * 2,
         "model.layers.*.self_attn.o_proj": ["o_proj"] * 2,
@@ -140,9 +140,9 @@ def test_activations_are_recomputed_or_that_is_refused_before_training(family, t
     config = settings(family, tmp_path, words, "--gradient_checkpointing")
     if family not in RECOMPUTING:
         with pytest.raises(UserError, match=r"--gradient_checkpointing: \w+ has no way to recompute"):
-            eval_run.make_plan(config)
+            make_plan(config)
         return
-    plan = eval_run.make_plan(config)
+    plan = make_plan(config)
     calls = Counter()
     for name in plan.layers:
         plan.bundle.model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
@@ -154,8 +154,8 @@ def test_activations_are_recomputed_or_that_is_refused_before_training(family, t
 @pytest.mark.parametrize("family", ["bert", "timm"])
 def test_recomputed_activations_change_nothing(family, tmp_path, words):
     config = settings(family, tmp_path, words, "--gradient_checkpointing")
-    recomputed = eval_run.run(config)
-    plain = eval_run.run(config.updated(gradient_checkpointing=False, run_id="plain"))
+    recomputed = run(config)
+    plain = run(config.updated(gradient_checkpointing=False, run_id="plain"))
     assert {name for name in plain if plain[name] != recomputed[name]} <= {"run_id", "wall_seconds"}
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import eval.ptq
-from eval.eval_run import make_plan, make_trainer, run
+from eval.eval_run import run
 from eval.flags import parse
+from eval.run_plan import make_plan
+from eval.run_trainer import make_trainer
 from eval.saved_model import load_model
 from quant.migration import added
 from trainer.reinforce_trainer import ReinforceTrainer

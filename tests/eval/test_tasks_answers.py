@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import BartConfig
 
-from eval.eval_run import make_plan, run
+from eval.eval_run import run
 from eval.flags import parse
 from eval.metrics import exact_match, rouge, token_f1
+from eval.run_plan import make_plan
 from eval.saved_model import load_model
 from eval.task_qa import Pieces, SpanJudge, best_span, span_of
 from eval.tasks import load_task

@@ -1,0 +1,194 @@
+"""What a run works on: its data, model, layers and budget, loaded and checked before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.limits import LIMIT_FLAGS, limits_of
+from eval.run_config import RunConfig
+from quant.errors import UserError
+from quant.formats import FLOAT, Format
+
+if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+    from cost.profile import LayerProfile
+    from eval.eval_partitions import Blocks
+    from eval.model_bundle import ModelBundle
+    from eval.tasks import PreparedData, TaskData
+    from policy.space import Partition, SearchSpace
+    from trainer.search import ReinforceConfig
+
+
+@dataclass
+class Plan:
+    """What a run works on, after everything that can be wrong with it was checked and before anything is trained."""
+
+    config: RunConfig
+    data: TaskData
+    bundle: ModelBundle
+    prepared: PreparedData
+    layers: list[str]
+    profiles: list[LayerProfile]
+    fused: Blocks = field(default_factory=dict)
+    """with --fuse_groups: the finest partition that divides no fused group"""
+
+    @property
+    def compute_metrics(self) -> Any:
+        """The Trainer's own metrics; None, the loss alone, where metrics need a split's texts: see `evaluate`."""
+        own = self.prepared.judges or self.prepared.writer
+        return None if own else self.data.compute_metrics
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats that layers may take, float left out."""
+        config = self.config
+        wanted = config.search_formats if config.chooses else config.uniform_formats
+        return tuple(dict.fromkeys(format for format in wanted if format != FLOAT))
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong."""
+    from cost.profile import profile_model
+    from eval.coverage import searched_layers
+    from eval.fused_groups import fused_groups
+    from eval.models import build_model, recompute_activations
+    from eval.tasks import load_task, prepare
+
+    check_phases(config)
+    data = load_task(config)
+    corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
+    bundle = build_model(config, data.num_labels, corpus)
+    if config.gradient_checkpointing:
+        recompute_activations(bundle.model)
+    if config.channels_last:
+        import torch
+
+        if data.kind != "image":
+            raise UserError(f"--channels_last is for images, and --task {config.task} is {data.kind}")
+        bundle.model.to(memory_format=torch.channels_last)  # convolutions pass it on to what they compute
+    if config.load_model_path is not None:
+        start_from(bundle, Path(config.load_model_path))
+    if not bundle.trained:
+        _refuse_untrained(config)
+    prepared = prepare(data, bundle, config)
+    layers = searched_layers(bundle.model, data.kind, config)
+    profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
+    plan = Plan(config, data, bundle, prepared, layers, profiles)
+    if config.fuse_groups:
+        plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
+    budget(plan)
+    return plan
+
+
+def check_phases(config: RunConfig) -> None:
+    """UserError for a search that has no step to learn in."""
+    from trainer.search import Phases
+
+    if config.method == "search" and config.max_steps > 0:
+        Phases.of(search_settings(config), config.max_steps)
+
+
+def search_settings(config: RunConfig) -> ReinforceConfig:
+    """The search flags as the trainer's configuration; what a flag leaves open, the recipe decides."""
+    from trainer.search import ReinforceConfig
+
+    names = {field.name for field in fields(ReinforceConfig)}
+    given = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if config.target_list:
+        given["target_bits"] = config.target_list if len(config.target_list) > 1 else config.target_list[0]
+    return ReinforceConfig.fliqs(**given) if config.recipe == "fliqs" else ReinforceConfig(**given)
+
+
+def _refuse_untrained(config: RunConfig) -> None:
+    """UserError for what only makes sense with a trained model: all of its weights, the head's included."""
+    reasons = {"max_drop": "counts from what the float model scores", "distill": "has the float model teach"}
+    for flag, why in reasons.items():
+        if value := getattr(config, flag):
+            raise UserError(
+                f"--{flag} {value:g}: {why}, and this one's weights are not all trained: train it with --method float, "
+                "then start from it with --load_model_path RUN"
+            )
+
+
+def start_from(bundle: ModelBundle, path: Path) -> None:
+    """Copy the weights of --load_model_path: a safetensors file, or a folder with one (a run's, or its `model`).
+
+    Ranges that a quantized run learned stay behind: they belong to its formats, this run finds its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from eval.model_bundle import copy_tensors
+
+    places = [path] if path.is_file() else [path / "model.safetensors", path / "model" / "model.safetensors"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise UserError(f"--load_model_path {path}: holds no model.safetensors")
+    try:
+        tensors = {name: tensor for name, tensor in load_file(file).items() if "_quantizer." not in name}
+    except SafetensorError as error:
+        raise UserError(f"--load_model_path {file}: not readable as safetensors: {error}") from None
+    # Weights now come from the file; what the builder had to say of its own is no longer true.
+    bundle.notes = copy_tensors(bundle.model, tensors, str(file))
+    bundle.trained = not bundle.notes
+
+
+def budget(plan: Plan) -> float | None:
+    """The run's target (its largest) in its cost's unit; None without one. UserError, with the range, if none fits it.
+
+    So it does if no assignment meets the target and every limit together.
+    """
+    from cost.cost import UNITS
+    from policy.allocators import MAX_EXHAUSTIVE
+    from policy.budget import Budget
+    from policy.solve import InfeasibleError
+    from trainer.search import resolve_target
+
+    config = plan.config
+    if config.cost_target is None and config.target_bits is None:
+        return None
+    cost_type: Any = config.cost_type
+    space, limits, own = search_space(plan), limits_of(config, plan.profiles), (cost_type, config.cost_target)
+    # Without a target, a limit on the run's own cost has become it.
+    flag = next((LIMIT_FLAGS[one.name] for one in limits if (one.name, one.value) == own), "--cost_target")
+    targets = [
+        resolve_target(space, plan.profiles, cost_type, config.cost_target, bits, flag)
+        for bits in config.target_list or (None,)
+    ]
+    if config.method == "exhaustive" and (size := space.num_choices**space.num_decisions) > MAX_EXHAUSTIVE:
+        raise UserError(f"--method exhaustive: {size:.3g} assignments are too many to try, at most {MAX_EXHAUSTIVE}")
+    if limits:
+        table = space.cost_table(plan.profiles, cost_type)
+        try:
+            Budget.of(space, table, targets[0], limits).solve(-table)
+        except InfeasibleError as error:
+            asked = [(flag if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
+            asked += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
+            told = [
+                f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g}{', not even alone' * (value < low)})"
+                for (flag, value, unit), (low, high) in zip(asked, error.ranges, strict=True)
+            ]
+            raise UserError(f"no assignment meets all limits: {', '.join(dict.fromkeys(told))}") from None
+    return targets[-1]
+
+
+def search_space(plan: Plan) -> SearchSpace:
+    """What the flags let a search decide."""
+    from policy.space import build_space
+
+    config = plan.config
+    return build_space(
+        plan.layers, config.search_formats, partition(plan), config.weight_only_search, config.separate_activations
+    )
+
+
+def partition(plan: Plan) -> Partition:
+    """Which layers share a decision, as the flags say."""
+    from eval.eval_partitions import block_partition
+    from eval.fused_groups import merge
+
+    if plan.config.partition in ("role", "depth"):
+        blocks = block_partition(plan.bundle.model, plan.layers, plan.config.partition)
+        return merge(blocks, plan.fused.values())
+    return plan.fused or plan.config.partition  # type: ignore[return-value]

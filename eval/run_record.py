@@ -1,0 +1,126 @@
+"""What a run's record says beside its metrics: settings, layers, costs, versions; and the lines that tell of it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from eval.limits import limits_of
+from eval.run_config import RunConfig
+from eval.run_plan import Plan, budget, search_space
+from eval.run_trainer import teacher_share
+from quant.formats import Format
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "datasets", "numpy")
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The part of the record that is known before training."""
+    config = plan.config
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "finished",
+        "reason": None,
+        "task": config.task_name,
+        "model": config.model_name,
+        "method": config.method,
+        "seed": config.seed,
+        "run_id": config.run_name,
+        "cost_type": config.cost_type,
+        "cost_target": budget(plan),
+        "metric": plan.data.metric,
+        "search_space": [f.name for f in config.search_formats] if config.chooses else None,
+        "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
+        "distill": teacher_share(plan),
+        "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": commit(),
+        "device": device_name(config),
+        "notes": [*plan.data.notes, *plan.bundle.notes, *plan.prepared.notes, *layer_notes(plan)],
+    }
+
+
+def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[str, Any]:
+    """Cost of the assignment, and the range that assignments of the search space have."""
+    from cost.cost import COSTS, UNITS, overhead_memory, unsearched_memory
+    from policy.space import build_space
+
+    config = plan.config
+    cost_type: Any = config.cost_type
+    costs = {name: cost(plan.profiles, assignment) for name, cost in COSTS.items()}
+    overhead = overhead_memory(plan.profiles, assignment, config.per_channel)
+    unsearched = unsearched_memory(plan.bundle.model, plan.layers)
+    space = build_space(
+        plan.layers, config.search_formats, "layer", config.weight_only_search, config.separate_activations
+    )
+    return {
+        "cost": costs[cost_type],
+        "cost_unit": UNITS[cost_type],
+        "cost_range": list(space.cost_range(plan.profiles, cost_type)),
+        "limits": [
+            {"name": limit.name, "unit": limit.unit, "limit": limit.value, "value": limit.total(assignment)}
+            for limit in (limits_of(config, plan.profiles) if config.chooses else ())
+        ],
+        "costs": {
+            **costs,
+            "overhead": overhead,
+            "unsearched": unsearched,
+            "total": costs["memory"] + overhead + unsearched,
+        },
+    }
+
+
+def layer_notes(plan: Plan) -> list[str]:
+    """What a reader of the cost must know: weights that no layer call reaches, layers that were never called."""
+    from quant.convert import hidden_weights, other_weights
+
+    notes = []
+    if others := other_weights(plan.bundle.model):
+        notes.append(f"{len(others)} layers are of kinds that stay in float: {', '.join(list(others)[:3])}")
+    if hidden := hidden_weights(plan.bundle.model):
+        notes.append(f"{len(hidden)} weights inside nn.MultiheadAttention stay in float: {', '.join(hidden[:3])} ...")
+    if idle := [p.name for p in plan.profiles if not p.calls]:
+        notes.append(f"{len(idle)} layers are never called and cost no compute: {', '.join(idle[:3])}")
+    return notes
+
+
+def commit() -> str | None:
+    """The revision of this code, None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+def device_name(config: RunConfig) -> str:
+    """'cuda: its name', or 'cpu: threads'."""
+    import torch
+
+    if config.device != "cpu" and torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}"
+    return f"cpu: {torch.get_num_threads()} threads"
+
+
+def outcome(record: Mapping[str, Any]) -> list[str]:
+    """What a finished run has reached, in lines: metrics, cost, and whether what was asked for was kept."""
+    lines = [
+        f"{split}: " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        for split, metrics in record["metrics"].items()
+    ]
+    contest = record.get("contest") or {}
+    found = record["cost_target"] is None or "max_drop" in contest  # then the target is what was found, not asked for
+    target = "" if found else f" (target {record['cost_target']:.6g})"
+    lines.append(f"cost: {record['cost']:.6g} {record['cost_unit']}{target}")
+    for limit in record["limits"]:
+        lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")
+    if "max_drop" in contest:
+        kept = "within" if contest["within_drop"] else "NOT within"
+        quality, of_float, drop = contest["held_out_quality"], contest["float_quality"], contest["max_drop"]
+        lines.append(f"held-out quality: {quality:.5f} when chosen, float {of_float:.5f}: {kept} {drop:g}")
+    return lines
