@@ -38,14 +38,13 @@ from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
 from trainer.processes import mean_over_processes, of_first_process, share_buffers
 from trainer.quantization_file import write_quantization
+from trainer.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior
 from trainer.teacher import Teacher, class_logits
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 
-SCALES = "_quantizer.grids."
-"""what the names of learned scales contain"""
 STATE = "training"
 """file of a checkpoint that holds everything but the model and the random generators"""
 SEARCH_MEASURES = ("reward", "quality", "cost", "entropy")
@@ -495,31 +494,12 @@ class ReinforceTrainer(JudgingTrainer):
         return [name for name in super().get_decay_parameter_names(model) if SCALES not in name]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer; one that moves every number by about the learning rate gets smaller ones for scales.
-
-        Adam's step does not depend on the gradient's size, so a scale of 0.01 would double within a few steps. Scales
-        are grouped by magnitude, and a group's learning rate is relative to it. SGD needs none of this: LSQ's gradient
-        is already made for it.
-        """
+        """The Trainer's optimizer, in which learned scales move at a pace of their own, see `scale_groups`."""
         optimizer = super().create_optimizer(model)
-        if isinstance(optimizer, torch.optim.SGD) or any("scale_exponent" in group for group in optimizer.param_groups):
-            return optimizer
-        named = {name: parameter for name, parameter in self.model.named_parameters() if SCALES in name}
-        if not self._scale_exponents:  # a resumed run has them from its checkpoint: scales have moved since
-            # An offset (LSQ+) may be 0 or negative: it moves at the pace of its scale.
-            size = {
-                name: named[name.removesuffix("offset") + "scale"] if name.endswith(".offset") else p
-                for name, p in named.items()
-            }
-            self._scale_exponents = {name: round(math.log2(p.detach().mean().item())) for name, p in size.items()}
-        scales = {parameter: self._scale_exponents[name] for name, parameter in named.items()}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter not in scales]
-        template = {key: value for key, value in optimizer.param_groups[-1].items() if key != "params"}
-        for exponent in sorted(set(scales.values())):
-            members = [parameter for parameter, own in scales.items() if own == exponent]
-            own = {"lr": template["lr"] * 2.0**exponent, "weight_decay": 0.0, "scale_exponent": exponent}
-            optimizer.add_param_group({**template, **own, "params": members})
+        if needs_groups(optimizer):
+            if not self._scale_exponents:  # a resumed run has them from its checkpoint: scales have moved since
+                self._scale_exponents = scale_exponents(self.model)
+            group_scales(optimizer, self.model, self._scale_exponents)
         return optimizer
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
