@@ -57,21 +57,22 @@ class Contest:
         return self.harms(choices) if self.decide_by is None else self.decide_by(choices)[:, 0]
 
     def decide(self, candidates: Mapping[str, Sequence[int]]) -> Verdict:
-        """The best fitting choice among the candidates and what local swaps make of it, see `better_of`.
+        """The first candidate, unless another or a local swap of the best of them is better, see `better_of`.
 
         Raises ValueError for a candidate over the budget.
         """
         named = {name: tuple(choice) for name, choice in candidates.items()}
         if over := [name for name, choice in named.items() if not self.budget.fits(choice)]:
             raise ValueError(f"over the budget: {', '.join(over)}")
-        means = self.deciding_harms(list(named.values())).mean(1)
-        winner = list(named)[int(means.argmin())]
-        best, origin = named[winner], winner
+        first, *others = named.values()
+        best = self.better_of(others, first) or first
+        winner = origin = next(name for name, choice in named.items() if choice == best)
         for round_ in range(self.rounds):
             better = self.better_of(self.swaps(best), best)
             if better is None:
                 break
             best, origin = better, f"swap {round_ + 1} of {winner}"
+        means = self.harms(list(named.values())).mean(1)
         return Verdict(best, origin, {name: float(mean) for name, mean in zip(named, means, strict=True)}, self)
 
     def better_of(self, challengers: Sequence[Choice], best: Choice) -> Choice | None:
@@ -140,7 +141,7 @@ class Verdict:
     origin: str
     """the candidate that won, or the swap of it"""
     candidates: dict[str, float]
-    """harm of each candidate on the examples that decide"""
+    """held-out harm of each candidate"""
     contest: Contest
 
     def describe(self) -> dict[str, Any]:
