@@ -63,6 +63,8 @@ def profile_model(
 
     def count(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+            if module is not layers[name]:  # one that was replaced shares its hooks, and the model still calls it
+                return
             # The output knows what stride, padding, dilation and their subclasses' own arithmetic came to.
             positions[name] += output.numel() // _channels(module)
             calls[name] += 1

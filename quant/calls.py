@@ -22,3 +22,11 @@ def with_first_tensor(change: Callable[[Tensor], Tensor], args: tuple[Any, ...],
     read = next(name for name, value in named.items() if isinstance(value, Tensor))
     named[read] = change(named[read])
     return tuple(named[place] for place in range(len(args))), {name: named[name] for name in kwargs}
+
+
+def examples_of(batch: Any) -> int:
+    """Rows of a batch: of the first tensor with an axis in it, however deep; 0 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((rows for part in parts if (rows := examples_of(part))), 0)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quant.calls import examples_of
 from quant.convert import run_model
 from quant.modes import evaluating
 
@@ -48,7 +49,7 @@ def statistics_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[
     Those are of the formats that the weights were trained in. Under them, most of what other formats seem to harm is
     what a few steps, or a recalibration, take away. Batches of fewer than LEAST_TELLING examples: moving averages.
     """
-    norms = _batch_norms(model) if len(next(iter(batch.values()))) >= LEAST_TELLING else []
+    norms = _batch_norms(model) if examples_of(batch) >= LEAST_TELLING else []
     for norm in norms:
         norm.training, norm.track_running_stats = True, False
     try:

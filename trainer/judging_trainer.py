@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from policy.space import SearchSpace
-from quant.convert import set_formats, weights_kept
+from quant.convert import in_float, set_formats, weights_kept
 from quant.errors import UserError
 from quant.modes import evaluating
 from quant.quant_module import QuantModule
@@ -30,6 +32,8 @@ from trainer.teacher import Teacher, class_logits, softened_divergence
 
 LEAST_MEASURED = 32
 """examples that single formats are measured on: against float, effects are larger than between neighbours"""
+LARGEST_LIKELY = 20.0
+"""loss up to which exp(-loss) is the likelihood of something; a squared error in the thousands has none"""
 DECIDING_SHARE = 4
 """times the examples that propose may decide: two choices are compared then, instead of a neighbourhood"""
 
@@ -48,6 +52,8 @@ class JudgingTrainer(PickleFreeTrainer):
     """training examples that ranges are calibrated on"""
     teacher: Teacher | None
     """the float model, where it comes trained"""
+    reference_loss: float | None = None
+    """what losses are measured by where their size says nothing, see `telling_reference`"""
 
     def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
         """The measured effect of every single decision, on `search_dataset`.
@@ -128,7 +134,7 @@ class JudgingTrainer(PickleFreeTrainer):
                         loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
                         logits = class_logits(outputs, batch)
                     harm = loss if known is None or logits is None else softened_divergence(known, logits).mean()
-                    judged[row, :, column] = float(harm), float(quality(loss, outputs, batch, kind))
+                    judged[row, :, column] = float(harm), float(self._quality(loss, outputs, batch, kind))
         return judged
 
     def _known(self, batch: Any) -> Tensor | None:
@@ -151,7 +157,7 @@ class JudgingTrainer(PickleFreeTrainer):
                 set_formats(self.modules, self.space.assignment(choice.tolist()))
                 with self.compute_loss_context_manager():
                     loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-                measured.append(quality(loss, outputs, batch, self._config.reward_quality))
+                measured.append(self._quality(loss, outputs, batch, self._config.reward_quality))
         return mean_over_processes(torch.stack(measured), len(indices)).tolist()
 
     def plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -163,7 +169,19 @@ class JudgingTrainer(PickleFreeTrainer):
     def _error(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, batch, return_outputs=True)
-        return 1 - quality(loss, outputs, batch, "accuracy")
+        return 1 - self._quality(loss, outputs, batch, "accuracy")
+
+    def _quality(self, loss: Tensor, outputs: Any, batch: Any, kind: str) -> Tensor:
+        return quality(loss, outputs, batch, kind, self.reference_loss)
+
+    @torch.no_grad()
+    def find_reference_loss(self) -> None:
+        """Before the first step, in float: by what losses are measured, if the model tells no classes apart."""
+        batches = self.judging_batches(2 * self.space.num_decisions)
+        if not self._classes(batches[0]):
+            with evaluating(self.model), in_float(self.modules):
+                losses = [float(self.plain_loss(self.model, batch)) for batch in batches]
+            self.reference_loss = telling_reference(sum(losses) / len(losses))
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():
@@ -191,8 +209,9 @@ class JudgingTrainer(PickleFreeTrainer):
     def _steps_per_epoch(self) -> int:
         """As the Trainer counts them: an epoch is a pass over the rows that are not held out."""
         rows = self._rows - len(self.search_rows)
-        batches = math.ceil(rows / self._global_batch_size)
-        return math.ceil(batches / self.args.gradient_accumulation_steps)
+        batches = rows / self._global_batch_size
+        whole = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
+        return max(1, math.ceil(whole / self.args.gradient_accumulation_steps))
 
     @property
     def _rows(self) -> int:
@@ -243,19 +262,42 @@ class JudgingTrainer(PickleFreeTrainer):
             yield self._batch(self.train_dataset, indices[start : start + size])
 
 
-def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Tensor], kind: str) -> Tensor:
+def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Any], kind: str, reference: float | None = None) -> Tensor:
     """Quality in (0, 1] of a batch, 0-d: what the reward sees.
 
-    likelihood: mean probability of the true class; exp(-loss) where there is no class to be sure of (language models,
-    regression). accuracy: share of examples whose largest logit is the truth.
+    likelihood: mean probability of the true class. Where there is no class to be sure of (language models, regression):
+    exp(-loss), or for losses that this says nothing of (see `telling_reference`) 1/2 at the `reference` loss, falling
+    from 1 to 0 with the distance from it as a share of its size. accuracy: share of examples whose largest logit is the
+    truth. Examples with a label below 0 do not count.
     """
     logits = class_logits(outputs, batch)
     if logits is None and kind == "accuracy":
         raise UserError("--reward_quality accuracy needs a model that tells classes apart; choose likelihood")
     if logits is None:
-        value = torch.exp(-loss.float())
-    elif kind == "accuracy":
-        value = (logits.argmax(dim=1) == batch["labels"]).float().mean()
+        value = _quality_of_loss(loss.float(), reference)
     else:
-        value = logits.float().softmax(dim=1).gather(1, batch["labels"].view(-1, 1)).mean()
+        labels = batch["labels"].view(-1)
+        counted = labels >= 0
+        if kind == "accuracy":
+            right = (logits.argmax(dim=1) == labels).float()
+        else:
+            right = logits.float().softmax(dim=1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        value = torch.where(counted, right, 0).sum() / counted.sum().clamp(min=1)
     return torch.where(value > 0, value, torch.where(value.isnan(), value, torch.finfo(torch.float32).tiny))
+
+
+def streams(dataset: Any) -> bool:
+    """Whether rows come one after the other alone, without an index."""
+    return dataset is not None and (isinstance(dataset, IterableDataset) or not has_length(dataset))
+
+
+def telling_reference(loss: float) -> float | None:
+    """The loss to measure others by, given the float model's; None where exp(-loss) tells them apart by itself."""
+    return None if 0 <= loss <= LARGEST_LIKELY or not math.isfinite(loss) else loss
+
+
+def _quality_of_loss(loss: Tensor, reference: float | None) -> Tensor:
+    if reference is None:
+        return torch.exp(-loss).clamp(max=1)
+    apart = (loss - reference) / abs(reference)
+    return (1 - apart / (1 + apart.abs())) / 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, Trainer
 
 from cost.cost import assignment_from_json, assignment_to_json
 from quant.convert import Assignment, describe_quantizers, quantize_as_described, set_formats
@@ -34,6 +36,17 @@ def write_quantization(
         "placement": placed_sites(model),
     }
     write_json(folder / QUANTIZATION, {**more, **described})
+
+
+def write_companions(folder: Path, trainer: Trainer) -> None:
+    """Write what goes with the weights of a transformers model: its configuration, its tokenizer or processor."""
+    if isinstance(trainer.model, PreTrainedModel):
+        config = copy.deepcopy(trainer.model.config)
+        config.architectures = [type(trainer.model).__name__]
+        config.save_pretrained(folder)
+    processing: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    if processing is not None:
+        processing.save_pretrained(folder)
 
 
 def migrate_again(model: nn.Module, described: Mapping[str, Any]) -> None:

@@ -33,11 +33,11 @@ from trainer.contest import ROUNDS, Contest
 from trainer.drop import cheapest_budget, cheapest_choice, limited
 from trainer.evidence import additivity, all_if_affordable, certificate
 from trainer.history import History
-from trainer.judging_trainer import JudgingTrainer, quality
+from trainer.judging_trainer import JudgingTrainer, quality, streams
 from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
 from trainer.processes import mean_over_processes, of_first_process, share_buffers
-from trainer.quantization_file import write_quantization
+from trainer.quantization_file import write_companions, write_quantization
 from trainer.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
 from trainer.sensitivity import believing_prior
@@ -117,6 +117,13 @@ class ReinforceTrainer(JudgingTrainer):
         after_calibration: Callable[[ReinforceTrainer], None] | None = None,
         **trainer_arguments: Any,
     ) -> None:
+        if teacher is not None and teacher.model is model:
+            raise ValueError("the teacher is the model itself: give it a copy, Teacher(copy.deepcopy(model))")
+        if streams(train_dataset):
+            kind = type(train_dataset).__name__
+            raise UserError(
+                f"train_dataset needs a length and rows by index, got a stream ({kind}): gather it in a list"
+            )
         formats = parse_search_space(search_space) if isinstance(search_space, str) else tuple(search_space)
         if search is not None and modules is None:
             modules = quantize_model(model, formats=formats)
@@ -127,6 +134,8 @@ class ReinforceTrainer(JudgingTrainer):
             search_dataset = Subset(train_dataset, search_rows)  # type: ignore[arg-type]
         args.logging_nan_inf_filter = False  # it would let a diverged run end normally
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer_arguments)
+        if self.compute_loss_func is not None and not self.label_names:
+            self.label_names = ["labels"]  # else the Trainer drops what `forward` does not take
         self.search_config = search
         self.search_dataset: Any = train_dataset if search_dataset is None else search_dataset
         self.search_rows = list(search_rows) if searching else []
@@ -153,6 +162,11 @@ class ReinforceTrainer(JudgingTrainer):
         self._limits = tuple(limits)
         if search is not None:
             self.profiles = list(profiles or profile_model(self.model, self._batch(train_dataset, [0]), self.modules))
+            if self.profiles and not any(profile.calls for profile in self.profiles):
+                raise UserError(
+                    f"the model calls none of its {len(self.profiles)} quantized layers: does it keep the float ones "
+                    "in a list, or read their weights itself?"
+                )
             self.space: SearchSpace = build_space(
                 list(self.modules), formats, partition, weight_only_search, separate_activations
             )
@@ -265,6 +279,8 @@ class ReinforceTrainer(JudgingTrainer):
             if self.after_calibration is not None:
                 self.after_calibration(self)
         config = self.search_config
+        if config is not None:
+            self.find_reference_loss()
         if config is None or config.method != "search":
             for target in self._in_turn():
                 if config is not None:
@@ -422,9 +438,7 @@ class ReinforceTrainer(JudgingTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
-        logits = class_logits(outputs, batch)
-        if logits is None:
-            raise UserError("--distill needs a model that tells classes apart, one answer for each example")
+        logits = class_logits(outputs, batch, checked=False)
         counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
         loss = self.teacher.loss(loss, logits, batch, counted)
         return (loss, outputs) if return_outputs else loss
@@ -503,8 +517,16 @@ class ReinforceTrainer(JudgingTrainer):
         return optimizer
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; while the search goes on, of its best choice so far, and not of what was drawn last."""
+        search = self.targets[-1].search
+        if search is not None and not self._settled:
+            set_formats(self.modules, self.space.assignment(search.best()))
         with weights_kept(self.modules):
             return super().evaluation_loop(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best evaluation so far: only of the chosen assignment can weights be the run's."""
+        return self._settled and super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What the Trainer logs (to TensorBoard, say), and beside it where the search stands."""
@@ -542,8 +564,11 @@ class ReinforceTrainer(JudgingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model; with its ranges and formats, once these are chosen, for `eval.saved_model.load_model`."""
         super().save_model(output_dir, _internal_call)
-        if self.assignment and self.args.should_save and not _internal_call:
-            folder = Path(output_dir or str(self.args.output_dir))
+        if not self.args.should_save or _internal_call:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        write_companions(folder, self)
+        if self.assignment:
             write_quantization(folder, self.model, self.modules, self.assignment)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -566,6 +591,7 @@ class ReinforceTrainer(JudgingTrainer):
             "scale_exponents": self._scale_exponents,
             "settled": self._settled,
             "float_quality": self._float_quality,
+            "reference_loss": self.reference_loss,
             "token_quantiles": {name: q.token_quantiles for name, q in self._quantizers() if q.token_quantiles},
         }
         checkpoint.save_state(state, folder / STATE)
@@ -580,6 +606,7 @@ class ReinforceTrainer(JudgingTrainer):
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self._settled, self._float_quality = state["settled"], state["float_quality"]
+        self.reference_loss = state["reference_loss"]
         for name, quantizer in self._quantizers():
             quantizer.token_quantiles = state["token_quantiles"].get(name, {})
         for target, saved in zip(self._in_turn(), state["targets"], strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from policy.budget import Budget
 from policy.hessian import hessian_traces, top_eigenvalues
 from policy.space import SearchSpace
+from quant.calls import examples_of
 from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
 from quant.modes import evaluating
@@ -107,15 +108,18 @@ def fisher_effect(
     examples = 1
 
     def watch(name: str) -> Any:
+        layer = modules[name]
+
         def hook(module: Any, inputs: Any, named: Any, output: Tensor) -> None:
-            if not output.requires_grad:
+            # A layer that was replaced shares its hooks with the new one: a model that still calls it calls them.
+            if module is not layer or not output.requires_grad:
                 return
             with torch.no_grad():
                 changes = []
                 for formats in choices[name]:
-                    module.set_formats(*formats)
-                    changes.append((module.forward(*inputs, **named) - output).square())
-                module.set_formats(FLOAT, FLOAT)
+                    layer.set_formats(*formats)
+                    changes.append((layer.forward(*inputs, **named) - output).square())
+                layer.set_formats(FLOAT, FLOAT)
 
             def add(gradient: Tensor) -> None:
                 squared = (gradient * examples).square()  # of each example's own loss, not of their mean
@@ -132,8 +136,9 @@ def fisher_effect(
             weight.requires_grad_(True)
         with evaluating(model), in_float(modules), torch.enable_grad():
             for batch in batches:
-                examples = len(next(iter(batch.values())))
-                torch.autograd.grad(loss(model, batch), [m.weight for m in modules.values()], allow_unused=True)
+                examples = examples_of(batch)
+                loss(model, batch).backward()  # not autograd.grad, which recomputed activations forbid
+                model.zero_grad()
     finally:
         for handle in handles:
             handle.remove()

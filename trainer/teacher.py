@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.convert import run_model
+from quant.errors import UserError
 from trainer.sensitivity import divergence
 
 TEMPERATURE = 4.0
@@ -38,16 +39,20 @@ class Teacher:
     @torch.no_grad()
     def answers(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Its logits, (examples, classes); None where it tells no classes apart."""
-        return class_logits(run_model(self.model, batch), batch)
+        return class_logits(run_model(self.model, batch), batch, checked=False)
 
-    def loss(self, loss: Tensor, logits: Tensor, batch: Mapping[str, Any], counted: Tensor | int | None) -> Tensor:
+    def loss(
+        self, loss: Tensor, logits: Tensor | None, batch: Mapping[str, Any], counted: Tensor | int | None
+    ) -> Tensor:
         """(1 - share) x loss + share x T^2 x KL(teacher || student), from logits (examples, classes) / T.
 
         T is TEMPERATURE; its square keeps the gradients as large as the loss's (as in the paper). The divergence is a
         mean over the batch, or over `counted` examples where the loss is: batches that are accumulated then add up.
+        Raises UserError for a model that tells no classes apart.
         """
         known = self.answers(batch)
-        assert known is not None, "student and teacher are the same model, and the student's logits are here"
+        if known is None or logits is None:
+            raise UserError("a teacher (--distill) needs a model that tells classes apart, one answer for each example")
         told = softened_divergence(known, logits).sum() / (len(logits) if counted is None else counted)
         return (1 - self.share) * loss + self.share * told
 
@@ -57,12 +62,22 @@ def softened_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return TEMPERATURE**2 * divergence(reference / TEMPERATURE, logits / TEMPERATURE)
 
 
-def class_logits(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """The logits (examples, classes) of a model that tells classes apart; None for any other."""
+def class_logits(outputs: Any, batch: Mapping[str, Any], checked: bool = True) -> Tensor | None:
+    """The logits (examples, classes) of a model that tells classes apart, one for each example; None for any other.
+
+    Labels below 0 are of examples that do not count. Without `checked` those above the last class are not looked for,
+    for which a GPU would have to be waited for.
+    """
     labels: Any = batch.get("labels")
     if isinstance(outputs, tuple) and not hasattr(outputs, "logits"):
         logits: Any = outputs[1] if len(outputs) > 1 and isinstance(outputs[1], Tensor) else None  # (loss, logits, ...)
+    elif isinstance(outputs, Tensor):
+        logits = outputs
     else:
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    classes = logits is not None and labels is not None and logits.dim() == 2 and logits.shape[1] > 1
-    return logits if classes and not labels.is_floating_point() else None
+    if logits is None or not isinstance(labels, Tensor) or logits.dim() != 2 or logits.shape[1] == 1:
+        return None
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    if not whole or labels.numel() != len(logits) or labels.dim() > 2:
+        return None
+    return None if checked and bool((labels >= logits.shape[1]).any()) else logits

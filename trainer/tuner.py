@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length
 
 from cost.cost import compute_cost, memory_cost
 from cost.profile import profile_model
@@ -30,7 +28,8 @@ from quant.quantizer import QuantizerConfig
 from quant.token_clipping import output_loss, outputs
 from trainer import metrics, objectives
 from trainer.checkpoint import save_weights
-from trainer.quantization_file import write_quantization
+from trainer.judging_trainer import streams
+from trainer.quantization_file import write_companions, write_quantization
 from trainer.reinforce_trainer import ReinforceTrainer, TrainingDiverged
 from trainer.tuning import PLAIN, RECIPES, Measured, QuantizationConfig, Recipe, Setting, Trial, check_metrics, tune
 
@@ -117,9 +116,7 @@ class NLPTrainer(Trainer):
     def _samples(self, size: int) -> list[Any]:
         """The first `size` training examples, in evaluation batches. Raises UserError where there is none."""
         dataset: Any = () if self.train_dataset is None else self.train_dataset
-        rows = (
-            list(islice(dataset, size)) if _streams(dataset) else [dataset[i] for i in range(min(size, len(dataset)))]
-        )
+        rows = list(islice(dataset, size)) if streams(dataset) else [dataset[i] for i in range(min(size, len(dataset)))]
         if not rows:
             raise UserError("the calibration set is empty: NLPTrainer needs a train_dataset to quantize")
         step = self.args.per_device_eval_batch_size
@@ -128,7 +125,7 @@ class NLPTrainer(Trainer):
 
     def _check_training(self) -> None:
         """Raises UserError for what fits one run on the float model, and no training of quantized copies of it."""
-        if _streams(self.train_dataset):
+        if streams(self.train_dataset):
             raise UserError(
                 "QuantizationAwareTraining needs a train_dataset with a length and rows by index, "
                 f"got {type(self.train_dataset).__name__}"
@@ -227,9 +224,10 @@ class NLPTrainer(Trainer):
         if self.quantized is None:
             super()._save(output_dir, state_dict)
             return
-        super()._save(output_dir, {})  # all that goes with the weights
         if self.args.should_save:
-            save_weights(state_dict or self.model.state_dict(), Path(output_dir or str(self.args.output_dir)))
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_weights(state_dict or self.model.state_dict(), folder)
+            write_companions(folder, self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model; once it is quantized, with its ranges and formats, for `eval.saved_model.load_model`."""
@@ -238,11 +236,6 @@ class NLPTrainer(Trainer):
             return
         modules, assignment = self.quantized
         write_quantization(Path(output_dir or str(self.args.output_dir)), self.model, modules, assignment)
-
-
-def _streams(dataset: Any) -> bool:
-    """Whether rows come one after the other alone, without an index."""
-    return isinstance(dataset, IterableDataset) or not has_length(dataset)
 
 
 def _unused(callback: TrainerCallback) -> TrainerCallback:

@@ -21,6 +21,17 @@ def make(config, phases, prior=None, pressure=None, seed=0):
     return Search(space, BUDGET, config, phases, generator, prior, pressure)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("method", "mesured"), ("policy_prior", "measure"), ("reward_quality", "acc"), ("cost_gradient", "exact"),
+     ("cost_function", "tunas"), ("cost_type", "latency"), ("entropy_schedule_type", "cos")],
+)  # fmt: skip
+def test_a_misspelt_word_is_refused_with_the_choices(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} must be one of \w+, \w+.*, got '{value}'"):
+        ReinforceConfig(**{"target_bits": 4, field: value})
+    assert ReinforceConfig(target_bits=[3.0, 4.0]).target_bits == (3.0, 4.0)
+
+
 def test_finds_the_layer_that_needs_bits():
     """Only layer b gains from bits: the policy must give it 8 and stay within the budget."""
     config = ReinforceConfig(target_bits=4, policy_prior="none", rl_learning_rate=0.1, cost_beta=0.2)
