@@ -33,7 +33,7 @@ from trainer.teacher import Teacher, class_logits, softened_divergence
 LEAST_MEASURED = 32
 """examples that single formats are measured on: against float, effects are larger than between neighbours"""
 LARGEST_LIKELY = 20.0
-"""loss up to which exp(-loss) is the likelihood of something; a squared error in the thousands has none"""
+"""loss up to which exp(-loss) tells something: that of a sum over many words does not"""
 DECIDING_SHARE = 4
 """times the examples that propose may decide: two choices are compared then, instead of a neighbourhood"""
 
@@ -181,7 +181,7 @@ class JudgingTrainer(PickleFreeTrainer):
         if not self._classes(batches[0]):
             with evaluating(self.model), in_float(self.modules):
                 losses = [float(self.plain_loss(self.model, batch)) for batch in batches]
-            self.reference_loss = telling_reference(sum(losses) / len(losses))
+            self.reference_loss = telling_reference(sum(losses) / len(losses), batches[0].get("labels"))
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():
@@ -265,10 +265,9 @@ class JudgingTrainer(PickleFreeTrainer):
 def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Any], kind: str, reference: float | None = None) -> Tensor:
     """Quality in (0, 1] of a batch, 0-d: what the reward sees.
 
-    likelihood: mean probability of the true class. Where there is no class to be sure of (language models, regression):
-    exp(-loss), or for losses that this says nothing of (see `telling_reference`) 1/2 at the `reference` loss, falling
-    from 1 to 0 with the distance from it as a share of its size. accuracy: share of examples whose largest logit is the
-    truth. Examples with a label below 0 do not count.
+    likelihood: mean probability of the true class; of language models exp(-loss). For losses that are no likelihood
+    (see `telling_reference`) 1/2 at the `reference` loss, falling from 1 to 0 with the distance from it, as a share of
+    its size. accuracy: share of examples whose largest logit is the truth. Examples with a label below 0 do not count.
     """
     logits = class_logits(outputs, batch)
     if logits is None and kind == "accuracy":
@@ -291,13 +290,17 @@ def streams(dataset: Any) -> bool:
     return dataset is not None and (isinstance(dataset, IterableDataset) or not has_length(dataset))
 
 
-def telling_reference(loss: float) -> float | None:
-    """The loss to measure others by, given the float model's; None where exp(-loss) tells them apart by itself."""
-    return None if 0 <= loss <= LARGEST_LIKELY or not math.isfinite(loss) else loss
+def telling_reference(loss: float, labels: Any) -> float | None:
+    """The loss to measure others by, given the float model's; None where exp(-loss) is the likelihood of something.
+
+    That it is of whole-numbered labels: words, pixels, positions of an answer.
+    """
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return None if (whole and 0 <= loss <= LARGEST_LIKELY) or not math.isfinite(loss) else loss
 
 
 def _quality_of_loss(loss: Tensor, reference: float | None) -> Tensor:
     if reference is None:
         return torch.exp(-loss).clamp(max=1)
-    apart = (loss - reference) / abs(reference)
+    apart = (loss - reference) / (abs(reference) or 1.0)
     return (1 - apart / (1 + apart.abs())) / 2

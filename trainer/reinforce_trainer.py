@@ -606,7 +606,7 @@ class ReinforceTrainer(JudgingTrainer):
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self._settled, self._float_quality = state["settled"], state["float_quality"]
-        self.reference_loss = state["reference_loss"]
+        self.reference_loss = state.get("reference_loss")  # older checkpoints have none
         for name, quantizer in self._quantizers():
             quantizer.token_quantiles = state["token_quantiles"].get(name, {})
         for target, saved in zip(self._in_turn(), state["targets"], strict=True):

@@ -104,8 +104,12 @@ def test_a_drop_is_kept_where_the_loss_is_large(tmp_path):
 
 
 def test_which_losses_need_something_to_be_measured_by():
-    assert telling_reference(-0.1) == -0.1 and telling_reference(2565.0) == 2565.0
-    assert telling_reference(0.0) is None and telling_reference(10.8) is None and telling_reference(math.nan) is None
+    words, numbers = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2)
+    assert telling_reference(-0.1, words) == -0.1 and telling_reference(2565.0, words) == 2565.0
+    assert telling_reference(0.1, numbers) == 0.1 and telling_reference(0.3, None) == 0.3
+    assert telling_reference(0.0, words) is None and telling_reference(10.8, words) is None
+    assert telling_reference(math.nan, numbers) is None
+    assert float(quality(torch.tensor(-0.2), {}, {}, "likelihood", 0.0)) == pytest.approx(0.5 + 0.1 / 1.2)
     assert float(quality(torch.tensor(-0.5), {}, {}, "likelihood")) == 1.0, "one batch below zero"
 
 
