@@ -60,7 +60,8 @@ def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         folder: or where a trainer's `save_model` wrote one.
         model: a float model of the same architecture, which is quantized in place, for one that is not known by name.
 
-    Raises UserError if the folder holds no saved model, or one of an architecture that has to be given.
+    Raises UserError if the folder holds no saved model, one of an architecture that has to be given, or of another one
+    than was given.
     """
     folder = Path(folder)
     folder = folder / "model" if (folder / "model").is_dir() else folder
@@ -72,8 +73,12 @@ def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     except (ValueError, CheckpointError) as error:
         raise UserError(f"{folder}: damaged: {error}") from None
     model = float_architecture(folder, saved) if model is None else model
-    quantize_again(model, saved)
-    model.load_state_dict(tensors)
+    try:
+        quantize_again(model, saved)
+        model.load_state_dict(tensors)
+    except (UserError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: was saved from a model other than this {type(model).__name__}: {reason}") from None
     return model.eval()
 
 

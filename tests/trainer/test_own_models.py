@@ -251,6 +251,15 @@ def test_steps_of_epochs_that_drop_their_last_batch(tmp_path):
     assert trainer.phases.total == trainer.state.global_step == 8, "30 rows without the held out make one batch"
 
 
+def test_a_folder_of_another_model_says_so(tmp_path):
+    trainer = searched(tmp_path, Net(cross_entropy), settings={"max_steps": 8}.items())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for other in (Net(cross_entropy, outputs=4), nn.Sequential(nn.Linear(8, 3))):
+        with pytest.raises(UserError, match=f"saved: was saved from a model other than this {type(other).__name__}: "):
+            load_model(tmp_path / "saved", other)
+
+
 def test_a_model_of_transformers_comes_back_by_itself(tmp_path):
     torch.manual_seed(0)
     model = BertForSequenceClassification(
