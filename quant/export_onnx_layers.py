@@ -32,9 +32,12 @@ class Storage:
 
 INT_STORAGE = (Storage("int4", ml_dtypes.int4, 4), Storage("int8", np.int8, 8), Storage("int16", np.int16, 16))
 INT8 = INT_STORAGE[1]
-FLOAT_STORAGE = (
+FLOAT8_STORAGE = (
     Storage("float8e4m3fn", ml_dtypes.float8_e4m3fn, 8),
     Storage("float8e5m2", ml_dtypes.float8_e5m2, 8),
+)
+FLOAT_STORAGE = (
+    *FLOAT8_STORAGE,
     Storage("float16", np.float16, 16, dequantized=False),
     Storage("bfloat16", ml_dtypes.bfloat16, 16, dequantized=False),
 )
@@ -83,6 +86,11 @@ class OnnxLayer:
     def is_product(self) -> bool:
         """Whether this is a matrix product, not a convolution."""
         return self.float_weight.dim() == 2
+
+    @property
+    def float8(self) -> bool:
+        """Whether the weight or the input is held in a type of 8 bits that is no integer."""
+        return not {self.weight_storage, self.input_storage}.isdisjoint(FLOAT8_STORAGE)
 
     @property
     def emulated(self) -> bool:

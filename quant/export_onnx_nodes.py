@@ -41,6 +41,7 @@ class Replacement:
 
     def run(self) -> None:
         self._settle_convolutions()
+        self._settle_products()
         for node in list(self.graph.node):
             if node.domain != DOMAIN:
                 self.new_nodes.append(node)
@@ -169,8 +170,10 @@ class Replacement:
                 # ONNX Runtime widens constants as it loads, and multiplies integers of 8 bits only.
                 codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
             made = self._dequantized(layer, storage, codes, scale, point, name, rows_last)
-        if blocked and layer.float_weight.dim() > 2:
-            shape = self._constant(f"{name}.shape", np.asarray(layer.float_weight.shape, dtype=np.int64))
+        if blocked and (not layer.is_product or layer.input_storage is not None):
+            # A product of blocks with an input that has a scale, too, ONNX Runtime would take for one of integers.
+            sizes = layer.float_weight.T.shape if layer.transposed else layer.float_weight.shape
+            shape = self._constant(f"{name}.shape", np.asarray(sizes, dtype=np.int64))
             made = self._node("Reshape", [made, shape], f"{name}.shaped")
         self.made[layer.name] = made
         return made
@@ -194,17 +197,20 @@ class Replacement:
             values = self._node("Cast", [codes], f"{name}.cast", to=TensorProto.FLOAT)
             factors = self._constant(f"{name}.scale", scale.numpy())
             return self._node("Mul", [values, factors], name)
-        if isinstance(layer.weight.element, FloatFormat):
-            # ONNX Runtime takes two float8 operands of a product for integers: the scales stand apart.
-            one = self._constant(f"{DOMAIN}.one", np.float32(1))
-            values = self._node("DequantizeLinear", [codes, one], f"{name}.values")
-            return self._node("Mul", [values, self._constant(f"{name}.scale", scale.numpy())], name)
         channel = next((axis for axis, size in enumerate(scale.shape) if size > 1), None)
-        flat = () if channel is None else (-1,)
-        inputs = [codes, self._constant(f"{name}.scale", scale.numpy().reshape(flat))]
+        flat, axis = ((), {}) if channel is None else ((-1,), {"axis": channel})
+        points = []
         if point is not None:
-            inputs.append(self._constant(f"{name}.zero_point", point.numpy().reshape(flat).astype(storage.dtype)))
-        return self._node("DequantizeLinear", inputs, name, **({} if channel is None else {"axis": channel}))
+            zero_points = point.numpy().reshape(flat).astype(storage.dtype)
+            points.append(self._constant(f"{name}.zero_point", zero_points))
+        if layer.float8:
+            # ONNX Runtime takes float8 operands of a product for integers: the scales stand apart.
+            ones = np.ones((), np.float32) if point is None else np.ones_like(scale.numpy().reshape(flat))
+            one = self._constant(f"{DOMAIN}.one" if point is None else f"{name}.ones", ones)
+            values = self._node("DequantizeLinear", [codes, one, *points], f"{name}.values", **(axis if points else {}))
+            return self._node("Mul", [values, self._constant(f"{name}.scale", scale.numpy())], name)
+        factors = self._constant(f"{name}.scale", scale.numpy().reshape(flat))
+        return self._node("DequantizeLinear", [codes, factors, *points], name, **axis)
 
     def _settle_convolutions(self) -> None:
         """Where a convolution's bias goes: ONNX Runtime rounds it to steps of input scale x weight scale.
@@ -255,6 +261,30 @@ class Replacement:
         conv.output[0] = f"{output}/product"
         added = self._constant(f"{layer.name}.bias", bias.reshape(-1, *(1,) * (layer.float_weight.dim() - 2)))
         return helper.make_node("Add", [conv.output[0], added], [output], name=f"{output}/bias")
+
+    def _settle_products(self) -> None:
+        """A bias behind a product of matrices is subtracted with its sign turned: the same values, bit for bit.
+
+        ONNX Runtime makes one operation of product and addition, and then rounds the bias, and a weight in float, to
+        integers where the input was rounded. Products of more axes it leaves apart, and joins the addition with others.
+        """
+        values = {tensor.name: tensor for tensor in self.graph.initializer}
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in self.graph.value_info}
+        rounded = {
+            n.output[0]
+            for n in self.graph.node
+            if n.domain == DOMAIN and n.op_type == "Input" and self.layers[layer_of(n)].input_storage is not None
+        }
+        products: set[str] = set()
+        for node in self.graph.node:
+            if node.op_type == "MatMul" and node.input[0] in rounded and ranks.get(node.output[0], 2) == 2:
+                products.add(node.output[0])
+            bias = next((source for source in node.input if source in values), None)
+            if node.op_type != "Add" or bias is None or products.isdisjoint(node.input):
+                continue
+            product = next(source for source in node.input if source in products)
+            negative = self._constant(f"{bias}.negative", -numpy_helper.to_array(values[bias]))
+            node.op_type, node.input[:] = "Sub", [product, negative]
 
     def _drop_identities(self) -> None:
         """Every Identity made above, by giving its readers the name of its source."""

@@ -374,6 +374,33 @@ def test_matrix_products_of_integers_are_integer_operations(layer, pair, tmp_pat
     assert len(codes.raw_data) == 16 * 8 * (4 if weight.width <= 4 else 8) // 8
 
 
+PRODUCTS = [
+    *("int2/int8", "int4/int4", "int4/int8", "int8/int8", "float/int8", "bf16/int8"),  # biases were rounded
+    *("int8/e4m3", "mxint8/int8", "mxfp4/int8", "mxfp4/e4m3"),  # were taken for products of integers
+]
+
+
+@pytest.mark.parametrize("pair", PRODUCTS)
+@pytest.mark.parametrize("shape", [(64, 16), (8, 5, 16)], ids=["rows", "tokens"])
+def test_default_sessions_give_the_logits_of_linear_layers(shape, pair, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), Conv1D(32, 64), nn.ReLU(), nn.Linear(32, 8)).eval()
+    nn.init.normal_(model[2].bias)
+    x, formats = torch.randn(shape), tuple(map(parse_format, pair.split("/")))
+    weight = QuantizerConfig(granularity="channel", symmetric=pair != "int8/e4m3")
+    modules = quantize_model(model, formats={f for f in formats if f != FLOAT}, weight=weight)
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, formats))
+    path = tmp_path / "m.onnx"
+    quant.export_onnx.write_onnx(path, uncached_trace(model, modules, {"images": x[:1]}), modules)
+    with torch.no_grad():
+        expected = model(x)
+    off = (run(path, x) - expected).abs() / expected.abs().max()
+    assert (off > 1e-5).float().mean() < 0.05 and off.max() < 0.05  # ties, as above
+    in_integers = pair.startswith("int") and pair.endswith(("int4", "int8"))
+    assert optimized_kinds(path)["MatMulIntegerToFloat"] == (3 if in_integers else 0)
+
+
 def test_files_say_what_keeps_them_fast_and_exact(tmp_path):
     model, modules, images = quantized(["int8/int8"] * 5)
     path = tmp_path / "m.onnx"
