@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from glob import escape
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     Conv1D: QuantConv1D,
 }
 """float layer -> quantized layer; subclasses of the float layer are covered by the same entry"""
+
+_warned: WeakSet[nn.Module] = WeakSet()
+"""models whose layers that are never called were told of"""
 
 Assignment = Mapping[str, tuple[Format, Format]]
 """layer name -> (weight format, activation format)"""
@@ -295,12 +299,25 @@ def calibrate(
         if module.weight_quantizer.grids and not all_finite(module.weight):
             raise NotFiniteError(f"layer {name}: its weight holds NaN or infinity, which no range spans")
     observe_inputs(model, modules, batches)
+    _warn_of_uncalled(model, modules)
     for module in modules.values():
         module.weight_quantizer.observe(module.weight)
         for quantizer in (module.weight_quantizer, *module.activation_quantizers):
             if learned or quantizer.config.range != "learned":
                 quantizer.finish_calibration()
             quantizer.forget()
+
+
+def _warn_of_uncalled(model: nn.Module, modules: Mapping[str, QuantModule]) -> None:
+    """Once for each model, however often it is calibrated."""
+    inputs = {name: module.input_quantizer for name, module in modules.items()}
+    uncalled = [name for name, quantizer in inputs.items() if quantizer.grids and quantizer.observation is None]
+    if uncalled and model not in _warned:
+        _warned.add(model)
+        logger.warning(
+            "%d of %d layers were never called while calibrating, their formats have no effect on the outputs: %s%s",
+            len(uncalled), len(modules), ", ".join(uncalled[:3]), ", ..." if len(uncalled) > 3 else "",
+        )  # fmt: skip
 
 
 def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches: Iterable[Any]) -> None:

@@ -59,7 +59,7 @@ def export_compressed(
     values: dict[str, Tensor] = {}
     for name, module in modules.items():
         weight, activation = module.formats
-        reason, verdicts[name] = mismatch(module), as_chosen(weight, activation)
+        reason, verdicts[name] = mismatch(name, module), as_chosen(weight, activation)
         if (rounded := round_weight(name, module)) is not None:
             whole = rounded.values()
             if isinstance(weight, BlockFormat):
@@ -85,7 +85,7 @@ def export_compressed(
     with _quiet():
         apply_quantization_config(model, config)
         for name in taken:
-            set_scales(layers[name], modules[name])
+            set_scales(name, layers[name], modules[name])
         compressor: Any = ModelCompressor(quantization_config=config)
         compressor.compress_model(model)
         model.save_pretrained(folder)  # type: ignore[operator]
@@ -99,7 +99,7 @@ def export_compressed(
     )
 
 
-def mismatch(module: QuantModule) -> str | None:
+def mismatch(name: str, module: QuantModule) -> str | None:
     """Why compressed-tensors has no scheme for a layer; None if it has, or the layer is in float."""
     weight, activation = module.formats
     if (weight, activation) == (FLOAT, FLOAT):
@@ -114,7 +114,7 @@ def mismatch(module: QuantModule) -> str | None:
         return None
     if not (activation == E4M3 or (isinstance(activation, IntFormat) and activation.width <= 8)):
         return f"compressed-tensors has no scheme for {activation} inputs"
-    if (range := static_range(module.input_quantizer)) is None:
+    if (range := static_range(name, module)) is None:
         return "the range of its inputs is not fixed"
     if range.offset is not None:
         return "compressed-tensors has no offsets learned beside the zero point (LSQ+)"
@@ -144,13 +144,13 @@ def scheme(names: list[str], module: QuantModule, weight: Format, activation: Fo
     )
 
 
-def set_scales(layer: Any, module: QuantModule) -> None:
+def set_scales(name: str, layer: Any, module: QuantModule) -> None:
     """The run's scales and zero points, in place of those that compressed-tensors made room for."""
-    weight = round_weight("", module)
+    weight = round_weight(name, module)
     assert weight is not None
     with torch.no_grad():
         layer.weight_scale.copy_(weight.scale.reshape(layer.weight_scale.shape))
-        if (range := static_range(module.input_quantizer)) is not None:
+        if (range := static_range(name, module)) is not None:
             layer.input_scale.fill_(range.scale)
             if hasattr(layer, "input_zero_point"):
                 layer.input_zero_point.fill_(range.zero_point)

@@ -25,8 +25,9 @@ from quant.errors import UserError
 from quant.export_emulation import emulate
 from quant.export_onnx_integer import round_outputs
 from quant.export_onnx_layers import OnnxLayer
-from quant.export_onnx_nodes import DOMAIN, Replacement
-from quant.export_verdict import LayerVerdict
+from quant.export_onnx_nodes import DOMAIN, Replacement, layer_of
+from quant.export_verdict import LayerVerdict, left_in_float
+from quant.export_weights import never_called, static_range
 from quant.formats import BlockFormat
 from quant.modes import evaluating
 from quant.quant_linear import QuantConv1D, QuantLinear
@@ -58,8 +59,9 @@ def export_onnx(
             well, in the range that these reach, and ONNX Runtime computes them in integers: faster, but biases and
             shortcuts are rounded too, and logits differ by more than float rounding.
 
-    The file takes these inputs by name and returns `logits`. Raises UserError for ranges that only exist at run time,
-    for an operation that ONNX lacks and for a model that does not pass ONNX's checker.
+    The file takes these inputs by name and returns `logits`. Layers that the model never calls are not in it. Raises
+    UserError for ranges that only exist at run time, for an operation that ONNX lacks and for a model that does not
+    pass ONNX's checker.
     """
     return write_onnx(path, trace(model, modules, inputs), modules, examples)
 
@@ -71,7 +73,9 @@ def write_onnx(
     examples: Sequence[Mapping[str, Tensor]] = (),
 ) -> dict[str, LayerVerdict]:
     """`export_onnx` of a model that was traced, possibly in other formats: only blocks of inputs are in the trace."""
-    layers = {name: OnnxLayer.of(name, module, bool(examples)) for name, module in modules.items()}
+    uncalled = never_called(modules)
+    check_uncalled(traced, uncalled)
+    layers = {name: OnnxLayer.of(name, m, bool(examples)) for name, m in modules.items() if name not in uncalled}
     proto = onnx.ModelProto()
     proto.CopyFrom(traced)
     Replacement(proto, layers, bool(examples)).run()
@@ -85,7 +89,16 @@ def write_onnx(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UserError(f"--format onnx: ONNX's checker refuses the model: {str(error).splitlines()[0]}") from None
     path.write_bytes(proto.SerializeToString())
-    return {name: layer.verdict for name, layer in layers.items()}
+    return {
+        name: left_in_float(*module.formats) if name in uncalled else layers[name].verdict
+        for name, module in modules.items()
+    }
+
+
+def check_uncalled(traced: onnx.ModelProto, uncalled: Mapping[str, QuantModule]) -> None:
+    """Raises UserError for a layer that calibration did not reach, but the trace did."""
+    for name in {layer_of(node) for node in traced.graph.node if node.domain == DOMAIN} & uncalled.keys():
+        static_range(name, uncalled[name])
 
 
 def set_opset(proto: onnx.ModelProto) -> None:

@@ -64,7 +64,7 @@ class OnnxLayer:
     def of(cls, name: str, module: QuantModule, integers: bool = False) -> OnnxLayer:
         """integers: a convolution of integers is to be computed in integers, which have 8 bits."""
         weight, quantizer = round_weight(name, module), module.input_quantizer
-        range = static_range(quantizer)
+        range = static_range(name, module)
         if quantizer.format.scaled and range is None:
             raise UserError(
                 f"--format onnx: the input of {name} has no fixed range (--per_token, or ranges found at run time); "

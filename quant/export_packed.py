@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quant.convert import describe_quantizers, quantize_as_described
+from quant.convert import describe_quantizers, in_float, quantize_as_described
 from quant.errors import UserError
 from quant.export_codes import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
-from quant.export_verdict import LayerVerdict, as_chosen
-from quant.export_weights import RoundedWeight, from_rows, round_weight, static_range, to_rows
+from quant.export_verdict import LayerVerdict, as_chosen, left_in_float
+from quant.export_weights import RoundedWeight, from_rows, never_called, round_weight, static_range, to_rows
 from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.placement import placed_sites
@@ -66,10 +66,24 @@ def write_packed(
     Args:
         extra: JSON values that go into the description, under their names.
 
-    Raises UserError for a weight that cannot be stored, see `round_weight`, and for quantizers around layers.
+    Layers that the model never calls are written in float. Raises UserError for a weight that cannot be stored, see
+    `round_weight`, and for quantizers around layers.
     """
     if sites := placed_sites(model):
         raise UserError(f"a packed file has no place for the quantizers around layers, such as {next(iter(sites))}")
+    uncalled = never_called(modules)
+    verdicts = {name: (left_in_float if name in uncalled else as_chosen)(*m.formats) for name, m in modules.items()}
+    with in_float(uncalled):
+        description, tensors = _contents(model, modules, extra or {})
+    metadata = {METADATA: json.dumps({"sha256": _checksum(description, tensors), "description": description})}
+    save_file(tensors, str(path), metadata)
+    return verdicts
+
+
+def _contents(
+    model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of a packed file."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, module in modules.items():
@@ -77,7 +91,7 @@ def write_packed(
         layers[name] = {"formats": [weight.name, activation.name], "shape": list(module.weight.shape)}
         if (rounded := round_weight(name, module)) is not None:
             tensors |= {f"{name}.weight.{key}": value for key, value in _pack(rounded).items()}
-        if (range := static_range(module.input_quantizer)) is not None and range.format.scaled:
+        if (range := static_range(name, module)) is not None and range.format.scaled:
             tensors[f"{name}.input.scale"] = torch.tensor(range.scale)
             if range.offset is not None:
                 tensors[f"{name}.input.offset"] = torch.tensor(range.offset)
@@ -86,16 +100,13 @@ def write_packed(
                 tensors[f"{name}.input.zero_point"] = torch.tensor(range.zero_point, dtype=dtype)
     rest, tied = _rest(model, modules)
     description = {
-        **(extra or {}),
+        **extra,
         "version": VERSION,
         "layers": layers,
         "tied": tied,
         **describe_quantizers(modules),
     }
-    tensors |= rest
-    metadata = {METADATA: json.dumps({"sha256": _checksum(description, tensors), "description": description})}
-    save_file(tensors, str(path), metadata)
-    return {name: as_chosen(*module.formats) for name, module in modules.items()}
+    return description, tensors | rest
 
 
 def read_packed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

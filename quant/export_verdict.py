@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant.formats import Format
+from quant.formats import FLOAT, Format
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,9 @@ class LayerVerdict:
 def as_chosen(weight: Format, activation: Format) -> LayerVerdict:
     """The verdict of a layer that the file holds in its own formats."""
     return LayerVerdict(weight, activation, weight.name, activation.name, weight.bits, activation.bits)
+
+
+def left_in_float(weight: Format, activation: Format) -> LayerVerdict:
+    """The verdict of a layer that the model never calls."""
+    why = "the model does not call it: calibration never reached it; what reads its weight reads it in float"
+    return LayerVerdict(weight, activation, FLOAT.name, FLOAT.name, FLOAT.bits, FLOAT.bits, (why,))

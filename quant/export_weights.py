@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -120,23 +122,42 @@ class StaticRange:
     """LSQ+: what is taken off the input before and added after"""
 
 
-def static_range(quantizer: Quantizer) -> StaticRange | None:
-    """The fixed grid of what `quantizer` rounds; None in float, in block formats and where the tensor itself decides.
+def static_range(name: str, module: QuantModule) -> StaticRange | None:
+    """The fixed grid of a layer's input; None in float, in block formats and where the tensor itself decides.
 
     Formats without a scale, such as bf16, are a grid of scale 1. Raises UserError for a grid that was never calibrated.
     """
+    quantizer = module.input_quantizer
     format: Format = quantizer.format
     if not isinstance(format, IntFormat | FloatFormat):
         return None
     if not format.scaled:
         return StaticRange(format, 1.0, 0, -format.qmax, format.qmax)
-    if quantizer.config.range == "dynamic":
+    grid = _fixed_grid(quantizer)
+    if grid is None:
         return None
-    grid = quantizer.grids[format.name]
-    assert isinstance(grid, Grid)
     if not grid.is_ready:
-        raise UserError(f"a layer's {format} inputs were never calibrated: call quant.convert.calibrate(...) first")
+        raise UserError(f"layer {name}: its {format} inputs were never calibrated: call quant.convert.calibrate first")
     zero_point = int(grid.zero_point) if grid.moved else 0
     low, high = grid.row[:2].flatten().tolist()
     offset = None if grid.offset is None else float(grid.offset.detach())
     return StaticRange(format, float(used_scale(grid.scale)), zero_point, low, high, offset)
+
+
+def _fixed_grid(quantizer: Quantizer) -> Grid | None:
+    """The grid that calibration chooses for the format set now; None where there is nothing to choose."""
+    format = quantizer.format
+    fixed = isinstance(format, IntFormat | FloatFormat) and format.scaled and quantizer.config.range != "dynamic"
+    return cast(Grid, quantizer.grids[format.name]) if fixed else None
+
+
+def never_called(modules: Mapping[str, QuantModule]) -> dict[str, QuantModule]:
+    """The layers that calibration never reached, although it did reach others: the model does not call them.
+
+    Whatever reads their weights past them reads these in float.
+    """
+    inputs = {name: module.input_quantizer for name, module in modules.items()}
+    reached = {name: any(cast(Grid, grid).is_ready for grid in own.grids.values()) for name, own in inputs.items()}
+    if not any(reached.values()):
+        return {}
+    return {name: modules[name] for name, own in inputs.items() if _fixed_grid(own) is not None and not reached[name]}

@@ -341,6 +341,17 @@ def test_calibration_may_start_under_formats_that_were_never_calibrated():
     model.eval()(images())
 
 
+def test_layers_that_calibration_does_not_reach_are_told_of_once(caplog):
+    model = small()
+    model.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+    model.forward = lambda x: model[4](model[3](model[0](x)))
+    modules = quantize_model(model, formats=FORMATS)
+    for _ in range(2):
+        calibrate(model, modules, [images()])
+    told = "4 of 6 layers were never called while calibrating, their formats have no effect on the outputs: heads.0, "
+    assert caplog.text.count(told + "heads.1, heads.2, ...") == 1
+
+
 def test_an_empty_calibration_set_is_refused():
     model = small()
     modules = quantize_model(model, formats=FORMATS)

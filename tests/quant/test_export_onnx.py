@@ -256,6 +256,34 @@ def test_a_model_of_ones_own(tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)
 
 
+class Uncalled(nn.Module):
+    """A layer that is read past its calls, one that is not read, and one called for inputs of another width only."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.unused, self.wide = (nn.Linear(n, 6) for n in (6, 6, 6, 9))
+
+    def forward(self, x):
+        x = self.wide(x) if x.shape[1] == 9 else x
+        return nn.functional.linear(self.called(x), self.read.weight, self.read.bias)
+
+
+def test_layers_that_are_never_called_are_not_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    model, x, int8 = Uncalled().eval(), torch.randn(8, 6), parse_format("int8")
+    modules, path = quantize_model(model, formats=[int8]), tmp_path / "m.onnx"
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (int8, int8)))
+    verdicts = export_onnx(path, model, modules, {"x": x})
+    assert [name for name, verdict in verdicts.items() if verdict.as_chosen] == ["called"]
+    assert not any(tensor.name.startswith(("unused", "wide")) for tensor in onnx.load(path).graph.initializer)
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, x), model(x), rtol=1e-4, atol=1e-5)
+    traced = uncached_trace(model, modules, {"x": torch.randn(8, 9)})
+    with pytest.raises(UserError, match="layer wide: its int8 inputs were never calibrated"):
+        quant.export_onnx.write_onnx(path, traced, modules)
+
+
 def test_a_model_that_cannot_be_written_is_refused_in_words(tmp_path):
     class Pair(nn.Module):
         def __init__(self):
@@ -271,7 +299,7 @@ def test_a_model_that_cannot_be_written_is_refused_in_words(tmp_path):
     with pytest.raises(UserError, match="Pair cannot be exported: it returns a tuple, not a tensor"):
         export_onnx(tmp_path / "m.onnx", model, modules, {"x": x})
     set_formats(modules, {"linear": (int8, int8)})
-    with pytest.raises(UserError, match="int8 inputs were never calibrated"):
+    with pytest.raises(UserError, match="layer 0: its int8 inputs were never calibrated"):
         export_onnx(tmp_path / "m.onnx", nn.Sequential(model.linear), {"0": modules["linear"]}, {"x": x})
     with pytest.raises(UserError, match=r"linear.weight is float64, .* model.float\(\)"):
         export_onnx(tmp_path / "m.onnx", model.double(), modules, {"x": x.double()})

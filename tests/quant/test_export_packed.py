@@ -154,6 +154,37 @@ def assert_survives(model, modules, batch, path):
         torch.testing.assert_close(fresh(batch), model(batch), rtol=0, atol=0)
 
 
+class Uncalled(nn.Module):
+    """Layers that are read past their calls, or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.listed, self.unused = (nn.Linear(6, 6) for _ in range(4))
+        self.plain = [self.listed]
+
+    def forward(self, x):
+        return self.plain[0](nn.functional.linear(self.called(x), self.read.weight, self.read.bias))
+
+
+def test_layers_that_are_never_called_stay_in_float(tmp_path):
+    torch.manual_seed(0)
+    model, x, int2 = Uncalled().eval(), torch.randn(8, 6), parse_format("int2")
+    modules = quantize_model(model, formats=[int2])
+    set_formats(modules, dict.fromkeys(modules, (int2, int2)))
+    with pytest.raises(UserError, match="layer called: its int2 inputs were never calibrated"):
+        write_packed(tmp_path / "m", model, modules)
+    calibrate(model, modules, [x])
+    verdicts = write_packed(tmp_path / "m", model, modules)
+    assert [name for name, verdict in verdicts.items() if verdict.as_chosen] == ["called"]
+    assert "the model does not call it" in verdicts["unused"].why[0]
+    assert verdicts["read"].weight == int2 and verdicts["read"].exported_weight == "float"
+    assert all(module.formats == (int2, int2) for module in modules.values())
+    fresh = Uncalled().eval()
+    assert restore(fresh, *read_packed(tmp_path / "m"))["read"].formats == (FLOAT, FLOAT)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("range", ["dynamic", "calibrated", "learned"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("symmetric", [True, False])
