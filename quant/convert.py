@@ -117,8 +117,7 @@ def from_float(
 ) -> QuantModule:
     """A quantized layer that shares the float layer's parameters, hooks and settings; in float until `set_formats`."""
     float_class: Any = type(layer)
-    quant_class = _quant_class(float_class)
-    module = quant_class.__new__(quant_class)
+    module = _blank(float_class)
     # Copying the state, rather than constructing, keeps what subclasses of Conv2d and Linear add to it.
     module.__dict__.update(layer.__dict__)
     for registry in ("_parameters", "_buffers", "_modules"):
@@ -127,17 +126,27 @@ def from_float(
     return module.train(layer.training)
 
 
+def _blank(float_class: Any) -> QuantModule:
+    quant_class = _quant_class(float_class)
+    return quant_class.__new__(quant_class)
+
+
 @cache
 def _quant_class(float_class: Any) -> type[QuantModule]:
     base = next(known for known in float_class.__mro__ if known in QUANTIZED)
     quant_class = QUANTIZED[base]
     if float_class is base:
         return quant_class
-    members: dict[str, Any] = {"__module__": quant_class.__module__}
+    members: dict[str, Any] = {"__module__": quant_class.__module__, "own": float_class, "__reduce_ex__": _reduce}
     if float_class.forward is not base.forward:  # a forward of its own, such as timm's "same" padding
-        members |= {"compute": _compute_with_own_forward, "weight": _RoundedWeight(float_class), "own": float_class}
+        members |= {"compute": _compute_with_own_forward, "weight": _RoundedWeight(float_class)}
         members["differentiable"] = False
     return type(f"Quant{float_class.__name__}", (quant_class, float_class), members)
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """How a user's pickle names a class that was made here, and that no module holds: by what it was made of."""
+    return _blank, (self.own,), self.__getstate__()
 
 
 def _compute_with_own_forward(self: Any, input: Tensor, weight: Tensor) -> Tensor:

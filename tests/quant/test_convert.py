@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -565,20 +566,47 @@ def test_a_deep_copy_is_equal_and_independent(make):
     assert torch.equal(outputs(model, modules), before)
 
 
+def through_torch(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
 def test_a_model_may_be_written_whole_by_torch():
     model = small().eval()
     modules = quantize_model(model, formats=FORMATS)
     calibrate(model, modules, [images()])
     all_in(modules, "int4", "int4")
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    again = torch.load(file, weights_only=False)
+    again = through_torch(model)
     assert torch.equal(again(images()), model(images()))
     grid = again[0].input_quantizer.grids["int4"]
     grid.is_ready = False
     again.load_state_dict(model.state_dict())
     assert grid.is_ready
+
+
+class MyLinear(nn.Linear):
+    """A subclass that keeps its base's forward."""
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch], ids=lambda way: way.__name__)
+def test_subclasses_of_layers_may_be_written_whole(copied):
+    torch.manual_seed(0)
+    model = nn.Sequential(SamePadding(3, 4, 4), nn.Flatten(), MyLinear(4 * 36, 8)).eval()
+    modules = quantize_model(model, formats=FORMATS)
+    calibrate(model, modules, [images()])
+    all_in(modules, "int4", "int4")
+    again = copied(model)
+    assert [type(layer) for layer in again] == [type(layer) for layer in model]
+    assert torch.equal(again(images()), model(images()))
+    with torch.no_grad():
+        again[2].weight.zero_()
+    assert model[2].weight.any()
 
 
 def test_layers_named_like_globs_are_quantized_as_described():
