@@ -11,6 +11,8 @@ from torch import Tensor
 
 def layout_of(x: Tensor, scale: Tensor) -> Layout:
     """The layout of x under scale; a training run meets the same few at every step."""
+    if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
+        return Layout(x.shape, x.stride(), scale.shape)
     return _cached_layout(x.shape, x.stride(), scale.shape)
 
 

@@ -566,6 +566,15 @@ def test_a_deep_copy_is_equal_and_independent(make):
     assert torch.equal(outputs(model, modules), before)
 
 
+def test_torch_exports_a_model_for_any_number_of_rows():
+    model = small().eval()
+    modules = quantize_model(model, formats=FORMATS)
+    calibrate(model, modules, [images()])
+    all_in(modules, "int4", "int4")
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+    assert torch.equal(exported(images(3)), model(images(3)))
+
+
 def through_torch(model):
     file = io.BytesIO()
     torch.save(model, file)
