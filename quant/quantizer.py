@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from quant.block_rounding import block_gradients, round_in_blocks
+from quant.choices import check_choices
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.kernels import kernels
@@ -48,9 +49,7 @@ class QuantizerConfig:
     def __post_init__(self) -> None:
         if self.observer not in OBSERVERS:
             raise ValueError(f"observer must be one of {', '.join(OBSERVERS)}, got {self.observer!r}")
-        for field, hint in get_type_hints(type(self)).items():
-            if (choices := get_args(hint)) and getattr(self, field) not in choices:
-                raise ValueError(f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
+        check_choices(self)
         if self.granularity == "token" and self.range != "dynamic":
             raise ValueError(
                 f"per-token scales exist only while the token does: range must be dynamic, got {self.range}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from policy.reinforce import EntropySchedule, Reinforce
 from policy.simple_policy import SimplePolicy
 from policy.solve import Table
 from policy.space import SearchSpace, uniform_cost
+from quant.choices import check_choices
 from quant.errors import UserError
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"tunas_abs": torch.abs, "one_sided_tunas_abs": torch.relu}
@@ -79,9 +80,7 @@ class ReinforceConfig:
     """held-out examples that an assignment is judged on, before and after the search; None: see `examples_to_judge`"""
 
     def __post_init__(self) -> None:
-        for name, choices in _choices(type(self)).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self)
         if isinstance(self.target_bits, list):
             object.__setattr__(self, "target_bits", tuple(self.target_bits))
         aims = {name: getattr(self, name) for name in ("cost_target", "target_bits", "max_drop")}
@@ -113,16 +112,6 @@ class ReinforceConfig:
                 **changes,
             }
         )
-
-
-def _choices(config: type) -> dict[str, tuple[str, ...]]:
-    """Field -> the words it may hold, for every field that its type limits to some."""
-    found = {}
-    for name, hint in get_type_hints(config).items():
-        parts = [hint] if get_origin(hint) is Literal else get_args(hint)
-        if parts and all(get_origin(part) is Literal for part in parts):
-            found[name] = tuple(word for part in parts for word in get_args(part))
-    return found
 
 
 def resolve_target(
