@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quant.calls import Arguments, first_tensor, with_first_tensor
+from quant.calls import Arguments, examples_of, first_tensor, with_first_tensor
 from quant.convert import run_model
 from quant.errors import UserError
 from quant.formats import FloatFormat, Format, IntFormat
@@ -345,7 +345,7 @@ def watch_inputs(
             for batch in batches:
                 empty = False
                 run_model(model, batch)
-                room -= _examples(batch)
+                room -= examples_of(batch) or 1
     finally:
         for hook in hooks:
             hook.remove()
@@ -359,13 +359,6 @@ def _thinned(x: Tensor, layer: nn.Module) -> Tensor:
         return x.contiguous()
     tokens = x.reshape(-1, x.shape[-1])
     return tokens[:: max(-(-len(tokens) // TOKENS), 1)].contiguous()
-
-
-def _examples(batch: Any) -> int:
-    values: Collection[Any] = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
-    )
-    return next((len(value) for value in values if isinstance(value, Tensor)), 1)
 
 
 # ------------------------------------------------------ both, as a run asks for them
