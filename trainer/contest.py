@@ -40,13 +40,12 @@ class Contest:
     """judges on examples that have proposed nothing; None: there are no others, those of `judge` decide too"""
     seen: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
     """choice -> its (harm, quality) on each batch, (2, batches)"""
+    decided: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
+    """the same on the examples that decide"""
 
     def judged(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
         """Harm and quality, (choices, 2, batches); what was seen before is not judged again."""
-        new = [choice for choice in dict.fromkeys(choices) if choice not in self.seen]
-        if new:
-            self.seen.update(zip(new, self.judge(new), strict=True))
-        return np.array([self.seen[choice] for choice in choices])
+        return _remembered(self.judge, self.seen, choices)
 
     def harms(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
         """(choices, batches)"""
@@ -54,7 +53,9 @@ class Contest:
 
     def deciding_harms(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
         """(choices, batches), on the examples that decide."""
-        return self.harms(choices) if self.decide_by is None else self.decide_by(choices)[:, 0]
+        return (
+            self.harms(choices) if self.decide_by is None else _remembered(self.decide_by, self.decided, choices)[:, 0]
+        )
 
     def decide(self, candidates: Mapping[str, Sequence[int]]) -> Verdict:
         """The first candidate, unless another or a local swap of the best of them is better, see `better_of`.
@@ -154,6 +155,16 @@ class Verdict:
             "candidates": self.candidates,
             "compared": len(self.contest.seen),
         }
+
+
+def _remembered(
+    judge: Judge, known: dict[Choice, NDArray[np.float64]], choices: Sequence[Choice]
+) -> NDArray[np.float64]:
+    """What `judge` says of the choices, asked only of those that are not `known`, which then are."""
+    new = [choice for choice in dict.fromkeys(choices) if choice not in known]
+    if new:
+        known.update(zip(new, judge(new), strict=True))
+    return np.array([known[choice] for choice in choices])
 
 
 def _moved(choice: Choice, move: tuple[int, int]) -> Choice:
