@@ -32,6 +32,17 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class ByteGrid:
+    """Codes of one byte for a grid's values, before the scale: value = step * (code - zero_point), exact."""
+
+    step: float
+    zero_point: int
+    """for unsigned codes, from 0 on"""
+    signed: bool
+    """whether -128..127 hold them too, with the zero point 0"""
+
+
+@dataclass(frozen=True)
 class FloatOff:
     """Not quantized. It costs 16 bits, what the model would be stored and run in."""
 
@@ -224,6 +235,15 @@ _NAMED: dict[str, Format] = {
     "nvfp4": BlockFormat("nvfp4", _E2M1, 16),
 }
 _RESERVED_CODES = {(4, 3): 1, (5, 2): 4}
+
+
+def byte_grid(format: IntFormat | FloatFormat, low: float, high: float) -> ByteGrid | None:
+    """The codes of the format's values from low to high, multiples of its smallest; None: a byte is too short."""
+    step = format.smallest_subnormal
+    if (high - low) / step > 255 or low > 0:
+        return None
+    return ByteGrid(step, int(-low / step), -128 * step <= low and high <= 127 * step)
+
 
 CHOICES = (
     "int2..int8, int16, e4m3 (fp8), e5m2, e3m2, e2m3, e2m1 (fp4), any eXmY, "

@@ -8,16 +8,18 @@ weights are made again, too: keeping them took as long and more memory (benchmar
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from quant.byte_codes import ByteLayer, compute_on_codes, fits_bytes, pack_weight
 from quant.quant_utils import least_scale
 from quant.quantizer import Rounder
 
 
-class Differentiable(Protocol):
+class Differentiable(ByteLayer, Protocol):
     """A layer that says how its arithmetic is differentiated."""
 
     bias: Any
@@ -58,7 +60,10 @@ class _QuantizedLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, x_scale, w_scale)
         ctx.layer, ctx.rounders = layer, (x_rounder, w_rounder)
-        return layer.compute(_rounded(x_rounder, x), _rounded(w_rounder, weight))
+        made = None
+        if x_rounder and w_rounder and fits_bytes(layer, x, weight, x_rounder.bytes, w_rounder.bytes):
+            made = compute_on_codes(layer, x, x_rounder, partial(pack_weight, layer, w_rounder, weight))
+        return layer.compute(_rounded(x_rounder, x), _rounded(w_rounder, weight)) if made is None else made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.formats import FloatFormat, IntFormat, IntGrid
+from quant.formats import FloatFormat, IntFormat, IntGrid, byte_grid
 from quant.quant_utils import rounding_row
 
 
@@ -67,6 +67,9 @@ class Grid(nn.Module):
         # As Python values too: reading a buffer at every forward would stall a GPU.
         self.is_ready = not self.ready.is_meta and bool(self.ready)
         self.largest_code = float(row[:2].abs().max()) if self.is_ready else math.nan
+        shared = self.is_ready and row.numel() == len(row) and self.offset is None
+        self.bytes = byte_grid(self.format, float(row[0]), float(row[1])) if shared else None
+        """how the values are held in bytes; None where they are not, channels differ, or an offset moves them"""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices, but keeps its float32 values when the model goes to half precision."""

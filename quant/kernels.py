@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from quant.formats import BlockFormat, FloatFormat, Format, IntFormat, IntGrid, Rounding
+from quant.formats import BlockFormat, ByteGrid, FloatFormat, Format, IntFormat, IntGrid, Rounding
 from quant.layout import Layout, layout_of
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,9 @@ _EXPONENT_BITS = 0x7F800000
 
 class Kernels(Protocol):
     """What does arithmetic on whole tensors, of any shape and memory order."""
+
+    makes_codes: bool
+    """whether `codes` is known, and oneDNN computes with them"""
 
     def round(self, x: Tensor, scale: Tensor, row: Tensor, least: float = 0.0) -> Tensor:
         """x rounded on the grid stretched by scale, which is used as at least `least` if that is above 0."""
@@ -45,6 +48,11 @@ class Kernels(Protocol):
 
         reuse: `grad` belongs to the caller and may be written to. May be differentiated where gradients are enabled.
         """
+
+    def codes(
+        self, x: Tensor, scale: Tensor, row: Tensor, least: float, grid: ByteGrid, dtype: torch.dtype
+    ) -> Tensor | None:
+        """What `round` gives, as codes of `grid`, uint8 or int8; None: x holds NaN, or is not for these kernels."""
 
     def mx_scale(self, blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
         """See `_mx_scale`."""
@@ -152,6 +160,8 @@ def _mx_scale(blocks: Tensor, largest_exponent: Tensor, unit: Tensor) -> Tensor:
 class PackedKernels:
     """Kernels made of functions of torch, on tensors laid out as (outer, groups, inner); eager, or each compiled."""
 
+    makes_codes = False
+
     def __init__(
         self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     ) -> None:
@@ -165,6 +175,9 @@ class PackedKernels:
         return self._mx_scale(blocks, largest_exponent, unit)
 
     def blocks(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def codes(self, *args: Any, **kwargs: Any) -> None:
         return None
 
     def round(self, x: Tensor, scale: Tensor, row: Tensor, least: float = 0.0) -> Tensor:

@@ -124,6 +124,42 @@ void round_all(const T *x, T *out, Scales scales, Rows rows, int64_t outer, int6
     }
 }
 
+/* The same values as codes: value = scale * step * (code - shift), both numbers exact. Returns whether there was a NaN,
+   which has no code. */
+template <bool own_scales, typename T>
+INLINE int32_t codes_run(const T *x, uint8_t *out, int64_t size, Scales scales, const float *row, int64_t group,
+                         float codes_of_one, float shift) {
+    const float *scale = scales.values + group;
+    const float least = scales.least, one_scale = at_least(*scale, least);
+    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+    int32_t missing = 0;
+#pragma omp simd reduction(| : missing)
+    for (int64_t i = 0; i < size; i++) {
+        const float s = own_scales ? at_least(scale[i], least) : one_scale, v = load(x[i]) / s;
+        out[i] = uint8_t(int32_t(round_to(v, low, high, power, magic, sign) * codes_of_one + shift));
+        missing |= v != v;
+    }
+    return missing;
+}
+
+template <typename T>
+int codes_all(const T *x, uint8_t *out, Scales scales, const float *row, float codes_of_one, float shift, int64_t outer,
+              int64_t groups, int64_t inner, int threads) {
+    const int64_t size = outer * groups * inner, tasks = (size + CHUNK - 1) / CHUNK;
+    const int64_t run = inner == 1 ? groups : inner;
+    int32_t missing = 0;
+#pragma omp parallel for num_threads(threads) if (tasks > 1) reduction(| : missing)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t end = task + 1 < tasks ? (task + 1) * CHUNK : size;
+        for (int64_t a = task * CHUNK, b; a < end; a = b) {
+            b = (a / run + 1) * run < end ? (a / run + 1) * run : end;
+            missing |= inner > 1 ? codes_run<false>(x + a, out + a, b - a, scales, row, a / inner % groups, codes_of_one, shift)
+                                 : codes_run<true>(x + a, out + a, b - a, scales, row, a % groups, codes_of_one, shift);
+        }
+    }
+    return missing;
+}
+
 /* One scale for each run of `inner` elements: tasks are pieces of runs, or several short runs. */
 template <bool learned, bool again, typename T>
 void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows rows, int64_t outer,
@@ -334,6 +370,11 @@ void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockSca
         auto run = !grad ? blocks_all<false, true, T> : (out ? blocks_all<true, true, T> : blocks_all<true, false, T>); \
         run(grad, x, dx, out, {outer, length, inner, block}, scales, row, threads);                                    \
     }
+
+extern "C" int codes_float32(const float *x, uint8_t *out, const float *scale, float least, const float *row,
+                             float codes_of_one, float shift, int64_t outer, int64_t groups, int64_t inner, int threads) {
+    return codes_all(x, out, {scale, least}, row, codes_of_one, shift, outer, groups, inner, threads);
+}
 
 EXPORT(float32, float)
 EXPORT(bfloat16, Bfloat16)

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quant import onednn
 from quant.block_rounding import NVFP4_SCALE, mx_element
-from quant.formats import BlockFormat
+from quant.formats import BlockFormat, ByteGrid
 from quant.kernels import EAGER, rounding_row
 from quant.layout import Layout, layout_of
 
@@ -68,6 +69,7 @@ def library() -> ctypes.CDLL:
             _run([compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made)])
             made.replace(path)  # several processes may get here at once
     loaded = ctypes.CDLL(str(path))
+    loaded.codes_float32.argtypes = (*[c_void_p] * 3, c_float, c_void_p, c_float, c_float, *[c_int64] * 3, c_int)
     for dtype in DTYPES.values():
         if hasattr(loaded, f"round_{dtype}"):  # float16 is missing where the processor lacks it
             getattr(loaded, f"round_{dtype}").argtypes = (c_void_p, c_void_p, *_GRID)
@@ -89,6 +91,7 @@ class NativeKernels:
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._library = compiled
+        self.makes_codes = onednn.exact()  # nothing else reads them
         self._plans: dict[Any, Plan | None] = {}
 
     @staticmethod
@@ -109,6 +112,22 @@ class NativeKernels:
             *(*plan.sizes, torch.get_num_threads()),
         )
         return out
+
+    def codes(
+        self, x: Tensor, scale: Tensor, row: Tensor, least: float, grid: ByteGrid, dtype: torch.dtype
+    ) -> Tensor | None:
+        plan = self._plan(x, scale, row) if x.dtype == torch.float32 and row.dim() == 1 else None
+        if plan is None:
+            return None
+        x = x if plan.dense else x.contiguous()
+        out = torch.empty_like(x, dtype=dtype)
+        scale, row = plan.pack(scale, row)
+        shift = 0.0 if dtype == torch.int8 else float(grid.zero_point)
+        missing = self._library.codes_float32(
+            *(x.data_ptr(), out.data_ptr(), scale.data_ptr(), least or -inf, row.data_ptr(), 1 / grid.step, shift),
+            *(*plan.sizes[2:], torch.get_num_threads()),
+        )
+        return None if missing else out
 
     def gradients(
         self,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from quant import onednn
+from quant.byte_codes import ByteCodes
 from quant.quant_module import QuantModule
 
 
@@ -30,6 +32,18 @@ class _QuantConv(QuantModule):
         batched = input.dim() == self.weight.dim()
         usual = self.padding_mode == "zeros" and not isinstance(self.padding, str) and batched and not own
         return usual and QuantModule.knows_gradients(self, input)
+
+    def takes_codes(self: Any, input: Tensor) -> bool:
+        return self.knows_gradients(input) and self.weight[0].numel() <= onednn.LONGEST_SUM
+
+    def pack_codes(self: Any, weight: ByteCodes, input: ByteCodes) -> Tensor:
+        return onednn.pack_filters(weight.codes, input.zero_point, self._place(), input.codes.shape)
+
+    def compute_codes(self: Any, input: ByteCodes, packed: Tensor, scale: Tensor) -> Tensor:
+        return onednn.convolve(input.codes, input.zero_point, packed, scale, self.bias, self._place())
+
+    def _place(self: Any) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
 
     def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         return self._gradients(grad, input, weight, (True, False, False))[0]

@@ -7,10 +7,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quant import onednn
+from quant.byte_codes import ByteCodes
 from quant.quant_module import QuantModule
 
 
-class QuantLinear(QuantModule, nn.Linear):
+class _QuantRows(QuantModule):
+    """What both kinds of linear layers share: a product of rows of features and a matrix."""
+
+    def takes_codes(self, input: Tensor) -> bool:
+        return self.knows_gradients(input) and input.shape[-1] <= onednn.LONGEST_SUM
+
+    def pack_codes(self, weight: ByteCodes, input: ByteCodes) -> Tensor:
+        codes = weight.codes if self.channel_dim == 0 else weight.codes.t().contiguous()
+        return onednn.pack_matrix(codes)
+
+    def compute_codes(self, input: ByteCodes, packed: Tensor, scale: Tensor) -> Tensor:
+        return onednn.multiply(input.codes, input.zero_point, packed, scale, self.bias)
+
+
+class QuantLinear(_QuantRows, nn.Linear):
     """y = Q(x) Q(W)^T + b; x (..., in_features), W (out_features, in_features)."""
 
     differentiable = True
@@ -28,7 +44,7 @@ class QuantLinear(QuantModule, nn.Linear):
         return rows.t() @ _rows(input) if wanted[0] else None, rows.sum(0) if wanted[1] else None
 
 
-class QuantConv1D(QuantModule, Conv1D):
+class QuantConv1D(_QuantRows, Conv1D):
     """y = Q(x) Q(W) + b; x (..., in_features), W (in_features, out_features), as GPT-2 stores it."""
 
     channel_dim = 1

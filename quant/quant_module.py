@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from quant import fused
+from quant.byte_codes import ByteCodes, Packed, compute_on_codes, fits_bytes, pack_weight
 from quant.formats import Format
 from quant.quantizer import Quantizer, QuantizerConfig, Rounder
 from quant.replay import Replay
+
+Made = TypeVar("Made")
 
 TABLE = "table"
 """what the names of quantizers of embeddings hold: these take the weight's format"""
@@ -100,6 +104,16 @@ class QuantModule(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         raise NotImplementedError(f"{type(self).__name__} must say how it is differentiated")
 
+    def takes_codes(self, input: Tensor) -> bool:
+        """Whether `compute` on this input is known in integers, by the two below: see `quant.byte_codes`."""
+        return False
+
+    def pack_codes(self, weight: ByteCodes, input: ByteCodes) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how it computes on codes")
+
+    def compute_codes(self, input: ByteCodes, packed: Tensor, scale: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how it computes on codes")
+
     def forward(self, input: Tensor) -> Tensor:
         if self.replay is not None:
             return self.replay.output(self, self._forward, input)
@@ -109,20 +123,38 @@ class QuantModule(nn.Module):
         if self.observing:
             self.input_quantizer.observe(input)
         weight = self.weight  # read once: a parametrization computes it at every access
-        differentiated = torch.is_grad_enabled()
         input_rounder = self.input_quantizer.rounding(input)
-        if self.kept_weight is not None and not differentiated:
-            quantized_weight = self.kept_weight.rounded(self.weight_quantizer, weight)
-            return self.compute(input if input_rounder is None else input_rounder(input), quantized_weight)
+        if not torch.is_grad_enabled():
+            return self._infer(input, weight, input_rounder)
         weight_rounder = self.weight_quantizer.rounding(weight)
         rounders = [rounder for rounder in (input_rounder, weight_rounder) if rounder is not None]
-        if differentiated and rounders and self.knows_gradients(input) and all(r.plain for r in rounders):
+        if rounders and self.knows_gradients(input) and all(rounder.plain for rounder in rounders):
             return fused.run(self, input, weight, input_rounder, weight_rounder)
         recompute = Recompute()
         quantized_input = recompute.round(input_rounder, input)
         quantized_weight = recompute.round(weight_rounder, weight)
         with recompute.saved_tensors():
             return self.compute(quantized_input, quantized_weight)
+
+    def _infer(self, input: Tensor, weight: Tensor, rounder: Rounder | None) -> Tensor:
+        """Without gradients. rounder: the input's."""
+        quantizer = self.weight_quantizer
+
+        def kept(form: Hashable, make: Callable[[], Made]) -> Made:
+            return make() if self.kept_weight is None else self.kept_weight.get(quantizer, weight, form, make)
+
+        def pack(codes: ByteCodes) -> Packed | None:
+            weight_rounder = quantizer.rounding(weight)
+            assert weight_rounder is not None
+            form = codes.zero_point, codes.codes.shape
+            return kept(form, lambda: pack_weight(self, weight_rounder, weight, codes))
+
+        if rounder is not None and fits_bytes(self, input, weight, rounder.bytes, quantizer.bytes):
+            made = compute_on_codes(self, input, rounder, pack)
+            if made is not None:
+                return made
+        quantized_weight = kept(None, lambda: quantizer(weight))
+        return self.compute(input if rounder is None else rounder(input), quantized_weight)
 
 
 class KeptWeight:
@@ -135,23 +167,25 @@ class KeptWeight:
 
     def __init__(self) -> None:
         self.sources: list[tuple[Tensor, int]] = []
-        self.format: Format | None = None
-        self.value: Tensor | None = None
+        self.form: Hashable = None
+        self.value: Any = None
 
-    def rounded(self, quantizer: Quantizer, weight: Tensor) -> Tensor:
-        """The weight as the quantizer rounds it now."""
+    def get(self, quantizer: Quantizer, weight: Tensor, form: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` makes of the weight as the quantizer rounds it now. form: what else that depends on."""
         tensors = [weight, *quantizer.grid_tensors()]
         if any(tensor.is_inference() for tensor in tensors):  # these have no version
-            return quantizer(weight)
+            return make()
+        form = quantizer.format, form
         sources = [(tensor, tensor._version) for tensor in tensors]
         fresh = len(sources) == len(self.sources) and all(
             now is then and version == before
             for (now, version), (then, before) in zip(sources, self.sources, strict=True)
         )
-        if self.value is None or self.format != quantizer.format or not fresh:
-            self.value = quantizer(weight)
-            self.sources, self.format = [(t, t._version) for t in (weight, *quantizer.grid_tensors())], quantizer.format
-        return self.value
+        if self.value is None or self.form != form or not fresh:
+            self.value = make()
+            self.sources, self.form = [(t, t._version) for t in (weight, *quantizer.grid_tensors())], form
+        kept: Made = self.value
+        return kept
 
 
 class Recompute:

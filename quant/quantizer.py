@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quant.block_rounding import block_gradients, round_in_blocks
 from quant.choices import check_choices
-from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat, parse_format
+from quant.formats import FLOAT, BlockFormat, ByteGrid, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.kernels import kernels
 from quant.observers import AVERAGING, OBSERVERS, Observer, RangeEstimator, percentile_observer, token_observer
@@ -189,6 +189,11 @@ class Quantizer(nn.Module):
 
     # ------------------------------------------------------ rounding
 
+    @property
+    def bytes(self) -> ByteGrid | None:
+        """How values of the format set now are held in bytes, None where they are not."""
+        return cast(Grid, self.grids[self.format.name]).bytes if self.format.name in self.grids else None
+
     def grid_tensors(self) -> list[Tensor]:
         """What is held of the format set now: everything but x that the rounding depends on."""
         if self.format.name not in self.grids:
@@ -217,7 +222,7 @@ class Quantizer(nn.Module):
                 return None  # in the middle of the calibration that will find its scale
             self._calibrate_on(x, format)
         gradient = lsq_gradient_scale(self._elements(x) // grid.scale.numel(), grid.largest_code)
-        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset)
+        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset, bytes=grid.bytes)
 
     def _elements(self, x: Tensor) -> int:
         """Of one example."""
@@ -266,6 +271,8 @@ class Rounder:
     dim: int | None = -1
     offset: Tensor | None = None
     """LSQ+'s beta: what the middle of the grid stands at"""
+    bytes: ByteGrid | None = None
+    """how the rounded values are held in bytes, where they fit"""
 
     @property
     def plain(self) -> bool:
@@ -278,6 +285,11 @@ class Rounder:
             assert isinstance(self.format, BlockFormat)
             return round_in_blocks(x, self.format, self.dim)
         return kernels().round(x, self.scale, self.row, least_scale(self.scale))
+
+    def codes(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """If plain: x as codes of `bytes`, uint8 or int8; None where x holds NaN or the kernels do not know."""
+        assert self.bytes is not None and self.scale is not None and self.row is not None
+        return kernels().codes(x, self.scale, self.row, least_scale(self.scale), self.bytes, dtype)
 
     def gradients(
         self, grad: Tensor, x: Tensor, scale: Tensor | None, learned: bool, again: bool = False

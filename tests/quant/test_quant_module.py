@@ -365,7 +365,10 @@ def test_a_layer_must_say_how_it_computes():
 @pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv", "depthwise", "conv1d", "conv3d"])
 @pytest.mark.parametrize("pair", [("int4", "int8"), ("e2m1", "e4m3"), ("mxfp4", "nvfp4")], ids="-".join)
 def test_compiled_layers_give_what_eager_ones_give(kind, pair):
-    """Outputs and the gradients of tensors bit for bit; those of scales are sums, in another order."""
+    """Outputs and the gradients of tensors bit for bit; those of scales are sums, in another order.
+
+    Outputs that are computed on codes are nearer to the exact ones: tests/quant/test_byte_codes.py.
+    """
     found = []
     for mode in ("off", "on"):
         torch.manual_seed(0)
@@ -375,12 +378,14 @@ def test_compiled_layers_give_what_eager_ones_give(kind, pair):
         try:
             module = quantized(layer, *pair, x)
             output = module(x.requires_grad_())
-            output.square().sum().backward()
+            output.backward(torch.randn(output.shape, generator=generator()))
         finally:
             use_compiled("off")
         scales = [p.grad for name, p in module.named_parameters() if "grids" in name and p.grad is not None]
         found.append(([output, x.grad, module.weight.grad], scales))
     (eager, eager_scales), (compiled, compiled_scales) = found
+    if pair == ("int4", "int8"):
+        torch.testing.assert_close(compiled.pop(0), eager.pop(0), rtol=1e-6, atol=1e-6)
     assert all(torch.equal(one, other) for one, other in zip(eager, compiled, strict=True))
     assert len(eager_scales) == (2 if pair[0] != "mxfp4" else 0)
     torch.testing.assert_close(compiled_scales, eager_scales, rtol=1e-4, atol=1e-4)
