@@ -100,6 +100,7 @@ def rows() -> dict[str, Row]:
         "resnet20-4.1-wide": Row(compute, "--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
         "resnet20-3.5": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3.5", ("int4",)),
         "resnet20-3": Row(compute, "--search_space 2,3,4,6,8 --target_bits 3", ("int3",)),
+        "resnet20-3-apart": Row(compute, "--search_space 2,3,4,6,8 --separate_activations --target_bits 3", ("int3",)),
         "resnet20-3-coarse": Row(compute, "--search_space 2,4,8 --target_bits 3", ("int3",)),
         "resnet20-5": Row(compute, "--search_space 4,8 --target_bits 5", ("int4",)),
         "resnet20-fp": Row(compute, "--search_space e2m1,e4m3 --target_bits 4.3", ("e2m1",)),
@@ -111,12 +112,16 @@ def rows() -> dict[str, Row]:
         **{
             name: Row(
                 f"{DIGITS} --max_steps 300 --learning_rate 1e-3 --cost_type compute",
-                f"--search_space 2,4,8 --target_bits {bits}",
+                f"--search_space {space} --target_bits {bits}",
                 ("int3", "int4"),
                 (*CHEAP, "exhaustive"),
                 f"{DIGITS} --max_steps 600 --learning_rate 3e-3",
             )
-            for name, bits in (("digits", "3.5"), ("digits-3", "3"))
+            for name, space, bits in (
+                ("digits", "2,4,8", "3.5"),
+                ("digits-3", "2,4,8", "3"),
+                ("digits-3-fine", "2,3,4,8", "3"),
+            )
         },
         **text,
     }
