@@ -2,14 +2,16 @@
 
     python -m benchmarks.contest --shared ../shared [--rows resnet20-3,mrpc] [--seed 0]
 
-The search of a row of benchmarks.quality runs up to its contest. Then the assignments that the contest's choice and its
-candidates are, and some around them that use the budget, answer all held-out TRAINING examples. By each criterion, a
-sample of one half of these picks the best assignment; its accuracy on the other half is what counts.
+The search of a row of benchmarks.quality runs up to its contest. Then all assignments within the budget, of small
+spaces, or the contest's choice, its candidates and some around them that use the budget, answer all held-out TRAINING
+examples. By each criterion, a sample of one half of these picks the best assignment; what it is worth on the other half
+is what counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.quality import parse_for_rows, searching
+from policy.allocators import MAX_EXHAUSTIVE
 from quant.convert import set_formats
 from quant.replay import replayed
+from trainer.batch_norm import statistics_of_batch
 from trainer.contest import Contest
 from trainer.reinforce_trainer import ReinforceTrainer, Target
 from trainer.sensitivity import divergence
@@ -82,18 +86,21 @@ def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answer
     """What the assignments around `chosen` answer to all that is held out."""
     assert target.search is not None and trainer.teacher is not None
     candidates = [tuple(choice) for choice in target.search.candidates.values() if trainer.budget.fits(choice)]
-    choices = dict.fromkeys([tuple(chosen), *candidates, *around(trainer, chosen, AROUND)])
+    small = trainer.budget.size <= MAX_EXHAUSTIVE
+    others = trainer.budget.all_fitting() if small else around(trainer, chosen, AROUND)
+    choices = dict.fromkeys([tuple(chosen), *candidates, *others])
     trainer.model.eval()
     own, teacher, labels = [], [], []
     for batch in trainer.batches_of(trainer.search_dataset):
         answers = []
-        with replayed(trainer.modules) as replay:
+        with statistics_of_batch(trainer.model, batch), replayed(trainer.modules) as replay:
             for choice in choices:
                 set_formats(trainer.modules, trainer.space.assignment(choice))
                 replay.restart()
                 answers.append(class_logits(trainer.model(**batch), batch))
         own.append(torch.stack(answers))  # type: ignore[arg-type]
-        teacher.append(trainer.teacher.answers(batch))
+        with statistics_of_batch(trainer.teacher.model, batch):
+            teacher.append(trainer.teacher.answers(batch))
         labels.append(batch["labels"])
     judged = trainer._judging_examples(2 * trainer.space.num_decisions)
     return Answers(torch.cat(own, 1).double(), torch.cat(teacher).double(), torch.cat(labels), judged)
@@ -115,18 +122,23 @@ def answers(name: str, shared: Path, output: Path, seed: int) -> Answers:
     raise SystemExit(f"{name}: its search has no contest")
 
 
-def picks(seen: Answers, criterion: NDArray[np.float64], generator: Any) -> tuple[float, float]:
-    """Points of accuracy of the picks over the mean assignment; correlation with the errors on other examples."""
+def picks(seen: Answers, criterion: NDArray[np.float64], generator: Any) -> tuple[float, float, float]:
+    """On the other examples: points of accuracy of the picks over the mean assignment, points of the truth's
+    probability under the best one, and the correlation of the criterion with the errors there."""
     wrong = (seen.own.argmax(-1) != seen.labels).double().numpy()
-    gained, together = [], []
+    truth = _truth(seen).numpy()
+    gained, lost, together = [], [], []
     for _ in range(DRAWS):
         order = generator.permutation(len(seen.labels))
         half = len(order) // 2
         by = criterion[:, order[: min(seen.judged, half)]].mean(1)
         errors = wrong[:, order[half:]].mean(1)
+        quality = truth[:, order[half:]].mean(1)
         gained.append(100 * (errors.mean() - errors[by.argmin()]))
-        together.append(np.corrcoef(by, errors)[0, 1])
-    return float(np.mean(gained)), float(np.mean(together))
+        lost.append(100 * (quality.max() - quality[by.argmin()]))
+        if errors.std() and by.std():
+            together.append(np.corrcoef(by, errors)[0, 1])
+    return float(np.mean(gained)), float(np.mean(lost)), float(np.mean(together)) if together else math.nan
 
 
 def main() -> None:
@@ -136,10 +148,11 @@ def main() -> None:
         seen = answers(name, arguments.shared, arguments.output_root_dir, arguments.seed)
         sample = min(seen.judged, len(seen.labels) // 2)
         print(f"\n**{name}**: {len(seen.own)} assignments, {sample} of {len(seen.labels)} examples to pick by\n")
-        print("| judged by | accuracy over the mean assignment's [points] | correlation with errors |\n|---|---|---|")
+        print("| judged by | accuracy over the mean one [points] | regret [points] | correlation with errors |")
+        print("|---|---|---|---|")
         for criterion, harm in CRITERIA.items():
-            gained, together = picks(seen, harm(seen).numpy(), np.random.default_rng(0))
-            print(f"| {criterion} | {gained:+.2f} | {together:.2f} |", flush=True)
+            gained, lost, together = picks(seen, harm(seen).numpy(), np.random.default_rng(0))
+            print(f"| {criterion} | {gained:+.2f} | {lost:.2f} | {together:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

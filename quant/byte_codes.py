@@ -41,24 +41,24 @@ class ByteCodes(NamedTuple):
 class ByteLayer(Protocol):
     """A layer whose arithmetic oneDNN has for bytes."""
 
-    def takes_codes(self, input: Tensor) -> bool:
-        """Whether the two below compute what the float layer does with an input of this shape."""
+    def takes_codes(self, input: Tensor, weight: Tensor, zero_point: int) -> bool:
+        """Whether the two below compute what the float layer does with tensors like these and this zero point."""
 
     def pack_codes(self, weight: ByteCodes, input: ByteCodes) -> Tensor:
         """The weight as the kernel reads it; of the input, shape and zero point count."""
 
     def compute_codes(self, input: ByteCodes, packed: Tensor, scale: Tensor) -> Tensor:
-        """The layer's output, float32, in any memory order. scale: float32 (1,) or (out,), of the products."""
+        """The layer's output, float32, in memory as the float layer's. scale: of the products, float32 (1 or out,)."""
 
 
 def fits_bytes(layer: ByteLayer, x: Tensor, weight: Tensor, x_bytes: ByteGrid | None, w_bytes: ByteGrid | None) -> bool:
     """Whether the layer can be computed on codes now."""
     if x_bytes is None or w_bytes is None or not w_bytes.signed or not kernels().makes_codes:
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 for t in (x, weight))
-    return plain and layer.takes_codes(x)
+    return plain and layer.takes_codes(x, weight, x_bytes.zero_point)
 
 
 def compute_on_codes(
@@ -72,9 +72,7 @@ def compute_on_codes(
     packed = None if input is None else pack(input)
     if input is None or packed is None:
         return None
-    made = layer.compute_codes(input, packed.codes, input.scale * packed.scale)
-    # A convolution's has the channels innermost, which views that fit the float layer's output may not fit.
-    return made.contiguous() if x.is_contiguous() else made
+    return layer.compute_codes(input, packed.codes, input.scale * packed.scale)
 
 
 def pack_weight(layer: ByteLayer, rounder: Rounder, weight: Tensor, input: ByteCodes) -> Packed | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ _FLOAT_OUTPUT = 1.0, 0, torch.float32, "none", (), ""
 
 def pack_matrix(weight: Tensor) -> Tensor:
     """int8 (out, in) as `multiply` reads it."""
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
     return packed
 
 
@@ -34,8 +35,8 @@ def multiply(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Te
 
 def pack_filters(weight: Tensor, zero_point: int, place: tuple[Any, ...], shape: torch.Size) -> Tensor:
     """int8 (out, in / groups, ...) as `convolve` reads it for inputs of that shape and zero point."""
-    scale = torch.ones(1)  # of no effect on the packed weight
-    packed: Tensor = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, zero_point, *place, list(shape))
+    scale = torch.ones(1, device="cpu")  # of no effect on the packed weight
+    packed: Tensor = torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1.0, zero_point, *place, list(shape))
     return packed
 
 
@@ -53,16 +54,77 @@ def convolve(
     return made
 
 
+def channels_innermost(x: Tensor) -> bool:
+    """Whether a convolution of x gives its channels innermost in memory (torch's channels_last), as they are in x."""
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return order is not None and not x.is_contiguous() and x.is_contiguous(memory_format=order)
+
+
+def multiplies(weight: Tensor, x: Tensor, bias: Tensor | None) -> bool:
+    """Whether `multiply` takes a matrix (out, in) and rows like these, of any dtype; it does not say what is wrong."""
+    out, features = weight.shape
+    return x.dim() > 0 and x.shape[-1] == features <= LONGEST_SUM and _is_plain(bias, out)
+
+
+def convolves(weight: Tensor, x: Tensor, bias: Tensor | None, zero_point: int, place: tuple[Any, ...]) -> bool:
+    """Whether `convolve` is exact for tensors like these, of any dtype: shapes and x's memory order count.
+
+    oneDNN (as torch 2.15 has it) gives arbitrary values where an output sees padding alone, with strides that differ
+    from each other, and for single channels of volumes. Those are left out; of all else, each case is tried once.
+    """
+    stride, padding, dilation, groups = place
+    axes = list(zip(x.shape[2:], weight.shape[2:], padding, dilation, strict=True))
+    fits = all(size + 2 * p > (k - 1) * d for size, k, p, d in axes) and x.shape[1] == weight.shape[1] * groups
+    sees = all(2 * p <= (k - 1) * d and size >= d for size, k, p, d in axes)
+    single = weight.shape[1] == 1 and len(axes) == 3
+    if not (fits and sees) or single or len(set(stride)) > 1 or weight[0].numel() > LONGEST_SUM:
+        return False
+    if not _is_plain(bias, len(weight)):
+        return False
+    where = tuple(stride), tuple(padding), tuple(dilation)
+    return _tried(weight.shape, x.shape, channels_innermost(x), bool(zero_point), where, groups)
+
+
+def _is_plain(bias: Tensor | None, channels: int) -> bool:
+    """Whether the operators read it as it is meant: they look at its memory alone."""
+    return bias is None or (bias.shape == (channels,) and bias.is_contiguous() and bias.dtype == torch.float32)
+
+
+@lru_cache(maxsize=4096)
+@torch.no_grad()
+def _tried(
+    weight_shape: torch.Size, shape: torch.Size, innermost: bool, moved: bool, where: tuple[Any, ...], groups: int
+) -> bool:
+    with torch.inference_mode(False), torch.device("cpu"):
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        weight = torch.randint(-1, 2, weight_shape, dtype=torch.int8, generator=generator)
+        if innermost:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        zero_point, place = 128 if moved else 0, (*where, groups)
+        # Sums of these fit float32's 24 bits, in any order.
+        plain = (F.conv1d, F.conv2d, F.conv3d)[len(shape) - 3]
+        wanted = plain(x.float() - zero_point, weight.float(), None, *place)
+        packed, scale = pack_filters(weight, zero_point, place, x.shape), torch.ones(1)
+        made = [convolve(x, zero_point, packed, scale, None, place) for _ in range(2)]
+    return all(torch.equal(values, wanted) for values in made)
+
+
 @cache
 def _zero_points(channels: int) -> Tensor:
     """The weight's, for so many scales: none."""
     with torch.inference_mode(False):
-        return torch.zeros(channels, dtype=torch.int64)
+        return torch.zeros(channels, dtype=torch.int64, device="cpu")
 
 
 @cache
 def exact() -> bool:
     """Whether the operators are here and exact: on processors without VNNI, sums of two products saturate."""
+    with torch.device("cpu"):
+        return _exact_extremes()
+
+
+def _exact_extremes() -> bool:
     x = torch.full((8, 64), 255, dtype=torch.uint8)
     weight = torch.tensor([[127], [-127], [1]], dtype=torch.int8).repeat(1, 64)
     images, filters, place = x.view(8, 64, 1, 1), weight.view(3, 64, 1, 1), ([1, 1], [0, 0], [1, 1], 1)

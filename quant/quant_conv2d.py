@@ -33,14 +33,16 @@ class _QuantConv(QuantModule):
         usual = self.padding_mode == "zeros" and not isinstance(self.padding, str) and batched and not own
         return usual and QuantModule.knows_gradients(self, input)
 
-    def takes_codes(self: Any, input: Tensor) -> bool:
-        return self.knows_gradients(input) and self.weight[0].numel() <= onednn.LONGEST_SUM
+    def takes_codes(self: Any, input: Tensor, weight: Tensor, zero_point: int) -> bool:
+        return self.knows_gradients(input) and onednn.convolves(weight, input, self.bias, zero_point, self._place())
 
     def pack_codes(self: Any, weight: ByteCodes, input: ByteCodes) -> Tensor:
         return onednn.pack_filters(weight.codes, input.zero_point, self._place(), input.codes.shape)
 
     def compute_codes(self: Any, input: ByteCodes, packed: Tensor, scale: Tensor) -> Tensor:
-        return onednn.convolve(input.codes, input.zero_point, packed, scale, self.bias, self._place())
+        made = onednn.convolve(input.codes, input.zero_point, packed, scale, self.bias, self._place())
+        # Views that fit the float layer's output must fit this one.
+        return made if onednn.channels_innermost(input.codes) else made.contiguous()
 
     def _place(self: Any) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups

@@ -15,12 +15,15 @@ from quant.quant_module import QuantModule
 class _QuantRows(QuantModule):
     """What both kinds of linear layers share: a product of rows of features and a matrix."""
 
-    def takes_codes(self, input: Tensor) -> bool:
-        return self.knows_gradients(input) and input.shape[-1] <= onednn.LONGEST_SUM
+    def takes_codes(self, input: Tensor, weight: Tensor, zero_point: int) -> bool:
+        return self.knows_gradients(input) and onednn.multiplies(self._matrix(weight), input, self.bias)
 
     def pack_codes(self, weight: ByteCodes, input: ByteCodes) -> Tensor:
-        codes = weight.codes if self.channel_dim == 0 else weight.codes.t().contiguous()
-        return onednn.pack_matrix(codes)
+        return onednn.pack_matrix(self._matrix(weight.codes))
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (out, in)."""
+        return weight if self.channel_dim == 0 else weight.t()
 
     def compute_codes(self, input: ByteCodes, packed: Tensor, scale: Tensor) -> Tensor:
         return onednn.multiply(input.codes, input.zero_point, packed, scale, self.bias)

@@ -104,7 +104,7 @@ class QuantModule(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         raise NotImplementedError(f"{type(self).__name__} must say how it is differentiated")
 
-    def takes_codes(self, input: Tensor) -> bool:
+    def takes_codes(self, input: Tensor, weight: Tensor, zero_point: int) -> bool:
         """Whether `compute` on this input is known in integers, by the two below: see `quant.byte_codes`."""
         return False
 
@@ -169,6 +169,10 @@ class KeptWeight:
         self.sources: list[tuple[Tensor, int]] = []
         self.form: Hashable = None
         self.value: Any = None
+
+    def __reduce__(self) -> tuple[type[KeptWeight], tuple[()]]:
+        """What is kept belongs to no copy, and packed weights cannot be copied."""
+        return KeptWeight, ()
 
     def get(self, quantizer: Quantizer, weight: Tensor, form: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` makes of the weight as the quantizer rounds it now. form: what else that depends on."""

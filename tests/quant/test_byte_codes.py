@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from quant import byte_codes, onednn
@@ -15,8 +17,8 @@ from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
 from tests.quant.test_quant_module import LAYERS, plainly, quantized
 
 BYTES = [("int2", "int8"), ("int8", "int8"), ("int4", "int3"), ("e2m1", "e2m3"), ("int4", "e2m1")]
-FLOATS = {"same", "reflect", "replicate", "circular", "conv1d same", "dilated and strided"}
-"""kinds of `LAYERS` with a padding that oneDNN's operators do not know"""
+FLOATS = {"same", "reflect", "replicate", "circular", "zeros", "conv1d same", "dilated and strided"}
+"""kinds of `LAYERS` with a padding or strides that oneDNN's operators do not know, or know wrongly"""
 
 
 @pytest.fixture
@@ -31,10 +33,26 @@ def codes():
 
 @pytest.fixture
 def products(codes, monkeypatch):
-    made = []
-    for name in ("multiply", "convolve"):
-        original = getattr(onednn, name)
-        monkeypatch.setattr(onednn, name, lambda *args, original=original: made.append(args) or original(*args))
+    return counted(monkeypatch, "multiply", "convolve")
+
+
+def counted(monkeypatch, *names):
+    """The arguments of each call of these operators, but for those that try a shape."""
+    made, trying = [], []
+
+    def count(original):
+        return lambda *args: made.append(args) or original(*args) if not trying else original(*args)
+
+    def tried(*args, original=onednn._tried):
+        trying.append(args)
+        try:
+            return original(*args)
+        finally:
+            trying.clear()
+
+    monkeypatch.setattr(onednn, "_tried", tried)
+    for name in names:
+        monkeypatch.setattr(onednn, name, count(getattr(onednn, name)))
     return made
 
 
@@ -114,6 +132,114 @@ def test_what_is_not_a_number_stays_seen(products, place):
     assert module(x).isnan().any() and not products
 
 
+def biased(bias):
+    layer = nn.Linear(8, 6)
+    layer.bias = nn.Parameter(bias)
+    return layer, torch.randn(5, 8)
+
+
+WRONG = {
+    "strides that differ, one column": lambda: (nn.Conv2d(1, 8, (1, 4), stride=(1, 4)), torch.randn(2, 1, 8, 4)),
+    "strides that differ, groups": lambda: (nn.Conv2d(4, 32, (3, 4), stride=(1, 2), groups=4), torch.randn(2, 4, 8, 4)),
+    "padding alone": lambda: (nn.Conv2d(1, 8, 2, padding=2), torch.randn(2, 1, 6, 6)),
+    "padding alone, groups": lambda: (nn.Conv2d(4, 8, 3, padding=3, groups=4), torch.randn(2, 4, 6, 6)),
+    "padding alone, dilation": lambda: (nn.Conv2d(8, 8, 2, padding=1, dilation=2), torch.randn(2, 8, 8, 1)),
+    "padding alone, 1x1": lambda: (nn.Conv2d(3, 16, 1, padding=(0, 1)), torch.randn(4, 3, 3, 1)),
+    "a flat volume": lambda: (nn.Conv3d(1, 8, 3, padding=1), torch.randn(2, 1, 1, 8, 8)),
+    "a bias with gaps": lambda: biased(torch.arange(12.0)[::2]),
+    "a bias of one number": lambda: biased(torch.tensor(0.5)),
+    "a bias without memory of its own": lambda: biased(torch.arange(2.0)[1:].expand(6)),
+}
+"""what oneDNN's operators compute wrongly, by their own fault or since they look at memory alone"""
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_the_operators_compute_wrongly_is_left_to_float32(products, case):
+    layer, x = WRONG[case]()
+    module = quantized(layer, "int8", "int8", x)
+    wanted = exact(module, layer, x)
+    assert (module(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max() and not products
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_convolutions_of_any_shape_are_exact(products, data):
+    """Also those that were not tried for a fault of their own."""
+    axes = data.draw(st.sampled_from([1, 2, 2, 3]))
+    groups, into, out = data.draw(
+        st.sampled_from([(1, 1, 8), (1, 3, 16), (1, 16, 5), (4, 1, 1), (16, 1, 2), (2, 8, 8)])
+    )
+
+    def sizes(*choices):
+        return [data.draw(st.sampled_from(choices)) for _ in range(axes)]
+
+    kernel, padding, dilation, image = sizes(1, 2, 3, 5), sizes(0, 1, 2), sizes(1, 1, 2), sizes(3, 4, 7, 8)
+    stride = sizes(1, 2, 3) if data.draw(st.booleans()) else data.draw(st.sampled_from([1, 2]))
+    if any(size + 2 * p <= (k - 1) * d for size, p, k, d in zip(image, padding, kernel, dilation, strict=True)):
+        return
+    torch.manual_seed(0)
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](
+        groups * into, groups * out, kernel, stride, padding, dilation, groups, bias=data.draw(st.booleans())
+    )
+    x = torch.randn(data.draw(st.sampled_from([1, 2, 5])), groups * into, *image)
+    module = quantized(layer, "int4", "int8", x)
+    wanted, output = exact(module, layer, x), module(x)
+    assert (output - wanted).abs().max() <= 1e-6 * wanted.abs().max() + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv"])
+def test_weights_in_any_memory_order(products, kind):
+    layer, x = LAYERS[kind]()
+    order = torch.arange(layer.weight.dim()).roll(1).tolist()
+    back = sorted(range(len(order)), key=order.__getitem__)
+    layer.weight = nn.Parameter(layer.weight.detach().permute(order).contiguous().permute(back))
+    module = quantized(layer, "int4", "int8", x)
+    wanted = exact(module, layer, x)
+    assert (
+        not layer.weight.is_contiguous() and (module(x) - wanted).abs().max() <= 3e-7 * wanted.abs().max() and products
+    )
+
+
+def test_inputs_with_gaps_give_outputs_as_the_float_layer_does(products):
+    for layer, x in (
+        (nn.Conv1d(8, 4, 3), torch.randn(2, 10, 8).transpose(1, 2)),
+        (nn.Conv2d(8, 4, 3), torch.randn(2, 8, 10, 20)[..., ::2]),
+    ):
+        output = quantized(layer, "int4", "int8", x)(x)
+        assert output.stride() == layer(x).stride()
+    assert len(products) == 2
+
+
+def test_inputs_that_do_not_fit_are_refused_as_the_float_layer_does(codes):
+    for kind, wrong in (
+        ("conv", torch.randn(4, 8, 2, 2)),
+        ("conv", torch.randn(4, 7, 9, 9)),
+        ("linear", torch.ones(3)),
+    ):
+        layer, x = LAYERS[kind]()
+        layer.padding = (0, 0)
+        module = quantized(layer, "int4", "int8", x)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as float_error:
+                layer(wrong)
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as error:
+                module(wrong)
+            assert str(error.value) == str(float_error.value)
+
+
+def test_traces_hold_what_they_can_record(products):
+    model, x = network().eval(), torch.randn(4, 3, 8, 8)
+    int4 = IntFormat(4)
+    layers = quantize_model(model, formats=[int4])
+    calibrate(model, layers, [x])
+    set_formats(layers, dict.fromkeys(layers, (int4, int4)))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        assert not products
+        torch.testing.assert_close(traced(x), model(x))
+    assert len(products) == 3
+
+
 def asymmetric_weights():
     layer, x = LAYERS["linear"]()
     module = from_float(layer, QuantizerConfig(granularity="channel", symmetric=False), ACTIVATION)
@@ -173,10 +299,7 @@ def network():
 
 
 def test_a_kept_weight_is_packed_once_until_something_changes(codes, monkeypatch):
-    packed = []
-    for name in ("pack_matrix", "pack_filters"):
-        original = getattr(onednn, name)
-        monkeypatch.setattr(onednn, name, lambda *args, original=original: packed.append(args) or original(*args))
+    packed = counted(monkeypatch, "pack_matrix", "pack_filters")
     model, x = network(), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     int4, int8 = IntFormat(4), IntFormat(8)
     layers = quantize_model(model, formats=[int4, int8])
@@ -185,6 +308,7 @@ def test_a_kept_weight_is_packed_once_until_something_changes(codes, monkeypatch
     model.eval()
     with torch.inference_mode(), weights_kept(layers):
         first, again = model(x), model(x)
+        assert copy.deepcopy(layers["0"]).kept_weight.value is None
         assert len(packed) == 3 and torch.equal(first, again)
         set_formats({"2": layers["2"]}, {"2": (int8, int8)})
         assert not torch.equal(model(x), first) and len(packed) == 4
