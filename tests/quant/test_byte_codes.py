@@ -227,6 +227,7 @@ def test_inputs_that_do_not_fit_are_refused_as_the_float_layer_does(codes):
             assert str(error.value) == str(float_error.value)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_traces_hold_what_they_can_record(products):
     model, x = network().eval(), torch.randn(4, 3, 8, 8)
     int4 = IntFormat(4)
