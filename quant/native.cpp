@@ -107,21 +107,33 @@ INLINE void gradient_run(const T *grad, const T *x, T *dx, T *out, int64_t size,
     if constexpr (learned && !own_scales) *sums = sum;
 }
 
-template <typename T>
-void round_all(const T *x, T *out, Scales scales, Rows rows, int64_t outer, int64_t groups, int64_t inner,
-               int threads) {
+/* Calls work(offset, size, group) for runs of elements that share a scale, or for neighbours of which each has its own,
+   cut where tasks end. Returns the bits that any of the calls gave. */
+template <typename Work>
+INLINE int32_t for_runs(int64_t outer, int64_t groups, int64_t inner, int threads, Work work) {
     const int64_t size = outer * groups * inner, tasks = (size + CHUNK - 1) / CHUNK;
     const int64_t run = inner == 1 ? groups : inner;
-#pragma omp parallel for num_threads(threads) if (tasks > 1)
+    int32_t given = 0;
+#pragma omp parallel for num_threads(threads) if (tasks > 1) reduction(| : given)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t end = task + 1 < tasks ? (task + 1) * CHUNK : size;
         for (int64_t a = task * CHUNK, b; a < end; a = b) {
             b = (a / run + 1) * run < end ? (a / run + 1) * run : end;
-            if (inner > 1) round_run<false, false>(x + a, out + a, b - a, scales, rows, a / inner % groups);
-            else if (rows.step) round_run<true, true>(x + a, out + a, b - a, scales, rows, a % groups);
-            else round_run<true, false>(x + a, out + a, b - a, scales, rows, a % groups);
+            given |= work(a, b - a, inner > 1 ? a / inner % groups : a % groups);
         }
     }
+    return given;
+}
+
+template <typename T>
+void round_all(const T *x, T *out, Scales scales, Rows rows, int64_t outer, int64_t groups, int64_t inner,
+               int threads) {
+    for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
+        if (inner > 1) round_run<false, false>(x + a, out + a, size, scales, rows, group);
+        else if (rows.step) round_run<true, true>(x + a, out + a, size, scales, rows, group);
+        else round_run<true, false>(x + a, out + a, size, scales, rows, group);
+        return 0;
+    });
 }
 
 /* The same values as codes: value = scale * step * (code - shift), both numbers exact. Returns whether there was a NaN,
@@ -145,19 +157,10 @@ INLINE int32_t codes_run(const T *x, uint8_t *out, int64_t size, Scales scales, 
 template <typename T>
 int codes_all(const T *x, uint8_t *out, Scales scales, const float *row, float codes_of_one, float shift, int64_t outer,
               int64_t groups, int64_t inner, int threads) {
-    const int64_t size = outer * groups * inner, tasks = (size + CHUNK - 1) / CHUNK;
-    const int64_t run = inner == 1 ? groups : inner;
-    int32_t missing = 0;
-#pragma omp parallel for num_threads(threads) if (tasks > 1) reduction(| : missing)
-    for (int64_t task = 0; task < tasks; task++) {
-        const int64_t end = task + 1 < tasks ? (task + 1) * CHUNK : size;
-        for (int64_t a = task * CHUNK, b; a < end; a = b) {
-            b = (a / run + 1) * run < end ? (a / run + 1) * run : end;
-            missing |= inner > 1 ? codes_run<false>(x + a, out + a, b - a, scales, row, a / inner % groups, codes_of_one, shift)
-                                 : codes_run<true>(x + a, out + a, b - a, scales, row, a % groups, codes_of_one, shift);
-        }
-    }
-    return missing;
+    return for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
+        return inner > 1 ? codes_run<false>(x + a, out + a, size, scales, row, group, codes_of_one, shift)
+                         : codes_run<true>(x + a, out + a, size, scales, row, group, codes_of_one, shift);
+    });
 }
 
 /* One scale for each run of `inner` elements: tasks are pieces of runs, or several short runs. */
