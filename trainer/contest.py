@@ -120,6 +120,12 @@ class Contest:
             moves += [(decision, c) for c, cost in enumerate(table[decision]) if cost in near and c != taken]
         return moves
 
+    def single_swaps(self, around: Choice) -> list[Choice]:
+        """Every fitting choice that differs in one decision, however far."""
+        choices = self.budget.tables[0].shape[1]
+        swaps = [_moved(around, (d, c)) for d, taken in enumerate(around) for c in range(choices) if c != taken]
+        return [swap for swap in swaps if self.budget.fits(swap)]
+
     def swaps(self, around: Choice) -> list[Choice]:
         """Fitting choices from a single swap to all that the measured effects ask for, each the best of its reach.
 
