@@ -255,17 +255,39 @@ def points_ahead(found: Runs, method: str) -> np.ndarray:
     return 100 * (ours - theirs)
 
 
+def overview(found: Mapping[str, Runs]) -> list[str]:
+    """A line for each row that has a search: mean accuracy of every method, and how far the search is ahead of it."""
+    searched = {name: runs for name, runs in found.items() if "search" in runs}
+    methods = list(dict.fromkeys(method for runs in searched.values() for method in runs if method != "search"))
+    lines = [f"\n| row | {' | '.join(methods)} | search |", "|---" * (len(methods) + 2) + "|"]
+    for name, runs in searched.items():
+        cells = [overview_cell(runs, method) if method in runs else "" for method in methods]
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean(score(record) for record, _ in runs['search']):.2f} |")
+    return lines if searched else []
+
+
+def overview_cell(found: Runs, method: str) -> str:
+    """Mean accuracy in %, and the points that the search is ahead; a star where their 95 % interval leaves out 0."""
+    gap = points_ahead(found, method)
+    star = "*" if abs(gap.mean()) > half_width([[gap]]) else ""
+    return f"{mean(score(record) for record, _ in found[method]):.2f} ({gap.mean():+.2f}{star})"
+
+
 def interval(tasks: Sequence[Sequence[np.ndarray]]) -> str:
     """Mean over rows of the mean gap in points, with its 95 % confidence interval, paired by validation example.
 
     Args:
         tasks: for each task, the gaps (examples,) of each of its rows, which share these examples.
     """
-    rows = sum(len(own) for own in tasks)
-    middle = sum(gap.mean() for own in tasks for gap in own) / rows
-    variance = sum(np.sum(own, axis=0).var(ddof=1) / len(own[0]) for own in tasks) / rows**2
-    half = 1.96 * math.sqrt(variance)
+    middle, half = mean(float(gap.mean()) for own in tasks for gap in own), half_width(tasks)
     return f"{middle:+.2f} [{middle - half:+.2f}, {middle + half:+.2f}]"
+
+
+def half_width(tasks: Sequence[Sequence[np.ndarray]]) -> float:
+    """Half of that interval: rows of a task share its examples, so what these add to each row adds up."""
+    rows = sum(len(own) for own in tasks)
+    variance = sum(np.sum(own, axis=0).var(ddof=1) / len(own[0]) for own in tasks) / rows**2
+    return 1.96 * math.sqrt(variance)
 
 
 def summary(found: Mapping[str, Runs]) -> list[str]:
@@ -333,7 +355,7 @@ def main() -> None:
         row, shared = rows()[name], arguments.shared.resolve()
         found[name] = runs_of(name, row, shared, output, seeds, only, arguments.finished)
         print("\n".join(table(name, row, found[name], seeds)), flush=True)
-    print("\n".join(summary(found)))
+    print("\n".join([*overview(found), *summary(found)]))
     print(f"\n{date.today()}")
 
 

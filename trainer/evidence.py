@@ -23,10 +23,10 @@ def certificate(contest: Contest, chosen: Choice, affordable: int, seed: int) ->
     """Rank and regret of the chosen assignment, by held-out quality in (0, 1].
 
     Among ALL assignments within the budget, if the space has at most MAX_EXHAUSTIVE and judging those that the contest
-    has not seen takes no more than ALL_SHARE x `affordable`; else among `affordable` random ones, every one that differs
-    from the chosen in a single decision, and all that the contest has seen. Returns `kind` 'all' or 'sampled', `among` (how many, the chosen one included), `rank` (1 is best),
-    `regret` (best quality less the chosen one's), `regret_error` (standard error over the batches) and `harm_rank`,
-    the rank by what the contest goes by.
+    has not seen takes no more than ALL_SHARE x `affordable`; else among `affordable` random ones, every one that
+    differs from the chosen in a single decision, and all that the contest has seen. Returns `kind` 'all' or 'sampled',
+    `among` (how many, the chosen one included), `rank` (1 is best), `regret` (best quality less the chosen one's),
+    `regret_error` (standard error over the batches) and `harm_rank`, the rank by what the contest goes by.
     """
     budget = contest.budget
     fitting = {choice for choice in contest.seen if budget.fits(choice)} | {chosen}
