@@ -90,6 +90,17 @@ class Contest:
         gain = before - after
         return challenger if gain.mean() > standard_error(gain) else None
 
+    def best_of_all(self, everything: Sequence[Choice], best: Choice) -> Choice:
+        """Where every choice there is can be judged: the one of least harm, `best` if it is as good.
+
+        All held-out examples have then spoken for all choices, and the prior's own has no claim of its own any more.
+        Where other examples are left, these decide between the two, as in `better_of`.
+        """
+        if self.decide_by is not None:
+            return self.better_of(everything, best) or best
+        choices = [best, *everything]
+        return choices[int(self.harms(choices).mean(1).argmin())]
+
     def effects(self, around: Choice) -> dict[tuple[int, int], float]:
         """(decision, other index) -> harm with that one decision changed, less the harm of `around`; measured."""
         moves = self.moves(around)

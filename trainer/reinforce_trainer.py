@@ -383,8 +383,8 @@ class ReinforceTrainer(JudgingTrainer):
         verdict = contest.decide({**candidates, "policy": best})
         affordable = max(8, self._affordable_judgements(1 / 20))
         everything = all_if_affordable(contest, affordable)  # then the certificate judges all there is anyway
-        if (better := contest.better_of(everything or (), verdict.choice)) is not None:
-            verdict = replace(verdict, choice=better, origin="the best of all")
+        if everything is not None and (least := contest.best_of_all(everything, verdict.choice)) != verdict.choice:
+            verdict = replace(verdict, choice=least, origin="the best of all")
         if (floor := self._least_quality) is not None:
             cheapest = cheapest_choice(contest, verdict.choice, floor, everything)
             if cheapest != verdict.choice:

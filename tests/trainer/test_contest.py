@@ -44,6 +44,22 @@ def test_a_challenger_must_be_better_by_more_than_its_error():
     assert contest.better_of([], (0,)) is None
 
 
+def test_of_all_choices_the_least_harmful_wins_unless_other_examples_are_left_to_decide():
+    noise = np.array([0.3, -0.3, 0.3, -0.3])
+    harms = {(0,): np.zeros(4), (1,): noise - 0.1, (2,): noise / 10 + 0.1, (3,): np.zeros(4)}
+
+    def judge(choices):
+        return np.array([[harms[choice], np.ones(4)] for choice in choices])
+
+    everything = sorted(harms)
+    assert Contest(BUDGET, judge).best_of_all(everything, (0,)) == (1,), "whatever its error"
+    assert Contest(BUDGET, judge).best_of_all([(0,), (2,), (3,)], (3,)) == (3,), "as good as any"
+    assert Contest(BUDGET, judge, decide_by=judge).best_of_all(everything, (0,)) == (0,), (
+        "0.1 better, give or take 0.17"
+    )
+    assert Contest(BUDGET, judge, decide_by=lambda c: judge(c) * 0).best_of_all(everything, (2,)) == (2,)
+
+
 def test_what_was_best_by_luck_is_refused_by_examples_that_proposed_nothing():
     start, asked = (1, 1, 1, 1), []
 
