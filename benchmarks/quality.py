@@ -259,10 +259,11 @@ def overview(found: Mapping[str, Runs]) -> list[str]:
     """A line for each row that has a search: mean accuracy of every method, and how far the search is ahead of it."""
     searched = {name: runs for name, runs in found.items() if "search" in runs}
     methods = list(dict.fromkeys(method for runs in searched.values() for method in runs if method != "search"))
-    lines = [f"\n| row | {' | '.join(methods)} | search |", "|---" * (len(methods) + 2) + "|"]
+    lines = [f"\n| {' | '.join(['row', *methods, 'search'])} |", "|---" * (len(methods) + 2) + "|"]
     for name, runs in searched.items():
         cells = [overview_cell(runs, method) if method in runs else "" for method in methods]
-        lines.append(f"| {name} | {' | '.join(cells)} | {mean(score(record) for record, _ in runs['search']):.2f} |")
+        cells.append(f"{mean(score(record) for record, _ in runs['search']):.2f}")
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return lines if searched else []
 
 
