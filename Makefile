@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2
 # One thread a worker: two workers share the cores better than one process that waits for its own threads.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-faults extras check bench bench-quality clean help
+.PHONY: demo test test-journeys test-faults extras check bench bench-quality clean help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,8 +18,11 @@ help: ## this list
 demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.demo
 
-test: $(STAMP) ## the whole test suite
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## the whole test suite but journeys and faults
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/journeys --ignore=tests/faults
+
+test-journeys: $(STAMP) ## what users do, end to end, with real processes (10 minutes on 2 cores)
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/journeys
 
 test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (5 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 0 benchmarks/test_faults.py benchmarks/test_faults_cluster.py

@@ -49,18 +49,28 @@ MAY_DIFFER = {
 """flags that a run may be resumed with other values of: folders, which move, the machine, and what is told of it"""
 
 
-def run(config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = None, patience: float = DYING
+) -> dict[str, Any]:
     """Train, search and evaluate as `config` says; returns the record that stands in result.json.
 
     A run with checkpoints in its folder goes on from the last complete one. A diverged run ends in a record with
-    status 'failed'. Raises UserError for wrong input, before anything is written.
+    status 'failed'. This function alone locks the run's folder, for the command line and the launcher alike.
+
+    Args:
+        config: what to do.
+        on_step: is told each step's entry of history.jsonl.
+        patience: seconds to wait where another process, which may be about to end, still works in the folder.
+
+    Raises:
+        UserError: for wrong input, before anything is written; FolderInUse after `patience` seconds.
     """
     started = time.monotonic()
     refuse_other_flags(config)
     plan = make_plan(config)
     with ExitStack() as held:
         if first_process():
-            held.enter_context(alone_in(config.run_folder, "run", "--run_id", DYING))
+            held.enter_context(alone_in(config.run_folder, "run", "--run_id", patience))
             held.enter_context(tracked(config))
         return carry_out(plan, on_step, started)
 

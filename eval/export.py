@@ -23,7 +23,8 @@ from quant.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEMA_VERSION = 1
+EXPORT_VERSION = 1
+"""schema_version of the export.json beside an exported file, which is another thing than a run's record"""
 MIB = 2**20
 LOST = 0.01
 """a metric that falls by more than this in the file is said to be lost: it is no rounding"""
@@ -95,7 +96,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
     floats = [p.params for p in profiles if exported.get(p.name, (16, 16))[0] == 16]
     file_bytes = sum(written.sizes.values())
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": EXPORT_VERSION,
         "format": format,
         "task": record["task"],
         "model": record["model"],

@@ -11,6 +11,10 @@ from filelock import FileLock, Timeout
 from quant.errors import UserError
 
 
+class FolderInUse(UserError):
+    """Another process works in the folder."""
+
+
 @contextmanager
 def alone_in(folder: Path, what: str, flag: str, timeout: float = 0) -> Iterator[None]:
     """Holds `folder`, making it where there is none; the lock goes with the process, however that ends.
@@ -20,14 +24,14 @@ def alone_in(folder: Path, what: str, flag: str, timeout: float = 0) -> Iterator
         flag: that names another folder.
         timeout: seconds to wait for one that is about to end.
 
-    Raises UserError where another process holds it, OSError where the folder cannot be made.
+    Raises FolderInUse where another process holds it, OSError where the folder cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=timeout)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{folder}: another {what} is at work there; wait for it, or choose another {flag}") from None
+        raise FolderInUse(f"{folder}: another {what} is at work there; wait for it, or choose another {flag}") from None
     try:
         yield
     finally:

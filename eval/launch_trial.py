@@ -8,10 +8,11 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any
 
-from filelock import FileLock
-
+from eval.folder_lock import FolderInUse
+from eval.record_schema import SCHEMA_VERSION
 from eval.report_records import lower_is_better
 from eval.run_config import RunConfig
 from quant.errors import UserError
@@ -40,9 +41,7 @@ def trial(params: Mapping[str, Any], runs: Mapping[str, RunConfig], runner: Runn
         return
     _use_threads(tune.get_context().get_trial_resources().required_resources.get("CPU", 1))
     folder.mkdir(parents=True, exist_ok=True)
-    # A process of a launch that was killed may live some seconds longer and must not write beside this one.
     with (
-        FileLock(folder / ".lock", timeout=LOCK_SECONDS),
         (folder / "run.log").open("a", buffering=1) as log,
         redirect_stdout(log),
         redirect_stderr(log),
@@ -55,7 +54,8 @@ def trial(params: Mapping[str, Any], runs: Mapping[str, RunConfig], runner: Runn
 def _real_run() -> Runner:
     from eval.eval_run import run  # seconds of imports, which only the process of a trial should pay for
 
-    return run
+    # `run` locks its folder. A process of a launch that was killed may hold it for some seconds more.
+    return partial(run, patience=LOCK_SECONDS)
 
 
 def with_settings(config: RunConfig, params: Mapping[str, Any]) -> RunConfig:
@@ -143,7 +143,8 @@ def record_failure(config: RunConfig, reason: str) -> None:
     path = config.run_folder / "result.json"
     if not path.exists():
         names = {"task": config.task_name, "model": config.model_name, "method": config.method, "seed": config.seed}
-        record = {"schema_version": 1, "status": "failed", "reason": reason, **names, "run_id": config.run_name}
+        record = {"schema_version": SCHEMA_VERSION, "status": "failed", "reason": reason, **names}
+        record["run_id"] = config.run_name
         write_json(path, record)
 
 
@@ -156,6 +157,8 @@ class _FailureRecorded:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FolderInUse):
+            return  # the folder is another process's, and so is the record in it
         if isinstance(error, Exception):
             traceback.print_exception(error)
             record_failure(self._config, one_line(error))

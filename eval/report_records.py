@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import yaml
 
+from eval.record_schema import FIELDS, NUMBER, SCHEMA_VERSION
 from eval.run_config import LAUNCH_FILE, RUN_FILE, TUNE_FOLDER, DataFlags, LauncherFlags, OutputFlags, TrainingFlags
 from quant.errors import UserError
 from quant.formats import parse_format
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
 RUN_FILES = frozenset({"result.json", RUN_FILE, "history.jsonl"})
 """a folder with any of these is a run"""
 INNER_FOLDERS = {
@@ -41,26 +41,6 @@ TRAINING_SETTINGS = frozenset(
 )
 """settings that the quality of a float model may rest on; the others say what is quantized, and how"""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-
-NUMBER = (int, float)
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "task": (str,),
-    "model": (str,),
-    "method": (str,),
-    "seed": (int,),
-    "run_id": (str,),
-    "cost_type": (str,),
-    "cost_target": (*NUMBER, type(None)),
-    "cost": NUMBER,
-    "cost_unit": (str,),
-    "costs": (dict,),
-    "metrics": (dict,),
-    "metric": (str,),
-    "assignment": (dict,),
-    "search_space": (list, type(None)),
-    "layers": (list,),
-    "wall_seconds": NUMBER,
-}
 
 
 @dataclass(frozen=True)
@@ -297,7 +277,7 @@ def _wrong(record: Any) -> str | None:
         return f"foreign: schema_version {record['schema_version']}, this program reads {SCHEMA_VERSION}"
     if record.get("status") != "finished":
         return f"failed: {record.get('reason') or record.get('status')}"
-    for name, types in _FIELDS.items():
+    for name, types in FIELDS.items():
         if not isinstance(record.get(name), types):
             return f"incomplete: {name} is {json.dumps(record.get(name))}"
     if not isinstance(value := _evaluated(record["metrics"]).get(record["metric"]), NUMBER):

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.limits import limits_of
+from eval.record_schema import SCHEMA_VERSION
 from eval.run_config import RunConfig
 from eval.run_plan import Plan, budget, search_space
 from eval.run_trainer import teacher_share
 from quant.formats import Format
 
-SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 
 
