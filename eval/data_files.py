@@ -208,7 +208,7 @@ def read_files(files: Sequence[str], folder: Path | None = None) -> Dataset:
     if reader == "csv":
         return datasets.concatenate_datasets([datasets.Dataset.from_dict(read_csv(Path(file))) for file in files])
     try:
-        return datasets.load_dataset(reader, data_files=list(files), split="train")
+        return datasets.load_dataset(reader, data_files=list(files), split="train", trust_remote_code=False)
     except (DatasetsError, OSError, ValueError, pyarrow.ArrowException) as error:
         if len(files) > 1:
             for file in files:
@@ -262,7 +262,7 @@ def read_hub(task: Task) -> dict[str, Split]:
     online = hub_answers()
     datasets.config.HF_HUB_OFFLINE = not online
     try:
-        splits = datasets.load_dataset(*task.hub)
+        splits = datasets.load_dataset(*task.hub, trust_remote_code=False)
     except (DatasetsError, OSError, ValueError) as error:
         if not online:
             raise unreachable(f"the data set {'/'.join(task.hub)}") from error

@@ -202,7 +202,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
 def load_compressed(run: FinishedRun, folder: Path) -> nn.Module:
     import transformers
 
-    return getattr(transformers, type(run.model).__name__).from_pretrained(folder)
+    return getattr(transformers, type(run.model).__name__).from_pretrained(folder, trust_remote_code=False)
 
 
 PACKED_USAGE = """\

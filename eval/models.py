@@ -75,7 +75,7 @@ def build_architecture(
     if not (folder / "config.json").is_file():
         name = vision_utils.ALIASES.get(model, model)
         return vision_utils.build_named(name, known, num_labels, image_size, scratch=True).model
-    settings = transformers.AutoConfig.from_pretrained(folder)
+    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     inner = getattr(transformers, settings.architectures[0])(settings)
     return CandidateScorer(inner) if known.candidates else inner
 
@@ -117,9 +117,11 @@ def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             tokens = torch.ones(1, 128, dtype=torch.long)
             if settings.is_encoder_decoder:
                 # The default attention would look for padding, at values that are not there.
-                model = transformers.AutoModelForSeq2SeqLM.from_config(settings, attn_implementation="eager")
+                model = transformers.AutoModelForSeq2SeqLM.from_config(
+                    settings, attn_implementation="eager", trust_remote_code=False
+                )
                 return model, {"input_ids": tokens, "decoder_input_ids": tokens}
-            model = transformers.AutoModelForSequenceClassification.from_config(settings)
+            model = transformers.AutoModelForSequenceClassification.from_config(settings, trust_remote_code=False)
             return model, {"input_ids": tokens}
     own = name in vision_utils.OWN
     task = find_task("digits" if name == "convnet" else "cifar10" if own else "imagenet-1k")

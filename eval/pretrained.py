@@ -18,18 +18,29 @@ Loaded = TypeVar("Loaded")
 
 
 def from_anywhere(load: Callable[..., Loaded], source: str, **options: Any) -> Loaded:
-    """`load(source, **options)` from the disk, else from the Hub; UserError, within seconds, where neither has it."""
+    """`load(source, **options)` from the disk, else from the Hub; UserError, within seconds, where neither has it.
+
+    Loaders of transformers have to be given `trust_remote_code=False`: left out, they ask on the terminal whether to
+    run code that a model brings along (tests/test_architecture.py sees to it).
+    """
     try:
         return load(source, local_files_only=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(source).is_dir():
-            raise UserError(f"--model_path {source}: {next(iter(str(error).splitlines()), error)}") from error
+            raise UserError(f"--model_path {source}: {reason(error)}") from error
     if not hub_answers():
         raise unreachable(f"the model {source}")
     try:
         return load(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--model {source}: {next(iter(str(error).splitlines()), error)}") from error
+        raise UserError(f"--model {source}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Why a loader gave up, in one line. What transformers says of a model's own code would have users switch it on."""
+    if "trust_remote_code" in str(error):
+        return "needs code that it brings along (auto_map), which is never run; choose a model that transformers has"
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -42,6 +53,7 @@ def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreT
         source,
         dtype=torch.float32,
         use_safetensors=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **settings,

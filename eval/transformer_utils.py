@@ -119,7 +119,7 @@ def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[
             "forced_bos_token_id": None,
         }
         settings.update(ends)
-    model = auto_class(settings, task).from_config(settings)
+    model = auto_class(settings, task).from_config(settings, trust_remote_code=False)
     return model, tokenizer, [f"random weights, a tokenizer of {len(tokenizer)} word pieces from the training texts"]
 
 
@@ -132,7 +132,7 @@ def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
     name, path = str(getattr(config, "model", None) or ""), getattr(config, "model_path", None)
     folder = weights_folder(Path(path).expanduser(), name) if path else None
     source = str(folder) if folder else MODELS[name].hub if name in MODELS else name
-    tokenizer = from_anywhere(transformers.AutoTokenizer.from_pretrained, source)
+    tokenizer = from_anywhere(transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=False)
     bare = folder is not None and not (folder / "config.json").is_file()
     settings = configuration(name if bare else source)
     settings.update({**({"vocab_size": len(tokenizer)} if bare else {}), **head})
@@ -160,7 +160,7 @@ def configuration(source: str) -> PretrainedConfig:
     if source in MODELS:
         known = MODELS[source]
         return getattr(transformers, known.config)(**known.settings)
-    return from_anywhere(transformers.AutoConfig.from_pretrained, source)
+    return from_anywhere(transformers.AutoConfig.from_pretrained, source, trust_remote_code=False)
 
 
 def positions_of(model: PreTrainedModel) -> int:

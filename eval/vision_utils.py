@@ -148,9 +148,11 @@ def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle
             **{**known.settings, "image_size": size, "num_labels": num_labels}
         )
     else:
-        settings = from_anywhere(transformers.AutoConfig.from_pretrained, source, num_labels=num_labels)
+        settings = from_anywhere(
+            transformers.AutoConfig.from_pretrained, source, num_labels=num_labels, trust_remote_code=False
+        )
         size = size or getattr(settings, "image_size", None)
-    model = transformers.AutoModelForImageClassification.from_config(settings)
+    model = transformers.AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
     model.config.architectures = [type(model).__name__]  # what a saved configuration is read back as
     channels = getattr(settings, "num_channels", 3)
     return ModelBundle(model, "image", image_size=size, in_channels=channels, notes=["random weights"])
@@ -170,7 +172,7 @@ def build_pretrained(source: str, num_labels: int) -> ModelBundle:
         bundle.image_size = getattr(model.config, "image_size", None)
         bundle.notes.append(f"{source} has no preprocessor_config.json: mean and std of ImageNet")
         return bundle
-    processor = from_anywhere(transformers.AutoImageProcessor.from_pretrained, source)
+    processor = from_anywhere(transformers.AutoImageProcessor.from_pretrained, source, trust_remote_code=False)
     bundle.image_size, bundle.crop_fraction = processor_geometry(processor)
     bundle.mean, bundle.std = processor_colours(processor)
     bundle.resample = int(processor.resample)

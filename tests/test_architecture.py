@@ -56,3 +56,32 @@ def test_importing_needs_no_torch(name):
     code = f"import sys, {name}; print(*sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+LOADERS = {"from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "load_metric"}
+"""what transformers and datasets read a model or data with, and may find code beside it"""
+
+
+def loaders_that_may_run_code(source: str) -> list[str]:
+    """Where `source` names a loader (called, or handed on to `from_anywhere`) without `trust_remote_code=False`."""
+    tree = ast.parse(source)
+    guarded: set[ast.AST] = set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        given = {word.arg: getattr(word.value, "value", None) for word in call.keywords}
+        if given.get("trust_remote_code") is False:
+            guarded.update((call.func, *call.args))
+    named = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in LOADERS)
+    return [f"line {node.lineno}: {ast.unparse(node)}" for node in named if node not in guarded]
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_loader_runs_code_that_a_model_brings(path):
+    assert not loaders_that_may_run_code(path.read_text())
+
+
+def test_the_guard_sees_loaders_called_and_handed_on():
+    assert loaders_that_may_run_code("AutoConfig.from_pretrained(folder)") == ["line 1: AutoConfig.from_pretrained"]
+    assert loaders_that_may_run_code("load(AutoConfig.from_pretrained, folder, trust_remote_code=None)")
+    assert loaders_that_may_run_code("f(trust_remote_code=False)(Auto.from_config(settings))")
+    assert not loaders_that_may_run_code("load(AutoConfig.from_pretrained, folder, trust_remote_code=False)")
+    assert not loaders_that_may_run_code("AutoModel.from_config(settings, trust_remote_code=False)")
