@@ -6,6 +6,11 @@ python eval_parallel.py --task digits --model resnet20 --methods search,uniform,
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that needs them
+    from eval.commands import require_packages
+
+    require_packages()
+
 import glob
 import os
 import shlex
@@ -15,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from eval.commands import command, installed
 from eval.flags import INTERRUPTED, entry
 from eval.launch_facts import Facts, learn
 from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
@@ -138,13 +144,13 @@ def report(config: RunConfig, known: Mapping[str, Progress], folder: Path, died:
     if failed or unfinished:
         if disk_is_full(folder):
             console.print(f"The disk of {folder} is full: make room first.")
-        resume = [sys.executable, str(Path(sys.argv[0]).resolve()), "--resume", str(folder)]
-        console.print(f"\n{'Run what is missing' if unfinished else 'Try them again'} with:\n{shlex.join(resume)}")
+        resume = command("mpq-search", "--resume", folder)
+        console.print(f"\n{'Run what is missing' if unfinished else 'Try them again'} with:\n{resume}")
         return 1 if failed else INTERRUPTED
     folders = [str(path) for path in experiment_folders([one.config for one in known.values()])] or [str(folder)]
     above = folders[0] if len(folders) == 1 else str(Path(folders[0]).parents[1])  # tensorboard takes one
-    console.print(f"\nTables and figures: {shlex.join(['python', 'eval/eval_parse.py', *folders])}")
-    console.print(f"Curves:             {shlex.join(['tensorboard', '--logdir', above])}")
+    console.print(f"\nTables and figures: {command('mpq-report', *folders)}")
+    console.print(f"Curves:             {shlex.join([installed('tensorboard'), '--logdir', above])}")
     return 0
 
 

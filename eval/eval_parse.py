@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 if __name__ == "__main__":  # run as a file: its own folder stands first on the path, where `eval` is not a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from eval.commands import require_packages
+
+    require_packages()
 
 from rich.console import Console
 from rich.text import Text

@@ -10,6 +10,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # started as a script, its own folder is on the path instead of the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from eval.commands import require_packages
+
+    require_packages()
 
 import json
 import logging

@@ -5,6 +5,11 @@ load the run -> write the model -> assert its budget on what was written -> read
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that needs them
+    from eval.commands import require_packages
+
+    require_packages()
+
 import contextlib
 import math
 from argparse import ArgumentParser, Namespace

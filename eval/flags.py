@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from eval.commands import command
 from eval.flag_checks import validate
 from eval.quant_yaml import quant_flags
 from eval.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
@@ -44,14 +45,14 @@ def parse(argv: Sequence[str]) -> RunConfig:
         config = _resumed(Path(config.resume).expanduser().resolve(), argv)
     for name in _LAUNCHER_ONLY:
         if getattr(config, name) not in (None, False):
-            raise UserError(f"--{name} is for the launcher: python eval_parallel.py ... --{name}")
+            raise UserError(f"--{name} is for the launcher: {command('mpq-search')} ... --{name}")
     return complete(config)
 
 
 def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:
     """The run of `folder`."""
     if not (folder / RUN_FILE).is_file():
-        launch = "; python eval_parallel.py --resume finishes a launch" if (folder / LAUNCH_FILE).is_file() else ""
+        launch = f"; {command('mpq-search', '--resume')} finishes a launch" if (folder / LAUNCH_FILE).is_file() else ""
         raise UserError(f"--resume {folder}: no {RUN_FILE} there; name the folder of a run{launch}")
     # <output_root_dir>/<task>/<exp_name>/<run_id> is where it is now.
     place = {"output_root_dir": str(folder.parents[2]), "exp_name": folder.parent.name, "run_id": folder.name}

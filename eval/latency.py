@@ -6,6 +6,11 @@ layer alone in every pair of formats of the search space. The table is what `--m
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that needs them
+    from eval.commands import require_packages
+
+    require_packages()
+
 import csv
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence

@@ -9,6 +9,11 @@ weight, with the standard error over draws, and the spread over batches.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that needs them
+    from eval.commands import require_packages
+
+    require_packages()
+
 import csv
 import logging
 import sys

@@ -7,6 +7,10 @@ one index per decision, that fits the budget.
 from __future__ import annotations
 
 import runpy
+
+if __name__ == "__main__":  # `python -m policy.allocators`: what it prints needs models and data, of a package above
+    runpy.run_module("eval.sensitivity", run_name="__main__", alter_sys=True)
+
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -99,7 +103,3 @@ def greedy(effect: Table, budget: Budget) -> list[int]:
 def least_harm(effect: Table, budget: Budget) -> list[int]:
     """The choice whose effects add up to the least, exactly: what every additive sensitivity asks for."""
     return budget.solve(-effect)
-
-
-if __name__ == "__main__":  # `python -m policy.allocators`: what it prints needs models and data, of a package above
-    runpy.run_module("eval.sensitivity", run_name="__main__", alter_sys=True)
