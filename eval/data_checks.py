@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from eval.data_files import Split
-from eval.data_labels import HIDDEN, Labels, labels_of
+from eval.data_labels import Labels, is_hidden, labels_of
 from eval.tasks import Task
 from quant.errors import UserError
 
@@ -28,6 +28,8 @@ def with_columns(task: Task, features: Mapping[str, Any], config: Any) -> Task:
     usual = images[:1] if task.kind == "image" else next((t for t in TEXT_NAMES if set(t) <= set(features)), ())
     inputs = named if text_column or set(named) <= set(features) or task.kind != "image" else ()
     inputs = inputs or usual
+    if "" in named:
+        raise UserError(f"--text_column {text_column}: has an empty entry")
     label = label_column or task.label
     if not label or (label not in features and task.kind == "image" and not label_column):
         label = next((name for name in LABEL_NAMES if name in features), "")
@@ -37,26 +39,53 @@ def with_columns(task: Task, features: Mapping[str, Any], config: Any) -> Task:
         if name not in features:
             problem = f"the data has no column {name}" if name else "no column of the data is known to hold it"
             raise UserError(f"{flag}: {problem}; choose from {', '.join(features)}")
+    check_named(inputs, label, task, features, given=bool(text_column) and not label_column)
     return replace(task, inputs=inputs, label=label)
 
 
-def usable_splits(task: Task, splits: dict[str, Split]) -> tuple[Split, dict[str, Split], list[str]]:
-    """(train, {name in the record: evaluated split}, notes). UserError without rows to train on or to evaluate."""
-    names = ", ".join(splits) or "(none)"
+def check_named(inputs: Sequence[str], label: str, task: Task, features: Mapping[str, Any], given: bool) -> None:
+    """UserError for columns that are there and cannot be what they are taken for.
+
+    given: whether --text_column names the texts' columns and no flag that of the labels.
+    """
+    names = ",".join(inputs)
+    most = len(task.inputs) or (1 if task.kind in ("image", "lm") else 2)
+    if len(set(inputs)) < len(inputs):
+        raise UserError(f"--text_column {names}: names a column twice")
+    if len(inputs) > most:
+        raise UserError(f"--text_column {names}: names {len(inputs)} columns, and a row has at most {most} here")
+    if task.kind != "lm" and label in inputs:
+        others = ", ".join(name for name in features if name != label) or "(no other column)"
+        wrong, holds = ("--text_column", "labels") if given else ("--label_column", "texts")
+        raise UserError(f"{wrong} {label}: is the column of {holds}, too; choose another from {others}")
+
+
+def training_split(splits: dict[str, Split]) -> Split:
+    """The split to train on; UserError where there is none."""
     if "train" not in splits or not len(splits["train"]):
-        raise UserError(f"no rows to train on: the data has the splits {names}")
-    if not is_labelled(task, splits["train"]):
-        raise UserError(f"{splits['train'].source.place(0)}: the training split has no labels")
+        raise UserError(f"no rows to train on: the data has the splits {', '.join(splits) or '(none)'}")
+    return splits["train"]
+
+
+def usable_splits(task: Task, splits: dict[str, Split]) -> tuple[Split, dict[str, Split], list[str]]:
+    """(train, splits to evaluate by their names in the record, notes). Only labelled splits are evaluated."""
+    train, notes = training_split(splits), []
+    if not is_labelled(task, train):
+        raise UserError(f"{train.source.place(0)}: the training split has no labels")
     wanted = task.evaluation or (("validation", "validation"), ("test", "validation"))
-    labelled = [name for name, split in splits.items() if is_labelled(task, split)]
+    hidden = {name: unlabelled(task, splits[name]) for name, _ in wanted if name in splits}
+    labelled = [name for name, problem in hidden.items() if not problem]
     # From the last to the first: where two splits would have one name in the record, the first one stays.
     found = {title: splits[name] for name, title in reversed(wanted) if name in labelled}
+    notes = [problem for problem in hidden.values() if problem]
     if found:
-        return splits["train"], dict(reversed(found.items())), []
+        return train, dict(reversed(found.items())), [f"not evaluated: {problem}" for problem in notes]
     if len(splits) > 1:
         choices = " or ".join(name for name, _ in wanted)
-        raise UserError(f"no labelled split to evaluate: looked for {choices} among {names}")
-    return hold_out(task, splits["train"])
+        looked = f"no labelled split to evaluate: looked for {choices} among {', '.join(splits)}"
+        remedy = "give its labels, or move it away: a tenth of the training rows is held out instead"
+        raise UserError("; ".join([looked, *notes, *([remedy] if notes else [])]))
+    return hold_out(task, train)
 
 
 def hold_out(task: Task, split: Split) -> tuple[Split, dict[str, Split], list[str]]:
@@ -74,11 +103,20 @@ def hold_out(task: Task, split: Split) -> tuple[Split, dict[str, Split], list[st
 
 def is_labelled(task: Task, split: Split) -> bool:
     """Whether the split has rows, and labels other than those that stand for a hidden one."""
-    if not len(split) or task.kind == "lm":
-        return bool(len(split))
+    return not unlabelled(task, split)
+
+
+def unlabelled(task: Task, split: Split) -> str:
+    """Why a split cannot be evaluated: it has no rows, no column of labels or none that is not hidden. "" if it can."""
+    source = split.source.files[0] if split.source.files else f"split {split.source.split}"
+    if not len(split):
+        return f"{source} has no rows"
+    if task.kind == "lm":
+        return ""
     if task.label not in split.rows.column_names:
-        return False
-    return any(label not in HIDDEN for label in split.values(task.label))
+        return f"{source} has no column {task.label} (it has {', '.join(split.rows.column_names)})"
+    shown = any(not is_hidden(label) for label in split.values(task.label))
+    return "" if shown else f"{source} has no label in column {task.label}"
 
 
 def read_labels(task: Task, train: Split) -> Labels:
@@ -91,6 +129,10 @@ def read_labels(task: Task, train: Split) -> Labels:
 
 def check_split(task: Task, split: Split, labels: Labels) -> Split:
     """The split with its labels as numbers. UserError for the first row that is wrong."""
+    for name in task.inputs:
+        if name not in split.rows.column_names:
+            has = ", ".join(split.rows.column_names)
+            raise UserError(f"{split.source.place(0)}: there is no column {name}, which training has; it has {has}")
     if task.kind != "image":
         check_texts(task, split)
     if task.kind == "qa":

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
-import re
-from collections import Counter
-from collections.abc import Sequence
+import gzip
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.tasks import TASKS, Kind, Task
+from eval.data_folder import class_folder, find_data, reader_of
+from eval.tasks import TASKS, Task
 from quant.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
-READERS: dict[str, str] = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"), "images"),
-}
-"""file suffix -> what reads it: a builder of `datasets`, or one of the functions below"""
-
-
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-IGNORED = re.compile(r"/\.|/(README|config|dataset_info|dataset_infos|dataset_dict|state|metadata)\.\w+$")
-"""hidden files, and those that describe the data"""
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""how compressed files are opened"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,8 @@ class Source:
     def place(self, row: int) -> str:
         """'.../train.csv, row 3', counted from 1 without a header; 'split train, row 3' where there is no file."""
         row = row if self.rows is None else int(self.rows[row])
+        if self.files and reader_of(self.files[0]) == "images":
+            return self.files[row]
         for file in self.files:
             size = len(read_files([file])) if len(self.files) > 1 else row + 1
             if row < size:
@@ -82,12 +76,14 @@ class Split:
         return self.select(np.sort(np.random.default_rng(0).permutation(len(self))[:count]))
 
 
-def read_splits(task: Task, config: Any) -> dict[str, Split]:
-    """Every split of the task by its name, unchecked."""
+def read_splits(task: Task, config: Any) -> tuple[dict[str, Split], list[str]]:
+    """Every split of the task by its name, unchecked, and notes on what was not read."""
     if task is TASKS["digits"]:
-        return read_digits()
-    folder = config.task if config.task not in TASKS else getattr(config, "data_dir", None)
-    return read_hub(task) if folder is None else read_folder(task, Path(folder).expanduser())
+        return read_digits(), []
+    flag, folder = ("--data_dir", getattr(config, "data_dir", None))
+    if config.task not in TASKS:
+        flag, folder = "--task", config.task
+    return (read_hub(task), []) if folder is None else read_folder(task, Path(folder).expanduser(), flag)
 
 
 def read_digits() -> dict[str, Split]:
@@ -110,17 +106,20 @@ def read_digits() -> dict[str, Split]:
     }
 
 
-def read_folder(task: Task, folder: Path) -> dict[str, Split]:
-    """The splits of a local folder; UserError where there is none or its files cannot be read."""
+def read_folder(task: Task, folder: Path, flag: str) -> tuple[dict[str, Split], list[str]]:
+    """The splits of the local folder that `flag` names, and notes; UserError where its files cannot be read."""
     if not folder.is_dir():
-        raise UserError(f"--data_dir {folder}: no such folder")
+        raise UserError(f"{flag} {folder}: no such folder")
     if task.hub and (folder / task.hub[-1]).is_dir():  # the folder of a repository with several configurations
         folder = folder / task.hub[-1]
+    found = find_data(folder, flag)
     splits = {
-        name: Split(read_files(files, folder), Source(name, tuple(files)))
-        for name, files in files_of(folder).items()
-    }  # fmt: skip
-    return {name: flat(split) for name, split in splits.items()} if task.kind == "qa" else splits
+        name: Split(read_files(files, folder), Source(name, tuple(files))) for name, files in found.splits.items()
+    }
+    for split in splits.values():
+        if not len(split):
+            raise UserError(f"{split.source.files[0]}: holds no rows; fill or remove it")
+    return {name: flat(split) for name, split in splits.items()} if task.kind == "qa" else splits, list(found.notes)
 
 
 def flat(split: Split) -> Split:
@@ -147,53 +146,6 @@ def flat(split: Split) -> Split:
     return Split(Dataset.from_list(rows), Source(split.source.split))
 
 
-def files_of(folder: Path) -> dict[str, list[str]]:
-    """Split name -> its files, of the kind that most files of the folder are.
-
-    Of those called train, if there are any: a folder that also holds runs holds more of their files than of its own.
-    """
-    from datasets.data_files import DataFilesDict, get_data_patterns
-
-    files = sorted(file for file in folder.rglob("*") if reader_of(file) and not ignored(file, folder))
-    if not files:
-        raise UserError(f"--data_dir {folder}: holds no {', '.join(READERS)} file")
-    reader = commonest_reader(files)
-    if reader != "images" and (called_train := [file for file in files if split_name(file) == "train"]):
-        reader = commonest_reader(called_train)
-    files = [file for file in files if reader_of(file) == reader]
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        splits.setdefault(split_name(file), []).append(str(file))
-    if "train" in splits and reader != "images":
-        return splits
-    # Not files called after splits, but perhaps folders, or longer names: `datasets` has many patterns.
-    found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
-    kept = {str(file.resolve()) for file in files}
-    splits = {str(name): [file for file in members if file in kept] for name, members in found.items()}
-    splits = {name: members for name, members in splits.items() if members}
-    if not splits:
-        raise UserError(f"--data_dir {folder}: no file or folder is called after a split: train, validation, test")
-    return splits
-
-
-def commonest_reader(files: Sequence[Path]) -> str:
-    """What reads most of the files."""
-    (reader, _), *_ = Counter(map(reader_of, files)).most_common(1)
-    return reader
-
-
-def split_name(file: Path) -> str:
-    """train-00000-of-00002.parquet -> train, dev_matched.tsv -> validation_matched."""
-    name = SHARD.sub("", file.stem)
-    first, *rest = name.split("_")
-    return "_".join(["validation" if first in ("dev", "val", "valid") else first, *rest])
-
-
-def reader_of(file: str | Path) -> str:
-    """What reads the file, "" if nothing does."""
-    return READERS.get(Path(file).suffix.lower(), "")
-
-
 def read_files(files: Sequence[str], folder: Path | None = None) -> Dataset:
     """The rows of the files, which are all of one kind; UserError that names the one that cannot be read."""
     import datasets
@@ -204,51 +156,126 @@ def read_files(files: Sequence[str], folder: Path | None = None) -> Dataset:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes with the exception
     reader = reader_of(files[0])
     if reader == "images":
-        return read_images(files)
+        return read_images(files, folder or Path(files[0]).parents[1])
+    for file in files:
+        if not os.path.getsize(file):
+            raise UserError(f"{file}: is empty")
     if reader == "csv":
-        return datasets.concatenate_datasets([datasets.Dataset.from_dict(read_csv(Path(file))) for file in files])
+        return read_tables(files)
+    if reader == "parquet":
+        check_parquet(files)
+    else:
+        for file in files:
+            check_text(Path(file))
     try:
-        return datasets.load_dataset(reader, data_files=list(files), split="train", trust_remote_code=False)
-    except (DatasetsError, OSError, ValueError, pyarrow.ArrowException) as error:
+        rows = datasets.load_dataset(reader, data_files=list(files), split="train", trust_remote_code=False)
+    except (DatasetsError, OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         if len(files) > 1:
             for file in files:
                 read_files([file])
-        raise UserError(f"{files[0] if len(files) == 1 else folder}: {first_line(error)}") from error
+        holds_none = Path(files[0]).read_bytes()[:64].strip() in (b"{}", b"[]")  # of which `datasets` says other things
+        raise UserError(
+            f"{files[0] if len(files) == 1 else folder}: {'holds no rows' if holds_none else first_line(error)}"
+        ) from error
+    return rows
+
+
+def check_text(file: Path) -> None:
+    """UserError for a file that is not UTF-8 to its end: `datasets` would find out when a row is asked for."""
+    with opened(file) as stream:
+        while stream.read(2**20):
+            pass
+
+
+def check_parquet(files: Sequence[str]) -> None:
+    """UserError for a file that is damaged, has two columns of one name, or, where it is the only one, no rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for file in files:
+        try:
+            metadata = parquet.read_metadata(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}: {first_line(error)}") from error
+        check_header(file, metadata.schema.to_arrow_schema().names)
+        if not metadata.num_rows and len(files) == 1:
+            raise UserError(f"{file}: holds no rows")
+
+
+def read_tables(files: Sequence[str]) -> Dataset:
+    """The rows of csv files with the same columns."""
+    from datasets import Dataset, concatenate_datasets
+
+    tables = [read_csv(Path(file)) for file in files]
+    for file, table in zip(files, tables, strict=True):
+        if list(table) != list(tables[0]):
+            raise UserError(f"{file}: has the columns {', '.join(table)}; {files[0]} has {', '.join(tables[0])}")
+    return concatenate_datasets([Dataset.from_dict(table) for table in tables])
 
 
 def read_csv(file: Path) -> dict[str, list[str]]:
     """Column name -> its cells as they are written; labels are read from them in `data_labels`.
 
     pandas and `datasets` turn empty cells and words such as NA, null and None into missing values, guess the types of
-    every ten thousand rows anew, and take a first column too many for an index.
+    every ten thousand rows anew, and take a first column too many for an index. Columns without a name are left out.
     """
     csv.field_size_limit(2**31 - 1)
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-            header = next(rows, None)
-            if not header:
+    with opened(file) as stream:
+        first = next((line for line in stream if line.strip()), "")
+        if "\0" in first:
+            raise UserError(f"{file}: is not UTF-8 but seems to be UTF-16; save it as UTF-8")
+        stream.seek(0)
+        rows = csv.reader(stream, delimiter=delimiter(file, first), strict=True)
+        try:
+            header = [name.strip() for name in next((row for row in rows if row), [])]
+            if not any(header):
                 raise UserError(f"{file}: is empty")
             cells = []
             for row in rows:
                 if len(row) != len(header) and row:
                     raise UserError(f"{file}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}")
                 cells += [row] if row else []
+        except csv.Error as error:
+            raise UserError(f"{file}, line {rows.line_num}: {error}") from error
+    check_header(str(file), [name for name in header if name])
+    if not cells:
+        raise UserError(f"{file}: has a header ({', '.join(filter(None, header))}) and no rows")
+    return {name: [row[place] for row in cells] for place, name in enumerate(header) if name}
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """The text of a file, which may be compressed; within, UserError for what cannot be read or is not UTF-8."""
+    opener = OPENERS.get(file.suffix.lower(), open)
+    try:
+        with opener(file, "rt", newline="", encoding="utf-8-sig") as stream:
+            yield stream
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except csv.Error as error:
-        raise UserError(f"{file}, line {rows.line_num}: {error}") from error
-    return {name: [row[place] for row in cells] for place, name in enumerate(header)}
+        raise UserError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_images(files: Sequence[str]) -> Dataset:
+def delimiter(file: Path, header: str) -> str:
+    """What stands between the columns of a table: a tab in a .tsv; else commas, or semicolons or tabs without any."""
+    if ".tsv" in (suffix.lower() for suffix in file.suffixes):
+        return "\t"
+    return next((mark for mark in ",;\t" if mark in header), ",")
+
+
+def check_header(file: str, names: Sequence[str]) -> None:
+    """UserError where two columns have one name: only one of them would be seen."""
+    if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
+        raise UserError(f"{file}: has two columns called {twice}; rename or remove one")
+
+
+def read_images(files: Sequence[str], folder: Path) -> Dataset:
     """Images whose folder is their class: columns image and label."""
     from datasets import Dataset, Features, Image, Value
 
     features = Features(image=Image(), label=Value("string"))
-    return Dataset.from_dict(
-        {"image": list(files), "label": [Path(file).parent.name for file in files]}, features=features
-    )
+    labels = [class_folder(Path(file), folder) for file in files]
+    return Dataset.from_dict({"image": list(files), "label": labels}, features=features)
 
 
 def read_hub(task: Task) -> dict[str, Split]:
@@ -268,31 +295,6 @@ def read_hub(task: Task) -> dict[str, Split]:
             raise unreachable(f"the data set {'/'.join(task.hub)}") from error
         raise UserError(f"the data set {'/'.join(task.hub)} of the Hub: {first_line(error)}") from error
     return {name: Split(rows, Source(name)) for name, rows in splits.items()}
-
-
-def ignored(file: Path, folder: Path) -> bool:
-    """Whether a file is no data. What stands above the folder does not count: it may lie in ~/.cache or be ../data."""
-    return IGNORED.search(f"/{file.relative_to(folder).as_posix()}") is not None
-
-
-def folder_kind(folder: Path) -> Kind:
-    """What a local folder is for: images, lines of text to continue, or tables of texts and labels. No data is read."""
-    readers = Counter(reader_of(file) for file in folder.rglob("*") if not ignored(file, folder))
-    readers.pop("", None)
-    if not readers:
-        raise UserError(f"--task {folder}: holds no {', '.join(READERS)} file")
-    (reader, _), *_ = readers.most_common(1)
-    if reader == "parquet":
-        return "image" if image_columns(next(folder.rglob("*.parquet"))) else "text"
-    return {"images": "image", "text": "lm"}.get(reader, "text")  # type: ignore[return-value]
-
-
-def image_columns(file: Path) -> list[str]:
-    """The columns of a parquet file that hold images: a struct of bytes and path, as the Hub writes them."""
-    from pyarrow import parquet, types
-
-    schema = parquet.read_schema(file)
-    return [field.name for field in schema if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0]
 
 
 def first_line(error: BaseException) -> str:

@@ -97,7 +97,7 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        from eval.data_files import folder_kind
+        from eval.data_folder import folder_kind
 
         kind = folder_kind(folder)
         return Task(kind, ("image",) if kind == "image" else (), label="")
@@ -181,14 +181,14 @@ def load_task(config: Any) -> TaskData:
 
     Which rows a subset holds is part of the task: it depends on the sizes asked for, never on the run's seed.
     """
-    from eval.data_checks import check_split, read_labels, usable_splits, with_columns
+    from eval.data_checks import check_split, read_labels, training_split, usable_splits, with_columns
     from eval.data_files import read_splits
 
     task = find_task(config.task)
-    splits = read_splits(task, config)
-    task = with_columns(task, next(iter(splits.values())).rows.features, config)
+    splits, unread = read_splits(task, config)
+    task = with_columns(task, training_split(splits).rows.features, config)
     train, validation, notes = usable_splits(task, splits)
-    labels = read_labels(task, train)
+    labels = read_labels(task, training_split(splits))  # with the rows that are held out, where some are
     if labels.regression and not task.regression:
         task = replace(task, regression=True, metrics=TASKS["stsb"].metrics)
     ratio = config.subset_ratio if getattr(config, "use_subset", False) else 1.0
@@ -206,7 +206,7 @@ def load_task(config: Any) -> TaskData:
         validation={name: split.rows for name, split in checked.items()},
         label_names=list(labels.names),
         sources={"train": train.source, **{name: split.source for name, split in checked.items()}},
-        notes=notes,
+        notes=[*unread, *labels.notes, *notes],
     )
 
 

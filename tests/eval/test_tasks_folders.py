@@ -213,7 +213,7 @@ def test_missing_text_of_the_second_file_is_found_there(folder):
     [
         ({"train.csv": b"text,label\ncaf\xe9,0\n"}, "train.csv: is not UTF-8"),
         ({"train.csv": b""}, "train.csv: is empty"),
-        ({"train.csv": b"text,label\n"}, "no rows to train on"),
+        ({"train.csv": b"text,label\n"}, "train.csv: has a header"),
         ({"train.csv": b'text,label\n"a,0\n'}, "train.csv, line 2: unexpected end of data"),
         ({"test.csv": b"text,label\na,0\n", "validation.csv": b"text,label\na,0\n"}, "no rows to train on"),
         ({"train.jsonl": b'{"text": nu\n'}, "train.jsonl: JSON parse error"),
@@ -221,7 +221,7 @@ def test_missing_text_of_the_second_file_is_found_there(folder):
         ({"notes.bin": b"x"}, "holds no .csv, .tsv, .json"),
         ({"train.csv": b"text,label\na,0\nb,0\n"}, "labels are all the same: 0"),
         (
-            {"a.csv": b"text,label\na,0\n", "b.csv": b"text,label\nb,1\n", "train/c.json": b"{}"},
+            {"a.csv": b"text,label\na,0\n", "b.csv": b"text,label\nb,1\n", "c.json": b"{}"},
             "is called after a split",
         ),
     ],
