@@ -6,14 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2
+# Of all that pyproject.toml allows, the versions that were tested.
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraints requirements.txt
 
 # One thread a worker: two workers share the cores better than one process that waits for its own threads.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-journeys test-faults extras check bench bench-quality clean help
+.PHONY: install demo test test-journeys test-faults extras check bench bench-quality clean help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## .venv with everything for the lines below, and the commands mpq-search, mpq-run, mpq-report, ...
 
 demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.demo
@@ -27,15 +31,15 @@ test-journeys: $(STAMP) ## what users do, end to end, with real processes (10 mi
 test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (5 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 0 benchmarks/test_faults.py benchmarks/test_faults_cluster.py
 
-extras: $(STAMP) ## what single flags need besides, such as wandb
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements-extras.txt
+extras: $(STAMP) ## what exports, latencies, wandb and the peers of the benchmarks need besides
+	$(INSTALL) --editable ".[dev,export,tracking,bench]"
 
 check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## rounding over clone(), steps and memory over float training, peers, a report, the launcher's overhead
+bench: extras ## rounding over clone(), steps and memory over float training, peers, a report, the launcher's overhead
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.peers
@@ -52,9 +56,9 @@ clean: ## remove the virtual environment, the runs and every cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Written last: an interrupted installation is taken up again by the next call.
-$(STAMP): requirements.txt
+$(STAMP): pyproject.toml requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Python >= 3.11 is needed, $(PYTHON) is %d.%d: call make with PYTHON=<interpreter>" % v)'
 	@test -x $(BIN)/uv || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt
+	$(INSTALL) --editable ".[dev]"
 	@touch $@

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from eval.commands import command, installed
+from eval.commands import again, command, installed
 from eval.flags import INTERRUPTED, entry
 from eval.launch_facts import Facts, learn
 from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
@@ -144,7 +144,7 @@ def report(config: RunConfig, known: Mapping[str, Progress], folder: Path, died:
     if failed or unfinished:
         if disk_is_full(folder):
             console.print(f"The disk of {folder} is full: make room first.")
-        resume = command("mpq-search", "--resume", folder)
+        resume = again("--resume", folder)
         console.print(f"\n{'Run what is missing' if unfinished else 'Try them again'} with:\n{resume}")
         return 1 if failed else INTERRUPTED
     folders = [str(path) for path in experiment_folders([one.config for one in known.values()])] or [str(folder)]

@@ -47,8 +47,18 @@ def command(name: str, *arguments: str | Path) -> str:
     here = Path.cwd() == ROOT
     if script[0] != "-m" and not here:
         script[0] = str(ROOT / script[0])
-    line = shlex.join([_python(), *script, *(word if here else _absolute(word) for word in words)])
+    line = shlex.join([python(), *script, *(word if here else _absolute(word) for word in words)])
     return line if here or script[0] != "-m" else f"cd {shlex.quote(str(ROOT))} && {line}"
+
+
+def again(*arguments: str | Path) -> str:
+    """What was started, with other arguments, as a line for a shell: one of `COMMANDS`, or a script that calls us."""
+    started = Path(sys.argv[0]).resolve()
+    scripts = {str(ROOT / script[-1]): name for name, script in COMMANDS.items()} | {name: name for name in COMMANDS}
+    name = scripts.get(str(started), scripts.get(started.stem))
+    if name is not None:
+        return command(name, *arguments)
+    return shlex.join([python(), str(started), *(str(word) for word in arguments)])
 
 
 def installed(name: str) -> str:
@@ -82,7 +92,7 @@ def _set_up() -> str:
         return f"run '. {_near(activate)}' first, then the same command with python"
     if (ROOT / "requirements.txt").is_file():
         venv, pins = _near(ROOT / ".venv"), _near(ROOT / "requirements.txt")
-        return f"run 'python3 -m venv {venv} && {venv}/bin/python -m pip install -r {pins}'"
+        return f"run 'python3 -m venv {venv} && {venv}/bin/python -m pip install -c {pins} -e {_near(ROOT)}'"
     return "install this package again with pip, its dependencies included"
 
 
@@ -91,7 +101,7 @@ def _stop(line: str) -> None:
     sys.exit(WRONG_INPUT)
 
 
-def _python() -> str:
+def python() -> str:
     """The word for this interpreter: `python` where a shell would find it by that."""
     found = shutil.which("python")
     return "python" if found and Path(found).absolute() == Path(sys.executable).absolute() else _near(sys.executable)

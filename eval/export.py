@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from eval.commands import command
 from eval.export_formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written, writing
 from eval.export_run import FinishedRun, finished_run
 from eval.flag_checks import check_one_of
@@ -228,7 +229,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
             raise UserError(message)
 
     parser = Parser(
-        prog="python -m eval.export", description="A finished run as a model for deployment.", allow_abbrev=False
+        prog=command("mpq-export"), description="A finished run as a model for deployment.", allow_abbrev=False
     )
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval.commands import python
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ class ExportFormat:
     usage: str
     """how to run the export, in Python, for the model card"""
     needs: tuple[str, ...] = ()
-    """packages of requirements-extras.txt"""
+    """packages of the extra `export`"""
 
     def check_installed(self) -> None:
-        """Raises UserError, naming the package and where it is pinned, if one is missing."""
+        """Raises UserError, naming the packages, if one is missing."""
         require(*self.needs)
 
 
@@ -68,7 +69,7 @@ def writing(flag: str, path: Path) -> Iterator[None]:
 def require(*packages: str) -> None:
     """Raises UserError if one of these extras is not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise UserError(f"{missing[0]} is not installed: python -m pip install -r requirements-extras.txt")
+        raise UserError(f"{missing[0]} is not installed: {python()} -m pip install {' '.join(missing)}")
 
 
 def copy_side_files(run: FinishedRun, folder: Path) -> None:

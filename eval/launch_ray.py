@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from eval.commands import COMMANDS, ROOT
 from eval.flag_checks import gpu_count
 from eval.launch_trial import Runner, one_line, trial
 from eval.run_config import RunConfig
@@ -52,6 +53,9 @@ class Share:
 def ray_session(config: RunConfig) -> Iterator[None]:
     """Ray, started on this machine for as long as the block runs, or the cluster at `--ray_address`.
 
+    Ray looks for packages in the folder where it was started first, and a user's own `policy` or `eval` may stand in
+    theirs: it is started where ours are. What runs are told of files is absolute.
+
     Raises UserError where the cluster does not answer, or this machine is too busy for Ray to start in time.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
@@ -63,7 +67,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         _start_here(num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), **quiet)
     else:
         try:
-            ray.init(address=config.ray_address, **quiet)
+            with chdir(ROOT):
+                ray.init(address=config.ray_address, **quiet)
         except (ConnectionError, TimeoutError, RuntimeError) as error:
             hint = "; a cluster that asks for a token needs RAY_AUTH_MODE=token" if "uthenticat" in str(error) else ""
             raise UserError(f"--ray_address {config.ray_address}: {' '.join(str(error).split())[:300]}{hint}") from None
@@ -81,7 +86,8 @@ def _start_here(**settings: Any) -> None:
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(address="local", **settings)
+            with chdir(ROOT):
+                ray.init(address="local", **settings)
             return
         except Exception as error:  # Ray raises plain ones for this
             for child in psutil.Process().children(recursive=True):
@@ -98,7 +104,7 @@ def check_request(config: RunConfig, runs: int) -> Share | None:
     if config.gpus_per_trial is not None and config.gpus_per_trial > 1:
         raise UserError(
             f"--gpus_per_trial {config.gpus_per_trial:g}: a run of the launcher uses at most one GPU; "
-            "for one run over several: torchrun --nproc_per_node N eval/eval_run.py ..."
+            f"for one run over several: torchrun --nproc_per_node N {COMMANDS['mpq-run'][0]} ..."
         )
     if config.ray_address is not None:
         _check_address(config.ray_address)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import Distribution, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from eval.run_trainer import teacher_share
 from quant.formats import Format
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
+DISTRIBUTION = "mpq-search"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
         "distill": teacher_share(plan),
         "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "commit": commit(),
         "device": device_name(config),
         "notes": [*plan.data.notes, *plan.bundle.notes, *plan.prepared.notes, *layer_notes(plan)],
@@ -90,12 +94,27 @@ def layer_notes(plan: Plan) -> list[str]:
 
 
 def commit() -> str | None:
-    """The revision of this code, None outside a git checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    """The revision of this code: of its checkout, or the one that it was installed from; None where neither tells."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        return asked.stdout.strip() or None
+    ours = installed()
+    source = None if ours is None else ours.read_text("direct_url.json")
+    found = json.loads(source or "{}").get("vcs_info", {}).get("commit_id")
+    return None if found is None else str(found)
+
+
+def installed() -> Distribution | None:
+    """This code as an installed distribution; None in a checkout, also where another copy is installed besides."""
+    found = next(iter(distributions(name=DISTRIBUTION)), None)
+    return found if found is not None and Path(str(found.locate_file(""))).resolve() == ROOT else None
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of what decides results, and of this code where it is installed."""
+    ours = installed()
+    told = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return told | ({} if ours is None else {DISTRIBUTION: ours.version})
 
 
 def device_name(config: RunConfig) -> str:

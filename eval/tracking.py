@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from eval.commands import python
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def check_tracking(config: RunConfig) -> None:
         return
     found = find_spec("wandb")
     if found is None or found.origin is None:  # a folder `wandb`, as it leaves one behind, is no package
-        raise UserError("--report_to wandb: the package is not installed: pip install wandb")
+        raise UserError(f"--report_to wandb: the package is not installed: {python()} -m pip install wandb")
     if os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
