@@ -21,6 +21,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from eval.commands import again, command, installed
+from eval.flag_checks import refuse_link
 from eval.flags import INTERRUPTED, entry
 from eval.launch_facts import Facts, learn
 from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
@@ -46,6 +47,8 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     if config.dry_run:
         return show_plan(by_name(runs), share)
     folder = launch_folder(runs)
+    for place in (folder, folder / TUNE_FOLDER):
+        refuse_link("--exp_name", place, runs[0].output_root_dir)
     with locked(list(dict.fromkeys([folder, *experiment_folders(runs)]))):
         missing = {name: known.config for name, known in state(config, runs).items() if not is_over(config, known)}
         facts = learn(missing or by_name(runs[:1])) if runner is None and (missing or config.hpo) else {}

@@ -28,6 +28,7 @@ import yaml
 
 from eval.flags import entry, parse, to_yaml
 from eval.folder_lock import alone_in
+from eval.full_disk import is_full_disk
 from eval.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.run_plan import Plan, make_plan
 from eval.run_record import costs_of, describe, outcome
@@ -35,6 +36,7 @@ from eval.run_trainer import evaluate, make_trainer
 from eval.tracking import tracked
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
+from trainer.checksums import numbered
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
     from quant.quant_module import QuantModule
@@ -81,9 +83,9 @@ def run(
 def refuse_other_flags(config: RunConfig) -> None:
     """UserError where the run's folder holds checkpoints of other settings: its budget and schedule are in them."""
     written = config.run_folder / RUN_FILE
-    if not written.exists() or last_checkpoint(config.run_folder / "checkpoints") is None:
+    if not written.exists() or not numbered(config.run_folder / "checkpoints"):
         return
-    before, now = (yaml.safe_load(text) for text in (written.read_text(), to_yaml(config)))
+    before, now = _flags_in(written), yaml.safe_load(to_yaml(config))
     for values in (before, now):  # of these the product counts: a batch that was too large has been halved
         values["train_batch_size"] *= values.pop("gradient_accumulation_steps")
     for name in sorted((before.keys() | now.keys()) - MAY_DIFFER):
@@ -92,6 +94,17 @@ def refuse_other_flags(config: RunConfig) -> None:
                 f"--{name} {now.get(name)}: {config.run_folder} holds checkpoints of a run with {before.get(name)}; "
                 "give what it was started with to go on from there, or choose another --run_id"
             )
+
+
+def _flags_in(written: Path) -> dict[str, Any]:
+    """A run's flags as its file holds them. UserError for a damaged file."""
+    try:
+        flags = yaml.safe_load(written.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        flags = None
+    if not isinstance(flags, dict) or not {"train_batch_size", "gradient_accumulation_steps"} <= flags.keys():
+        raise UserError(f"{written} is damaged: remove it, and give the flags that the run was started with")
+    return flags
 
 
 def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, started: float) -> dict[str, Any]:
@@ -109,7 +122,7 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
             trainer.prepare()
             trainer.finish()
         else:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+            trainer.train(resume_from_checkpoint=True)
         for turn, (bits, own_folder) in enumerate(config.smaller_targets.items()):
             own = config.updated(target_bits=f"{bits:g}", save_model_path=None)
             trainer.use(turn)
@@ -119,7 +132,8 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
             trainer.use(len(config.smaller_targets))
         return write_result(plan, trainer, modules, record | {"float_metrics": float_metrics}, folder, started)
     except TrainingDiverged as error:
-        record |= {"status": "failed", "reason": str(error), "wall_seconds": round(time.monotonic() - started, 1)}
+        record |= {"status": "failed", "reason": str(error), "notes": [*record["notes"], *trainer.notes]}
+        record |= {"wall_seconds": round(time.monotonic() - started, 1)}
         if first_process():
             write_json(folder / "result.json", record)
         return record
@@ -146,6 +160,7 @@ def write_result(
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
     record = record | costs_of(plan, assignment)
+    record["notes"] = [*record["notes"], *trainer.notes]
     if plan.config.chooses:
         record["cost_target"] = trainer.cost_target
     if trainer.contest is not None:
@@ -164,7 +179,8 @@ def write_result(
             write_json(folder / "predictions.json", answers)
         save_result(plan, modules, assignment, folder / "model")
     if plan.config.verify_retrain:
-        record["retrained"] = retrain(plan.config, assignment, folder)
+        record["retrained"], notes = retrain(plan.config, assignment, folder)
+        record["notes"] += [f"retrained: {note}" for note in notes]
     if first_process():
         write_json(folder / "result.json", record)
     return record
@@ -172,27 +188,22 @@ def write_result(
 
 def retrain(
     config: RunConfig, assignment: dict[str, tuple[Format, Format]], folder: Path
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Metrics of the assignment trained alone, from the float weights that the run started from, for as many steps.
 
-    What the one-shot search is worth: near these, its weights need no retraining. Beside the record, in `retrained`.
+    What the one-shot search is worth: near these, its weights need no retraining. They stand in the record, as
+    `retrained`; what went otherwise than asked comes with them.
     """
     alone = config.updated(run_id=f"{folder.relative_to(config.experiment_folder)}/retrained", save_model_path=None)
     plan = make_plan(alone)
     trainer, _, _ = make_trainer(plan, assignment=assignment)
-    trainer.train(resume_from_checkpoint=last_checkpoint(alone.run_folder / "checkpoints"))
-    return evaluate(trainer, plan)
+    trainer.train(resume_from_checkpoint=True)
+    return evaluate(trainer, plan), trainer.notes
 
 
 def first_process() -> bool:
     """Whether this process writes: with torchrun, several work on one run, and all of them return its record."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes its own state last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def final_assignment(plan: Plan, trainer: ReinforceTrainer) -> dict[str, tuple[Format, Format]]:
@@ -222,7 +233,17 @@ def main(argv: list[str]) -> int:
     result = config.run_folder / "result.json"
     if result.exists():
         raise UserError(f"--run_id {config.run_name}: {result} exists already; choose another --exp_name or --run_id")
-    record = run(config)
+    try:
+        record = run(config)
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        print(
+            f"failed: the disk of {config.run_folder} is full; make room, and give the same command again: "
+            "the run goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     if not first_process():
         return 0
     if record["status"] != "finished":

@@ -79,6 +79,23 @@ def check_can_be_made(flag: str, path: str | Path | None) -> None:
         raise UserError(f"--{flag} {path}: cannot write in {standing}: {error.strerror}") from None
 
 
+def check_inside(config: RunConfig) -> None:
+    """UserError where the folder of a complete run, or one above it, is a link that leads out of the output folder."""
+    folder = config.experiment_folder
+    for flag, path in (("--task", folder.parent), ("--exp_name", folder), ("--run_id", config.run_folder)):
+        refuse_link(flag, path, config.output_root_dir)
+
+
+def refuse_link(flag: str, folder: Path, root: str) -> None:
+    """UserError where `folder`, which `flag` names, leads out of --output_root_dir."""
+    real = folder.resolve()
+    if not real.is_relative_to(Path(root).resolve()):
+        raise UserError(
+            f"{flag} {folder.name}: {folder} is a link to {real}, out of --output_root_dir {root}: remove the link, "
+            "or write there with --output_root_dir"
+        )
+
+
 def _refuse(first: str, second: str, why: str) -> NoReturn:
     raise UserError(f"{first} contradicts {second}: {why}")
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.commands import command
-from eval.flag_checks import validate
+from eval.flag_checks import check_inside, validate
+from eval.full_disk import is_full_disk
 from eval.quant_yaml import quant_flags
 from eval.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
 from quant.errors import UserError
@@ -60,7 +61,7 @@ def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """`config` with what follows from the rest filled in (method, default target), checked by `validate`."""
+    """`config` with what follows from the rest filled in (method, default target), and checked."""
     given_bits = (config.bits, config.weight_bits, config.activation_bits)
     if config.method is None:
         method = "search" if config.searches else "uniform" if any(b is not None for b in given_bits) else "float"
@@ -72,6 +73,7 @@ def complete(config: RunConfig) -> RunConfig:
         config = replace(config, target_bits=",".join(f"{bits:.12g}" for bits in config.target_list))
     if config.chooses and config.cost_target is None and config.target_bits is None and config.max_drop is None:
         config = replace(config, **_default_target(config))
+    check_inside(config)
     return config
 
 
@@ -143,7 +145,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def entry(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a script's `main` and exit: wrong input is one line on stderr and exit code 2."""
+    """Run a script's `main` and exit: wrong input is one line on stderr and exit code 2, a full disk one and 1."""
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's enums, at every import: not our matter
     try:
         sys.exit(main(sys.argv[1:]))
@@ -153,6 +155,11 @@ def entry(main: Callable[[list[str]], int]) -> NoReturn:
     except UserError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        print("failed: the disk is full; make room, and give the same command again", file=sys.stderr)
+        sys.exit(1)
 
 
 def make_parser() -> Any:

@@ -265,7 +265,7 @@ def disk_is_full(folder: Path) -> bool:
 def clean(storage: Path) -> None:
     """Remove what Tune left but its TensorBoard events."""
     for path in sorted(storage.rglob("*"), reverse=True):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
         elif not path.name.startswith("events.out.tfevents"):

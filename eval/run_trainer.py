@@ -153,7 +153,7 @@ def training_arguments(config: RunConfig) -> Any:
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,
         save_strategy=config.save_strategy,
-        save_total_limit=1,
+        save_total_limit=2,  # the older one is there for when the newer is damaged
         report_to=config.report_to,
         use_cpu=config.device == "cpu" or not torch.cuda.is_available(),  # else the Trainer looks for a GPU's bfloat16
         ddp_find_unused_parameters=True,  # each format has scales of its own, of which a step uses one

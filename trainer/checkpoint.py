@@ -6,7 +6,6 @@ A state dict is split into its tensors (safetensors, under their path) and every
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from trainer.atomic import write_atomically, write_json
 
 _TENSOR = "$tensor"
 
@@ -60,6 +61,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Raises CheckpointError if the file is missing or damaged."""
     try:
         return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {path.name}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each tensor in a file, without reading the tensors. Raises as `load_tensors` does."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {path.name}") from None
     except SafetensorError as error:
@@ -122,20 +134,3 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, written to a temporary name and renamed; NaN and infinity are refused, they are not JSON."""
-    text = json.dumps(value, indent=1, allow_nan=False)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text + "\n"))
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary path)` and rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

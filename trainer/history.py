@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from trainer.atomic import write_atomically
 
 
 class History:
@@ -14,24 +17,35 @@ class History:
         self.path = path
 
     def write(self, entries: list[dict[str, Any]]) -> None:
-        """Append entries, one line each."""
+        """Append entries, one line each; where the disk is full, none of them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
 
-    def truncate(self, step: int) -> None:
-        """Forget what was written after `step`: those steps will be run again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
+    def truncate(self, step: int) -> int:
+        """Forget what was written after `step`: those steps will be run again.
+
+        Returns how many of the steps up to it have no line that can be read.
+        """
+        kept = [entry for entry in self.entries() if entry["step"] <= step]
+        if self.path.exists():
+            text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in kept)
+            write_atomically(self.path, lambda temporary: Path(temporary).write_text(text))
+        return step - len(kept)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The lines that can be read: not the one that was being written when the run was killed."""
+        found = []
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that was being written when the run was killed
-            if entry["step"] > step:
-                break
-            kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self.path)
+            except ValueError:  # no JSON, or no text
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                found.append(entry)
+        return found

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trainer import checkpoint
+from trainer.checksums import forget_older, sealed
 
 
 class PickleFreeTrainer(Trainer):
@@ -18,6 +20,20 @@ class PickleFreeTrainer(Trainer):
     model: Any
     optimizer: Any
     lr_scheduler: Any
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's, with checksums; older ones go only then, and what else lies there is left alone."""
+        if not self.args.should_save:
+            return super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with sealed(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if limit:
+            forget_older(folder, limit, self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_state(checkpoint.random_state(), Path(output_dir) / f"random_{self.args.process_index}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, Subset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile, profile_model
@@ -26,7 +26,7 @@ from quant.errors import NotFiniteError, UserError
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule
 from quant.quantizer import Quantizer
-from trainer import checkpoint
+from trainer import checkpoint, checksums
 from trainer.allocation import allocate, effects, propose
 from trainer.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
 from trainer.contest import ROUNDS, Contest
@@ -45,6 +45,7 @@ from trainer.teacher import Teacher, class_logits
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 
+logger = logging.getLogger(__name__)
 STATE = "training"
 """file of a checkpoint that holds everything but the model and the random generators"""
 SEARCH_MEASURES = ("reward", "quality", "cost", "entropy")
@@ -157,6 +158,8 @@ class ReinforceTrainer(JudgingTrainer):
         self._choices: Tensor | None = None
         self._micro_step = 0
         self._scale_exponents: dict[str, int] = {}
+        self.notes: list[str] = []
+        """what went otherwise than asked: part of the record"""
         self._float_quality: float | None = None
         """held-out quality of the float model, which `max_drop` counts from"""
         self._limits = tuple(limits)
@@ -243,10 +246,14 @@ class ReinforceTrainer(JudgingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train to the end and finish: the model then runs in `assignment`, calibrated on training data.
 
-        Raises TrainingDiverged for a loss or reward that is not finite.
+        resume_from_checkpoint: a checkpoint's folder, or True: the newest whole one where there is one.
+
+        Raises TrainingDiverged for a loss or reward that is not finite, CheckpointError for a damaged folder.
         """
         if isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
+            resume_from_checkpoint = self._whole_checkpoint() if resume_from_checkpoint else None
+        elif resume_from_checkpoint is not None and (why := self._flaw(Path(resume_from_checkpoint))):
+            raise checkpoint.CheckpointError(f"checkpoint {resume_from_checkpoint}: {why}")
         if resume_from_checkpoint is None:
             if self.history is not None:
                 self.history.truncate(0)  # of a run that was killed before its first checkpoint
@@ -258,6 +265,40 @@ class ReinforceTrainer(JudgingTrainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.finish()
         return output
+
+    def _whole_checkpoint(self) -> str | None:
+        """The newest checkpoint that is whole; newer ones are set aside, and where they are damaged a note says so."""
+        newer: dict[Path, str] = {}
+        found = None
+        for folder in checksums.numbered(Path(str(self.args.output_dir))):
+            if (why := self._flaw(folder)) is None:
+                found = str(folder)
+                break
+            newer[folder] = why
+        self.accelerator.wait_for_everyone()  # all of them look at the same folders
+        for folder, why in newer.items() if self.is_world_process_zero() else ():
+            checksums.set_aside(folder)
+            if why != checksums.INTERRUPTED:
+                then = f"went on from {Path(found).name}" if found else "started anew"
+                self.note(f"{folder.name} was damaged ({why}): the run {then}")
+        return found
+
+    def _flaw(self, folder: Path) -> str | None:
+        """Why the run cannot go on from a checkpoint; None where it can."""
+        if why := checksums.flaw(folder):
+            return why
+        saved = checkpoint.tensor_shapes(folder / "model.safetensors")
+        own = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        # A quantizer makes room for the formats that it meets in a file.
+        roomy = tuple(f"{name}." for name, _ in self._quantizers())
+        wrong = [name for name, shape in own.items() if saved.get(name) != shape]
+        wrong += [name for name in saved.keys() - own.keys() if not name.startswith(roomy)]
+        return f"model.safetensors is another model's: {min(wrong)}" if wrong else None
+
+    def note(self, text: str) -> None:
+        """Say what a reader of the run's record must know; checkpoints remember it."""
+        self.notes.append(text)
+        logger.warning(text)
 
     def _is_trained(self, checkpoint_folder: str) -> bool:
         """Whether a checkpoint is behind the last step; what it holds is then loaded, since Trainer would go on."""
@@ -590,6 +631,7 @@ class ReinforceTrainer(JudgingTrainer):
             ],
             "scale_exponents": self._scale_exponents,
             "settled": self._settled,
+            "notes": self.notes,
             "float_quality": self._float_quality,
             "reference_loss": self.reference_loss,
             "token_quantiles": {name: q.token_quantiles for name, q in self._quantizers() if q.token_quantiles},
@@ -622,8 +664,9 @@ class ReinforceTrainer(JudgingTrainer):
         self._turn = self.state.global_step % len(self.targets)
         if self.assignment is not None:
             set_formats(self.modules, self.assignment)
-        if self.history is not None:
-            self.history.truncate(self.state.global_step)
+        self.notes = [*state.get("notes", ()), *self.notes]
+        if self.history is not None and (lost := self.history.truncate(self.state.global_step)):
+            self.note(f"{self.history.path.name} was damaged: it lacks {lost} of the {self.state.global_step} steps")
 
 
 def _each(bits: float | tuple[float, ...] | None) -> tuple[float | None, ...]:

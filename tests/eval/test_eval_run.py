@@ -7,13 +7,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from eval.eval_run import last_checkpoint, main, run
+from eval.eval_run import main, run
 from eval.flags import parse
 from eval.run_plan import make_plan
 from eval.run_record import outcome
 from eval.run_trainer import float_teacher
 from eval.saved_model import load_model
 from quant.errors import UserError
+from trainer.checksums import numbered
 from trainer.teacher import SHARE
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -92,11 +93,10 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
         run(stopped, on_step=kill_at(30))
     assert not (stopped.run_folder / "result.json").exists()
     folder = stopped.run_folder / "checkpoints"
-    newest = last_checkpoint(folder)
-    assert newest is not None
-    broken = folder / "checkpoint-9999"  # a process killed while saving leaves a folder without the Trainer's state
+    assert numbered(folder)
+    broken = folder / "checkpoint-9999"  # a process killed while saving leaves a folder without checksums
     broken.mkdir()
-    assert last_checkpoint(folder) == newest
+    (broken / "checksums.json").write_text("{}")
     assert timeless(run(parse(["--resume", str(stopped.run_folder)]))) == timeless(whole)
 
 
@@ -154,7 +154,7 @@ def test_metrics_that_are_not_finite_are_a_failed_run(tmp_path):
 def test_the_best_checkpoint_is_kept(tmp_path):
     settings = config(tmp_path, "--bits 8 --max_steps 12 --save_strategy best --eval_steps 4")
     assert run(settings)["status"] == "finished"
-    assert last_checkpoint(settings.run_folder / "checkpoints") is not None
+    assert numbered(settings.run_folder / "checkpoints")
     with pytest.raises(UserError, match="--save_strategy best needs --eval_steps"):
         config(tmp_path, "--bits 8 --save_strategy best")
 
