@@ -43,7 +43,7 @@ def test_a_launch_removes_nothing_behind_a_link(tmp_path):
     tune = tmp_path / "out" / "digits" / "mine" / "tune"
     tune.parent.mkdir(parents=True)
     tune.symlink_to(kept.parent)
-    with pytest.raises(UserError, match="^--exp_name tune: .* is a link"):
+    with pytest.raises(UserError, match=r"^--exp_name tune: .* is a link"):
         eval_parallel.main([*RUN, "--output_root_dir", str(tmp_path / "out")], runner=pytest.fail)
     tune.unlink()
     tune.mkdir()
