@@ -17,20 +17,23 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+
+from rich.console import Console
 
 from eval.commands import again, command, installed
 from eval.flag_checks import refuse_link
 from eval.flags import INTERRUPTED, entry
 from eval.launch_facts import Facts, learn
 from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
-from eval.launch_progress import Watch, duration, make_console, plan_table, result_table, watching
+from eval.launch_progress import Watch, plan_table, result_table, waiting, watching
 from eval.launch_ray import Share, check_request, disk_is_full, fit, join, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import TUNED, Runner
 from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
 from eval.run_config import COST_UNITS, TUNE_FOLDER, RunConfig
+from eval.run_progress import duration, make_console
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
@@ -45,13 +48,14 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     if config.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     if config.dry_run:
-        return show_plan(by_name(runs), share)
+        return show_plan(config, by_name(runs), share)
     folder = launch_folder(runs)
     for place in (folder, folder / TUNE_FOLDER):
         refuse_link("--exp_name", place, runs[0].output_root_dir)
+    console = make_console(sys.stderr, config.quiet)
     with locked(list(dict.fromkeys([folder, *experiment_folders(runs)]))):
         missing = {name: known.config for name, known in state(config, runs).items() if not is_over(config, known)}
-        facts = learn(missing or by_name(runs[:1])) if runner is None and (missing or config.hpo) else {}
+        facts = look_at(missing or by_name(runs[:1]), console) if runner is None and (missing or config.hpo) else {}
         if (kept := write_launch(folder, config, runs)) is not None:
             make_console(sys.stderr).print(f"An earlier launch here is not finished; go on with it by --resume {kept}")
         set_aside(missing.values())
@@ -92,7 +96,12 @@ def launch(
     console = make_console(sys.stderr, config.quiet)
     steps = [known.steps for known in facts.values()] or [run.max_steps for run in runs]
     settings = early_stopping(steps) if config.asha else {}
-    with (folder / "launch.log").open("a") as log, redirect_stdout(log), redirect_stderr(log), ray_session(config):
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / "launch.log").open("a"))
+        with waiting(console, "starting Ray" if config.ray_address is None else f"joining Ray at {config.ray_address}"):
+            stack.enter_context(redirect_stdout(log))
+            stack.enter_context(redirect_stderr(log))
+            stack.enter_context(ray_session(config))
         # Ray sets a handler of its own; a job manager that ends us means the same as Ctrl-C.
         signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
         share = share or join(config, folder, runs)
@@ -120,9 +129,16 @@ def watch(config: RunConfig, base: RunConfig, missing: Mapping[str, RunConfig], 
     )
 
 
-def show_plan(runs: Mapping[str, RunConfig], share: Share | None) -> int:
+def look_at(runs: Mapping[str, RunConfig], console: Console, measure: bool = False) -> dict[str, Facts]:
+    """The facts of every run: what is wrong with data, models or budgets is told before anything starts."""
+    many = f"{len(runs)} runs" if len(runs) > 1 else "the run"
+    with waiting(console, f"checking {many}: reading data, building models" + (", timing a step" if measure else "")):
+        return learn(runs, measure)
+
+
+def show_plan(config: RunConfig, runs: Mapping[str, RunConfig], share: Share | None) -> int:
     """What --dry_run prints."""
-    facts = learn(runs, measure=True)
+    facts = look_at(runs, make_console(sys.stderr, config.quiet), measure=True)
     console = make_console(sys.stdout)
     console.print(plan_table(runs, facts))
     seconds = sum(known.seconds or 0.0 for known in facts.values())

@@ -31,6 +31,7 @@ from eval.folder_lock import alone_in
 from eval.full_disk import is_full_disk
 from eval.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.run_plan import Plan, make_plan
+from eval.run_progress import RunProgress, make_console
 from eval.run_record import costs_of, describe, outcome
 from eval.run_trainer import evaluate, make_trainer
 from eval.tracking import tracked
@@ -72,12 +73,16 @@ def run(
     """
     started = time.monotonic()
     refuse_other_flags(config)
-    plan = make_plan(config)
     with ExitStack() as held:
+        quiet = config.quiet or not first_process()
+        progress = held.enter_context(RunProgress(make_console(sys.stderr, quiet)).shown())
+        progress("loading PyTorch and transformers")
+        plan = make_plan(config, progress)
         if first_process():
             held.enter_context(alone_in(config.run_folder, "run", "--run_id", patience))
             held.enter_context(tracked(config))
-        return carry_out(plan, on_step, started)
+            progress.keep_in(config.run_folder)
+        return carry_out(plan, on_step, progress, started)
 
 
 def refuse_other_flags(config: RunConfig) -> None:
@@ -107,7 +112,9 @@ def _flags_in(written: Path) -> dict[str, Any]:
     return flags
 
 
-def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, started: float) -> dict[str, Any]:
+def carry_out(
+    plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, progress: RunProgress, started: float
+) -> dict[str, Any]:
     """`run` of a plan, as it was `started` on the monotonic clock."""
     from trainer.checkpoint import write_atomically, write_json
     from trainer.reinforce_trainer import TrainingDiverged
@@ -115,7 +122,7 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
     config, folder = plan.config, plan.config.run_folder
     if first_process():
         write_atomically(folder / RUN_FILE, lambda temporary: Path(temporary).write_text(to_yaml(config)))
-    trainer, modules, float_metrics = make_trainer(plan, on_step)
+    trainer, modules, float_metrics = make_trainer(plan, on_step, progress=progress)
     record = describe(plan)
     try:
         if config.max_steps == 0:
@@ -127,10 +134,11 @@ def carry_out(plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, star
             own = config.updated(target_bits=f"{bits:g}", save_model_path=None)
             trainer.use(turn)
             complete = record | {"run_id": f"{config.run_name}-{own_folder.name}", "float_metrics": float_metrics}
-            write_result(replace(plan, config=own), trainer, modules, complete, own_folder, started)
+            write_result(replace(plan, config=own), trainer, modules, complete, own_folder, started, progress)
         if config.smaller_targets:
             trainer.use(len(config.smaller_targets))
-        return write_result(plan, trainer, modules, record | {"float_metrics": float_metrics}, folder, started)
+        complete = record | {"float_metrics": float_metrics}
+        return write_result(plan, trainer, modules, complete, folder, started, progress)
     except TrainingDiverged as error:
         record |= {"status": "failed", "reason": str(error), "notes": [*record["notes"], *trainer.notes]}
         record |= {"wall_seconds": round(time.monotonic() - started, 1)}
@@ -146,6 +154,7 @@ def write_result(
     record: dict[str, Any],
     folder: Path,
     started: float,
+    progress: RunProgress | None = None,
 ) -> dict[str, Any]:
     """Evaluate the assignment that the model is in, and write all that `folder` keeps of it, the record last."""
     from cost.cost import assignment_to_json
@@ -172,6 +181,7 @@ def write_result(
         "wall_seconds": round(time.monotonic() - started, 1),
     }
     if first_process():
+        trainer.tell("saving")
         if folder != plan.config.run_folder:
             write_atomically(folder / RUN_FILE, lambda temporary: Path(temporary).write_text(to_yaml(plan.config)))
         write_json(folder / "assignment.json", record["assignment"])
@@ -179,7 +189,7 @@ def write_result(
             write_json(folder / "predictions.json", answers)
         save_result(plan, modules, assignment, folder / "model")
     if plan.config.verify_retrain:
-        record["retrained"], notes = retrain(plan.config, assignment, folder)
+        record["retrained"], notes = retrain(plan.config, assignment, folder, progress)
         record["notes"] += [f"retrained: {note}" for note in notes]
     if first_process():
         write_json(folder / "result.json", record)
@@ -187,7 +197,7 @@ def write_result(
 
 
 def retrain(
-    config: RunConfig, assignment: dict[str, tuple[Format, Format]], folder: Path
+    config: RunConfig, assignment: dict[str, tuple[Format, Format]], folder: Path, progress: RunProgress | None = None
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Metrics of the assignment trained alone, from the float weights that the run started from, for as many steps.
 
@@ -195,8 +205,8 @@ def retrain(
     `retrained`; what went otherwise than asked comes with them.
     """
     alone = config.updated(run_id=f"{folder.relative_to(config.experiment_folder)}/retrained", save_model_path=None)
-    plan = make_plan(alone)
-    trainer, _, _ = make_trainer(plan, assignment=assignment)
+    plan = make_plan(alone, progress)
+    trainer, _, _ = make_trainer(plan, assignment=assignment, progress=progress)
     trainer.train(resume_from_checkpoint=True)
     return evaluate(trainer, plan), trainer.notes
 

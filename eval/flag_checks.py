@@ -33,6 +33,7 @@ RANGES = {
     "max_steps": "[-1, inf)",
     "seed": f"[0, {2**32})",
     "subset_ratio": "(0, 1]",
+    "measure_share": "(0, 1]",
     "distill": "[0, 1]",
     "max_drop": _SHARE,
     "search_fraction": _SHARE,

@@ -80,7 +80,7 @@ def _passes(plan: Plan, steps: int) -> float:
     """Forward passes over a step's examples that a search takes beside training: rewards, sensitivities, contests."""
     from eval.run_plan import search_settings, search_space
     from trainer.judging_trainer import LEAST_MEASURED
-    from trainer.search import Phases, examples_to_judge
+    from trainer.search import Phases, examples_to_judge, examples_to_measure
 
     run, config, space = plan.config, search_settings(plan.config), search_space(plan)
     phases = Phases.of(config, steps)
@@ -89,7 +89,7 @@ def _passes(plan: Plan, steps: int) -> float:
     judged = 0.0
     if config.policy_prior == "measured":
         pairs = space.num_decisions * space.num_choices
-        judged += pairs * examples_to_judge(steps, batch, pairs, LEAST_MEASURED)
+        judged += pairs * examples_to_measure(steps, batch, pairs, LEAST_MEASURED, config.measure_share)
     if config.contest:
         targets = max(1, len(run.target_list))
         judged += targets * (neighbours + JUDGED_BESIDE) * examples_to_judge(steps, batch, neighbours)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -19,12 +19,13 @@ from eval.launch_facts import Facts
 from eval.launch_grid import Progress
 from eval.report_records import Excluded, Run, read_run
 from eval.run_config import COST_UNITS, RunConfig
+from eval.run_progress import TRAINING, describe, duration, number, read_progress
 
 PLAIN_SECONDS = 2.0
 """how often the state is looked at where there is no terminal"""
+NEWS_SECONDS = 30.0
+"""how often a run that stays in one phase is told of"""
 TAIL_BYTES = 1 << 16
-WIDE = 200
-"""characters of a line that no terminal folds"""
 
 
 class Watch:
@@ -48,8 +49,8 @@ class Watch:
         self._started = time.time()
         self._first: dict[str, tuple[float, int]] = {}
         """run -> (clock in seconds, step) when it was first seen at work"""
-        self._told: dict[str, str] = {}
-        """run -> the state that `news` has last told of it"""
+        self._told: dict[str, tuple[str, float]] = {}
+        """run -> the state that `news` has last told of it, and when [clock in seconds]"""
 
     def render(self) -> Table:
         """One line for each run that is at work, and a line for the rest."""
@@ -64,13 +65,19 @@ class Watch:
             for name, folder in folders.items()
             if name not in done and (entry := last_entry(folder / "history.jsonl", since=self._started))
         }
-        for name, entry in at_work.items():
-            table.add_row(name, *self._cells(name, entry))
-        waiting = self._total - len(done) - len(at_work)
+        rows = {name: read_progress(folder, self._started) for name, folder in folders.items() if name not in done}
+        rows = {name: state for name, state in rows.items() if state or name in at_work}
+        for name, state in rows.items():
+            cells = self._cells(name, at_work[name]) if name in at_work else [""] * 6
+            if state and state["phase"] != TRAINING:
+                doing = describe(state["phase"], what=state["what"])
+                cells = [doing, *cells[1:-1], duration(state["seconds_left"])]
+            table.add_row(name, *cells)
+        rest = self._total - len(done) - len(rows)
         words = [
             f"{len(done)} of {self._total} runs done",
-            f"{waiting} waiting or starting" if waiting > 0 else "",
-            self._all_left(at_work, waiting),
+            f"{rest} waiting or starting" if rest > 0 else "",
+            self._all_left(at_work, rest),
         ]
         table.caption = ", ".join(word for word in words if word)
         return table
@@ -78,10 +85,13 @@ class Watch:
     def news(self) -> list[str]:
         """A line for each run that has started, entered another phase or ended since the last call."""
         lines = []
+        now = time.monotonic()
         for name, folder in self._folders().items():
             state, detail = self._state(name, folder)
-            if state and state != self._told.get(name):
-                self._told[name] = state
+            told, when = self._told.get(name, ("", now))
+            over = (folder / "result.json").exists()
+            if state and (state != told or (not over and now - when >= NEWS_SECONDS)):
+                self._told[name] = state, now
                 lines.append(f"{name}: {state}{detail}")
         return lines
 
@@ -95,11 +105,15 @@ class Watch:
             cost = f"{number(record['cost'])} {record['cost_unit']}"
             score = f"{record['metric']} {found.quality:.4f}"
             return "finished", f": {score}, {cost}, {duration(record['wall_seconds'])}"
+        state = read_progress(folder, self._started)
+        if state and state["phase"] != TRAINING:
+            return state["phase"], describe(**state).removeprefix(state["phase"])
         if entry := last_entry(folder / "history.jsonl", since=self._started):
             facts = self._facts(name)
             return str(entry.get("phase", "train")), f", step {entry['step']}/{facts.steps if facts else '?'}"
         log = folder / "run.log"
-        return ("started", "") if log.exists() and log.stat().st_mtime >= self._started else ("", "")
+        begun = log.exists() and log.stat().st_mtime >= self._started
+        return ("started", ": reading data and model") if begun else ("", "")
 
     def _cells(self, name: str, entry: Mapping[str, Any]) -> list[str]:
         facts = self._facts(name)
@@ -153,23 +167,15 @@ def last_entry(path: Path, since: float = 0.0) -> dict[str, Any]:
     return {}
 
 
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def duration(seconds: float | None) -> str:
-    """'about' as people say it: 45 s, 12 min, 3.2 h."""
-    if seconds is None:
-        return ""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def make_console(file: TextIO, quiet: bool = False) -> Console:
-    """A terminal's own width; elsewhere wide enough for one line a run. Names and reasons are shown as they are."""
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    return Console(file=file, quiet=quiet, soft_wrap=True, width=None if file.isatty() else WIDE, **plain)
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Say what is waited for while the block runs; a spinner turns in a terminal."""
+    if console.is_terminal and not console.quiet:
+        with console.status(what):
+            yield
+    else:
+        console.print(what)
+        yield
 
 
 @contextmanager

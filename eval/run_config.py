@@ -165,6 +165,11 @@ class SearchFlags:
         "default: the recipe's",
         choices=["measured", "none", "fisher", "hawq_v2"],
     )
+    measure_share: float | None = flag(
+        None,
+        "most that measuring single formats before the first step may take, as a share of the training, in (0, 1]: "
+        "the fewer examples; default: a quarter",
+    )
     settle_fraction: float | None = flag(
         None, "last share of the steps, trained under the chosen assignment; default: the recipe's"
     )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags m
     from eval.model_bundle import ModelBundle
     from eval.tasks import PreparedData, TaskData
     from policy.space import Partition, SearchSpace
+    from trainer.progress import Listener
     from trainer.search import ReinforceConfig
 
 
@@ -47,17 +48,24 @@ class Plan:
         return tuple(dict.fromkeys(format for format in wanted if format != FLOAT))
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong."""
+def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
+    """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong.
+
+    `tell` hears what is being done.
+    """
     from cost.profile import profile_model
     from eval.coverage import searched_layers
     from eval.fused_groups import fused_groups
     from eval.models import build_model, recompute_activations
     from eval.tasks import load_task, prepare
+    from trainer.progress import unheard
 
     check_phases(config)
+    tell = tell or unheard
+    tell("reading data")
     data = load_task(config)
     corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
+    tell("building the model")
     bundle = build_model(config, data.num_labels, corpus)
     if config.gradient_checkpointing:
         recompute_activations(bundle.model)
@@ -71,7 +79,9 @@ def make_plan(config: RunConfig) -> Plan:
         start_from(bundle, Path(config.load_model_path))
     if not bundle.trained:
         _refuse_untrained(config)
+    tell("preparing data")
     prepared = prepare(data, bundle, config)
+    tell("looking at the layers")
     layers = searched_layers(bundle.model, data.kind, config)
     profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
     plan = Plan(config, data, bundle, prepared, layers, profiles)

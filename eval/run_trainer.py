@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,9 @@ from eval.run_plan import Plan, partition, search_settings
 from quant.formats import Format
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+    from transformers import TrainerCallback
+
+    from eval.run_progress import RunProgress
     from quant.quant_module import QuantModule
     from trainer.reinforce_trainer import ReinforceTrainer
     from trainer.teacher import Teacher
@@ -28,10 +30,11 @@ def make_trainer(
     plan: Plan,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     assignment: dict[str, tuple[Format, Format]] | None = None,
+    progress: RunProgress | None = None,
 ) -> tuple[ReinforceTrainer, dict[str, QuantModule], dict[str, Any] | None]:
     """The trainer of the run, its quantized layers, and what the float model scores where it comes trained.
 
-    With an `assignment`, that is trained and nothing is chosen.
+    With an `assignment`, that is trained and nothing is chosen. `progress` shows how far it is, and what is logged.
     """
     from transformers import PrinterCallback
     from transformers.trainer_utils import set_seed
@@ -93,13 +96,27 @@ def make_trainer(
         on_step=on_step,
         calibration_samples=config.calibration_samples,
         after_calibration=partial(clip_outlier_tokens, plan) if plan.formats and clips_tokens(config) else None,
+        on_progress=progress,
     )
-    if config.quiet:
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
+    if progress is not None:
+        trainer.add_callback(shown_on(progress))
     migrate_outliers(plan, trainer)
     place_around_layers(plan, trainer)
     known = plan.bundle.trained and config.method != "float"
     return trainer, modules, evaluate(trainer, plan) if known else None
+
+
+def shown_on(progress: RunProgress) -> TrainerCallback:
+    """What the Trainer logs, as lines of `progress`."""
+    from transformers import TrainerCallback
+
+    class Shown(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+            if state.is_world_process_zero:
+                progress.log(logs or {})
+
+    return Shown()
 
 
 def float_teacher(plan: Plan) -> Teacher | None:
@@ -160,7 +177,7 @@ def training_arguments(config: RunConfig) -> Any:
         remove_unused_columns=False,
         dataloader_num_workers=config.num_workers,
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
-        disable_tqdm=config.quiet or not sys.stderr.isatty(),
+        disable_tqdm=True,  # `eval.run_progress` shows how far the run is
     )
 
 
@@ -184,6 +201,7 @@ def evaluate(
     two runs can then be compared example by example.
     """
     from quant.convert import weights_kept
+    from trainer.progress import counted
 
     metrics = {}
     judge = trainer.compute_metrics
@@ -197,7 +215,9 @@ def evaluate(
         kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
         if plan.prepared.writer is not None:
             with weights_kept(trainer.modules):
-                kept |= plan.prepared.writer(name, trainer.model, trainer.batches_of(split))
+                size = -(-len(split) // trainer.args.per_device_eval_batch_size)
+                batches = counted(trainer.batches_of(split), size, f"writing answers for {name}", trainer.tell)
+                kept |= plan.prepared.writer(name, trainer.model, batches)
         metrics[name] = {**kept, "n": len(plan.data.validation[name] if name in plan.prepared.judges else split)}
     trainer.compute_metrics = judge
     return metrics

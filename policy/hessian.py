@@ -23,6 +23,8 @@ from quant.modes import evaluating
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar tensor, the mean loss of the batch"""
 
+MOST_DRAWS = 50
+"""of vectors for a trace, where its error stays above the tolerance"""
 MIN_DRAWS = 8
 """draws before a standard error is believed: two draws that happen to agree say nothing"""
 
@@ -59,7 +61,7 @@ def hessian_traces(
     batches: Sequence[Any],
     loss: Loss,
     *,
-    max_draws: int = 50,
+    max_draws: int = MOST_DRAWS,
     tolerance: float = 0.1,
     generator: torch.Generator | None = None,
     jointly: bool = False,

@@ -17,11 +17,12 @@ import eval_parallel
 from eval.flags import read_flags, to_yaml
 from eval.launch_facts import Facts
 from eval.launch_grid import by_name, expand, launch_folder, look_up
-from eval.launch_progress import Watch, duration, last_entry, make_console, result_table, watching
+from eval.launch_progress import Watch, last_entry, result_table, watching
 from eval.launch_ray import check_request, clean, plan_share, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import Reporter, _run_within_memory, is_out_of_memory, objective, record_failure, with_settings
 from eval.launch_tuning import check_tuning, tried
+from eval.run_progress import duration, make_console
 from quant.errors import UserError
 
 RUN = ["--task", "digits", "--model", "resnet20"]
@@ -433,7 +434,7 @@ def test_without_a_terminal_each_change_of_state_is_one_line(tmp_path, fake, mon
     for run in runs:
         run.run_folder.mkdir(parents=True)
         (run.run_folder / "run.log").touch()
-    assert watch.news() == [f"{first}: started", f"{second}: started"]
+    assert watch.news() == [f"{name}: started: reading data and model" for name in (first, second)]
     history = runs[0].run_folder / "history.jsonl"
     for step, phase in ((1, "delay"), (2, "delay"), (3, "search")):
         history.write_text(json.dumps({"step": step, "phase": phase}) + "\n")

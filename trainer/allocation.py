@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from policy.allocators import best_uniform, greedy, head_tail, least_harm, random_choice
-from policy.hessian import held_weights
+from policy.hessian import MOST_DRAWS, held_weights
 from policy.solve import InfeasibleError
 from trainer import sensitivity
 from trainer.processes import of_first_process
+from trainer.progress import Passes
 
 if TYPE_CHECKING:
     from trainer.reinforce_trainer import ReinforceTrainer
@@ -37,6 +39,7 @@ def allocate(method: str, trainer: ReinforceTrainer) -> list[int]:
             return greedy(trainer.measure("errors").effect, budget)
         case "exhaustive":
             choices = list(budget.all_fitting())
+            trainer.passes = Passes("judging every assignment", len(choices) * trainer.judging_passes)
             return list(choices[int(trainer.judge(choices)[:, 0].mean(1).argmin())])
     return least_harm(effects(method, trainer), budget)
 
@@ -55,7 +58,16 @@ def _effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
     if method == "measured":
         return trainer.measure().effect
     batches = trainer.judging_batches(trainer.space.num_decisions * trainer.space.num_choices)
-    model, modules, space, loss = trainer.model, trainer.modules, trainer.space, trainer.plain_loss
+    model, modules, space = trainer.model, trainer.modules, trainer.space
+    most = {"hawq_v2": MOST_DRAWS * len(batches)}.get(method, len(batches))
+    passes = Passes(f"measuring ({method})", most)
+    trainer.tell(passes.phase, 0, most)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        value = trainer.plain_loss(model, batch)
+        passes.count(trainer.tell)
+        return value
+
     if method == "fisher":
         with held_weights(modules):
             return sensitivity.fisher_effect(model, modules, space, batches, loss)

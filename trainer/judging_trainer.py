@@ -6,7 +6,7 @@ What it sees depends on the seed and the step alone, so that a resumed run, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ from quant.errors import UserError
 from quant.modes import evaluating
 from quant.quant_module import QuantModule
 from quant.replay import replayed
-from trainer.batch_norm import statistics_of_batch
+from trainer.batch_norm import LEAST_TELLING, statistics_of_batch
 from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share
-from trainer.search import LEAST_JUDGED, MOST_JUDGED, ReinforceConfig, examples_to_judge
+from trainer.progress import Listener, Passes, counted, unheard
+from trainer.search import LEAST_JUDGED, MOST_JUDGED, ReinforceConfig, examples_to_judge, examples_to_measure
 from trainer.sensitivity import Sensitivity, increase, measure_sensitivity
 from trainer.teacher import Teacher, class_logits, softened_divergence
 
@@ -54,6 +55,10 @@ class JudgingTrainer(PickleFreeTrainer):
     """the float model, where it comes trained"""
     reference_loss: float | None = None
     """what losses are measured by where their size says nothing, see `telling_reference`"""
+    tell: Listener = staticmethod(unheard)
+    """hears how far the run is"""
+    passes: Passes | None = None
+    """counts what `judge` does, where that is a phase of its own"""
 
     def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
         """The measured effect of every single decision, on `search_dataset`.
@@ -61,13 +66,13 @@ class JudgingTrainer(PickleFreeTrainer):
         outputs: on the class probabilities (see `softened_divergence`), or on the loss where there are no classes.
         errors: on the share of wrong answers.
         """
-        batches = self.judging_batches(self.space.num_decisions * self.space.num_choices, LEAST_MEASURED)
+        batches = self._batches_apart(0, self._measuring_examples(), LEAST_TELLING)
         measured = self.model, self.modules, self.space, batches
         if what == "errors":
-            return measure_sensitivity(*measured, self._error, increase)
+            return measure_sensitivity(*measured, self._error, increase, self.tell)
         if self._classes(batches[0]):
-            return measure_sensitivity(*measured, self._logits, softened_divergence)
-        return measure_sensitivity(*measured, self.plain_loss, increase)
+            return measure_sensitivity(*measured, self._logits, softened_divergence, self.tell)
+        return measure_sensitivity(*measured, self.plain_loss, increase, self.tell)
 
     def judging_batches(self, assignments: int, least: int = LEAST_JUDGED) -> list[Any]:
         """Batches of `search_dataset` to judge so many assignments on; always the first of the same order."""
@@ -75,16 +80,26 @@ class JudgingTrainer(PickleFreeTrainer):
 
     def _deciding_batches(self) -> list[Any]:
         """Batches of `search_dataset` that `judging_batches` leaves: more, for the few that are compared at last."""
+        return self._batches_apart(*self._deciding_rows)
+
+    @property
+    def _deciding_rows(self) -> tuple[int, int]:
+        """(from where on, how many) rows decide; none where too few are left."""
         seen = self._judging_examples(2 * self.space.num_decisions)
         left = min(len(self.search_dataset) - seen, MOST_JUDGED, DECIDING_SHARE * seen)
-        return self._batches_apart(seen, left) if left >= LEAST_JUDGED else []
+        return seen, left if left >= LEAST_JUDGED else 0
 
-    def _batches_apart(self, start: int, count: int) -> list[Any]:
+    def _batches_apart(self, start: int, count: int, least: int = 1) -> list[Any]:
         """`count` examples of `search_dataset` from `start` on in an order of their own, as batches."""
-        indices = self._permutation(self.search_dataset, salt=1)[start : start + count]
+        order = self._permutation(self.search_dataset, salt=1)
+        starts = self._batch_starts(start, count, least)
+        return [self._batch(self.search_dataset, order[i : min(i + starts.step, start + count)]) for i in starts]
+
+    def _batch_starts(self, start: int, count: int, least: int = 1) -> range:
+        """Where each batch of `_batches_apart` starts; the range's step is their length."""
         # At least four batches, so that what is measured comes with an error.
-        size = max(1, min(self.args.per_device_eval_batch_size, math.ceil(count / 4)))
-        return [self._batch(self.search_dataset, indices[i : i + size]) for i in range(0, count, size)]
+        size = min(self.args.per_device_eval_batch_size, max(math.ceil(count / 4), least))
+        return range(start, start + count, size)
 
     def _judging_examples(self, assignments: int, least: int = LEAST_JUDGED) -> int:
         """Examples of `search_dataset` to judge so many assignments on."""
@@ -93,10 +108,23 @@ class JudgingTrainer(PickleFreeTrainer):
         )
         return min(wanted, len(self.search_dataset))
 
+    def _measuring_examples(self) -> int:
+        """Examples of `search_dataset` to measure single formats on."""
+        pairs, config = self.space.num_decisions * self.space.num_choices, self._config
+        wanted = config.sensitivity_examples or examples_to_measure(
+            self._total_steps(), self._step_examples, pairs, LEAST_MEASURED, config.measure_share
+        )
+        return min(wanted, len(self.search_dataset))
+
     def _affordable_judgements(self, share: float) -> int:
         """Assignments that can be judged in a share of the time of training, whose steps count as three passes."""
         passes = 3 * self._total_steps() * self._step_examples
         return int(share * passes / self._judging_examples(2 * self.space.num_decisions))
+
+    @property
+    def judging_passes(self) -> int:
+        """Forward passes that judging one assignment takes."""
+        return len(self._batch_starts(0, self._judging_examples(2 * self.space.num_decisions)))
 
     @property
     def judged_by(self) -> Literal["divergence", "loss"]:
@@ -119,6 +147,8 @@ class JudgingTrainer(PickleFreeTrainer):
         without a teacher or classes, the loss. Without `in_formats` the layers stay in the formats they are in.
         """
         batches = self.judging_batches(2 * self.space.num_decisions) if batches is None else batches
+        if self.passes is not None and not self.passes.done:
+            self.tell(self.passes.phase, 0, self.passes.expected)
         judged = np.zeros((len(choices), 2, len(batches)))
         kind = self._config.reward_quality
         # Sorted, each choice shares with the one before it all layers up to the first that differs.
@@ -135,6 +165,8 @@ class JudgingTrainer(PickleFreeTrainer):
                         logits = class_logits(outputs, batch)
                     harm = loss if known is None or logits is None else softened_divergence(known, logits).mean()
                     judged[row, :, column] = float(harm), float(self._quality(loss, outputs, batch, kind))
+                    if self.passes is not None:
+                        self.passes.count(self.tell)
         return judged
 
     def _known(self, batch: Any) -> Tensor | None:
@@ -245,11 +277,11 @@ class JudgingTrainer(PickleFreeTrainer):
         for start in range(0, len(dataset), size):
             yield self._batch(dataset, range(start, min(start + size, len(dataset))))
 
-    def calibration_batches(self) -> Iterator[Any]:
+    def calibration_batches(self, phase: str | None = None) -> Iterator[Any]:
         """The same training batches every time, augmented as in training: that is what the weights have adapted to.
 
         Statistics of plain images would be others (a black border raises the first layer's variance by half), and cost
-        a ResNet-20 three points of accuracy on CIFAR-10.
+        a ResNet-20 three points of accuracy on CIFAR-10. Listeners hear of each as a part of `phase`, if that is given.
         """
         count = 8 if self.search_config is None else self.search_config.calibration_batches
         size = self._global_batch_size  # of several processes each sees all of it: without gradients there is room
@@ -258,7 +290,10 @@ class JudgingTrainer(PickleFreeTrainer):
         indices = [row for row in order if row not in held][: self.calibration_samples or count * size]
         if len(indices) % size == 1 and len(indices) > 1:
             indices.pop()  # one row alone has no variance for a batch norm
-        for start in range(0, len(indices), size):
+        starts: Iterable[int] = range(0, len(indices), size)
+        if phase is not None:
+            starts = counted(starts, math.ceil(len(indices) / size), phase, self.tell)
+        for start in starts:
             yield self._batch(self.train_dataset, indices[start : start + size])
 
 

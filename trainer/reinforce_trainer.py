@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, Subset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile, profile_model
@@ -29,14 +30,16 @@ from quant.quantizer import Quantizer
 from trainer import checkpoint, checksums
 from trainer.allocation import allocate, effects, propose
 from trainer.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
-from trainer.contest import ROUNDS, Contest
+from trainer.contest import PROPOSALS, ROUNDS, Contest
+from trainer.drop import STEPS as HALVINGS
 from trainer.drop import cheapest_budget, cheapest_choice, limited
-from trainer.evidence import additivity, all_if_affordable, certificate
+from trainer.evidence import SAMPLES, additivity, all_if_affordable, certificate
 from trainer.history import History
 from trainer.judging_trainer import JudgingTrainer, quality, streams
 from trainer.phased_sampler import PhasedSampler
 from trainer.policy_pictures import show_policy
 from trainer.processes import mean_over_processes, of_first_process, share_buffers
+from trainer.progress import Listener, Passes, unheard
 from trainer.quantization_file import write_companions, write_quantization
 from trainer.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 from trainer.search import Phases, ReinforceConfig, Search, resolve_target
@@ -51,6 +54,7 @@ STATE = "training"
 SEARCH_MEASURES = ("reward", "quality", "cost", "entropy")
 FLUSH_STEPS = 10
 """steps between writes of the history: losses are read from the device then, not at every step"""
+RECALIBRATING = "calibrating the chosen formats"
 PROBABILITY_STEPS = 10
 """steps between records of the policy's probabilities"""
 
@@ -92,6 +96,7 @@ class ReinforceTrainer(JudgingTrainer):
         history: file that gets one line a step.
         calibration_samples: training examples that ranges are calibrated on; None: 8 batches.
         after_calibration: called once ranges are there, to make them better.
+        on_progress: hears how far the run is: calibrating, measuring, training, choosing, evaluating.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class ReinforceTrainer(JudgingTrainer):
         on_step: Callable[[dict[str, Any]], None] | None = None,
         calibration_samples: int | None = None,
         after_calibration: Callable[[ReinforceTrainer], None] | None = None,
+        on_progress: Listener | None = None,
         **trainer_arguments: Any,
     ) -> None:
         if teacher is not None and teacher.model is model:
@@ -143,6 +149,9 @@ class ReinforceTrainer(JudgingTrainer):
         first = self.is_world_process_zero()  # of several processes, one writes and tells
         self.history = History(history) if history is not None and first else None
         self.on_step = on_step if first else None
+        self.tell = on_progress if first and on_progress is not None else unheard
+        self._evaluated = 0
+        self._to_evaluate: int | None = None
         self.teacher = teacher
         if teacher is not None:
             teacher.model.to(self.args.device)
@@ -239,7 +248,7 @@ class ReinforceTrainer(JudgingTrainer):
             set_formats(self.modules, self.assignment)
             self._recalibrate()
         if self.args.max_steps != 0:
-            recalibrate_batch_norm(self.model, self.calibration_batches())
+            recalibrate_batch_norm(self.model, self.calibration_batches("recalibrating batch norms"))
 
     # ------------------------------------------------------ the run
 
@@ -315,8 +324,8 @@ class ReinforceTrainer(JudgingTrainer):
         """Before the first step: ranges from training data, the policy's prior from measured sensitivities."""
         if self.modules:
             if has_untrained_batch_norm(self.model):  # ranges seen through its starting values would clip everything
-                recalibrate_batch_norm(self.model, self.calibration_batches())
-            calibrate(self.model, self.modules, self.calibration_batches())
+                recalibrate_batch_norm(self.model, self.calibration_batches("calibrating batch norms"))
+            calibrate(self.model, self.modules, self.calibration_batches("calibrating"))
             if self.after_calibration is not None:
                 self.after_calibration(self)
         config = self.search_config
@@ -333,8 +342,10 @@ class ReinforceTrainer(JudgingTrainer):
         for _ in self._in_turn():
             prior = pressure = None
             if effect is not None and config.max_drop is not None:
+                self.passes = Passes("looking for the budget", (HALVINGS + 3) * self.judging_passes)
                 self._float_quality = self._quality_in_float()
                 self._lower_budget(-effect)
+                self.passes = None
             candidates: dict[str, list[int]] = {}
             if effect is not None:
                 prior, pressure = believing_prior(effect, self.budget)
@@ -399,6 +410,7 @@ class ReinforceTrainer(JudgingTrainer):
         share_buffers(self.model)
         for target in self._in_turn():
             target.assignment = self._agreed(self._choose(target))
+        self.passes = None
         self._settled = True
         for target in self._in_turn():
             assert target.assignment is not None
@@ -413,16 +425,15 @@ class ReinforceTrainer(JudgingTrainer):
         # Only batches too small to go by their own statistics see these; those of training are a mixture of all draws.
         set_formats(self.modules, self.space.assignment(best))
         recalibrate_batch_norm(self.model, self.calibration_batches())
+        affordable = max(8, self._affordable_judgements(1 / 20))
+        self.passes = Passes("choosing", self._passes_of_contest(len(target.search.candidates) + 1, affordable))
         if self._config.max_drop is not None:
             self._lower_budget(target.search.values())
             target.search.budget = self.budget
             best = target.search.best()
-        # Measuring the neighbours of a choice is most of the contest's work; once is the least.
-        rounds = self._affordable_judgements(1 / 4) // (2 * self.space.num_decisions)
-        contest = Contest(self.budget, self.judge, min(max(rounds, 1), ROUNDS), self.decide_by)
+        contest = Contest(self.budget, self.judge, self._contest_rounds, self.decide_by)
         candidates = {name: c for name, c in target.search.candidates.items() if self.budget.fits(c)}
         verdict = contest.decide({**candidates, "policy": best})
-        affordable = max(8, self._affordable_judgements(1 / 20))
         everything = all_if_affordable(contest, affordable)  # then the certificate judges all there is anyway
         if everything is not None and (least := contest.best_of_all(everything, verdict.choice)) != verdict.choice:
             verdict = replace(verdict, choice=least, origin="the best of all")
@@ -443,6 +454,20 @@ class ReinforceTrainer(JudgingTrainer):
         }
         return list(verdict.choice)
 
+    @property
+    def _contest_rounds(self) -> int:
+        """Measuring the neighbours of a choice is most of the contest's work; once is the least."""
+        rounds = self._affordable_judgements(1 / 4) // (2 * self.space.num_decisions)
+        return min(max(rounds, 1), ROUNDS)
+
+    def _passes_of_contest(self, candidates: int, affordable: int) -> int:
+        """Forward passes that `_choose` takes at most, about: what it can judge, in the batches that it judges on."""
+        decisions, rounds = self.space.num_decisions, self._contest_rounds
+        near, far = 2 * decisions, decisions * (self.space.num_choices - 1)
+        judged = candidates + rounds * (near + PROPOSALS) + far + affordable + near + SAMPLES
+        deciding = 2 * (rounds + 1) * len(self._batch_starts(*self._deciding_rows))
+        return min(judged, max(self.budget.size, 1)) * self.judging_passes + deciding
+
     def _agreed(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
         """The assignment of a choice, the first process's where there are several."""
         agreed = of_first_process(torch.tensor(list(choice)))
@@ -451,7 +476,7 @@ class ReinforceTrainer(JudgingTrainer):
 
     def _recalibrate(self) -> None:
         try:
-            calibrate(self.model, self.modules, self.calibration_batches(), learned=False)
+            calibrate(self.model, self.modules, self.calibration_batches(RECALIBRATING), learned=False)
         except NotFiniteError as error:  # before training it would have been wrong input
             self._flush()  # which names the step, if the loss has shown it
             raise TrainingDiverged(f"{error}, after {self.state.global_step} steps") from None
@@ -525,6 +550,7 @@ class ReinforceTrainer(JudgingTrainer):
             if self._choices is not None:
                 entry["choice"] = self._choices[0].tolist()
         self._pending.append(entry)
+        self.tell("training", step + 1, self.state.max_steps, entry["phase"])
         if len(self._pending) >= FLUSH_STEPS:
             self._flush()
 
@@ -562,8 +588,18 @@ class ReinforceTrainer(JudgingTrainer):
         search = self.targets[-1].search
         if search is not None and not self._settled:
             set_formats(self.modules, self.space.assignment(search.best()))
+        loader = args[0] if args else kwargs["dataloader"]
+        self._evaluated, self._to_evaluate = 0, len(loader) if has_length(loader) else None
+        self.tell("evaluating", 0, self._to_evaluate)
         with weights_kept(self.modules):
             return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; listeners hear of the batch."""
+        predicted = super().prediction_step(*args, **kwargs)
+        self._evaluated += 1
+        self.tell("evaluating", self._evaluated, self._to_evaluate, f"batch {self._evaluated}")
+        return predicted
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether this is the best evaluation so far: only of the chosen assignment can weights be the run's."""

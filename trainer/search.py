@@ -41,6 +41,17 @@ def examples_to_judge(steps: int, batch_size: int, assignments: int, least: int 
     return int(min(max(affordable, least), MOST_JUDGED))
 
 
+def examples_to_measure(steps: int, batch_size: int, assignments: int, least: int, share: float) -> int:
+    """Held-out examples that single formats are measured on: as `examples_to_judge`, within a `share` of the training.
+
+    Without a step there is no training to take a share of.
+    """
+    wanted = examples_to_judge(steps, batch_size, assignments, least)
+    if steps <= 0:
+        return wanted
+    return max(1, min(wanted, int(3 * steps * batch_size * share / max(assignments, 1))))
+
+
 @dataclass(frozen=True)
 class ReinforceConfig:
     """How to search. The names are those of the command line's flags."""
@@ -78,6 +89,8 @@ class ReinforceConfig:
     """training batches that ranges and batch norms are calibrated on"""
     sensitivity_examples: int | None = None
     """held-out examples that an assignment is judged on, before and after the search; None: see `examples_to_judge`"""
+    measure_share: float = 0.25
+    """most that measuring single formats before the first step may take, as a share of the training: fewer examples"""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -91,6 +104,8 @@ class ReinforceConfig:
             raise ValueError("max_drop needs a search with a prior and a contest: both bisect over budgets")
         if not 0 <= self.settle_fraction < 1:
             raise ValueError(f"settle_fraction must lie in [0, 1), got {self.settle_fraction}")
+        if not 0 < self.measure_share <= 1:
+            raise ValueError(f"measure_share must lie in (0, 1], got {self.measure_share}")
         if self.reward_draws < 1:
             raise ValueError(f"reward_draws must be at least 1, got {self.reward_draws}")
         if not 0 < self.reward_share <= 1:

@@ -21,12 +21,16 @@ from quant.modes import evaluating
 from quant.quant_module import QuantModule
 from quant.replay import replayed
 from trainer.batch_norm import statistics_of_batch
+from trainer.progress import Listener, unheard
 
 Table = NDArray[np.float64]
 """(decisions, choices)"""
 
 PRIOR_ENTROPY = 0.2
 """entropy of the starting policy as a share of a uniform one: it mostly follows the measurement, and still explores"""
+
+MEASURING = "measuring"
+"""what listeners hear of the measurements here"""
 
 EIGEN_STEPS = 20
 """power iterations a layer: they rank layers, and a tenth of an eigenvalue changes no rank that matters"""
@@ -50,6 +54,7 @@ def measure_sensitivity(
     batches: Sequence[Mapping[str, Any]],
     look: Callable[[nn.Module, Any], Any],
     compare: Callable[[Any, Any], Tensor],
+    tell: Listener = unheard,
 ) -> Sensitivity:
     """Decisions x choices forward passes a batch. The model runs in eval mode, batch norms on the batch's
     statistics; its mode and formats come back.
@@ -58,10 +63,15 @@ def measure_sensitivity(
         look: (model, batch) -> what is seen of the model, such as its loss or its logits.
         compare: (seen in float, seen now) -> effects, one for the batch, as `increase`, or one for each example, as
             `divergence`.
+        tell: hears of each decision that is measured.
     """
     seen = []
+    decisions, total = len(space.decisions), len(space.decisions) * len(batches)
+    noun = "layer" if all(len(decision.layers) == 1 for decision in space.decisions) else "group of layers"
+    examples = sum(map(examples_of, batches))
+    tell(MEASURING, 0, total, f"{decisions} {noun}s in {space.num_choices} formats on {examples} examples")
     with evaluating(model):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             effects: list[list[Tensor]] = [[] for _ in space.decisions]
             with in_float(modules), statistics_of_batch(model, batch), replayed(modules) as replay:
                 reference = look(model, batch)
@@ -71,6 +81,8 @@ def measure_sensitivity(
                         replay.restart()
                         effects[d].append(compare(reference, look(model, batch)).view(-1))
                     set_formats(modules, dict.fromkeys(decision.layers, (FLOAT, FLOAT)))
+                    of_batches = f", batch {number + 1} of {len(batches)}" if len(batches) > 1 else ""
+                    tell(MEASURING, number * decisions + d + 1, total, f"{noun} {d + 1} of {decisions}{of_batches}")
             seen.append(np.array([[own.double().cpu().numpy() for own in row] for row in effects]))
     values = np.concatenate(seen, axis=-1)
     mean, count = values.mean(axis=-1), values.shape[-1]

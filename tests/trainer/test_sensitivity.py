@@ -12,6 +12,7 @@ from policy.space import build_space
 from quant.convert import calibrate, get_formats, in_float, quantize_model, set_formats
 from quant.formats import FLOAT, parse_format
 from trainer.allocation import effects
+from trainer.progress import unheard
 from trainer.sensitivity import divergence, fisher_effect, increase, measure_sensitivity
 
 FORMATS = [parse_format(bits) for bits in (2, 4, 8)]
@@ -124,7 +125,7 @@ def test_a_layer_that_computes_its_weight_is_as_sensitive_as_any(method, compute
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         trainer = SimpleNamespace(
             **{"model": model, "modules": layers, "space": build_space(list(layers), FORMATS)},
-            **{"args": SimpleNamespace(seed=0), "judging_batches": lambda count: batches},
+            **{"args": SimpleNamespace(seed=0), "judging_batches": lambda count: batches, "tell": unheard},
             plain_loss=lambda model, batch: model(**batch).square().mean(),
         )
         made = effects(method, trainer)

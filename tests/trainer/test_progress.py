@@ -1,0 +1,44 @@
+"""What listeners hear of a run, and that measuring keeps within its share of the training."""
+
+import pytest
+
+from trainer.progress import Passes, counted
+from trainer.search import ReinforceConfig, examples_to_judge, examples_to_measure
+
+
+def heard():
+    told = []
+    return told, lambda phase, done=0, total=None, what="": told.append((phase, done, total, what))
+
+
+def test_what_is_counted_is_told_of_from_nothing_to_all():
+    told, tell = heard()
+    assert list(counted("ab", 2, "reading", tell)) == ["a", "b"]
+    assert told == [("reading", 0, 2, ""), ("reading", 1, 2, "batch 1 of 2"), ("reading", 2, 2, "batch 2 of 2")]
+
+
+def test_passes_never_exceed_what_is_told_of_them():
+    told, tell = heard()
+    passes = Passes("choosing", 2)
+    for _ in range(3):
+        passes.count(tell)
+    assert [(done, total) for _, done, total, _ in told] == [(1, 2), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 1.0])
+@pytest.mark.parametrize("steps", [20, 200, 5000])
+def test_measuring_takes_at_most_its_share_of_the_passes_of_training(steps, share):
+    batch, assignments = 32, 100
+    examples = examples_to_measure(steps, batch, assignments, 32, share)
+    assert examples == 1 or examples * assignments <= share * 3 * steps * batch
+    assert examples <= examples_to_judge(steps, batch, assignments, 32)
+
+
+def test_without_training_there_is_no_share_to_keep_within():
+    assert examples_to_measure(0, 32, 100, 32, 0.01) == 32
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match="measure_share"):
+        ReinforceConfig(target_bits=4, measure_share=share)
