@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import torch
 from torch import Tensor
 
 from quant.errors import UserError
@@ -31,7 +32,9 @@ class Storage:
 
 
 INT_STORAGE = (Storage("int4", ml_dtypes.int4, 4), Storage("int8", np.int8, 8), Storage("int16", np.int16, 16))
-INT8 = INT_STORAGE[1]
+INT8, INT16 = INT_STORAGE[1:]
+INT32_SUMS = 2**31
+"""the least size of a sum that int32 does not hold"""
 FLOAT8_STORAGE = (
     Storage("float8e4m3fn", ml_dtypes.float8_e4m3fn, 8),
     Storage("float8e5m2", ml_dtypes.float8_e5m2, 8),
@@ -59,6 +62,8 @@ class OnnxLayer:
     transposed: bool
     """whether the file holds the weight as (in, out), what a matrix product takes, and the layer as (out, in)"""
     float_weight: Tensor
+    overflows: bool = False
+    """whether int32, in which engines add products of integers up, may not hold what one output adds up to"""
 
     @classmethod
     def of(cls, name: str, module: QuantModule, integers: bool = False) -> OnnxLayer:
@@ -73,14 +78,18 @@ class OnnxLayer:
         storage = None if weight is None else weight_storage(weight)
         inputs = input_storage(quantizer.format)
         transposed = isinstance(module, QuantLinear)
-        if integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
+        overflows = sums_overflow(weight, range, module.channel_dim)
+        if overflows:
+            inputs = INT16  # the same values, which no engine multiplies as integers
+        elif integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
             inputs = INT8
-        return cls(name, module.formats, weight, storage, range, inputs, transposed, plain_weight(name, module))
+        made = weight, storage, range, inputs, transposed, plain_weight(name, module), overflows
+        return cls(name, module.formats, *made)
 
     @property
     def in_integers(self) -> bool:
         """Whether weight and input are integers of at most 8 bits: engines multiply those of 8."""
-        return all(map(narrow, self.formats))
+        return all(map(narrow, self.formats)) and not self.overflows
 
     @property
     def is_product(self) -> bool:
@@ -117,8 +126,19 @@ class OnnxLayer:
             activation_bits = FLOAT.bits if self.input_storage is None else self.input_storage.bits
             if run != activation.name:
                 how = "rounded by float operations, held" if self.emulated else "clipped to their range, held"
-                why.append(f"activations: {activation} values {how} as {run}, ONNX Runtime has no {activation}")
+                reason = f"ONNX Runtime has no {activation}"
+                if self.overflows:
+                    reason = "ONNX Runtime adds products of bytes up in int32, which these long rows would overflow"
+                why.append(f"activations: {activation} values {how} as {run}, {reason}")
         return LayerVerdict(weight, activation, stored, run, bits, activation_bits, tuple(why))
+
+
+def sums_overflow(weight: RoundedWeight | None, range: StaticRange | None, channel_dim: int) -> bool:
+    """Whether products of integers of at most 8 bits could add up to more than int32 holds, for inputs on the grid."""
+    if weight is None or range is None or not (narrow(weight.format) and narrow(range.format)):
+        return False
+    rows = weight.elements.abs().movedim(channel_dim, 0).flatten(1).sum(1, dtype=torch.float64)
+    return float(rows.max()) * max(-range.low, range.high) >= INT32_SUMS
 
 
 def narrow(format: Format) -> bool:

@@ -170,8 +170,9 @@ class Replacement:
                 # ONNX Runtime widens constants as it loads, and multiplies integers of 8 bits only.
                 codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
             made = self._dequantized(layer, storage, codes, scale, point, name, rows_last)
-        if blocked and (not layer.is_product or layer.input_storage is not None):
-            # A product of blocks with an input that has a scale, too, ONNX Runtime would take for one of integers.
+        if (blocked and (not layer.is_product or layer.input_storage is not None)) or layer.overflows:
+            # A product of blocks with an input that has a scale, too, ONNX Runtime would take for one of integers;
+            # and of rows too long for that it would round the input once more, to bytes.
             sizes = layer.float_weight.T.shape if layer.transposed else layer.float_weight.shape
             shape = self._constant(f"{name}.shape", np.asarray(sizes, dtype=np.int64))
             made = self._node("Reshape", [made, shape], f"{name}.shaped")

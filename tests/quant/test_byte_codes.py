@@ -87,6 +87,22 @@ def test_inputs_without_negative_values_use_all_codes(products, kind):
     assert (module(x.relu()) - wanted).abs().max() <= 3e-7 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("more", [0, 1], ids=["longest", "one more"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_sums_that_int32_might_not_hold_are_left_to_float32(products, kind, more):
+    length = onednn.LONGEST_SUM + more
+    layer, x = nn.Linear(length, 2, bias=False), torch.ones(3, length)
+    if kind == "conv":
+        layer, x = nn.Conv1d(1, 2, length, bias=False), x.view(3, 1, length)
+    with torch.no_grad():
+        layer.weight[:] = torch.tensor([1.0, -1.0]).view(2, *(1,) * (layer.weight.dim() - 1))
+    module = quantized(layer, "int8", "int8", x).eval()
+    with torch.no_grad():
+        output = module(x)
+    assert len(products) == 1 - more and (more or products[0][0].max() == 255)
+    torch.testing.assert_close(output.double(), exact(module, layer, x), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["int2", "int4", "int8", "e2m1", "e2m3", "e1m2"])
 @pytest.mark.parametrize("groups", [1, 7], ids=["per tensor", "per channel"])
 def test_codes_stand_for_the_rounded_values_to_the_bit(codes, name, groups):

@@ -36,7 +36,8 @@ def trace_once():
 
     def cached(model, modules, inputs):
         blocks = tuple(str(m.formats[1]) for m in modules.values() if isinstance(m.formats[1], BlockFormat))
-        key = tuple(type(module) for module in model.modules()), blocks
+        shapes = tuple(tuple(x.shape[1:]) for x in inputs.values())
+        key = tuple(type(module) for module in model.modules()), blocks, shapes
         if key not in traces:
             traces[key] = trace(model, modules, inputs)
         return traces[key]
@@ -436,6 +437,55 @@ def test_files_say_what_keeps_them_fast_and_exact(tmp_path):
     assert settings_of(path) == {"session.disable_quant_qdq": "1"}
     got = torch.from_numpy(session(path).run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(got, run(path, images), rtol=1e-3, atol=1e-3)
+
+
+class LongRows(nn.Module):
+    """A product of `length` features, or a convolution over as many, whose sums all point one way."""
+
+    def __init__(self, length, kind):
+        super().__init__()
+        self.kind = kind
+        self.long = nn.Linear(length, 3) if kind == "product" else nn.Conv2d(8, 3, (1, length // 8))
+        self.head = nn.Linear(3, 2)
+        nn.init.uniform_(self.long.weight, 0.009, 0.01)
+        with torch.no_grad():
+            self.long.weight[1] *= -1
+
+    def forward(self, x):
+        x = x if self.kind == "product" else x.unflatten(1, (8, 1, -1))
+        return self.head(self.long(x).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["product", "convolution"])
+@pytest.mark.parametrize(("length", "fits"), [(64000, True), (72000, False)])
+def test_rows_whose_sums_int32_does_not_hold_leave_the_integers(kind, length, fits, tmp_path):
+    torch.manual_seed(0)
+    model, format, path = LongRows(length, kind).eval(), parse_format("int8"), tmp_path / "m.onnx"
+    x = 1 - 0.1 * torch.rand(4, length)
+    modules = quantize_model(model, formats=[format])
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (format, format)))
+    examples = [{"x": x}] if kind == "convolution" else []
+    verdict = export_onnx(path, model, modules, {"x": x[:2]}, examples)["long"]
+    integers = {"MatMulIntegerToFloat", "QLinearConv"}
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, x), model(x), rtol=2e-2 if examples else 1e-4, atol=1e-5)
+    if fits:
+        assert verdict.as_chosen and integers & set(optimized_kinds(path))
+    else:
+        assert (verdict.exported_activation, verdict.activation_bits) == ("int16", 16)
+        assert "which these long rows would overflow" in verdict.why[0]
+
+
+def test_narrow_codes_keep_long_rows_in_integers(tmp_path):
+    """Their sums are smaller: not the length of a row counts, but what it adds up to."""
+    torch.manual_seed(0)
+    model, int2, int8 = LongRows(72000, "product").eval(), parse_format("int2"), parse_format("int8")
+    modules, x = quantize_model(model, formats=[int2, int8]), torch.rand(4, 72000)
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (int2, int8)))
+    verdict = export_onnx(tmp_path / "m.onnx", model, modules, {"x": x[:2]})["long"]
+    assert verdict.exported_activation == "int8" and "MatMulIntegerToFloat" in optimized_kinds(tmp_path / "m.onnx")
 
 
 def test_inputs_in_float_are_not_rounded_by_the_engine(tmp_path):
