@@ -138,6 +138,7 @@ def static_range(name: str, module: QuantModule) -> StaticRange | None:
         return None
     if not grid.is_ready:
         raise UserError(f"layer {name}: its {format} inputs were never calibrated: call quant.convert.calibrate first")
+    grid.keep_positive()
     zero_point = int(grid.zero_point) if grid.moved else 0
     low, high = grid.row[:2].flatten().tolist()
     offset = None if grid.offset is None else float(grid.offset.detach())

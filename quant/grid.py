@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import FloatFormat, IntFormat, IntGrid, byte_grid
+from quant.learned_scales import keep_positive, know, watch
 from quant.quant_utils import rounding_row
 
 
@@ -20,6 +21,9 @@ class Grid(nn.Module):
     zero_point: Tensor
     ready: Tensor
     row: Tensor
+    known_scale: Tensor
+    """a learned scale when it was last seen, positive: see `learned_scales`"""
+    known_version: int
 
     def __init__(
         self,
@@ -36,8 +40,11 @@ class Grid(nn.Module):
         self.moved = asymmetric and not learned_offset
         """whether a zero point moves the grid; a learned offset moves the tensor instead"""
         scale = torch.ones(shape, device=device)
+        self.learned = learned
         if learned:
             self.scale = nn.Parameter(scale)
+            self.register_buffer("known_scale", scale.clone(), persistent=False)
+            watch(self)
         else:
             self.register_buffer("scale", scale)
         if self.moved:
@@ -46,6 +53,11 @@ class Grid(nn.Module):
         self.register_buffer("ready", torch.tensor(False, device=device))
         self.register_load_state_dict_post_hook(_refresh_loaded)
         self._refresh()
+
+    def keep_positive(self) -> None:
+        """Before the scale is used: a learned one may have been set to anything since."""
+        if self.learned and not torch.compiler.is_compiling():
+            keep_positive(self)
 
     @torch.no_grad()
     def set(self, scale: Tensor, zero_point: Tensor | None) -> None:
@@ -58,7 +70,10 @@ class Grid(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Derive the row: a new tensor, never an update in place, since a backward may still hold the old one."""
+        """After scale and zero point were given.
+
+        The row is a new tensor, never an update in place, since a backward may still hold the old one.
+        """
         with torch.inference_mode(False):  # a backward cannot hold what inference mode makes
             codes: IntGrid = "narrow" if self.offset is None else "full"
             zero_point = self.zero_point if self.moved else None
@@ -70,6 +85,19 @@ class Grid(nn.Module):
         shared = self.is_ready and row.numel() == len(row) and self.offset is None
         self.bytes = byte_grid(self.format, float(row[0]), float(row[1])) if shared else None
         """how the values are held in bytes; None where they are not, channels differ, or an offset moves them"""
+        if self.learned:
+            know(self)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.keep_positive()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose scale is another parameter."""
+        super().__setstate__(state)
+        if self.learned:
+            self.known_version = -2  # of no tensor
+            watch(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices, but keeps its float32 values when the model goes to half precision."""

@@ -221,6 +221,7 @@ class Quantizer(nn.Module):
             if self.observation is not None:
                 return None  # in the middle of the calibration that will find its scale
             self._calibrate_on(x, format)
+        grid.keep_positive()
         gradient = lsq_gradient_scale(self._elements(x) // grid.scale.numel(), grid.largest_code)
         return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset, bytes=grid.bytes)
 

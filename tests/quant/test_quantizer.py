@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load, save
 
 from quant.formats import FLOAT, IntFormat, parse_format
-from quant.quant_utils import MIN_LEARNED_SCALE, fake_quantize, lsq_gradient_scale, scale_from_range
+from quant.quant_utils import fake_quantize, lsq_gradient_scale, scale_from_range
 from quant.quantizer import ACTIVATION, WEIGHT, Quantizer, QuantizerConfig
 
 FORMATS = [parse_format(name) for name in ("int2", "int4", "int8", "e4m3", "e2m1")]
@@ -209,16 +209,16 @@ def test_lsq_counts_the_elements_without_the_batch_and_the_grids_own_bound(batch
 
 
 def test_a_learned_scale_is_used_positive_also_when_frozen():
-    quantizer = activation("learned")
-    x = randn(100)
-    quantizer(x)
-    with torch.no_grad():
-        quantizer.grids["int4"].scale.fill_(-1)
-    zero_point = quantizer.grids["int4"].zero_point
-    expected = fake_quantize(x, IntFormat(4), MIN_LEARNED_SCALE, zero_point)
-    assert torch.equal(quantizer(x), expected)
-    quantizer.requires_grad_(False)
-    assert torch.equal(quantizer(x), expected)
+    for frozen in (False, True):
+        quantizer = activation("learned")
+        quantizer.requires_grad_(not frozen)
+        x = randn(100)
+        quantizer(x)
+        grid = quantizer.grids["int4"]
+        before = grid.scale.detach().clone()
+        with torch.no_grad():
+            grid.scale.fill_(-1)
+        assert torch.equal(quantizer(x), fake_quantize(x, IntFormat(4), before / 2, grid.zero_point))
 
 
 # ------------------------------------------------------ switching

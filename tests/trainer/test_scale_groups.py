@@ -32,7 +32,7 @@ def test_a_scale_moves_by_about_the_learning_rate_of_itself(model):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     before = {name: p.detach().clone() for name, p in scales.items()}
     for p in model.parameters():
-        p.grad = torch.ones_like(p)
+        p.grad = -torch.ones_like(p)  # upwards: the scale of zeros is the least there is
     optimizer.step()
     for name, p in scales.items():  # Adam's first step is the learning rate
         moved = float((before[name] - p.detach()).abs().mean() / before[name].mean())
