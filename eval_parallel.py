@@ -141,6 +141,8 @@ def show_plan(config: RunConfig, runs: Mapping[str, RunConfig], share: Share | N
     facts = look_at(runs, make_console(sys.stderr, config.quiet), measure=True)
     console = make_console(sys.stdout)
     console.print(plan_table(runs, facts))
+    for outside in dict.fromkeys(known.outside_cost for known in facts.values() if known.outside_cost):
+        console.print(f"outside the cost: {outside}")
     seconds = sum(known.seconds or 0.0 for known in facts.values())
     console.print(f"\n{len(runs)} runs, one at a time about {duration(seconds)} on this machine")
     if share is not None and share.concurrent > 1:

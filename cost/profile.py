@@ -13,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quant.convert import find_layers, run_model
 from quant.modes import evaluating
+from quant.quant_experts import ExpertLinear
+from quant.unfold import unfold
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """What the model is called with: model(tensor), model(*list or tuple) or model(**mapping)."""
 
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d, "experts": ExpertLinear}
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,15 @@ class LayerProfile:
 
     name: str
     macs: int
-    """multiply-accumulates of weights with activations: params x positions"""
+    """multiply-accumulates of weights with activations: params x positions; of experts, those of one x positions"""
     params: int
     """weights, without the bias"""
     positions: int
-    """output positions: tokens, or pixels of the output map"""
+    """output positions: tokens (of experts, once for each that a token is sent to), or pixels of the output map"""
     channels: int
     """output channels, each with a weight scale of its own"""
     kind: str
-    """'linear' (also GPT-2's Conv1D), 'conv1d', 'conv2d' or 'conv3d'"""
+    """'linear' (also GPT-2's Conv1D), 'experts', 'conv1d', 'conv2d' or 'conv3d'"""
     calls: int
     """times one forward pass runs the layer; 0 where the model reads the weight without calling the layer"""
     attention: int = 0
@@ -50,12 +52,13 @@ def profile_model(
 ) -> list[LayerProfile]:
     """The profile of every quantizable layer, or of those in `names`, in module order, from one forward pass.
 
+    The model is taken apart as `quantize_model` would, see `quant.unfold`.
     It runs in eval mode without gradients, on real or meta tensors. Counts are divided by the batch: the first
     dimension of the first input that has two or more. With `charge_attention`, the products of `attention_macs` are
     shared out evenly among the layers of the smallest module around each product, so that costs stay additive.
     Raises ValueError for a name that is no quantizable layer and for positions that the batch does not divide.
     """
-    layers = find_layers(model)
+    layers = find_layers(unfold(model))
     if unknown := sorted(set(names or ()) - layers.keys()):
         raise ValueError(f"not quantizable layers of {type(model).__name__}: {', '.join(unknown)}")
     layers = {name: layer for name, layer in layers.items() if names is None or name in names}
@@ -86,11 +89,11 @@ def profile_model(
     return [
         LayerProfile(
             name=name,
-            macs=params[name] * positions[name] // batch,
+            macs=params[name] // experts_of(layer) * positions[name] // batch,
             params=params[name],
             positions=positions[name] // batch,
-            channels=_channels(layer),
-            kind=next((f"conv{d}d" for d, kind in _CONVOLUTIONS.items() if isinstance(layer, kind)), "linear"),
+            channels=_channels(layer) * experts_of(layer),
+            kind=next((name for name, kind in _KINDS.items() if isinstance(layer, kind)), "linear"),
             calls=calls[name],
             attention=attention.get(name, 0),
         )
@@ -137,8 +140,13 @@ def _share(inside: Mapping[str, int], layers: Sequence[str]) -> dict[str, int]:
     return shares
 
 
+def experts_of(layer: nn.Module) -> int:
+    """Matrices in its weight, each of which computes some of the positions."""
+    return layer.experts if isinstance(layer, ExpertLinear) else 1
+
+
 def _channels(layer: nn.Module) -> int:
-    """Output channels of a Conv2d, a Linear or a transformers Conv1D."""
+    """Output channels of a Conv2d, a Linear, a transformers Conv1D or an expert."""
     return next(getattr(layer, name) for name in ("out_channels", "out_features", "nf") if hasattr(layer, name))
 
 

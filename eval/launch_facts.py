@@ -38,6 +38,8 @@ class Facts:
     cost_target: float | None
     seconds: float | None = None
     """about how long it takes on this machine; None where it was not measured"""
+    outside_cost: str = ""
+    """the matrices that stay in float, and how much they are; empty: none"""
 
 
 def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Facts]:
@@ -63,6 +65,7 @@ def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Fac
 def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
     from eval.run_plan import budget, check_phases, search_space
     from eval.run_trainer import teacher_share
+    from quant.float_share import float_share
 
     run = plan.config
     check_phases(run)
@@ -73,7 +76,9 @@ def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
         passes = _passes(plan, steps) if run.method == "search" else 0.0
         passes += steps if teacher_share(plan) else 0
         seconds = seconds_per_step * (steps + passes * PASS_SHARE)
-    return Facts(steps, search_space(plan).cost_range(plan.profiles, cost_type), budget(plan), seconds)
+    reach = search_space(plan).cost_range(plan.profiles, cost_type)
+    outside = float_share(plan.bundle.model, plan.layers)
+    return Facts(steps, reach, budget(plan), seconds, str(outside) if outside.left else "")
 
 
 def _passes(plan: Plan, steps: int) -> float:

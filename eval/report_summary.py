@@ -72,6 +72,7 @@ def _summary_row(group: Group, baseline: float | None, settings: str) -> dict[st
         **{key: record[key] for key in ("task", "model", "method")},
         "formats": group.runs[0].formats,
         **{key: record[key] for key in ("cost_type", "cost_unit", "cost_target")},
+        "float_share": record.get("float_share"),
         "cost_mean": cost,
         "cost_sd": cost_sd,
         "metric": record["metric"],

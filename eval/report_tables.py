@@ -75,7 +75,17 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
         columns.append(Column("settings", _plain("settings")))
     if per_run:
         columns.append(Column("run", lambda row: "/".join(Path(row["run"]).parts[-2:])))
-    return Table(" · ".join(rows[0][key] for key in ("task", "model") if key in shared), columns, rows)
+    title = [*(rows[0][key] for key in ("task", "model") if key in shared), *_outside_cost(rows)]
+    return Table(" · ".join(title), columns, rows)
+
+
+def _outside_cost(rows: Sequence[Row]) -> list[str]:
+    """What the costs of a table leave out, over its rows; nothing where that is nothing or not known."""
+    shares = [row["float_share"] for row in rows if row.get("float_share")]
+    if not shares:
+        return []
+    most, least = (f"{100 * share:.3g}" for share in (max(shares), min(shares)))
+    return [f"outside the cost, in float: {most if most == least else f'{least} to {most}'} % of weights in matrices"]
 
 
 def comparison_table(a: Run, b: Run) -> Table:

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The part of the record that is known before training."""
+    from quant.float_share import float_share
+
     config = plan.config
     return {
         "schema_version": SCHEMA_VERSION,
@@ -41,6 +43,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "search_space": [f.name for f in config.search_formats] if config.chooses else None,
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
         "distill": teacher_share(plan),
+        "float_share": float_share(plan.bundle.model, plan.layers).share,
         "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
         "versions": versions(),
         "commit": commit(),
@@ -80,14 +83,11 @@ def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[s
 
 
 def layer_notes(plan: Plan) -> list[str]:
-    """What a reader of the cost must know: weights that no layer call reaches, layers that were never called."""
-    from quant.convert import hidden_weights, other_weights
+    """What a reader of the cost must know: matrices that it leaves out, layers that were never called."""
+    from quant.float_share import float_share
 
-    notes = []
-    if others := other_weights(plan.bundle.model):
-        notes.append(f"{len(others)} layers are of kinds that stay in float: {', '.join(list(others)[:3])}")
-    if hidden := hidden_weights(plan.bundle.model):
-        notes.append(f"{len(hidden)} weights inside nn.MultiheadAttention stay in float: {', '.join(hidden[:3])} ...")
+    outside = float_share(plan.bundle.model, plan.layers)
+    notes = [f"outside the cost: {outside}"] if outside.left else []
     if idle := [p.name for p in plan.profiles if not p.calls]:
         notes.append(f"{len(idle)} layers are never called and cost no compute: {', '.join(idle[:3])}")
     return notes
@@ -126,6 +126,12 @@ def device_name(config: RunConfig) -> str:
     return f"cpu: {torch.get_num_threads()} threads"
 
 
+def outside_cost(record: Mapping[str, Any]) -> str:
+    """What a cost leaves out, to be put behind it; nothing where that is nothing, or a record is too old to know."""
+    share = record.get("float_share") or 0.0
+    return f"; outside it, in float: {100 * share:.3g} % of the weights in matrices" if share else ""
+
+
 def outcome(record: Mapping[str, Any]) -> list[str]:
     """What a finished run has reached, in lines: metrics, cost, and whether what was asked for was kept."""
     lines = [
@@ -135,7 +141,7 @@ def outcome(record: Mapping[str, Any]) -> list[str]:
     contest = record.get("contest") or {}
     found = record["cost_target"] is None or "max_drop" in contest  # then the target is what was found, not asked for
     target = "" if found else f" (target {record['cost_target']:.6g})"
-    lines.append(f"cost: {record['cost']:.6g} {record['cost_unit']}{target}")
+    lines.append(f"cost: {record['cost']:.6g} {record['cost_unit']}{target}{outside_cost(record)}")
     for limit in record["limits"]:
         lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")
     if "max_drop" in contest:

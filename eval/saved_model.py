@@ -40,8 +40,7 @@ def save_model(
         name_classes(folder / "config.json", settings)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
-    build: dict[str, Any] = {"task": config.task, "model": bundle.name or config.model, "name": config.model_name}
-    build |= {"image_size": bundle.image_size, "pixels": bundle.pixels if bundle.kind == "image" else None}
+    build = {"task": config.task, "model": config.model, "image_size": bundle.image_size}
     write_quantization(folder, bundle.model, modules, assignment, build=build, num_labels=num_labels)
 
 

@@ -16,16 +16,18 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from quant.errors import NotFiniteError, UserError
+from quant.float_share import float_share
 from quant.formats import FLOAT, Format
 from quant.modes import evaluating
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
+from quant.quant_experts import ExpertLinear, QuantExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
+from quant.unfold import UnfoldedAttention, unfold
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv3d: QuantConv3d,
     Conv1D: QuantConv1D,
+    ExpertLinear: QuantExpertLinear,
 }
 """float layer -> quantized layer; subclasses of the float layer are covered by the same entry"""
 
@@ -54,11 +57,11 @@ def find_layers(
         include: globs over layer names; None is all.
         exclude: globs over layer names to leave out; it wins over include.
 
-    Raises UserError for a glob that matches no layer. The output projection of nn.MultiheadAttention is left out:
-    its weight is read without calling the layer (see `hidden_weights`).
+    Raises UserError for a glob that matches no layer. Attention and experts have layers only once they are taken apart,
+    see `quant.unfold`: `quantize_model` and `cost.profile.profile_model` do so first.
     """
     known: tuple[type[nn.Module], ...] = tuple(QUANTIZED)
-    hidden = {f"{name}.out_proj".lstrip(".") for name, _ in _attentions(model)}
+    hidden = _hidden(model)
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, known) and name not in hidden
     }
@@ -74,38 +77,20 @@ def find_layers(
     }
 
 
-def hidden_weights(model: nn.Module) -> list[str]:
-    """Names of the weights that no layer call reaches, so that no quantized layer can stand in for them."""
-    weights = "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"
-    return [
-        f"{name}.{weight}".lstrip(".")
-        for name, attention in _attentions(model)
-        for weight in weights
-        if weight == "out_proj.weight" or getattr(attention, weight) is not None
-    ]
+def _warn_of_float(model: nn.Module, layers: Collection[str], exclude: Collection[str]) -> None:
+    """Of weights that no layer holds which can be quantized; the user knows of those that `exclude` names."""
+    found = float_share(model, [*layers, *find_layers(model, exclude)]) if exclude else float_share(model, layers)
+    if found.left:
+        logger.warning("%s; linear layers and convolutions are quantized", found)
 
 
-def other_weights(model: nn.Module) -> dict[str, int]:
-    """Layers of a kind that cannot be quantized, as `name (class)`, and their numbers of weights."""
-    kinds = (_ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+def _hidden(model: nn.Module) -> set[str]:
+    """Layers whose weights are read past them: within attention that cannot be taken apart."""
     return {
-        f"{name} ({type(module).__name__})": sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        f"{name}.out_proj".lstrip(".")
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and not isinstance(module, tuple(QUANTIZED))
+        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnfoldedAttention)
     }
-
-
-def _warn_of_others(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    if others := other_weights(model):
-        left, taken = sum(others.values()), sum(layer.weight.numel() for layer in layers.values())
-        logger.warning(
-            "%.0f %% of the weights stay in float: %s%s; linear layers and convolutions are quantized",
-            100 * left / (left + taken), ", ".join(list(others)[:3]), ", ..." if len(others) > 3 else "",
-        )  # fmt: skip
-
-
-def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -192,6 +177,8 @@ def quantize_model(
 ) -> dict[str, QuantModule]:
     """Replace the layers of any model, in place, by layers whose formats can be switched. They start in float.
 
+    Attention and experts that read several weights at once are taken apart before, see `quant.unfold`.
+
     Args:
         include, exclude: globs over layer names, see `find_layers`.
         formats: the formats that will be used. Their learned scales then exist, for an optimizer made afterwards.
@@ -199,7 +186,7 @@ def quantize_model(
 
     Returns the quantized layers by name. Raises UserError if there is nothing to quantize.
     """
-    layers = find_layers(model, include, exclude)
+    layers = find_layers(unfold(model), include, exclude)
     if not layers:
         raise UserError(
             f"{type(model).__name__} holds no layer to quantize: no linear layer or convolution is left "
@@ -210,7 +197,7 @@ def quantize_model(
     if lazy := [name for name, layer in layers.items() if isinstance(layer.weight, nn.UninitializedParameter)]:
         raise UserError(f"layer {lazy[0]} is lazy and has no weight yet; run the model once before quantizing it")
     if include is None:
-        _warn_of_others(model, layers)
+        _warn_of_float(model, layers, exclude or ())
     quantized = {
         name: layer if isinstance(layer, QuantModule) else from_float(layer, weight, activation)
         for name, layer in layers.items()

@@ -54,6 +54,11 @@ def export_compressed(
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
+    if apart := sorted(modules.keys() - dict(model.named_modules()).keys()):
+        raise UserError(
+            f"--format compressed-tensors: {apart[0]} is no layer of {type(model).__name__} but part of a tensor that "
+            "holds several matrices (experts, attention); choose --format packed"
+        )
     verdicts: dict[str, LayerVerdict] = {}
     groups: dict[tuple[Format, Format], list[str]] = {}
     values: dict[str, Tensor] = {}

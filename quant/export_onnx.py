@@ -30,6 +30,7 @@ from quant.export_verdict import LayerVerdict, left_in_float
 from quant.export_weights import never_called, static_range
 from quant.formats import BlockFormat
 from quant.modes import evaluating
+from quant.quant_experts import ExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
 
@@ -38,6 +39,7 @@ OPSET = 21
 LARGEST_FILE = 2**31 - 1
 """bytes of a protobuf message; more would have to stand in files of their own"""
 OUTPUT = "logits"
+HALF = (torch.float16, torch.bfloat16)
 PRIVATE = "public."
 """what the names of inputs and outputs begin with while the model is traced, so that no node takes them"""
 HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
@@ -59,9 +61,9 @@ def export_onnx(
             well, in the range that these reach, and ONNX Runtime computes them in integers: faster, but biases and
             shortcuts are rounded too, and logits differ by more than float rounding.
 
-    The file takes these inputs by name and returns `logits`. Layers that the model never calls are not in it. Raises
-    UserError for ranges that only exist at run time, for an operation that ONNX lacks and for a model that does not
-    pass ONNX's checker.
+    The file takes these inputs by name and returns `logits`, all floats in float32, also where the model computes in
+    half precision. Layers that the model never calls are not in it. Raises UserError for experts, for ranges that only
+    exist at run time, for an operation that ONNX lacks and for a model that does not pass ONNX's checker.
     """
     return write_onnx(path, trace(model, modules, inputs), modules, examples)
 
@@ -80,7 +82,7 @@ def write_onnx(
     proto.CopyFrom(traced)
     Replacement(proto, layers, bool(examples)).run()
     set_opset(proto)
-    rounded = round_outputs(proto, examples) if examples else 0
+    rounded = round_outputs(proto, [_widened(example) for example in examples]) if examples else 0
     helper.set_model_props(proto, session_settings(layers.values(), rounded))
     if proto.ByteSize() > LARGEST_FILE:
         raise UserError(f"--format onnx: the model takes {proto.ByteSize():,} bytes, a file holds {LARGEST_FILE:,}")
@@ -204,16 +206,21 @@ class _Logits(nn.Module):
 
 def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
     """The model as ONNX with placeholders. Raises UserError for an operation that ONNX lacks."""
+    if stacked := [name for name, layer in model.named_modules() if isinstance(layer, ExpertLinear)]:
+        raise UserError(
+            f"--format onnx: {stacked[0]} holds the matrices of many experts, of which each token takes some only when "
+            "the model runs; choose --format packed"
+        )
     if double := [name for name, weight in model.named_parameters() if weight.dtype == torch.float64]:
         raise UserError(f"--format onnx: {double[0]} is float64, files hold float32: export model.float()")
     names = list(inputs)
     # One row would be taken for a model of batches of one.
-    rows = [x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for x in inputs.values()]
+    rows = [x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for x in _widened(inputs).values()]
     # Whether the last axis of whole numbers may have another size is the model's matter: features have a fixed number.
     last = torch.export.Dim.AUTO
     axes = [{0: "batch", **({x.dim() - 1: last} if x.dim() > 1 and not x.is_floating_point() else {})} for x in rows]
     traced = _Logits(model, names)
-    with evaluating(model), _placeholders(model, modules), _quiet():
+    with evaluating(model), _in_float32(model), _placeholders(model, modules), _quiet():
         try:
             program: Any = torch.onnx.export(
                 traced,
@@ -225,13 +232,13 @@ def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[
                 dynamo=True,
                 verbose=False,
             )
+            proto: onnx.ModelProto = program.model_proto  # made anew each time it is asked for, from the tensors
         except torch.onnx.errors.OnnxExporterError as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             reason = " ".join(str(cause).split())[:300]
             raise UserError(f"--format onnx: {type(model).__name__} cannot be exported: {reason}") from None
-    proto: onnx.ModelProto = program.model_proto  # made anew each time it is asked for
     rename_values(proto.graph)
     return proto
 
@@ -248,6 +255,27 @@ def rename_values(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.input[:] = [renamed(name) for name in node.input]
         node.output[:] = [renamed(name) for name in node.output]
+
+
+def _widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of half precision in float32, as the file takes them."""
+    return {name: x.float() if x.dtype in HALF else x for name, x in inputs.items()}
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Within, what `model` holds in half precision is float32, which has all of its values; then it is as before.
+
+    A layer's scales are float32 in any model: the nodes between would have operands of two types.
+    """
+    halves = [(x, x.data) for x in (*model.parameters(), *model.buffers()) if x.dtype in HALF]
+    for tensor, data in halves:
+        tensor.data = data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in halves:
+            tensor.data = data
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class OnnxLayer:
             inputs = INT16  # the same values, which no engine multiplies as integers
         elif integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
             inputs = INT8
-        made = weight, storage, range, inputs, transposed, plain_weight(name, module), overflows
+        made = weight, storage, range, inputs, transposed, plain_weight(name, module).float(), overflows
         return cls(name, module.formats, *made)
 
     @property

@@ -31,6 +31,7 @@ from quant.grid import Grid
 from quant.placement import placed_sites
 from quant.quant_module import QuantModule
 from quant.quantizer import Quantizer, Rounder
+from quant.unfold import layer_state
 
 VERSION = 1
 METADATA = "packed"
@@ -247,7 +248,7 @@ def _rest(model: nn.Module, modules: Mapping[str, QuantModule]) -> tuple[dict[st
     rest: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in layer_state(model).items():
         if name in covered or name.startswith(ranges):
             continue
         place = tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -261,7 +262,7 @@ def _rest(model: nn.Module, modules: Mapping[str, QuantModule]) -> tuple[dict[st
 
 def _check_names(model: nn.Module, modules: Mapping[str, QuantModule], rest: Mapping[str, Tensor]) -> None:
     expected, _ = _rest(model, modules)
-    own = model.state_dict()
+    own = layer_state(model)
     missing = sorted(expected.keys() - rest.keys())
     extra = sorted(rest.keys() - own.keys())
     other = sorted(name for name in rest.keys() & own.keys() if rest[name].shape != own[name].shape)

@@ -53,13 +53,20 @@ class QuantModule(nn.Module):
                 "weights are scaled per tensor or channel and activations per tensor or token, "
                 f"got weight granularity {weight.granularity!r}, activation granularity {activation.granularity!r}"
             )
-        shape = [1] * self.weight.dim()
-        if weight.granularity == "channel":
-            shape[self.channel_dim] = self.weight.shape[self.channel_dim]
-        device = self.weight.device
-        self.weight_quantizer = Quantizer(weight, tuple(shape), self.weight_reduction_dim, batched=False, device=device)
+        shape = self.scale_shape() if weight.granularity == "channel" else (1,) * self.weight.dim()
+        device, reduction = self.weight.device, self.reduction_dim
+        self.weight_quantizer = Quantizer(weight, shape, reduction, batched=False, device=device)
         self.input_quantizer = Quantizer(activation, (), self.input_reduction_dim, device=device)
         self.observing = False
+
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the weight's scales, one for each output channel."""
+        return tuple(size if dim == self.channel_dim else 1 for dim, size in enumerate(self.weight.shape))
+
+    @property
+    def reduction_dim(self) -> int | None:
+        """The weight's axis that this layer sums over."""
+        return self.weight_reduction_dim
 
     def set_formats(self, weight: Format, activation: Format) -> None:
         """Round the weight and the input to these formats from now on."""

@@ -184,8 +184,8 @@ class Quantizer(nn.Module):
         """x as (groups, values), one group for each scale."""
         if math.prod(self.shape) == 1:
             return x.reshape(1, -1)
-        axis = next(d for d, size in enumerate(self.shape) if size > 1)
-        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        axes = [d for d, size in enumerate(self.shape) if size > 1]
+        return x.movedim(axes, list(range(len(axes)))).reshape(math.prod(self.shape), -1)
 
     # ------------------------------------------------------ rounding
 

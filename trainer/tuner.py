@@ -26,6 +26,7 @@ from quant.migration import SmoothQuantConfig, fold, sound_groups
 from quant.quant_module import QuantModule
 from quant.quantizer import QuantizerConfig
 from quant.token_clipping import output_loss, outputs
+from quant.unfold import unfold
 from trainer import metrics, objectives
 from trainer.checkpoint import save_weights
 from trainer.judging_trainer import streams
@@ -70,7 +71,7 @@ class NLPTrainer(Trainer):
         batches = self._samples(quant_config.sampling_size)
         if quant_config.approach == "QuantizationAwareTraining":
             self._check_training()
-        original = self.model
+        original = unfold(self.model)
         base = self.evaluate()
         check_metrics(quant_config.metrics, base)
         layers = find_layers(original, exclude=exclude)

@@ -24,6 +24,7 @@ from quant.export_onnx import export_onnx, onnx_sizes
 from quant.export_onnx import trace as uncached_trace
 from quant.export_onnx_integer import grid_of
 from quant.formats import FLOAT, BlockFormat, parse_format
+from quant.quant_experts import ExpertLinear
 from quant.quant_utils import fake_quantize
 from quant.quantizer import QuantizerConfig
 
@@ -584,3 +585,50 @@ def test_emulated_blocks_are_fake_quantize(name, dim):
     x = torch.randn(3, 40, 5, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)
     x[0] = 0
     torch.testing.assert_close(emulate(x, format, dim), fake_quantize(x, format, dim=dim), rtol=1e-6, atol=0)
+
+
+# ------------------------------------------------------ what the model is made of
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0), 1)
+
+    def forward(self, x, padding):
+        return self.body(self.stem(x), src_key_padding_mask=padding).mean(1)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision_is_exported_in_float32_and_attention_in_its_layers(dtype, close, tmp_path):
+    torch.manual_seed(0)
+    model = Encoder().to(dtype).eval()
+    padding = torch.zeros(4, 5, dtype=torch.bool)
+    padding[:, 4] = True
+    batch = {"x": torch.randn(4, 5, 6, dtype=dtype), "padding": padding}
+    int8 = parse_format("int8")
+    modules = quantize_model(model, formats=[int8])
+    calibrate(model, modules, [batch])
+    set_formats(modules, dict.fromkeys(modules, (int8, int8)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    verdicts = export_onnx(tmp_path / "model.onnx", model, modules, batch, [batch])
+    assert all(verdict.as_chosen for verdict in verdicts.values())
+    assert "body.layers.0.self_attn.q_proj" in verdicts
+    inputs = {"x": batch["x"].float().numpy(), "padding": padding.numpy()}
+    logits = session(tmp_path / "model.onnx").run(None, inputs)[0]
+    expected = model(**batch)
+    assert logits.dtype == np.float32 and expected.dtype == dtype
+    assert np.abs(logits - expected.float().detach().numpy()).max() < close
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    double = nn.Sequential(nn.Linear(6, 4)).double()
+    with pytest.raises(UserError, match=r"0.weight is float64.*export model.float\(\)"):
+        uncached_trace(double, quantize_model(double), {"input": torch.randn(2, 6).double()})
+
+
+def test_experts_are_refused_in_one_line():
+    weight = nn.Parameter(torch.randn(3, 4, 6))
+    model = nn.ModuleDict({"experts": ExpertLinear(weight, None, transposed=False)})
+    with pytest.raises(UserError, match=r"--format onnx: experts holds the matrices of many experts.*--format packed"):
+        uncached_trace(model, quantize_model(model), {"input": torch.randn(2, 6)})

@@ -1,0 +1,261 @@
+"""Modules that read several weights at once, taken apart in place into layers that can be quantized one by one.
+
+They compute what they did, up to the rounding of float arithmetic, and give and take the same state dicts as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from quant.quant_experts import ExpertLinear
+
+PROJECTIONS = "q_proj", "k_proj", "v_proj"
+
+
+def unfold(model: nn.Module) -> nn.Module:
+    """`model`, changed in place: weights that no layer call reached are layers of their own.
+
+    `nn.MultiheadAttention` becomes four linear layers and their attention; experts of transformers that hold their
+    matrices in one tensor become an `ExpertLinear` for each tensor. Subclasses of the former with a forward of their
+    own, and modules whose weights are computed (parametrizations), stay as they are. Parameters that are divided are
+    new ones: make the optimizer after.
+    """
+    divided: dict[int, list[nn.Parameter]] = {}
+    for module in list(model.modules()):
+        if is_attention(module):
+            UnfoldedAttention.take(module, divided)
+        elif is_experts(module):
+            UnfoldedExperts.take(module)
+    return model
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether it computes as `nn.MultiheadAttention` does, from weights that it reads itself."""
+    own = isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnfoldedAttention)
+    return own and type(module).forward is nn.MultiheadAttention.forward and not is_parametrized(module)
+
+
+class _Unfolded(nn.Module):
+    """What both have in common: they save under the names that they had, and load from these and from their layers'."""
+
+    def fold_names(self, state: dict[str, Any], prefix: str) -> None:
+        """Change a state dict in place: from the layers' names to those of the original."""
+        raise NotImplementedError
+
+    def unfold_names(self, state: dict[str, Any], prefix: str) -> None:
+        """The way back from `fold_names`."""
+        raise NotImplementedError
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
+        self.fold_names(state, prefix)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.unfold_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def layer_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict of `model` under the names of its layers, also where it was taken apart."""
+    state = model.state_dict()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _Unfolded):
+            module.unfold_names(state, f"{name}." if name else "")
+    return state
+
+
+class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose projections are linear layers: q_proj, k_proj, v_proj and out_proj."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+
+    @classmethod
+    def take(cls, attention: Any, divided: dict[int, list[nn.Parameter]]) -> None:
+        """Make one of an `nn.MultiheadAttention`, in place. divided: id of a packed weight -> what it became."""
+
+        def thirds(packed: nn.Parameter) -> list[nn.Parameter]:
+            parts = [nn.Parameter(part.detach().clone(), packed.requires_grad) for part in packed.chunk(3)]
+            return divided.setdefault(id(packed), parts)
+
+        packed, bias = attention.in_proj_weight, attention.in_proj_bias
+        own = [getattr(attention, f"{name}_weight") for name in PROJECTIONS]
+        weights = own if packed is None else thirds(packed)
+        biases = [None] * 3 if bias is None else thirds(bias)
+        attention.__class__ = cls
+        for name in ("in_proj_weight", "in_proj_bias", *(f"{name}_weight" for name in PROJECTIONS)):
+            setattr(attention, name, None)
+        attention._qkv_same_embed_dim = False  # or PyTorch's fast path would look for what is gone
+        for name, part, part_bias in zip(PROJECTIONS, weights, biases, strict=True):
+            setattr(attention, name, _linear(part, part_bias))
+        attention.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        attention.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As that of `nn.MultiheadAttention`."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint: attn_mask must hold the causal mask")
+        single = query.dim() == 2
+        batch_dim = 0 if self.batch_first or single else 1
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if single:
+            q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif batch_dim == 1:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else _as_added(attn_mask, q.dtype)
+        padding = _as_added(key_padding_mask, q.dtype)
+        if mask is not None:  # (T, S) or (B * heads, T, S)
+            mask = mask.view(-1, self.num_heads if mask.dim() == 3 else 1, *mask.shape[-2:])
+        if self.bias_k is not None and self.bias_v is not None:
+            rows = len(k), 1, -1
+            k, v = torch.cat([k, self.bias_k.expand(rows)], 1), torch.cat([v, self.bias_v.expand(rows)], 1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        added = k.shape[1] - key.shape[0 if single or batch_dim else 1]
+        if mask is not None:
+            mask = F.pad(mask, (0, added))
+        if padding is not None:
+            padding = F.pad(padding, (0, added))[:, None, None]
+            mask = padding if mask is None else mask + padding
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            mixed = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, features)
+        if single:
+            mixed, weights = mixed[0], None if weights is None else weights[0]
+        elif batch_dim == 1:
+            mixed = mixed.transpose(0, 1)
+        return self.out_proj(mixed), weights
+
+    def fold_names(self, state: dict[str, Any], prefix: str) -> None:
+        for kind in ("weight", "bias"):
+            parts = [f"{prefix}{name}.{kind}" for name in PROJECTIONS]
+            found = [state.get(part) for part in parts]
+            if all(part is not None and part.shape[1:] == found[0].shape[1:] for part in found):
+                state[f"{prefix}in_proj_{kind}"] = torch.cat(found)
+                for part in parts:
+                    del state[part]
+        _rename(state, {f"{prefix}{name}.weight": f"{prefix}{name}_weight" for name in PROJECTIONS})
+
+    def unfold_names(self, state: dict[str, Any], prefix: str) -> None:
+        for kind in ("weight", "bias"):
+            if (packed := state.pop(f"{prefix}in_proj_{kind}", None)) is not None:
+                parts = [f"{prefix}{name}.{kind}" for name in PROJECTIONS]
+                state.update(zip(parts, packed.chunk(3), strict=True))
+        _rename(state, {f"{prefix}{name}_weight": f"{prefix}{name}.weight" for name in PROJECTIONS})
+
+
+def is_experts(module: Any) -> bool:
+    """Whether these are experts that compute as transformers' interface for experts says, from tensors of matrices."""
+    if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")) or isinstance(module, UnfoldedExperts):
+        return False
+    weights = [module._parameters.get(name) for name in _projections(module)]
+    stacked = all(weight is not None and weight.dim() == 3 for weight in weights)
+    return stacked and not is_parametrized(module) and not getattr(module, "_is_expert_parallel", False)
+
+
+def _projections(experts: Any) -> tuple[str, str]:
+    """Names of the two tensors of matrices: into the experts, and out of them."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+class UnfoldedExperts(_Unfolded):
+    """Experts whose tensors of matrices are layers: an `ExpertLinear` in the place of each.
+
+    Mixed into the class of the experts, which says how they gate and activate.
+    """
+
+    own: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def take(experts: Any) -> None:
+        """Make them of experts in place."""
+        for name in _projections(experts):
+            weight, bias = experts._parameters.pop(name), experts._parameters.pop(f"{name}_bias", None)
+            setattr(experts, name, ExpertLinear(weight, bias, experts.is_transposed))
+        experts.__class__ = _unfolded_class(type(experts))
+        experts.train(experts.training)
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (tokens, features); top_k_index and top_k_weights (tokens, k): each token's experts."""
+        chosen = top_k_index.shape[-1]
+        experts = top_k_index.reshape(-1)
+        into, out_of = (getattr(self, name) for name in _projections(self))
+        inner = into(hidden_states.repeat_interleave(chosen, dim=0), experts)
+        outer = out_of(self._apply_gate(inner) if self.has_gate else self.act_fn(inner), experts)
+        if self.has_post_expert_norm:
+            outer = self.post_expert_norm(outer)
+        weighted = outer * top_k_weights.reshape(-1, 1)
+        return weighted.unflatten(0, (-1, chosen)).sum(1).to(hidden_states.dtype)
+
+    def fold_names(self, state: dict[str, Any], prefix: str) -> None:
+        _rename(state, {new: old for old, new in self._names(prefix)})
+
+    def unfold_names(self, state: dict[str, Any], prefix: str) -> None:
+        _rename(state, dict(self._names(prefix)))
+
+    def _names(self, prefix: str) -> list[tuple[str, str]]:
+        names = [prefix + name for name in _projections(self)]
+        return [*((name, f"{name}.weight") for name in names), *((f"{name}_bias", f"{name}.bias") for name in names)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """How a pickle names a class that was made here, and that no module holds: by what it was made of."""
+        return _blank, (self.own,), self.__getstate__()
+
+
+@cache
+def _unfolded_class(own: type[nn.Module]) -> type[UnfoldedExperts]:
+    return type(f"Unfolded{own.__name__}", (UnfoldedExperts, own), {"__module__": __name__, "own": own})
+
+
+def _blank(own: type[nn.Module]) -> UnfoldedExperts:
+    unfolded = _unfolded_class(own)
+    return unfolded.__new__(unfolded)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear layer that holds these very parameters."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+def _as_added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as what is added to scores: -inf where a bool one is true."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def _rename(state_dict: dict[str, Any], names: Mapping[str, str]) -> None:
+    for old, new in names.items():
+        if old in state_dict:
+            state_dict[new] = state_dict.pop(old)
