@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from eval.flag_effects import check_effects
 from eval.quant_yaml import HIGH_PRECISION_OPS, PLACED, alpha_settings
 from eval.run_config import TUNE_FOLDER, RunConfig, is_path, name_of
 from eval.tracking import check_tracking
@@ -42,16 +43,20 @@ RANGES = {
     "settle_fraction": "[0, 1)",
 }
 """Flag -> the interval its value must lie in."""
+LISTS = ("target_bits", "search_space", "include", "exclude", "high_precision_ops")
+"""flags that take a comma list, which has no empty entry"""
 
 
 def validate(config: RunConfig) -> None:
     """Raises UserError, one line that names flag, value and choices, for the first thing wrong in a complete config."""
     _check_choices(config)
+    _check_lists(config)
     _check_ranges(config)
     _check_names(config)
     _check_folders(config)
     _check_formats(config)
     _check_contradictions(config)
+    check_effects(config)
     _check_device(config)
     check_tracking(config)
 
@@ -106,6 +111,14 @@ def _check_choices(config: RunConfig) -> None:
         value = getattr(config, entry.name)
         if value is not None and "choices" in entry.metadata:
             check_one_of(name_of(entry), value, entry.metadata["choices"])
+
+
+def _check_lists(config: RunConfig) -> None:
+    """An empty entry is a slip that would change what a list means."""
+    for name in LISTS:
+        value = getattr(config, name)
+        if value is not None and not all(item.strip() for item in value.split(",")):
+            raise UserError(f"--{name} {value!r} has an empty entry")
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -194,8 +207,8 @@ def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
         targets = config.target_list
     except ValueError:
         raise UserError(f"--target_bits {config.target_bits}: must be a number, or several with commas") from None
-    if not targets or len(set(targets)) < len(targets):
-        raise UserError(f"--target_bits {config.target_bits} has an empty entry or names one twice")
+    if len(set(targets)) < len(targets):
+        raise UserError(f"--target_bits {config.target_bits} names one twice")
     low, high = min(bits), max(bits)
     for target in targets:
         if not low <= target <= high:

@@ -62,10 +62,7 @@ def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:
 
 def complete(config: RunConfig) -> RunConfig:
     """`config` with what follows from the rest filled in (method, default target), and checked."""
-    given_bits = (config.bits, config.weight_bits, config.activation_bits)
-    if config.method is None:
-        method = "search" if config.searches else "uniform" if any(b is not None for b in given_bits) else "float"
-        config = replace(config, method=method)
+    config = replace(config, method=config.own_method)
     if config.method == "search":
         config = replace(config, search=True)
     validate(config)
@@ -196,7 +193,17 @@ def flags_given(argv: Sequence[str]) -> dict[str, Any]:
         close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
         raise UserError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name}; {hint}")
+    _check_names_of_one(argv)
     return {name: value for name, value in vars(namespace).items() if value is not _UNSET}
+
+
+def _check_names_of_one(argv: Sequence[str]) -> None:
+    """UserError where a flag is given under two of its names. Under one name, the last value counts."""
+    given = {word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in argv if word.startswith("--")}
+    for entry in fields(RunConfig):
+        used = [name for name in (name_of(entry), *entry.metadata.get("aliases", ())) if name in given]
+        if len(used) > 1:
+            raise UserError(f"{used[0]} and {used[1]} are two names of one flag: give one of them")
 
 
 def read_yaml(path: Path, flag: str) -> dict[str, Any]:

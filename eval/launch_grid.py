@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from eval.flag_effects import without_idle
 from eval.flags import complete, read_values, read_yaml
 from eval.quant_yaml import PLACED
 from eval.report_records import PLACE_SETTINGS, Excluded, Run, read_run
@@ -63,7 +64,9 @@ def _grid(config: RunConfig) -> Iterator[RunConfig]:
         axes["target_bits"] = [f"{bits:.12g}" for bits in axes["target_bits"]]
     for values in itertools.product(*axes.values()):
         run = plain.updated(**dict(zip(axes, values, strict=True)))
-        yield _fit_method(run) if "method" in axes else run
+        if "method" in axes:
+            run = _fit_method(run)
+        yield without_idle(run.updated(method=run.own_method)) if {"method", "task"} & axes.keys() else run
 
 
 def _items(config: RunConfig, name: str) -> list[Any] | None:

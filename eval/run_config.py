@@ -322,6 +322,12 @@ class RunConfig(
         return self.search or self.block_search is not None or self.single_decision
 
     @property
+    def own_method(self) -> str:
+        """The method, or the one that the flags stand for."""
+        given = any(bits is not None for bits in (self.bits, self.weight_bits, self.activation_bits))
+        return self.method or ("search" if self.searches else "uniform" if given else "float")
+
+    @property
     def chooses(self) -> bool:
         """Whether the formats are chosen under a budget: by the search, or by a competitor of it."""
         given = any(bits is not None for bits in (self.bits, self.weight_bits, self.activation_bits))

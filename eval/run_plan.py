@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.flag_effects import check_kind
 from eval.limits import LIMIT_FLAGS, limits_of
 from eval.run_config import RunConfig
 from quant.errors import UserError
@@ -65,6 +66,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     tell = tell or unheard
     tell("reading data")
     data = load_task(config)
+    check_kind(config, data.kind)
     corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
     tell("building the model")
     bundle = build_model(config, data.num_labels, corpus)
@@ -73,8 +75,6 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     if config.channels_last:
         import torch
 
-        if data.kind != "image":
-            raise UserError(f"--channels_last is for images, and --task {config.task} is {data.kind}")
         bundle.model.to(memory_format=torch.channels_last)  # convolutions pass it on to what they compute
     if config.load_model_path is not None:
         start_from(bundle, Path(config.load_model_path))

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from eval.flags import entry, parse
+from eval.flags import entry, parse, read_flags
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ def main(argv: list[str]) -> int:
         for kind in kinds:
             if kind not in KINDS:
                 raise UserError(f"--kinds {','.join(kinds)}: unknown {kind!r}; choices: {', '.join(KINDS)}")
-    config = parse([*argv, "--report_to", "none"])
-    if not config.chooses:
-        config = parse([*argv, "--report_to", "none", "--search"])
+    asked = read_flags(argv)
+    search = [] if asked.searches or asked.method is not None else ["--search"]
+    config = parse([*argv, "--report_to", "none", *search])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     from rich.console import Console

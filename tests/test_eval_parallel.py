@@ -153,9 +153,9 @@ def test_a_wrong_grid_is_refused_with_its_flag(argv, words):
 def test_paths_are_absolute_because_a_trial_works_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    run = runs_of("--data_dir", "data", "--log_dir", "logs")[0]
+    run = runs_of("--task", "cifar10", "--data_dir", "data", "--log_dir", "logs")[0]
     assert (run.data_dir, run.log_dir) == (str(tmp_path / "data"), str(tmp_path / "logs"))
-    assert run.run_folder == tmp_path / "output" / "digits" / "default" / "resnet20-float-s42"
+    assert run.run_folder == tmp_path / "output" / "cifar10" / "default" / "resnet20-float-s42"
     assert [Path(run.log_dir).name for run in runs_of("--log_dir", "logs", "--seeds", "0,1")] == [
         "resnet20-float-s0",
         "resnet20-float-s1",

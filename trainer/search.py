@@ -6,7 +6,7 @@ It knows costs and rewards, but no model and no data: a toy test can drive it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,22 @@ from quant.errors import UserError
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"tunas_abs": torch.abs, "one_sided_tunas_abs": torch.relu}
 """rewards that subtract cost from quality -> what they subtract for a cost so much over the target, at beta 1"""
 
+
+_ANY, _TINY = float("inf"), 1e-12
+RANGES: dict[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(("cost_target", "target_bits", "rl_learning_rate"), (0.0, _ANY, True)),
+    **dict.fromkeys(("cost_beta", "max_entropy_beta", "delay_steps"), (0.0, _ANY, False)),
+    **dict.fromkeys(("reward_draws", "calibration_batches", "sensitivity_examples"), (1.0, _ANY, False)),
+    **dict.fromkeys(("reward_share", "measure_share"), (_TINY, 1.0, False)),
+    "max_drop": (0.0, 1.0, True),
+    "settle_fraction": (0.0, 1.0, False),
+}
+"""setting -> (least, most, whether both ends are left out)"""
+OF_THE_POLICY = (
+    *("cost_function", "cost_beta", "cost_gradient", "reward_draws", "reward_share", "rl_learning_rate"),
+    *("max_entropy_beta", "entropy_schedule_type", "delay_steps", "settle_fraction", "policy_prior"),
+)
+"""settings that a competitor, which decides once, has no use for"""
 
 LEAST_JUDGED, MOST_JUDGED = 64, 512
 """held-out examples that an assignment is judged on: fewer tell nothing, more are not worth their time"""
@@ -100,16 +116,19 @@ class ReinforceConfig:
         if sum(value is not None for value in aims.values()) != 1:
             given = ", ".join(f"{name}={value}" for name, value in aims.items())
             raise ValueError(f"set one of cost_target, target_bits and max_drop, got {given}")
+        for name, (least, most, open_) in RANGES.items():
+            for value in _values(getattr(self, name)):
+                if not (least < value < most if open_ else least <= value <= most):  # also true for nan
+                    ends = "()" if open_ else "[]"
+                    raise ValueError(f"{name} must lie in {ends[0]}{least:g}, {most:g}{ends[1]}, got {value}")
+        if self.method != "search":
+            idle = [f.name for f in fields(self) if f.name in OF_THE_POLICY and getattr(self, f.name) != f.default]
+            if idle:
+                raise ValueError(f"{idle[0]} has no effect under method {self.method!r}: it is for a search")
         if self.max_drop is not None and (self.method != "search" or self.policy_prior == "none" or not self.contest):
             raise ValueError("max_drop needs a search with a prior and a contest: both bisect over budgets")
-        if not 0 <= self.settle_fraction < 1:
-            raise ValueError(f"settle_fraction must lie in [0, 1), got {self.settle_fraction}")
-        if not 0 < self.measure_share <= 1:
-            raise ValueError(f"measure_share must lie in (0, 1], got {self.measure_share}")
-        if self.reward_draws < 1:
-            raise ValueError(f"reward_draws must be at least 1, got {self.reward_draws}")
-        if not 0 < self.reward_share <= 1:
-            raise ValueError(f"reward_share must lie in (0, 1], got {self.reward_share}")
+        if self.settle_fraction == 1:
+            raise ValueError("settle_fraction must lie in [0, 1), got 1: the policy would have no step to learn in")
 
     @classmethod
     def fliqs(cls, **changes: Any) -> ReinforceConfig:
@@ -127,6 +146,10 @@ class ReinforceConfig:
                 **changes,
             }
         )
+
+
+def _values(value: Any) -> Sequence[float]:
+    return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
 def resolve_target(
