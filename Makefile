@@ -29,7 +29,7 @@ test-journeys: $(STAMP) ## what users do, end to end, with real processes (10 mi
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/journeys
 
 test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (5 minutes on 2 cores)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 0 benchmarks/test_faults.py benchmarks/test_faults_cluster.py
+	$(TEST_ENV) $(BIN)/python -m pytest -n 0 tests/faults
 
 extras: $(STAMP) ## what exports, latencies, wandb and the peers of the benchmarks need besides
 	$(INSTALL) --editable ".[dev,export,tracking,bench]"

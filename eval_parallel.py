@@ -101,10 +101,13 @@ def launch(
         with waiting(console, "starting Ray" if config.ray_address is None else f"joining Ray at {config.ray_address}"):
             stack.enter_context(redirect_stdout(log))
             stack.enter_context(redirect_stderr(log))
-            stack.enter_context(ray_session(config))
+            dashboard = stack.enter_context(ray_session(config))
         # Ray sets a handler of its own; a job manager that ends us means the same as Ctrl-C.
         signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
         share = share or join(config, folder, runs)
+        if dashboard:
+            token = f"{installed('ray')} get-auth-token"
+            console.print(f"Dashboard: http://{dashboard} while runs are at work; its token: {token}")
         with watching(watch(config, runs[0], missing, facts), console):
             died = {}
             if missing:

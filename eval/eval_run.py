@@ -29,10 +29,11 @@ import yaml
 from eval.flags import entry, parse, to_yaml
 from eval.folder_lock import alone_in
 from eval.full_disk import is_full_disk
+from eval.record_schema import LOSS_RISE, loss_rise
 from eval.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.run_plan import Plan, make_plan
 from eval.run_progress import RunProgress, make_console
-from eval.run_record import costs_of, describe, outcome
+from eval.run_record import RISEN, costs_of, describe, outcome
 from eval.run_trainer import evaluate, make_trainer
 from eval.tracking import tracked
 from quant.errors import UserError
@@ -170,6 +171,9 @@ def write_result(
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
     record = record | costs_of(plan, assignment)
     record["notes"] = [*record["notes"], *trainer.notes]
+    if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):
+        record[LOSS_RISE] = list(rise)
+        record["notes"].append(f"{RISEN} {loss_rise(record)}")
     if plan.config.chooses:
         record["cost_target"] = trainer.cost_target
     if trainer.contest is not None:

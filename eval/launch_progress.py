@@ -17,6 +17,7 @@ from rich.table import Table
 
 from eval.launch_facts import Facts
 from eval.launch_grid import Progress
+from eval.record_schema import loss_rise
 from eval.report_records import Excluded, Run, read_run
 from eval.run_config import COST_UNITS, RunConfig
 from eval.run_progress import TRAINING, describe, duration, number, read_progress
@@ -236,8 +237,9 @@ def _result(run: Run) -> list[str]:
     record = run.record
     target, contest = record["cost_target"], record.get("contest") or {}
     lost = "" if contest.get("within_drop", True) else f" (NOT within {contest['max_drop']:g} of float)"
+    risen = f" (loss ROSE from {rise})" if (rise := loss_rise(record)) else ""
     return [
-        f"{record['metric']} {run.quality:.4f}{lost}",
+        f"{record['metric']} {run.quality:.4f}{lost}{risen}",
         f"{number(record['cost'])} {record['cost_unit']}",
         "" if target is None else f"{number(target)} {record['cost_unit']}",
         duration(record["wall_seconds"]),

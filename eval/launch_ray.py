@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, suppress
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from eval.commands import COMMANDS, ROOT
 from eval.flag_checks import gpu_count
+from eval.launch_private import LOOPBACK, keep_token_private, own_folder
 from eval.launch_trial import Runner, one_line, trial
 from eval.run_config import RunConfig
 from quant.errors import UserError
@@ -50,45 +51,59 @@ class Share:
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
+def ray_session(config: RunConfig) -> Iterator[str | None]:
     """Ray, started on this machine for as long as the block runs, or the cluster at `--ray_address`.
+
+    Gives the address of its dashboard, where it has one.
 
     Ray looks for packages in the folder where it was started first, and a user's own `policy` or `eval` may stand in
     theirs: it is started where ours are. What runs are told of files is absolute.
 
     Raises UserError where the cluster does not answer, or this machine is too busy for Ray to start in time.
     """
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    with ExitStack() as session:
+        here = config.ray_address is None
+        environment = _ENVIRONMENT | (LOOPBACK if here else {})
+        os.environ.update({name: value for name, value in environment.items() if name not in os.environ})
+        folder = session.enter_context(own_folder()) if here else None
+        import ray  # reads the environment
+
+        session.callback(ray.shutdown)
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if here:
+            keep_token_private()
+            node = local_node(config)
+            joined = _start_here(num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), _temp_dir=folder, **quiet)
+        else:
+            joined = _join_cluster(str(config.ray_address), **quiet)
+        for name in ("ray.tune", "ray.air", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        yield joined.dashboard_url or None
+
+
+def _join_cluster(address: str, **settings: Any) -> Any:
+    """What `ray.init` tells of the cluster. UserError where it does not answer."""
     import ray
 
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if config.ray_address is None:
-        node = local_node(config)
-        _start_here(num_cpus=int(node["CPU"]), num_gpus=int(node["GPU"]), **quiet)
-    else:
-        try:
-            with chdir(ROOT):
-                ray.init(address=config.ray_address, **quiet)
-        except (ConnectionError, TimeoutError, RuntimeError) as error:
-            hint = "; a cluster that asks for a token needs RAY_AUTH_MODE=token" if "uthenticat" in str(error) else ""
-            raise UserError(f"--ray_address {config.ray_address}: {' '.join(str(error).split())[:300]}{hint}") from None
-    for name in ("ray.tune", "ray.air", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        yield
-    finally:
-        ray.shutdown()
+        with chdir(ROOT):
+            return ray.init(address=address, **settings)
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        hint = "; a cluster that asks for a token needs RAY_AUTH_MODE=token" if "uthenticat" in str(error) else ""
+        raise UserError(f"--ray_address {address}: {' '.join(str(error).split())[:300]}{hint}") from None
 
 
-def _start_here(**settings: Any) -> None:
-    """Start Ray on this machine, again where its processes did not come up in the half minute that it gives them."""
+def _start_here(**settings: Any) -> Any:
+    """Start Ray on this machine, again where its processes did not come up in the half minute that it gives them.
+
+    Returns what `ray.init` tells of it.
+    """
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             with chdir(ROOT):
-                ray.init(address="local", **settings)
-            return
+                return ray.init(address="local", **settings)
         except Exception as error:  # Ray raises plain ones for this
             for child in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 SCHEMA_VERSION = 1
 """rises when a key that readers need changes its name or its meaning"""
 NUMBER = (int, float)
@@ -25,3 +28,13 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "wall_seconds": NUMBER,
 }
 """keys of a finished record that every reader may count on -> the types of their values"""
+LOSS_RISE = "loss_rise"
+"""key of a finished record whose loss ended far above where it started -> [start, end]; others have none"""
+
+
+def loss_rise(record: Mapping[str, Any]) -> str | None:
+    """How such a loss reads: '2.3 to 4e+06'."""
+    if LOSS_RISE not in record:
+        return None
+    start, end = record[LOSS_RISE]
+    return f"{start:.3g} to {end:.3g}"

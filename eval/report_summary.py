@@ -9,6 +9,7 @@ from statistics import mean
 from types import MappingProxyType
 from typing import Any
 
+from eval.record_schema import loss_rise
 from eval.report_labels import differing
 from eval.report_paired import Answers, half_width, mean_answers
 from eval.report_records import TRAINING_SETTINGS, Group, Run, mean_sd
@@ -83,6 +84,7 @@ def _summary_row(group: Group, baseline: float | None, settings: str) -> dict[st
         "seeds": " ".join(str(run.record["seed"]) for run in group.runs),
         "feasible": None if record["cost_target"] is None else sum(bool(run.feasible) for run in group.runs),
         "seconds": mean_sd([run.record["wall_seconds"] for run in group.runs])[0],
+        "loss_rise": next((rise for run in group.runs if (rise := loss_rise(run.record))), None),
         "settings": settings,
         "run": " ".join(str(run.folder) for run in group.runs),
     }

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.limits import limits_of
-from eval.record_schema import SCHEMA_VERSION
+from eval.record_schema import SCHEMA_VERSION, loss_rise
 from eval.run_config import RunConfig
 from eval.run_plan import Plan, budget, search_space
 from eval.run_trainer import teacher_share
 from quant.formats import Format
 
+RISEN = "the loss ended far above where it started, so training harmed the model (lower --learning_rate):"
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 DISTRIBUTION = "mpq-search"
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,4 +149,6 @@ def outcome(record: Mapping[str, Any]) -> list[str]:
         kept = "within" if contest["within_drop"] else "NOT within"
         quality, of_float, drop = contest["held_out_quality"], contest["float_quality"], contest["max_drop"]
         lines.append(f"held-out quality: {quality:.5f} when chosen, float {of_float:.5f}: {kept} {drop:g}")
+    if risen := loss_rise(record):
+        lines.append(f"{RISEN} {risen}")
     return lines

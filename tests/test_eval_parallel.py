@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -461,11 +462,13 @@ def test_ray_starts_again_on_a_busy_machine_and_says_so_where_it_never_does(monk
         if len(failures) < limit:
             failures.append(settings)
             raise Exception("The current node timed out during startup.\nThis could happen.")
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265")
 
     monkeypatch.setattr("ray.init", slow)
     monkeypatch.setattr("eval.launch_ray.psutil.Process.children", lambda process, recursive: [])
     limit = 2
-    with ray_session(read_flags(RUN)):
+    with ray_session(read_flags(RUN)) as dashboard:
+        assert dashboard == "127.0.0.1:8265"
         assert "attempt 2 at starting Ray: Exception: The current node timed out" in capsys.readouterr().out
     limit = 9
     with (

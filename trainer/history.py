@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from trainer.atomic import write_atomically
+
+RISE = 3.0
+"""times its start from which the end of a loss is far above it"""
+LEAST_START = 0.5
+"""what a start counts as at least: of a model that has learned its data, every new batch is many times above it"""
 
 
 class History:
@@ -37,6 +43,15 @@ class History:
             text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in kept)
             write_atomically(self.path, lambda temporary: Path(temporary).write_text(text))
         return step - len(kept)
+
+    def rise(self) -> tuple[float, float] | None:
+        """(start, end) of a loss that ended far above where it started; None where it did not."""
+        losses = [entry["loss"] for entry in self.entries() if isinstance(entry.get("loss"), int | float)]
+        if not losses:
+            return None
+        few = max(1, min(10, len(losses) // 10))
+        start, end = median(losses[:few]), median(losses[-few:])
+        return (start, end) if end > RISE * max(start, LEAST_START) else None
 
     def entries(self) -> list[dict[str, Any]]:
         """The lines that can be read: not the one that was being written when the run was killed."""

@@ -1,7 +1,4 @@
-"""More launches of real processes than `make test` has time for: killed drivers, a full disk, early stopping, Optuna.
-
-Minutes: make test-faults
-"""
+"""Launches of real processes: killed drivers, a full disk, early stopping, Optuna, a real run that is killed."""
 
 import json
 import re
@@ -11,7 +8,7 @@ import subprocess
 
 import pytest
 
-from benchmarks.launches import PATIENCE, Launch
+from tests.faults.launches import PATIENCE, Launch
 
 
 def test_interrupted_refused_killed_and_resumed(tmp_path):

@@ -1,14 +1,11 @@
-"""A launch of real processes, and what may happen to it: it ends with every record once, or says what is wrong.
-
-It starts Ray three times; what needs more time is in benchmarks/test_faults*.py: `make test-faults`.
-"""
+"""Several faults in one launch, an interrupt in the next, and a third that finishes what is missing."""
 
 import json
 import re
 import shlex
 import signal
 
-from benchmarks.launches import PATIENCE, Launch
+from tests.faults.launches import PATIENCE, Launch
 
 
 def test_dead_workers_failures_and_an_interrupt_leave_every_record_once(tmp_path):

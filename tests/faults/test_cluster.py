@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.launches import PATIENCE, Launch
+from tests.faults.launches import PATIENCE, Launch
 
 CLUSTER = {
     "RAY_AUTH_MODE": "disabled",  # on the loopback device, for the time of a test
