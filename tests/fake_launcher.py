@@ -32,6 +32,7 @@ def digest(config) -> float:
 def run(config, on_step=None, faults=()):
     """Stands in for `eval.eval_run.run`."""
     from eval.flags import to_yaml
+    from eval.record_schema import SCHEMA_VERSION
     from quant.errors import UserError
 
     folder = config.run_folder
@@ -64,7 +65,7 @@ def run(config, on_step=None, faults=()):
         if on_step:
             on_step(entry)
     record = {
-        **{"schema_version": 1, "status": "finished", "reason": None, "task": config.task_name},
+        **{"schema_version": SCHEMA_VERSION, "status": "finished", "reason": None, "task": config.task_name},
         **{"model": config.model_name, "method": config.method, "seed": config.seed, "run_id": config.run_name},
         **{"cost_type": config.cost_type, "cost_target": 2.0 if config.method == "search" else None, "cost": 1.5},
         **{"cost_range": [1.0, 4.0], "cost_unit": "MiB", "metric": "accuracy", "float_metrics": None},
@@ -72,6 +73,7 @@ def run(config, on_step=None, faults=()):
         "metrics": {"validation": {"accuracy": state["value"] / 1_000_003, "loss": 0.1, "n": 10}},
         "assignment": {"fc": ["int4", "int4"]},
         "search_space": ["int4", "int8"] if config.method == "search" else None,
+        **{"decisions": {"fc": ["fc"]} if config.method == "search" else None, "limits": [], "distill": 0.0},
         **{"layers": [LAYER], "steps": state["step"], "wall_seconds": 1.0, "versions": {}, "commit": None},
         **{"device": "cpu", "notes": []},
     }

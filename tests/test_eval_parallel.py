@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_parallel
-from eval.flags import read_flags, to_yaml
+from eval.flags import complete, read_flags, to_yaml
 from eval.launch_facts import Facts
 from eval.launch_grid import by_name, expand, launch_folder, look_up
 from eval.launch_progress import Watch, last_entry, result_table, watching
@@ -23,6 +23,7 @@ from eval.launch_ray import check_request, clean, plan_share, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import Reporter, _run_within_memory, is_out_of_memory, objective, record_failure, with_settings
 from eval.launch_tuning import check_tuning, tried
+from eval.report_records import Run, read_run
 from eval.run_progress import duration, make_console
 from quant.errors import UserError
 
@@ -36,6 +37,20 @@ def fake():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_stand_in_writes_what_a_real_run_writes(tmp_path, fake):
+    from eval.eval_run import run
+
+    given = "--task digits --model convnet --from_scratch --max_train_samples 64 --max_steps 1 --device cpu --quiet"
+    config = complete(read_flags([*given.split(), "--report_to", "none", "--output_root_dir", str(tmp_path / "real")]))
+    real, stand_in = run(config), fake.run(config.updated(output_root_dir=str(tmp_path / "fake")))
+    assert stand_in.keys() == real.keys()
+    assert stand_in["schema_version"] == real["schema_version"] and stand_in["costs"].keys() == real["costs"].keys()
+    kinds = [{name: type(value) for name, value in record.items() if value is not None} for record in (real, stand_in)]
+    both = kinds[0].keys() & kinds[1].keys()
+    assert {name: kinds[0][name] for name in both} == {name: kinds[1][name] for name in both}
+    assert isinstance(read_run(config.run_folder), Run)
 
 
 def runs_of(*argv: str):
