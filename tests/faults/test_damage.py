@@ -18,7 +18,9 @@ def test_a_launch_goes_on_from_the_older_checkpoint_and_says_so(tmp_path):
     flags = [*RUN.split(), "--output_root_dir", str(tmp_path)]
     run = tmp_path / "digits" / "default" / "one"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "eval/eval_run.py", *flags, "--quiet"], cwd=ROOT, env=environment) as started:
+    with subprocess.Popen(
+        [sys.executable, "eval/eval_run.py", *flags, "--quiet"], cwd=ROOT, env=environment
+    ) as started:
         deadline = time.monotonic() + PATIENCE
         while len(numbered(run / "checkpoints")) < 3 and time.monotonic() < deadline:  # two, and one in the making
             time.sleep(0.01)
