@@ -73,7 +73,12 @@ def run(config, on_step=None, faults=()):
         "metrics": {"validation": {"accuracy": state["value"] / 1_000_003, "loss": 0.1, "n": 10}},
         "assignment": {"fc": ["int4", "int4"]},
         "search_space": ["int4", "int8"] if config.method == "search" else None,
-        **{"decisions": {"fc": ["fc"]} if config.method == "search" else None, "limits": [], "distill": 0.0, "float_share": 0.0},
+        **{
+            "decisions": {"fc": ["fc"]} if config.method == "search" else None,
+            "limits": [],
+            "distill": 0.0,
+            "float_share": 0.0,
+        },
         **{"layers": [LAYER], "steps": state["step"], "wall_seconds": 1.0, "versions": {}, "commit": None},
         **{"device": "cpu", "notes": []},
     }
