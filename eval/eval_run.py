@@ -162,7 +162,7 @@ def write_result(
     from trainer.checkpoint import write_atomically, write_json
     from trainer.reinforce_trainer import TrainingDiverged
 
-    answers: dict[str, dict[str, list[int]]] = {}
+    answers: dict[str, dict[str, list[Any]]] = {}
     assignment = final_assignment(plan, trainer)
     metrics = evaluate(trainer, plan, answers)
     for split, values in metrics.items():
@@ -229,12 +229,14 @@ def save_result(
     plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]], own: Path
 ) -> None:
     """The trained model, where a run keeps it and where --save_model_path wants it as well."""
+    from eval.model_inputs import inputs_of
     from eval.saved_model import save_model
 
+    inputs = inputs_of(plan)
     folders: Sequence[str | Path | None] = (own, plan.config.save_model_path)
     for folder in folders:
         if folder is not None:
-            save_model(Path(folder), plan.config, plan.bundle, modules, assignment, plan.data.num_labels)
+            save_model(Path(folder), plan.config, plan.bundle, modules, assignment, plan.data.num_labels, inputs)
 
 
 def main(argv: list[str]) -> int:

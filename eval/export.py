@@ -24,6 +24,7 @@ from eval.export_formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written, writing
 from eval.export_run import FinishedRun, finished_run
 from eval.flag_checks import check_one_of
 from eval.flags import entry
+from eval.model_inputs import to_json
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
             "exported": evaluated(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
         }
         verdict["notes"] += lost(run.record, verdict["metrics"]["exported"] or {})
-        card = model_card(run, verdict, folder, written.usage or EXPORT_FORMATS[format].usage)
+        usage = written.usage or EXPORT_FORMATS[format].usage
+        assert usage is not None
+        card = model_card(run, verdict, folder, usage)
         with writing("output_dir", folder):
             write_json(place / "export.json", verdict)
             write_atomically(place / "README.md", lambda path: Path(path).write_text(card))
@@ -107,6 +110,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
         "task": record["task"],
         "model": record["model"],
         "run_id": record["run_id"],
+        "inputs": to_json(run.inputs),
         "layers": {
             name: {
                 "chosen": [layer.weight.name, layer.activation.name],

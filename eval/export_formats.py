@@ -24,6 +24,20 @@ SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 
 
 @dataclass(frozen=True)
+class Usage:
+    """How an export is run in Python; {folder} and {architecture} are filled in by the model card."""
+
+    imports: tuple[str, ...]
+    load: str
+    call: str
+    """from `inputs`, a mapping of tensors by name, to `logits`"""
+    arrays: bool = False
+    """whether they are arrays of numpy instead of tensors"""
+    where: str = ""
+    """what has to be there"""
+
+
+@dataclass(frozen=True)
 class Written:
     """What an export wrote."""
 
@@ -35,7 +49,7 @@ class Written:
     notes: tuple[str, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
     """what else was measured, by name"""
-    usage: str = ""
+    usage: Usage | None = None
     """how to run it, where that is not the same for all exports of the format"""
 
 
@@ -45,8 +59,8 @@ class ExportFormat:
 
     write: Callable[[FinishedRun, Path], Written]
     load: Callable[[FinishedRun, Path], nn.Module]
-    usage: str
-    """how to run the export, in Python, for the model card"""
+    usage: Usage | None
+    """how to run the export, for the model card; None: `Written` says it"""
     needs: tuple[str, ...] = ()
     """packages of the extra `export`"""
 
@@ -134,13 +148,20 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
     return Written(layers, sizes, weight_bytes, (note,), facts, onnx_usage(folder / ONNX))
 
 
-def onnx_usage(path: Path) -> str:
+def onnx_usage(path: Path) -> Usage:
     """How to run an ONNX export, with the settings it asks for."""
     from eval.onnx_timing import settings_of
 
-    lines = [f'options.add_session_config_entry("{key}", "{value}")' for key, value in settings_of(path).items()]
-    settings = [*(["options = onnxruntime.SessionOptions()"] if lines else []), *lines]
-    return ONNX_USAGE.replace("SETTINGS", "\n".join(settings)).replace("OPTIONS", ", options" if lines else "")
+    settings = [f'options.add_session_config_entry("{key}", "{value}")' for key, value in settings_of(path).items()]
+    options = ["options = onnxruntime.SessionOptions()", *settings] if settings else []
+    session = f'session = onnxruntime.InferenceSession("{{folder}}/{ONNX}"{", options" if settings else ""})'
+    return Usage(
+        ("import onnxruntime",),
+        "\n".join([*options, session]),
+        ONNX_CALL,
+        arrays=True,
+        where="It needs the package onnxruntime, and nothing of this repository.",
+    )
 
 
 def load_onnx(run: FinishedRun, folder: Path) -> nn.Module:
@@ -206,34 +227,35 @@ def load_compressed(run: FinishedRun, folder: Path) -> nn.Module:
     return getattr(transformers, type(run.model).__name__).from_pretrained(folder, trust_remote_code=False)
 
 
-PACKED_USAGE = """\
-from eval.packed_model import load_packed
-
-model = load_packed("{folder}")  # a torch.nn.Module in eval mode
-logits = model({inputs}).logits"""
-
-TORCHAO_USAGE = """\
-from eval.packed_model import load_torchao
-
-model, _ = load_torchao("{folder}")  # a torch.nn.Module whose Linear weights are torchao's
-logits = model({inputs}).logits"""
-
-COMPRESSED_USAGE = """\
-from transformers import {architecture}
-
-model = {architecture}.from_pretrained("{folder}")  # needs the package compressed-tensors
-logits = model({inputs}).logits"""
-
-ONNX_USAGE = """\
-import onnxruntime
-
-SETTINGS
-session = onnxruntime.InferenceSession("{folder}/model.onnx"OPTIONS)
-logits = session.run(["logits"], {{name: array for name, array in inputs.items()}})[0]  # numpy arrays: {inputs}"""
+CALL = """\
+with torch.no_grad():
+    logits = model(**inputs).logits"""
+OURS = "From the root of this repository, or where it is installed."
+PACKED_USAGE = Usage(
+    ("import torch", "from eval.packed_model import load_packed"),
+    'model = load_packed("{folder}")  # a torch.nn.Module in eval mode',
+    CALL,
+    where=OURS,
+)
+TORCHAO_USAGE = Usage(
+    ("import torch", "from eval.packed_model import load_torchao"),
+    'model, _ = load_torchao("{folder}")  # a torch.nn.Module whose Linear weights are torchao\'s',
+    CALL,
+    where=OURS,
+)
+COMPRESSED_USAGE = Usage(
+    ("import torch", "from transformers import {architecture}"),
+    'model = {architecture}.from_pretrained("{folder}").eval()',
+    CALL,
+    where="It needs the packages transformers and compressed-tensors.",
+)
+ONNX_CALL = """\
+feed = {entry.name: inputs[entry.name] for entry in session.get_inputs()}
+logits = session.run(["logits"], feed)[0]"""
 
 EXPORT_FORMATS: dict[str, ExportFormat] = {
     "packed": ExportFormat(write_packed, load_packed, PACKED_USAGE),
-    "onnx": ExportFormat(write_onnx, load_onnx, ONNX_USAGE, ONNX_PACKAGES),
+    "onnx": ExportFormat(write_onnx, load_onnx, None, ONNX_PACKAGES),
     "torchao": ExportFormat(write_torchao, load_torchao, TORCHAO_USAGE, ("torchao",)),
     "compressed-tensors": ExportFormat(write_compressed, load_compressed, COMPRESSED_USAGE, ("compressed_tensors",)),
 }

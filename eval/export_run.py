@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cost.profile import LayerProfile
+    from eval.model_inputs import ModelInputs
     from eval.run_config import RunConfig
     from eval.run_plan import Plan
     from quant.quant_module import QuantModule
@@ -49,6 +50,16 @@ class FinishedRun:
         from eval.run_plan import make_plan
 
         return make_plan(self.config)
+
+    @cached_property
+    def inputs(self) -> ModelInputs:
+        """What goes into the model: as the run saved it, or found again from its data where it is an older one."""
+        from eval.model_inputs import from_json, inputs_of
+        from trainer.quantization_file import QUANTIZATION
+
+        saved = json.loads((self.folder / "model" / QUANTIZATION).read_text())
+        known = saved.get("build", {}).get("inputs")
+        return inputs_of(self.plan) if known is None else from_json(known)
 
     @cached_property
     def model(self) -> nn.Module:

@@ -57,6 +57,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     from cost.profile import profile_model
     from eval.coverage import searched_layers
     from eval.fused_groups import fused_groups
+    from eval.model_inputs import agree_on_classes
     from eval.models import build_model, recompute_activations
     from eval.tasks import load_task, prepare
     from quant.unfold import unfold
@@ -80,6 +81,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
         start_from(bundle, Path(config.load_model_path))
     if not bundle.trained:
         _refuse_untrained(config)
+    data = agree_on_classes(data, bundle, config.load_model_path)
     tell("preparing data")
     prepared = prepare(data, bundle, config)
     tell("looking at the layers")

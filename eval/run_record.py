@@ -41,6 +41,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cost_type": config.cost_type,
         "cost_target": budget(plan),
         "metric": plan.data.metric,
+        "classes": list(plan.data.label_names),
         "search_space": [f.name for f in config.search_formats] if config.chooses else None,
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
         "distill": teacher_share(plan),

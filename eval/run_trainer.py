@@ -193,12 +193,12 @@ def compile_mode(plan: Plan, examples: int) -> Any:
 
 
 def evaluate(
-    trainer: ReinforceTrainer, plan: Plan, answers: dict[str, dict[str, list[int]]] | None = None
+    trainer: ReinforceTrainer, plan: Plan, answers: dict[str, dict[str, list[Any]]] | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of every labelled evaluation split, by split: the task's own, 'loss' and 'n' (examples).
 
     Where there are classes, `answers` gets each split's 'predicted' and 'label', one number an example in its order:
-    two runs can then be compared example by example.
+    two runs can then be compared example by example. 'classes' are the names by number.
     """
     from quant.convert import weights_kept
     from trainer.progress import counted
@@ -209,7 +209,7 @@ def evaluate(
         if name in plan.prepared.judges:
             trainer.compute_metrics = plan.prepared.judges[name]
         elif judge is not None and answers is not None:
-            trainer.compute_metrics = lambda seen, name=name: _noting(seen, name, answers) or judge(seen)  # type: ignore
+            trainer.compute_metrics = lambda seen, name=name: _noting(seen, plan, name, answers) or judge(seen)  # type: ignore
         told = trainer.evaluate(split, metric_key_prefix=name)
         own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
         kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
@@ -223,9 +223,10 @@ def evaluate(
     return metrics
 
 
-def _noting(seen: Any, name: str, answers: dict[str, dict[str, list[int]]]) -> None:
+def _noting(seen: Any, plan: Plan, name: str, answers: dict[str, dict[str, list[Any]]]) -> None:
     """Note the answers of a split with classes: logits (examples, classes) and whole-numbered labels (examples,)."""
     logits = seen.predictions[0] if isinstance(seen.predictions, tuple) else seen.predictions
     labels = seen.label_ids
     if getattr(logits, "ndim", 0) == 2 and getattr(labels, "ndim", 0) == 1 and labels.dtype.kind in "iu":
         answers[name] = {"predicted": logits.argmax(1).tolist(), "label": labels.tolist()}
+        answers[name]["classes"] = list(plan.data.label_names)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from eval.model_inputs import ModelInputs, to_json
 from eval.text_nets import CandidateScorer
 from quant.convert import Assignment
 from quant.errors import UserError
@@ -29,8 +30,9 @@ def save_model(
     modules: dict[str, QuantModule],
     assignment: Assignment,
     num_labels: int,
+    inputs: ModelInputs,
 ) -> None:
-    """Write the model as it is now: weights, ranges, assignment, and the names that `load_model` builds it from."""
+    """Write the model as it is now: weights, ranges, assignment, what `load_model` builds it from, and its inputs."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(bundle.model.state_dict(), folder)
     if isinstance(settings := getattr(bundle.model, "config", None), PretrainedConfig):
@@ -40,7 +42,8 @@ def save_model(
         name_classes(folder / "config.json", settings)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
-    build = {"task": config.task, "model": config.model, "image_size": bundle.image_size}
+    build: dict[str, Any] = {"task": config.task, "model": config.model, "image_size": bundle.image_size}
+    build["inputs"] = to_json(inputs)
     write_quantization(folder, bundle.model, modules, assignment, build=build, num_labels=num_labels)
 
 

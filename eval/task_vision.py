@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from eval.data_files import Source
 from eval.model_bundle import ModelBundle
+from eval.model_inputs import Pixels
 from eval.tasks import PreparedData, TaskData
 from quant.errors import UserError
 
@@ -195,9 +196,10 @@ def prepare_images(data: TaskData, bundle: ModelBundle, config: Any) -> Prepared
 
     train = dataset("train", data.train, augmented)
     validation = {name: dataset(name, split, False) for name, split in data.validation.items()}
-    return PreparedData(
-        train, validation, collate_images, {"pixel_values": torch.zeros(1, bundle.in_channels, size, size)}
-    )
+    example = {"pixel_values": torch.zeros(1, bundle.in_channels, size, size)}
+    mean, std = tuple(view.mean), tuple(view.std)
+    pixels = Pixels(side, view.window, size, bundle.in_channels, mean, std, int(bundle.resample))
+    return PreparedData(train, validation, collate_images, example, pixels=pixels)
 
 
 def collate_images(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

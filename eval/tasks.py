@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from eval.data_files import Source
     from eval.model_bundle import ModelBundle
+    from eval.model_inputs import Pixels
 
 Kind = Literal["text", "image", "lm", "qa", "summary"]
 """what goes in and what comes out: classes of texts or images, the next token, a span of a text, a new text"""
@@ -172,6 +173,8 @@ class PreparedData:
     writer: Any = None
     """split -> metrics of the summaries that a model writes for it, see `task_summary.Writer`"""
     notes: list[str] = field(default_factory=list)
+    pixels: Pixels | None = None
+    """how an image becomes an input"""
     preprocess_logits: Any = None
     """for the Trainer's `preprocess_logits_for_metrics`: keeps language models' logits out of memory"""
 
