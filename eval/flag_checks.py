@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from eval.flag_effects import check_effects
+from eval.model_places import starting_model
 from eval.quant_yaml import HIGH_PRECISION_OPS, PLACED, alpha_settings
 from eval.run_config import TUNE_FOLDER, RunConfig, is_path, name_of
 from eval.tracking import check_tracking
@@ -146,6 +147,8 @@ def _check_names(config: RunConfig) -> None:
         else:
             check_one_of("--task", config.task, TASKS, ", or a local folder")
     if config.model is None:
+        if starting_model(config) is not None:
+            return  # a finished run knows what it is
         if config.model_path is None:
             raise UserError(f"--model is missing; choices: {', '.join(sorted(MODELS))}, or --model_path FOLDER")
         if Path(config.model_path).is_file():

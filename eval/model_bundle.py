@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from quant.errors import UserError
 if TYPE_CHECKING:  # a second of imports that no image model needs
     from transformers import PreTrainedTokenizerBase
 
+RANDOM_WEIGHTS = "random weights"
+"""how the note on a model begins of which nothing was read"""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -40,6 +44,22 @@ class ModelBundle:
     notes: list[str] = field(default_factory=list)
     trained: bool = False
     """whether every weight was read from somewhere, the head's included"""
+    name: str | None = None
+    """what builds a network that has no config.json, where the run did not say so itself: it started from another"""
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """How images become its inputs: what is saved beside an image model and `with_pixels` reads."""
+        return {name: getattr(self, name) for name in PIXELS}
+
+    def with_pixels(self, saved: Mapping[str, Any]) -> None:
+        """Prepare images as `pixels` of another bundle says."""
+        for name in PIXELS:
+            value = saved.get(name, getattr(self, name))
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+
+
+PIXELS = ("mean", "std", "crop_fraction", "resample")
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
@@ -51,11 +71,19 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--model_path {path}: no such file, or no model.safetensors in that folder")
-    return copy_tensors(model, load_file(file), str(path))
+    return copy_tensors(model, read_tensors(file, f"--model_path {path}"), f"--model_path {path}")
+
+
+def read_tensors(file: Path, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError that names `source`, a flag and its value, if it is none."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{source}: {file.name} is cut short or not safetensors: {error}") from None
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> list[str]:
-    """`load_weights` of tensors already read; `source` is what an error names."""
+    """`load_weights` of tensors already read; `source`, a flag and its value, is what an error names."""
     if isinstance(model, ImageClassifier) and not any(name.startswith("net.") for name in tensors):
         model = model.net  # a file of the library's own, which knows nothing of our wrapper
     own = model.state_dict()
@@ -67,7 +95,7 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> l
     for problem, names in (("has no", missing), ("does not know", extra), ("has another shape of", wrong)):
         if names:
             subject = "the model" if problem == "does not know" else "the file"
-            raise UserError(f"--model_path {source}: {subject} {problem} {', '.join(names[:3])} ({len(names)} in all)")
+            raise UserError(f"{source}: {subject} {problem} {', '.join(names[:3])} ({len(names)} in all)")
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in resized}, strict=False)
     return [f"head {head} resized to {own[name].shape[0]} classes" for name in resized[:1]]
 

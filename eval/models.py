@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import transformer_utils, vision_utils
+from eval.model_places import description, starting_model
+from eval.run_config import is_path
 from eval.tasks import TASKS, Task, find_task
 from quant.errors import UserError
+from trainer.saved_files import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,13 +52,51 @@ def build_model(config: Any, num_labels: int, tokenizer_corpus: Iterable[str] | 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     task = find_task(config.task)
+    start = starting_model(config)
     if getattr(config, "model", None):
         check_model(config.model, config.task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(config, "seed", 0))
+        if start is not None:
+            return build_from_run(*start, config, task, num_labels)
         if task.kind == "image":
             return vision_utils.build(config, task, num_labels)
         return transformer_utils.build(config, task, num_labels, tokenizer_corpus)
+
+
+def build_from_run(subject: str, folder: Path, config: Any, task: Task, num_labels: int) -> ModelBundle:
+    """The float model of a finished run with its weights, tokenizer and image settings; `subject` names it in errors.
+
+    A head for another number of classes is new. Ranges that the run learned stay behind: they belong to its formats.
+    """
+    from eval.model_bundle import copy_tensors, read_tensors
+
+    described = description(folder, subject)
+    build, name = described["build"], getattr(config, "model", None)
+    saved = build.get("model")
+    if name and saved and not is_path(name) and not is_path(saved) and alias(name) != alias(saved):
+        raise UserError(f"--model {name}: {subject} holds {saved}; leave --model out")
+    if any((described.get("migration") or {}).values()):
+        raise UserError(
+            f"{subject}: --gamma_migration or --smooth_quant has moved factors between its weights; "
+            "start from the run that it started from"
+        )
+    if task.kind == "image":
+        bundle = vision_utils.build_saved(folder, subject, build, config, task, num_labels)
+    else:
+        bundle = transformer_utils.build_saved(folder, subject, task, num_labels)
+    tensors = read_tensors(folder / WEIGHTS, subject)
+    weights = {name: tensor for name, tensor in tensors.items() if "_quantizer." not in name}
+    resized = copy_tensors(bundle.model, weights, subject)
+    bundle.notes += resized
+    bundle.trained = not resized
+    bundle.name = saved or name
+    return bundle
+
+
+def alias(name: str) -> str:
+    """The library's own name of a model that has two."""
+    return vision_utils.ALIASES.get(name, name)
 
 
 def build_architecture(
@@ -73,8 +114,7 @@ def build_architecture(
 
     known = TASKS.get(task, Task("image", ()))  # a local folder's task, which may be gone by now, has the defaults
     if not (folder / "config.json").is_file():
-        name = vision_utils.ALIASES.get(model, model)
-        return vision_utils.build_named(name, known, num_labels, image_size, scratch=True).model
+        return vision_utils.build_named(alias(model), known, num_labels, image_size, scratch=True).model
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     inner = getattr(transformers, settings.architectures[0])(settings)
     return CandidateScorer(inner) if known.candidates else inner
@@ -125,8 +165,7 @@ def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             return model, {"input_ids": tokens}
     own = name in vision_utils.OWN
     task = find_task("digits" if name == "convnet" else "cifar10" if own else "imagenet-1k")
-    alias = vision_utils.ALIASES.get(name, name)
     with torch.device("meta"):
-        bundle = vision_utils.build_named(alias, task, 10 if own else 1000, size=None, scratch=True)
+        bundle = vision_utils.build_named(alias(name), task, 10 if own else 1000, size=None, scratch=True)
         size = bundle.image_size or 8  # convnet takes any, digits have 8
         return bundle.model, {"pixel_values": torch.zeros(1, bundle.in_channels, size, size)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.hub import hub_answers, unreachable
 from quant.errors import UserError
@@ -17,36 +17,78 @@ from quant.errors import UserError
 Loaded = TypeVar("Loaded")
 
 
-def from_anywhere(load: Callable[..., Loaded], source: str, **options: Any) -> Loaded:
+def from_anywhere(load: Callable[..., Loaded], source: str, what: str = "", **options: Any) -> Loaded:
     """`load(source, **options)` from the disk, else from the Hub; UserError, within seconds, where neither has it.
+
+    `what` it is that is loaded, for errors that do not say so.
 
     Loaders of transformers have to be given `trust_remote_code=False`: left out, they ask on the terminal whether to
     run code that a model brings along (tests/test_architecture.py sees to it).
     """
+    folder = Path(source).is_dir()
     try:
         return load(source, local_files_only=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        if Path(source).is_dir():
-            raise UserError(f"--model_path {source}: {reason(error)}") from error
+    except Exception as error:  # what a damaged file raises in here has no common type: JSON, Rust, missing packages
+        if folder or not isinstance(error, OSError | ValueError):
+            raise UserError(f"{'--model_path' if folder else '--model'} {source}: {what}{reason(error)}") from error
     if not hub_answers():
         raise unreachable(f"the model {source}")
     try:
         return load(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--model {source}: {reason(error)}") from error
+    except Exception as error:
+        raise UserError(f"--model {source}: {what}{reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
     """Why a loader gave up, in one line. What transformers says of a model's own code would have users switch it on."""
     if "trust_remote_code" in str(error):
         return "needs code that it brings along (auto_map), which is never run; choose a model that transformers has"
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, SafetensorError):
+        return f"its weights are cut short or not safetensors: {error}"
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) < 200 else f"{said[:200]} ..."
+
+
+def new_model(auto_class: Any, settings: PretrainedConfig) -> PreTrainedModel:
+    """A model with random weights; UserError where its configuration does not describe one of the kind asked for."""
+    try:
+        return auto_class.from_config(settings, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        source = settings.name_or_path or settings.model_type
+        raise UserError(
+            f"--model {source}: builds no {auto_class.__name__.removeprefix('AutoModelFor')} model: {reason(error)}"
+        ) from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id; UserError where it has no words."""
+    from transformers import AutoTokenizer
+
+    failed = "its tokenizer cannot be read: "
+    tokenizer = from_anywhere(AutoTokenizer.from_pretrained, source, failed, trust_remote_code=False)
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise UserError(
+            f"--model_path {source}: its tokenizer has no vocabulary, every word would be unknown; a file is missing "
+            "(tokenizer.json, vocab.txt or another)"
+        )
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """UserError where the tokenizer has words that the model has no embedding of."""
+    words, rows = max(tokenizer.get_vocab().values()) + 1, len(cast(Any, model.get_input_embeddings()).weight)
+    if words > rows:
+        raise UserError(
+            f"--model_path {tokenizer.name_or_path}: its tokenizer has {words} tokens and the model {rows} embeddings "
+            "(vocab_size): they are of different models"
+        )
 
 
 def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
     """A model in float32 with the head that `settings` ask for, and notes on what of it is new.
 
-    Only safetensors are read. UserError where weights of the body are missing: it would train from noise, unnoticed.
+    Only safetensors are read. UserError where weights of the body are missing or of another shape: they would be noise,
+    unnoticed. So they would be where a head of words, not of classes, is of another shape.
     """
     model, info = from_anywhere(
         auto_class.from_pretrained,
@@ -59,17 +101,30 @@ def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreT
         **settings,
     )
     resized = {name: (tuple(before), tuple(after)) for name, before, after in info["mismatched_keys"]}
-    body = f"{model.base_model_prefix}."
-    lost = sorted(name for name in info["missing_keys"] if name.startswith(body) and "pooler" not in name)
-    if lost:
+    new = set(info["missing_keys"])
+    words = model.get_output_embeddings()
+    for name in sorted(resized):
+        if in_body(model, name) or (words is not None and model.get_submodule(name.rpartition(".")[0]) is words):
+            before, after = resized[name]
+            raise UserError(
+                f"--model_path {source}: {name} is {before} in the file and {after} by the configuration "
+                f"({len(resized)} such): only a head for other classes may differ"
+            )
+    if lost := sorted(name for name in new if in_body(model, name) and "pooler" not in name):
         raise UserError(
             f"--model_path {source}: has no {', '.join(lost[:3])} ({len(lost)} missing): another architecture?"
         )
     notes = [f"{name}: {before} in {source}, new {after}" for name, (before, after) in sorted(resized.items())]
-    new = sorted(
-        {name.rpartition(".")[0] for name in info["missing_keys"]} - {name.rpartition(".")[0] for name in resized}
-    )
-    return model, notes + [f"{name} is new: {source} has none" for name in new]
+    heads = sorted({name.rpartition(".")[0] for name in new} - {name.rpartition(".")[0] for name in resized})
+    return model, notes + [f"{name} is new: {source} has none" for name in heads]
+
+
+def in_body(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight belongs to what all heads of an architecture share."""
+    if hasattr(model, model.base_model_prefix):
+        return name.startswith(f"{model.base_model_prefix}.")
+    words = model.get_output_embeddings()  # T5: encoder and decoder beside the head, in no module of their own
+    return words is None or model.get_submodule(name.rpartition(".")[0]) is not words
 
 
 def hub_file(repository: str, name: str) -> str:

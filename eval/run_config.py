@@ -50,7 +50,7 @@ class DataFlags:
     model: str | None = flag(
         None, "model by name, Hub id, local folder, timm:NAME or torchvision:NAME", aliases=["--model_type"]
     )
-    model_path: str | None = flag(None, "save_pretrained folder, or a safetensors file beside --model")
+    model_path: str | None = flag(None, "save_pretrained folder, finished run, or safetensors file beside --model")
     from_scratch: bool = flag(False, "random weights from the model's configuration; needs no network")
     data_dir: str | None = flag(None, "local folder in the Hub's layout instead of the Hub")
     text_column: str | None = flag(None, "text column of a local folder's table")
@@ -291,7 +291,10 @@ class OutputFlags:
     exp_name: str = flag("default", "name of the experiment's folder")
     run_id: str | None = flag(None, "name of the run's folder; default: <model>-<method>-<target>-s<seed>")
     save_strategy: str = flag("epoch", "when to write checkpoints", choices=["no", "steps", "epoch", "best"])
-    load_model_path: str | None = flag(None, "start from the weights of this folder or safetensors file")
+    load_model_path: str | None = flag(
+        None,
+        "start from this finished run: its model, weights, tokenizer; or from a safetensors file beside --model",
+    )
     save_model_path: str | None = flag(None, "write the final model here as well")
     log_dir: str | None = flag(None, "TensorBoard events; default: in the run's folder")
     report_to: str = flag("tensorboard", "where metrics go besides the files", choices=["tensorboard", "none", "wandb"])
@@ -351,7 +354,9 @@ class RunConfig(
     @property
     def model_name(self) -> str:
         """What the run's folder and tables call the model."""
-        return self.model or Path(str(self.model_path)).resolve().name
+        from eval.model_places import model_name
+
+        return model_name(self)
 
     @property
     def task_name(self) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.flag_effects import check_kind
 from eval.limits import LIMIT_FLAGS, limits_of
+from eval.model_places import saved_model, starting_model
 from eval.run_config import RunConfig
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
+from trainer.saved_files import WEIGHTS
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
     from cost.profile import LayerProfile
@@ -20,6 +23,8 @@ if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags m
     from policy.space import Partition, SearchSpace
     from trainer.progress import Listener
     from trainer.search import ReinforceConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,7 +73,8 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     tell("reading data")
     data = load_task(config)
     check_kind(config, data.kind)
-    corpus = data.corpus() if config.from_scratch and data.kind != "image" else None
+    trains_tokenizer = config.from_scratch and data.kind != "image" and starting_model(config) is None
+    corpus = data.corpus() if trains_tokenizer else None
     tell("building the model")
     bundle = build_model(config, data.num_labels, corpus)
     if config.gradient_checkpointing:
@@ -77,8 +83,9 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
         import torch
 
         bundle.model.to(memory_format=torch.channels_last)  # convolutions pass it on to what they compute
-    if config.load_model_path is not None:
-        start_from(bundle, Path(config.load_model_path))
+    if config.load_model_path is not None and saved_model(config.load_model_path) is None:
+        start_from(bundle, config)
+    log_notes(bundle, config)
     if not bundle.trained:
         _refuse_untrained(config)
     data = agree_on_classes(data, bundle, config.load_model_path)
@@ -125,27 +132,40 @@ def _refuse_untrained(config: RunConfig) -> None:
             )
 
 
-def start_from(bundle: ModelBundle, path: Path) -> None:
-    """Copy the weights of --load_model_path: a safetensors file, or a folder with one (a run's, or its `model`).
+def start_from(bundle: ModelBundle, config: RunConfig) -> None:
+    """Copy the weights of --load_model_path where that is no run's: a safetensors file, or a folder with one.
 
-    Ranges that a quantized run learned stay behind: they belong to its formats, this run finds its own.
+    UserError for text models whose tokenizer was just trained: the weights are for the words of another one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from eval.model_bundle import copy_tensors, read_tensors
 
-    from eval.model_bundle import copy_tensors
-
-    places = [path] if path.is_file() else [path / "model.safetensors", path / "model" / "model.safetensors"]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise UserError(f"--load_model_path {path}: holds no model.safetensors")
-    try:
-        tensors = {name: tensor for name, tensor in load_file(file).items() if "_quantizer." not in name}
-    except SafetensorError as error:
-        raise UserError(f"--load_model_path {file}: not readable as safetensors: {error}") from None
+    path = Path(str(config.load_model_path)).expanduser()
+    subject = f"--load_model_path {config.load_model_path}"
+    file = path if path.is_file() else path / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{subject}: holds no {WEIGHTS}")
+    if config.from_scratch and bundle.tokenizer is not None:
+        raise UserError(
+            f"{subject}: is no finished run, so its tokenizer is not known, and --from_scratch trains another one; "
+            "give the run's folder, or a save_pretrained folder as --model_path"
+        )
     # Weights now come from the file; what the builder had to say of its own is no longer true.
-    bundle.notes = copy_tensors(bundle.model, tensors, str(file))
+    bundle.notes = copy_tensors(bundle.model, read_tensors(file, subject), subject)
     bundle.trained = not bundle.notes
+
+
+def log_notes(bundle: ModelBundle, config: RunConfig) -> None:
+    """Log what of the model is not as it was read; a warning where nothing was read and nobody said so."""
+    from eval.model_bundle import RANDOM_WEIGHTS
+
+    for note in bundle.notes:
+        if note.startswith(RANDOM_WEIGHTS) and not config.from_scratch:
+            logger.warning(
+                f"--model {config.model}: {note}; --model_path or --load_model_path give trained ones, "
+                "--from_scratch says that none are meant"
+            )
+        else:
+            logger.info(f"model: {note}")
 
 
 def budget(plan: Plan) -> float | None:

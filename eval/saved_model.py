@@ -42,7 +42,8 @@ def save_model(
         name_classes(folder / "config.json", settings)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
-    build: dict[str, Any] = {"task": config.task, "model": config.model, "image_size": bundle.image_size}
+    build: dict[str, Any] = {"task": config.task, "model": bundle.name or config.model, "name": config.model_name}
+    build |= {"image_size": bundle.image_size, "pixels": bundle.pixels if bundle.kind == "image" else None}
     build["inputs"] = to_json(inputs)
     write_quantization(folder, bundle.model, modules, assignment, build=build, num_labels=num_labels)
 

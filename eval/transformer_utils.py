@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from eval.tasks import Task
 from quant.errors import UserError
+from trainer.saved_files import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,21 +75,46 @@ MODELS: dict[str, TextModel] = {
 
 def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None) -> ModelBundle:
     """The text model of `config` with its tokenizer. UserError where it cannot be had."""
-    from eval.model_bundle import ModelBundle
-    from eval.text_nets import CandidateScorer
-
-    head: dict[str, Any] = {}
-    if task.candidates:
-        head = {"num_labels": 1}  # a score each; CandidateScorer has the loss
-    elif task.kind == "qa":
-        head = {"num_labels": 2}  # where the answer starts, and where it ends
-    elif task.kind == "text":
-        problem = "regression" if num_labels == 1 else "single_label_classification"
-        head = {"num_labels": num_labels, "problem_type": problem}
+    head = head_of(task, num_labels)
     if getattr(config, "from_scratch", False):
         model, tokenizer, notes = build_scratch(str(config.model), task, head, corpus or ())
     else:
         model, tokenizer, notes = build_pretrained(config, task, head)
+    return bundle_of(model, tokenizer, task, notes)
+
+
+def build_saved(folder: Path, subject: str, task: Task, num_labels: int) -> ModelBundle:
+    """The text model that a finished run saved in `folder`, with its own tokenizer, without its weights."""
+    from eval.pretrained import load_tokenizer, new_model
+
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{subject}: has no {name}: its model is none for texts")
+    tokenizer = load_tokenizer(str(folder))
+    settings = configuration(str(folder))
+    settings.update(head_of(task, num_labels))
+    return bundle_of(new_model(auto_class(settings, task), settings), tokenizer, task, [])
+
+
+def head_of(task: Task, num_labels: int) -> dict[str, Any]:
+    """What a configuration says of a classifier's outputs; nothing where words come out."""
+    if task.candidates:
+        return {"num_labels": 1}  # a score each; CandidateScorer has the loss
+    if task.kind == "qa":
+        return {"num_labels": 2}  # where the answer starts, and where it ends
+    if task.kind == "text":
+        problem = "regression" if num_labels == 1 else "single_label_classification"
+        return {"num_labels": num_labels, "problem_type": problem}
+    return {}
+
+
+def bundle_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, notes: list[str]) -> ModelBundle:
+    """A model beside its tokenizer, each told of the other; `notes` are on weights that are new."""
+    from eval.model_bundle import ModelBundle
+    from eval.pretrained import check_vocabulary
+    from eval.text_nets import CandidateScorer
+
+    check_vocabulary(tokenizer, model)
     trained = not notes
     if tokenizer.pad_token is None:  # GPT-2 has none; what pads is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
@@ -109,6 +135,9 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
 
 def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[str]) -> Built:
     """A model with random weights, and a tokenizer trained on `corpus`."""
+    from eval.model_bundle import RANDOM_WEIGHTS
+    from eval.pretrained import new_model
+
     settings = configuration(name)
     tokenizer = train_tokenizer(corpus, SCRATCH_VOCABULARY, getattr(settings, "type_vocab_size", 0) > 1)
     settings.update({"vocab_size": len(tokenizer), **special_tokens(tokenizer), **head})
@@ -119,20 +148,18 @@ def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[
             "forced_bos_token_id": None,
         }
         settings.update(ends)
-    model = auto_class(settings, task).from_config(settings, trust_remote_code=False)
-    return model, tokenizer, [f"random weights, a tokenizer of {len(tokenizer)} word pieces from the training texts"]
+    model = new_model(auto_class(settings, task), settings)
+    return model, tokenizer, [f"{RANDOM_WEIGHTS}, a tokenizer of {len(tokenizer)} word pieces from the training texts"]
 
 
 def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
     """A model with its weights and its own tokenizer."""
-    import transformers
-
-    from eval.pretrained import from_anywhere, load_pretrained
+    from eval.pretrained import load_pretrained, load_tokenizer
 
     name, path = str(getattr(config, "model", None) or ""), getattr(config, "model_path", None)
     folder = weights_folder(Path(path).expanduser(), name) if path else None
     source = str(folder) if folder else MODELS[name].hub if name in MODELS else name
-    tokenizer = from_anywhere(transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     bare = folder is not None and not (folder / "config.json").is_file()
     settings = configuration(name if bare else source)
     settings.update({**({"vocab_size": len(tokenizer)} if bare else {}), **head})
@@ -145,6 +172,8 @@ def weights_folder(path: Path, name: str) -> Path:
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         raise UserError(f"--model_path {path}: no such file or folder")
+    if path.is_file() and path.name != WEIGHTS:
+        raise UserError(f"--model_path {path}: text models are read from {WEIGHTS}; call it so, or give its folder")
     for pattern in ("tokenizer_config.json", "model*.safetensors" if name in MODELS else "config.json"):
         if not any(folder.glob(pattern)):
             raise UserError(f"--model_path {path}: has no {pattern}; save_pretrained writes it")

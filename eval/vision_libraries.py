@@ -9,7 +9,7 @@ from typing import Any
 import torchvision
 from torchvision.transforms import InterpolationMode
 
-from eval.model_bundle import ModelBundle
+from eval.model_bundle import RANDOM_WEIGHTS, ModelBundle
 from eval.pretrained import hub_file
 from eval.vision_nets import ImageClassifier
 from quant.errors import UserError
@@ -43,7 +43,7 @@ def build_timm(name: str, num_labels: int, size: int | None, scratch: bool) -> M
         **options,
     )
     facts = timm.data.resolve_model_data_config(net)
-    notes = ["random weights"] if scratch else []
+    notes = [RANDOM_WEIGHTS] if scratch else []
     if settings and not scratch and settings.num_classes != num_labels:
         notes = [f"head {settings.classifier} resized to {num_labels} classes"]
     return ModelBundle(
@@ -83,7 +83,7 @@ def build_torchvision(name: str, num_labels: int, size: int | None, scratch: boo
         std=tuple(facts.std),
         crop_fraction=facts.crop_size[0] / facts.resize_size[0],
         resample=FILTERS["bicubic" if facts.interpolation == InterpolationMode.BICUBIC else "bilinear"],
-        notes=["random weights"],
+        notes=[RANDOM_WEIGHTS],
     )
 
 

@@ -101,6 +101,28 @@ def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
     return bundle
 
 
+def build_saved(
+    folder: Path, subject: str, build: dict[str, Any], config: Any, task: Task, num_labels: int
+) -> ModelBundle:
+    """The image model that a finished run saved in `folder`, without its weights; `build` is what it noted."""
+    size = getattr(config, "image_size", None) or build.get("image_size")
+    name = build.get("model") or getattr(config, "model", None)
+    if (folder / "config.json").is_file():
+        bundle = build_scratch(str(folder), num_labels, size)
+    elif name:
+        bundle = build_named(ALIASES.get(name, name), task, num_labels, size, scratch=True)
+    else:
+        raise UserError(f"{subject}: does not say what model it is; give --model NAME")
+    bundle.notes = []
+    if build.get("pixels"):
+        bundle.with_pixels(build["pixels"])
+    elif (folder / "config.json").is_file():
+        bundle.notes.append(f"{folder} does not say how its images were scaled: mean and std of ImageNet")
+    correct_momentum(bundle.model)
+    bundle.image_size = size or bundle.image_size
+    return bundle
+
+
 def build_named(name: str, task: Task, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
     """A model by name: with its published weights, unless it is ours or `scratch`."""
     if name in OWN:
@@ -117,7 +139,7 @@ def build_named(name: str, task: Task, num_labels: int, size: int | None, scratc
 
 def build_own(name: str, task: Task, num_labels: int) -> ModelBundle:
     """ResNet-20 and its like, or the small network for digits, with random weights."""
-    from eval.model_bundle import IMAGENET_MEAN, IMAGENET_STD, ModelBundle
+    from eval.model_bundle import IMAGENET_MEAN, IMAGENET_STD, RANDOM_WEIGHTS, ModelBundle
     from eval.vision_nets import CifarResNet, ConvNet
 
     cifar = name in CIFAR_RESNETS
@@ -130,7 +152,7 @@ def build_own(name: str, task: Task, num_labels: int) -> ModelBundle:
         std=IMAGENET_STD if channels == 3 else (0.5,),
         in_channels=channels,
         crop_fraction=1.0,
-        notes=["random weights"],
+        notes=[f"{RANDOM_WEIGHTS}: {name} comes without any"],
     )
 
 
@@ -138,8 +160,8 @@ def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle
     """A model of transformers with random weights, from a name of `HUB_MODELS` or the configuration of a folder."""
     import transformers
 
-    from eval.model_bundle import ModelBundle
-    from eval.pretrained import from_anywhere
+    from eval.model_bundle import RANDOM_WEIGHTS, ModelBundle
+    from eval.pretrained import from_anywhere, new_model
 
     if source in HUB_MODELS:
         known = HUB_MODELS[source]
@@ -152,10 +174,10 @@ def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle
             transformers.AutoConfig.from_pretrained, source, num_labels=num_labels, trust_remote_code=False
         )
         size = size or getattr(settings, "image_size", None)
-    model = transformers.AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
+    model = new_model(transformers.AutoModelForImageClassification, settings)
     model.config.architectures = [type(model).__name__]  # what a saved configuration is read back as
     channels = getattr(settings, "num_channels", 3)
-    return ModelBundle(model, "image", image_size=size, in_channels=channels, notes=["random weights"])
+    return ModelBundle(model, "image", image_size=size, in_channels=channels, notes=[RANDOM_WEIGHTS])
 
 
 def build_pretrained(source: str, num_labels: int) -> ModelBundle:

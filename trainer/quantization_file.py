@@ -18,8 +18,7 @@ from quant.migration import Migration, added, attach
 from quant.placement import attach_quantizers, placed_sites
 from quant.quant_module import QuantModule
 from trainer.checkpoint import write_json
-
-QUANTIZATION = "quantization.json"
+from trainer.saved_files import QUANTIZATION
 
 
 def write_quantization(
@@ -60,6 +59,8 @@ def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
     migrate_again(model, described)
     assignment = assignment_from_json(described["assignment"])
     formats = [parse_format(name) for name in described["formats"]]
+    if not formats:
+        return  # a float run's
     modules = quantize_as_described(model, assignment, described, formats)
     attach_quantizers(model, modules, described.get("placement", {}))
     used = {format for pair in assignment.values() for format in pair if format != FLOAT}
