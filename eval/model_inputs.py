@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.model_places import description, starting_model
 from eval.tasks import Kind, TaskData
-from quant.errors import UserError
 
 if TYPE_CHECKING:
     from eval.model_bundle import ModelBundle
+    from eval.run_config import RunConfig
     from eval.run_plan import Plan
 
 
@@ -78,21 +77,16 @@ def from_json(saved: Mapping[str, Any]) -> ModelInputs:
     return ModelInputs(**{**values, "pixels": pixels})
 
 
-def agree_on_classes(data: TaskData, bundle: ModelBundle, start: str | None) -> TaskData:
+def agree_on_classes(data: TaskData, bundle: ModelBundle, config: RunConfig) -> TaskData:
     """The data with its classes in the model's order, whose configuration gets their names.
 
     A trained head that knows classes of these names has an order of its own: 'negative' need not be its first output.
-
-    Args:
-        data: as it was read; classes without names are called by their numbers.
-        bundle: the model, with its weights.
-        start: --load_model_path.
     """
     if not data.label_names or data.task.candidates:
         return data
     settings = getattr(bundle.model, "config", None)
     known = dict(getattr(settings, "id2label", None) or {})
-    own = (run_classes(start) if start else ()) or tuple(known[number] for number in sorted(known))
+    own = run_classes(config) or tuple(known[number] for number in sorted(known))
     if bundle.trained:
         data = in_order(data, own)
     if settings is not None:
@@ -101,16 +95,13 @@ def agree_on_classes(data: TaskData, bundle: ModelBundle, start: str | None) -> 
     return data
 
 
-def run_classes(start: str) -> tuple[str, ...]:
-    """The classes of the run whose weights --load_model_path names; none where it does not tell them."""
-    for folder in (Path(start), Path(start) / "model"):
-        if (folder / "quantization.json").is_file():
-            try:
-                saved = json.loads((folder / "quantization.json").read_text())
-                return tuple((saved.get("build") or {}).get("inputs", {}).get("classes", ()))
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"--load_model_path {folder / 'quantization.json'}: damaged: {error}") from None
-    return ()
+def run_classes(config: RunConfig) -> tuple[str, ...]:
+    """The classes of the run whose model this one starts from; none where there is no such run, or it had none."""
+    start = starting_model(config)
+    if start is None:
+        return ()
+    subject, folder = start
+    return tuple(description(folder, subject)["build"].get("inputs", {}).get("classes", ()))
 
 
 def in_order(data: TaskData, names: tuple[str, ...]) -> TaskData:

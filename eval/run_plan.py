@@ -88,7 +88,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     log_notes(bundle, config)
     if not bundle.trained:
         _refuse_untrained(config)
-    data = agree_on_classes(data, bundle, config.load_model_path)
+    data = agree_on_classes(data, bundle, config)
     tell("preparing data")
     prepared = prepare(data, bundle, config)
     tell("looking at the layers")
