@@ -169,7 +169,7 @@ def write_result(
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
-    record = record | costs_of(plan, assignment)
+    record = record | costs_of(plan, assignment, trainer.reach)
     record["notes"] = [*record["notes"], *trainer.notes]
     if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):
         record[LOSS_RISE] = list(rise)

@@ -7,9 +7,10 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import Distribution, distributions, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.limits import limits_of
 from eval.record_schema import SCHEMA_VERSION, loss_rise
@@ -19,6 +20,9 @@ from eval.run_trainer import teacher_share
 from quant.formats import Format
 
 RISEN = "the loss ended far above where it started, so training harmed the model (lower --learning_rate):"
+if TYPE_CHECKING:  # wrong flags must not wait for torch
+    from quant.quant_module import Reach
+
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 DISTRIBUTION = "mpq-search"
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +58,13 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[str, Any]:
-    """Cost of the assignment, and the range that assignments of the search space have."""
+def costs_of(
+    plan: Plan, assignment: dict[str, tuple[Format, Format]], reach: Mapping[str, Reach] | None = None
+) -> dict[str, Any]:
+    """Cost of the assignment, and the range that assignments of the search space have.
+
+    reach: of the layers that calibration did not reach.
+    """
     from cost.cost import COSTS, UNITS, overhead_memory, unsearched_memory
     from policy.space import build_space
 
@@ -67,6 +76,7 @@ def costs_of(plan: Plan, assignment: dict[str, tuple[Format, Format]]) -> dict[s
     space = build_space(
         plan.layers, config.search_formats, "layer", config.weight_only_search, config.separate_activations
     )
+    space = replace(space, reach=reach or {})
     return {
         "cost": costs[cost_type],
         "cost_unit": UNITS[cost_type],

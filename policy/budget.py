@@ -29,7 +29,10 @@ class Limit:
     def table(self, space: SearchSpace) -> Table:
         """(decisions, choices): what each choice of a decision takes."""
         return np.array(
-            [[math.fsum(self.of(layer, pair) for layer in d.layers) for pair in d.choices] for d in space.decisions]
+            [
+                [math.fsum(self.of(layer, space.runs_in(layer, pair)) for layer in d.layers) for pair in d.choices]
+                for d in space.decisions
+            ]
         )
 
     def total(self, assignment: Assignment) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from cost.profile import LayerProfile
 from quant.convert import Assignment
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
+from quant.quant_module import Reach, runs_in
 
 Partition: TypeAlias = Literal["layer", "single"] | Mapping[str, Collection[str]]
 """A decision per layer, one for the whole model, or block name -> names of the layers that share a choice."""
@@ -36,6 +37,8 @@ class SearchSpace:
     """Independent decisions with the same number of choices each; a choice is one index per decision."""
 
     decisions: tuple[Decision, ...]
+    reach: Mapping[str, Reach] = field(default_factory=dict)
+    """layers that calibration did not reach, which run in float as far as they have to, whatever is chosen"""
 
     @property
     def num_decisions(self) -> int:
@@ -48,21 +51,29 @@ class SearchSpace:
     def assignment(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
         """The formats of every layer under `choice`, one index per decision."""
         return {
-            layer: decision.choices[index]
+            layer: self.runs_in(layer, decision.choices[index])
             for decision, index in zip(self.decisions, choice, strict=True)
             for layer in decision.layers
         }
+
+    def runs_in(self, layer: str, formats: tuple[Format, Format]) -> tuple[Format, Format]:
+        """(weight format, activation format) of a layer for which `formats` are chosen."""
+        return runs_in(self.reach[layer], formats) if layer in self.reach else formats
 
     def choice(self, assignment: Assignment) -> list[int]:
         """The choice behind an assignment. Raises ValueError, naming the decision, where it is none of this space."""
         indices = []
         for decision in self.decisions:
-            pairs = {assignment[layer] for layer in decision.layers}
-            pair = pairs.pop()
-            if pairs or pair not in decision.choices:
-                formats = ", ".join(f"{weight}/{activation}" for weight, activation in {pair, *pairs})
+            taken = (
+                index
+                for index, pair in enumerate(decision.choices)
+                if all(assignment[layer] == self.runs_in(layer, pair) for layer in decision.layers)
+            )
+            if (index := next(taken, None)) is None:
+                pairs = {assignment[layer] for layer in decision.layers}
+                formats = ", ".join(f"{weight}/{activation}" for weight, activation in pairs)
                 raise ValueError(f"{decision.name} cannot have {formats}: its layers share one of its choices")
-            indices.append(decision.choices.index(pair))
+            indices.append(index)
         return indices
 
     def cost_table(self, profiles: Sequence[LayerProfile], cost_type: CostType) -> NDArray[np.float64]:
@@ -75,7 +86,8 @@ class SearchSpace:
             [
                 [
                     COSTS[cost_type](
-                        [profile[layer] for layer in decision.layers], dict.fromkeys(decision.layers, pair)
+                        [profile[layer] for layer in decision.layers],
+                        {layer: self.runs_in(layer, pair) for layer in decision.layers},
                     )
                     for pair in decision.choices
                 ]

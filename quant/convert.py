@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from glob import escape
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from quant.quant_experts import ExpertLinear, QuantExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
+from quant.reach import note_reach
 from quant.unfold import UnfoldedAttention, unfold
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,6 @@ QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     ExpertLinear: QuantExpertLinear,
 }
 """float layer -> quantized layer; subclasses of the float layer are covered by the same entry"""
-
-_warned: WeakSet[nn.Module] = WeakSet()
-"""models whose layers that are never called were told of"""
 
 Assignment = Mapping[str, tuple[Format, Format]]
 """layer name -> (weight format, activation format)"""
@@ -289,31 +286,34 @@ def calibrate(
         batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
         learned: also reset the learned scales, which is how they start; False leaves them as trained.
 
+    A layer that no batch reaches runs in float as far as it has to from then on, see `quant.reach`.
+
     Raises UserError if there is no batch, NotFiniteError for a layer whose weight or input holds NaN or infinity.
     """
     for name, module in modules.items():
         if module.weight_quantizer.grids and not all_finite(module.weight):
             raise NotFiniteError(f"layer {name}: its weight holds NaN or infinity, which no range spans")
-    observe_inputs(model, modules, batches)
-    _warn_of_uncalled(model, modules)
+    first: list[Any] = []
+    observe_inputs(model, modules, _keeping(first, batches))
+    note_reach(model, modules, partial(_evaluate, model, first))
     for module in modules.values():
         module.weight_quantizer.observe(module.weight)
         for quantizer in (module.weight_quantizer, *module.activation_quantizers):
-            if learned or quantizer.config.range != "learned":
-                quantizer.finish_calibration()
-            quantizer.forget()
+            quantizer.finish_calibration(again=learned or quantizer.config.range != "learned")
 
 
-def _warn_of_uncalled(model: nn.Module, modules: Mapping[str, QuantModule]) -> None:
-    """Once for each model, however often it is calibrated."""
-    inputs = {name: module.input_quantizer for name, module in modules.items()}
-    uncalled = [name for name, quantizer in inputs.items() if quantizer.grids and quantizer.observation is None]
-    if uncalled and model not in _warned:
-        _warned.add(model)
-        logger.warning(
-            "%d of %d layers were never called while calibrating, their formats have no effect on the outputs: %s%s",
-            len(uncalled), len(modules), ", ".join(uncalled[:3]), ", ..." if len(uncalled) > 3 else "",
-        )  # fmt: skip
+def _keeping(first: list[Any], batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, of which `first` gets the first."""
+    for batch in batches:
+        if not first:
+            first.append(batch)
+        yield batch
+
+
+def _evaluate(model: nn.Module, batches: Iterable[Any]) -> None:
+    with torch.no_grad(), evaluating(model):
+        for batch in batches:
+            run_model(model, batch)
 
 
 def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches: Iterable[Any]) -> None:
@@ -325,7 +325,7 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
     unpadded = [quantizer for quantizer in quantizers if quantizer.config.ignore_padding]
     empty = True
     for module in modules.values():
-        module.observing = True
+        module.observing, module.most_seen = True, -1
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from quant import fused
 from quant.byte_codes import ByteCodes, Packed, compute_on_codes, fits_bytes, pack_weight
-from quant.formats import Format
+from quant.formats import FLOAT, BlockFormat, Format
 from quant.quantizer import Quantizer, QuantizerConfig, Rounder
 from quant.replay import Replay
 
@@ -20,6 +20,21 @@ Made = TypeVar("Made")
 
 TABLE = "table"
 """what the names of quantizers of embeddings hold: these take the weight's format"""
+
+
+Reach = Literal["called", "uncalled", "read"]
+"""what calibration found of a layer: it is called; it was not; its weight is read past it, see `quant.reach`"""
+
+
+def runs_in(reach: Reach, formats: tuple[Format, Format]) -> tuple[Format, Format]:
+    """(weight format, activation format) as a layer runs that is set to `formats`."""
+    weight, activation = formats
+    if reach == "called":
+        return formats
+    if reach == "read":
+        return FLOAT, FLOAT
+    needs_range = activation.scaled and not isinstance(activation, BlockFormat)
+    return weight, FLOAT if needs_range else activation
 
 
 class QuantModule(nn.Module):
@@ -43,6 +58,9 @@ class QuantModule(nn.Module):
     """a tensor or None"""
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
+    reach: Reach = "called"
+    most_seen: int = -1
+    """numbers in the largest input since `observing` was set last; -1: the layer was not called"""
     kept_weight: KeptWeight | None = None
     replay: Replay | None = None
 
@@ -69,7 +87,9 @@ class QuantModule(nn.Module):
         return self.weight_reduction_dim
 
     def set_formats(self, weight: Format, activation: Format) -> None:
-        """Round the weight and the input to these formats from now on."""
+        """Round the weight and the input to these formats from now on, or to what `reach` leaves of them."""
+        if self.reach != "called":
+            weight, activation = runs_in(self.reach, (weight, activation))
         modules = self._modules  # nn.Module's own lookup costs more than the switch, for every layer at every step
         cast(Quantizer, modules["weight_quantizer"]).set_format(weight)
         cast(Quantizer, modules["input_quantizer"]).set_format(activation)
@@ -128,6 +148,7 @@ class QuantModule(nn.Module):
 
     def _forward(self, input: Tensor) -> Tensor:
         if self.observing:
+            self.most_seen = max(self.most_seen, input.numel())
             self.input_quantizer.observe(input)
         weight = self.weight  # read once: a parametrization computes it at every access
         input_rounder = self.input_quantizer.rounding(input)

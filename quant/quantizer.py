@@ -152,10 +152,13 @@ class Quantizer(nn.Module):
         """Start observing anew."""
         self.observation, self.saw_finite = None, True
 
-    def finish_calibration(self, only: Format | None = None) -> None:
-        """Set the scale of every prepared format (or of `only`) from what was observed, and forget that."""
+    def finish_calibration(self, only: Format | None = None, again: bool = True) -> None:
+        """Set the scale of every prepared format (or of `only`) from what was observed, and forget that.
+
+        again: also where there is a scale already.
+        """
         for name, grid in self.grids.items():
-            if only is None or name == only.name:
+            if (only is None or name == only.name) and (again or not cast(Grid, grid).is_ready):
                 clipped = token_observer(self.token_quantiles[name]) if name in self.token_quantiles else None
                 self.set_ranges(clipped or self.config.estimator, cast(Grid, grid).format)
         self.forget()

@@ -25,8 +25,9 @@ from policy.space import Partition, SearchSpace, build_space
 from quant.convert import Assignment, calibrate, in_float, quantize_model, set_formats, weights_kept
 from quant.errors import NotFiniteError, UserError
 from quant.formats import Format, parse_search_space
-from quant.quant_module import QuantModule
+from quant.quant_module import QuantModule, Reach, runs_in
 from quant.quantizer import Quantizer
+from quant.reach import notes_on_reach, reach_of
 from trainer import checkpoint, checksums
 from trainer.allocation import allocate, effects, propose
 from trainer.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
@@ -168,6 +169,8 @@ class ReinforceTrainer(JudgingTrainer):
         self._micro_step = 0
         self._scale_exponents: dict[str, int] = {}
         self.notes: list[str] = []
+        self.reach: dict[str, Reach] = {}
+        """layers that the first calibration did not reach, for good"""
         """what went otherwise than asked: part of the record"""
         self._float_quality: float | None = None
         """held-out quality of the float model, which `max_drop` counts from"""
@@ -326,6 +329,9 @@ class ReinforceTrainer(JudgingTrainer):
             if has_untrained_batch_norm(self.model):  # ranges seen through its starting values would clip everything
                 recalibrate_batch_norm(self.model, self.calibration_batches("calibrating batch norms"))
             calibrate(self.model, self.modules, self.calibration_batches("calibrating"))
+            self._take_reach(reach_of(self.modules))
+            for note in notes_on_reach(self.modules):
+                self.notes.append(note)  # calibration has told of it
             if self.after_calibration is not None:
                 self.after_calibration(self)
         config = self.search_config
@@ -352,6 +358,23 @@ class ReinforceTrainer(JudgingTrainer):
                 if config.contest:
                     candidates = propose(self, {config.policy_prior: effect})
             self._start_search(of_first_process(prior), of_first_process(pressure), candidates)
+
+    def _take_reach(self, reach: Mapping[str, Reach]) -> None:
+        """Let what is chosen, and what it costs, be what layers run in that calibration did not reach."""
+        if not reach:
+            return
+        self.reach = dict(reach)
+        for name, found in reach.items():
+            self.modules[name].reach = found
+        for target in self.targets:
+            if target.assignment is not None:
+                given = target.assignment.items()
+                target.assignment = {name: runs_in(reach.get(name, "called"), pair) for name, pair in given}
+        if self.search_config is not None:
+            self.space = replace(self.space, reach=reach)
+            self.costs = self.space.cost_table(self.profiles, self.search_config.cost_type)
+            for target, bits in zip(self.targets, _each(self.search_config.target_bits), strict=True):
+                target.budget = self._budget(bits, self._limits)
 
     def finish(self) -> None:
         """Settle on the assignment, recalibrate what it changed, and write the rest of the history."""
@@ -667,6 +690,7 @@ class ReinforceTrainer(JudgingTrainer):
             ],
             "scale_exponents": self._scale_exponents,
             "settled": self._settled,
+            "reach": self.reach,
             "notes": self.notes,
             "float_quality": self._float_quality,
             "reference_loss": self.reference_loss,
@@ -687,6 +711,7 @@ class ReinforceTrainer(JudgingTrainer):
         self.reference_loss = state.get("reference_loss")  # older checkpoints have none
         for name, quantizer in self._quantizers():
             quantizer.token_quantiles = state["token_quantiles"].get(name, {})
+        self._take_reach(state.get("reach", {}))
         for target, saved in zip(self._in_turn(), state["targets"], strict=True):
             if target.budget is not None:
                 target.budget = replace(target.budget, limits=tuple(saved["limits"]))

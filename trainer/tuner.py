@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from cost.cost import compute_cost, memory_cost
 from cost.profile import profile_model
-from quant.convert import calibrate, find_layers, quantize_model, set_formats
+from quant.convert import calibrate, find_layers, get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, Format, IntFormat
 from quant.graph import find_groups
@@ -169,6 +169,7 @@ class NLPTrainer(Trainer):
         }
         calibrate(model, modules, batches)
         set_formats(modules, assignment)
+        assignment = get_formats(modules)  # in float as far as calibration did not reach a layer
         if training:
             self._trainer_of(model, modules, assignment).train()
         return modules, assignment

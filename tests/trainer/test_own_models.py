@@ -9,10 +9,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
+from cost.cost import COSTS
 from eval.saved_model import load_model
 from quant.calls import examples_of
 from quant.convert import get_formats
 from quant.errors import UserError
+from quant.formats import FLOAT
 from trainer.judging_trainer import quality, telling_reference
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer
 from trainer.teacher import Teacher, class_logits
@@ -188,6 +190,60 @@ def test_layers_that_were_replaced_behind_the_models_back(tmp_path):
     searched(tmp_path, Listed(head=False)).train()  # a warning names them
     with pytest.raises(UserError, match="the model calls none of its 3 quantized layers"):
         searched(tmp_path, Listed(head=True))
+
+
+class Experts(Net):
+    """The last expert gets the rows of a class that training data does not have."""
+
+    def __init__(self):
+        super().__init__(cross_entropy)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x, route, labels=None):
+        hidden = self.body(x)
+        out = torch.zeros_like(hidden)
+        for place, expert in enumerate(self.experts):
+            if (route == place).any():
+                out[route == place] = expert(hidden[route == place])
+        logits = self.head(out)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("cost_type", ["memory", "compute"])
+@pytest.mark.parametrize("steps", [0, 24])
+def test_an_expert_that_training_data_never_reach_is_charged_for_what_it_runs_in(steps, cost_type, tmp_path):
+    columns = {"x": lambda x, label: x, "labels": lambda x, label: label}
+    train = Rows(**columns, route=lambda x, label: label)
+    rare = Rows(40, **columns, route=lambda x, label: label + (x[0] > 1).long())
+    trainer = searched(
+        tmp_path, Experts(), train, settings={"max_steps": steps}.items(),
+        config={"cost_type": cost_type, "target_bits": 4.5}.items(), eval_dataset=rare, partition="single",
+    )  # fmt: skip
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    weight, activation = trainer.assignment["experts.3"]
+    assert activation == FLOAT and weight == trainer.assignment["experts.2"][0] != FLOAT
+    assert get_formats(trainer.modules) == trainer.assignment
+    assert trainer.cost == pytest.approx(COSTS[cost_type](trainer.profiles, trainer.assignment))
+    assert trainer.cost <= trainer.cost_target
+    assert trainer.notes == ["1 of 7 layers were never called while calibrating, their inputs stay in float: experts.3"]
+    trainer.save_model(str(tmp_path / "saved"))
+    again, batch = load_model(tmp_path / "saved", Experts()), next(trainer.batches_of(rare))
+    with torch.no_grad():
+        assert torch.equal(again(**batch)["logits"], trainer.model.eval()(**batch)["logits"])
+
+
+def test_a_run_that_goes_on_charges_unreached_experts_as_before(tmp_path):
+    def trainer(**settings):
+        columns = {"x": lambda x, label: x, "labels": lambda x, label: label, "route": lambda x, label: label}
+        return searched(tmp_path, Experts(), Rows(**columns), settings={"save_strategy": "steps", **settings}.items())
+
+    whole = trainer(save_steps=10)
+    whole.train()
+    resumed = trainer(save_steps=10)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert resumed.assignment == whole.assignment and resumed.assignment["experts.3"][1] == FLOAT
+    assert (resumed.cost, resumed.notes) == (whole.cost, whole.notes)
 
 
 def test_a_teacher_that_is_its_own_student_is_refused(tmp_path):
