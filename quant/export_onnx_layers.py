@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant.errors import UserError
 from quant.export_verdict import LayerVerdict
-from quant.export_weights import RoundedWeight, StaticRange, plain_weight, round_weight, static_range
+from quant.export_weights import RoundedWeight, StaticRange, plain_weight, round_weight, static_range, to_rows
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat
 from quant.quant_conv2d import QuantConv2d
 from quant.quant_linear import QuantLinear
@@ -78,7 +78,7 @@ class OnnxLayer:
         storage = None if weight is None else weight_storage(weight)
         inputs = input_storage(quantizer.format)
         transposed = isinstance(module, QuantLinear)
-        overflows = sums_overflow(weight, range, module.channel_dim)
+        overflows = sums_overflow(weight, range, module.weight_quantizer.reduction_dim)
         if overflows:
             inputs = INT16  # the same values, which no engine multiplies as integers
         elif integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
@@ -133,11 +133,11 @@ class OnnxLayer:
         return LayerVerdict(weight, activation, stored, run, bits, activation_bits, tuple(why))
 
 
-def sums_overflow(weight: RoundedWeight | None, range: StaticRange | None, channel_dim: int) -> bool:
+def sums_overflow(weight: RoundedWeight | None, range: StaticRange | None, reduction_dim: int | None) -> bool:
     """Whether products of integers of at most 8 bits could add up to more than int32 holds, for inputs on the grid."""
     if weight is None or range is None or not (narrow(weight.format) and narrow(range.format)):
         return False
-    rows = weight.elements.abs().movedim(channel_dim, 0).flatten(1).sum(1, dtype=torch.float64)
+    rows = to_rows(weight.elements.abs(), reduction_dim).sum(1, dtype=torch.float64)
     return float(rows.max()) * max(-range.low, range.high) >= INT32_SUMS
 
 
