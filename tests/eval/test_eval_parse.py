@@ -17,6 +17,7 @@ import yaml
 from benchmarks.synthetic_runs import write_run
 from eval import report_tables as tables
 from eval.eval_parse import main
+from eval.record_schema import SCHEMA_VERSION
 from eval.report_records import Group, group_runs, read_runs
 from eval.report_summary import summary_rows
 from quant.errors import UserError
@@ -98,7 +99,7 @@ def spoil(run: Path, how: str) -> None:
         case "list":
             path.write_text("[1, 2]")
         case "newer":
-            path.write_text(json.dumps({**record, "schema_version": 2}))
+            path.write_text(json.dumps({**record, "schema_version": SCHEMA_VERSION + 1}))
         case "field missing":
             path.write_text(json.dumps({key: value for key, value in record.items() if key != "cost"}))
         case "metric missing":
@@ -123,7 +124,7 @@ def spoil(run: Path, how: str) -> None:
         ("infinite cost", "not finite: cost is inf"),
         ("foreign", "foreign: not a result record"),
         ("list", "foreign: not a result record"),
-        ("newer", "foreign: schema_version 2"),
+        ("newer", f"foreign: schema_version {SCHEMA_VERSION + 1}"),
         ("field missing", "incomplete: cost is null"),
         ("metric missing", "incomplete: the metric f1 is null"),
         ("unknown format", "foreign: unknown format 'int77'"),

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks.synthetic_runs import LAYERS, write_run
+from benchmarks.synthetic_runs import write_run
 from eval import report_plots as plots
 from eval.eval_parse import main
 from eval.report_canvas import COLOURS, STYLE, format_palette, method_style
@@ -128,12 +128,13 @@ def test_palette_is_ordered_and_no_two_formats_look_alike(tmp_path):
 def test_policy_sums_pairs_into_weights_and_activations(tmp_path):
     write_run(tmp_path, "search", 0, target=0.05, search_space=["int4", "int8"])
     (run,) = runs_below(tmp_path)
-    pairs = [[0.1, 0.2, 0.3, 0.4]] * len(LAYERS)  # (int4,int4) (int4,int8) (int8,int4) (int8,int8)
+    layers = list(run.record["decisions"])
+    pairs = [[0.1, 0.2, 0.3, 0.4]] * len(layers)  # (int4,int4) (int4,int8) (int8,int4) (int8,int8)
     history = [{"step": step, "probabilities": pairs} for step in (0, 10, 20)]
     figure = drawn(plots.policy(run, history))
     shown = {axes.get_title(): axes.collections[0].get_array().mean() for axes in figure.axes if axes.get_title()}
     assert shown == pytest.approx({"w int4": 0.3, "w int8": 0.7, "a int4": 0.4, "a int8": 0.6})
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == plots.short_names(LAYERS)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == plots.short_names(layers)
     settled = [{"step": step, "probabilities": pairs, "phase": "settle"} for step in (30, 40, 50)]
     axes = drawn(plots.policy(run, history + settled)).axes[0]
     assert axes.get_xlim() == (0, 30), "nothing changes behind the choice"
