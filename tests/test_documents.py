@@ -1,0 +1,90 @@
+"""What our documents name is there: files, flags, make targets, modules. tests/journeys run their lines."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from eval.commands import COMMANDS
+from eval.flags import make_parser, read_flags
+from tests.documents import DOCUMENTS, ROOT, inline_code, shell_lines
+
+FOREIGN = {
+    "--help": "all of ours",
+    "--nproc_per_node": "torchrun",
+    "--logdir": "tensorboard",
+    "--generate": "ray get-auth-token",
+    **dict.fromkeys(("--address", "--min-nodes", "--nodes", "--ntasks", "--ip-address"), "ray symmetric-run, srun"),
+    **dict.fromkeys(("--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--exclusive"), "sbatch"),
+}
+"""flags of other programs in our documents -> whose"""
+LAUNCHES = ("eval_parallel.py", "eval/eval_run.py", "mpq-search", "mpq-run")
+
+
+def flags_of_a_run() -> set[str]:
+    return set(make_parser()._option_string_actions)
+
+
+def flags_of(file: Path) -> set[str]:
+    """Those of a command that has its own few."""
+    return set(re.findall(r'"(--\w+)"', file.read_text()))
+
+
+def test_every_flag_in_a_document_is_one():
+    ours = flags_of_a_run().union(*(flags_of(path) for path in (ROOT / "eval").glob("*.py")))
+    ours |= set().union(*(flags_of(path) for path in (ROOT / "benchmarks").glob("*.py")))
+    for document in DOCUMENTS:
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()):
+            assert flag in ours or flag in FOREIGN, f"{document.name}: {flag}"
+    assert not {flag for flag in FOREIGN if flag != "--help"} & ours
+
+
+@pytest.mark.parametrize("line", shell_lines(), ids=lambda line: f"{line.name} {' '.join(line.words)[:60]}")
+def test_every_command_line_has_flags_of_its_own_command(line):
+    """Not of another command: `mpq-report --max_steps 3` names a flag that there is, elsewhere."""
+    words = list(line.words)
+    places = [at for at, word in enumerate(words) if word.endswith(LAUNCHES)]
+    if places:
+        given = [word for word in words[places[0] + 1 :] if word != "..."]
+        assert read_flags(given).task or "--config" in given or "--resume" in given
+    for name, script in COMMANDS.items():
+        if not {name, script[-1]} & set(words) or name in ("mpq-search", "mpq-run"):
+            continue
+        known = flags_of(ROOT / script[0] if script[0] != "-m" else ROOT / f"{script[1].replace('.', '/')}.py")
+        known |= flags_of_a_run() if name == "mpq-sensitivity" else {"--help"}
+        assert {word for word in words if word.startswith("--")} <= known
+
+
+def looks_like_a_file_of_ours(text: str) -> bool:
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return bool(
+        re.fullmatch(rf"(?:{'|'.join(map(re.escape, folders))})/[\w./*-]*|[\w-]+\.(?:py|md|toml)|\.ci/\w+", text)
+    )
+
+
+def test_every_file_in_a_document_exists():
+    named = [(document, word) for document, text in inline_code() for word in text.split() if "output" not in word]
+    named += [(ROOT / line.name.split(":")[0], word) for line in shell_lines() for word in line.words]
+    checked = 0
+    for document, word in named:
+        if looks_like_a_file_of_ours(word) and word.rstrip("/").split("/")[-1] not in WRITTEN_BY_RUNS:
+            found = list(ROOT.glob(word)) or list(document.parent.glob(word))
+            assert found, f"{document.name}: {word}"
+            checked += 1
+    assert checked > 20
+
+
+WRITTEN_BY_RUNS = {"README.md"}
+"""also a file that our commands write"""
+
+
+def test_every_make_target_and_module_in_a_document_exists():
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for target in re.findall(r"(?:`|^ *)make ([a-z][\w-]*)", text, re.MULTILINE):
+            assert target in targets, f"{document.name}: make {target}"
+        for module in re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)+)", text):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{document.name}: {module}"
+    assert subprocess.run(["make", "-n", "help"], cwd=ROOT, capture_output=True, check=False).returncode == 0
