@@ -27,7 +27,7 @@ from eval.flag_checks import refuse_link
 from eval.flags import INTERRUPTED, entry
 from eval.launch_facts import Facts, learn
 from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
-from eval.launch_progress import Watch, plan_table, result_table, waiting, watching
+from eval.launch_progress import Watch, note_lines, plan_table, result_table, waiting, watching
 from eval.launch_ray import Share, check_request, disk_is_full, fit, join, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import TUNED, Runner
@@ -157,6 +157,8 @@ def report(config: RunConfig, known: Mapping[str, Progress], folder: Path, died:
     """Print every run's result or why there is none, and what to do next. Returns the exit code."""
     console = make_console(sys.stdout)
     console.print(result_table(known, died))
+    for line in note_lines(known):
+        console.print(line)
     failed = [name for name, one in known.items() if one.failed or name in died]
     tried_enough = config.hpo is None or len(known) >= config.hpo
     unfinished = not tried_enough or any(not (one.finished or one.failed or one.stopped) for one in known.values())

@@ -27,6 +27,8 @@ PLAIN_SECONDS = 2.0
 NEWS_SECONDS = 30.0
 """how often a run that stays in one phase is told of"""
 TAIL_BYTES = 1 << 16
+NAMED = 3
+"""runs that a note names"""
 
 
 class Watch:
@@ -230,6 +232,19 @@ def result_table(runs: Mapping[str, Progress], died: Mapping[str, str]) -> Table
             table.add_row(f"{name}/{folder.name}", *([part.reason] if isinstance(part, Excluded) else _result(part)))
         table.add_row(name, *_result(known.run))
     return table
+
+
+def note_lines(runs: Mapping[str, Progress]) -> list[str]:
+    """What the records of the finished runs note, each once, with the runs that it holds for if these are not all."""
+    noted: dict[str, list[str]] = {}
+    for name, known in runs.items():
+        for note in known.run.record.get("notes", ()) if known.run else ():
+            noted.setdefault(note, []).append(name)
+    lines = []
+    for note, names in noted.items():
+        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        lines.append(f"note: {note}" if len(names) == len(runs) else f"note: {note} ({shown})")
+    return lines
 
 
 def _result(run: Run) -> list[str]:

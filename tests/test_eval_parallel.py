@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import eval_parallel
 from eval.flags import complete, read_flags, to_yaml
 from eval.launch_facts import Facts
-from eval.launch_grid import by_name, expand, launch_folder, look_up
-from eval.launch_progress import Watch, last_entry, result_table, watching
+from eval.launch_grid import Progress, by_name, expand, launch_folder, look_up
+from eval.launch_progress import Watch, last_entry, note_lines, result_table, watching
 from eval.launch_ray import check_request, clean, plan_share, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import Reporter, _run_within_memory, is_out_of_memory, objective, record_failure, with_settings
@@ -512,6 +512,17 @@ def test_the_result_table_names_every_run_once(tmp_path, fake):
     assert [text.count(run.run_name) for run in runs] == [1, 1, 1]
     assert f"accuracy {fake.digest(runs[0]):.4f}" in text and "failed: row 7 has no label" in text
     assert "not started" in text
+
+
+def test_a_note_is_told_once_with_the_runs_that_it_holds_for(tmp_path, fake):
+    runs = runs_of("--seeds", "0,1,2,3", "--max_steps", "3", "--output_root_dir", str(tmp_path))
+    for run, notes in zip(runs, (["random weights", "damaged"], *[["random weights"]] * 3), strict=True):
+        record = fake.run(run)
+        (run.run_folder / "result.json").write_text(json.dumps({**record, "notes": notes}))
+    known = {run.run_name: look_up(run) for run in runs}
+    assert note_lines(known) == ["note: random weights", "note: damaged (resnet20-float-s0)"]
+    known = dict(reversed(known.items())) | {"another": Progress(runs[0], None, None)}
+    assert note_lines(known)[0].endswith("(resnet20-float-s3, resnet20-float-s2, resnet20-float-s1 and 1 more)")
 
 
 def test_a_run_for_several_budgets_has_a_line_for_each(tmp_path, fake):
