@@ -22,6 +22,8 @@ PERCENTILE = 99.99
 _EDGES = 512
 """bounds that the MSE search tries, evenly spaced"""
 _TIE = 1e-12
+_FEWEST_BINS = 128
+"""bins that the entropy search keeps at least"""
 _CHUNK = 1 << 22
 """elements worked on at a time"""
 
@@ -122,14 +124,21 @@ def histogram_mse(seen: Histogram, format: IntFormat | FloatFormat, symmetric: b
 
 
 def histogram_entropy(seen: Histogram, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Clips where the quantized histogram diverges least (Kullback-Leibler) from the clipped one."""
-    levels = 2 ** int(format.bits - 1)
-    bins = torch.stack([_least_divergence(counts, levels) for counts in seen.counts])
+    """Clips where the quantized histogram diverges least (Kullback-Leibler) from the clipped one.
+
+    As pytorch-quantization's HistogramCalibrator does it ('entropy'). The first bin counts as the second: the mass at
+    zero costs nothing to represent, and after ReLU, GELU or softmax it would rule the choice.
+    """
+    counts = torch.cat([seen.counts[:, 1:2], seen.counts[:, 1:]], dim=1)
+    one_sided = (seen.low >= 0) | (seen.high <= 0)
+    unsigned = one_sided & (not symmetric and isinstance(format, IntFormat))
+    levels = [2 ** int(format.bits - 1 + own) for own in unsigned.int().tolist()]
+    bins = torch.stack([_least_divergence(row, own) for row, own in zip(counts, levels, strict=True)])
     return seen.clipped(bins * seen.width)
 
 
 def _least_divergence(counts: Tensor, levels: int) -> Tensor:
-    """Number of bins to keep, int64 0-d: the first of those with the least KL(P || Q).
+    """Number of bins to keep, int64 0-d: the last of those with the least KL(P || Q), at least _FEWEST_BINS.
 
     For i bins, P is the histogram up to i with the rest's mass on its last bin. Q is the same bins without that mass,
     merged to `levels` levels, each of which is spread evenly over those of its bins that are not empty.
@@ -137,7 +146,7 @@ def _least_divergence(counts: Tensor, levels: int) -> Tensor:
     Within a level, log Q is constant: all sums over bins are differences of cumulative sums at the levels' borders.
     """
     total, bins = counts.sum(), len(counts)
-    sizes = torch.arange(min(levels, bins), bins + 1, device=counts.device)
+    sizes = torch.arange(min(max(_FEWEST_BINS, levels), bins), bins + 1, device=counts.device)
     if not total or bins <= levels:
         return sizes[-1]
     mass, filled, plogp = (_cumulative(v) for v in (counts, (counts > 0).double(), torch.xlogy(counts, counts)))
@@ -154,7 +163,7 @@ def _least_divergence(counts: Tensor, levels: int) -> Tensor:
     divergence = divergence / total + (mass[sizes] / total).log()
     # With nothing in the last bin to spread, the tail's mass there diverges without limit; with all bins, none is left.
     divergence = torch.where((tail > 0) & (last == 0), torch.inf, divergence)
-    return sizes[(divergence <= divergence.min() + _TIE).double().argmax()]
+    return sizes[(divergence <= divergence.min() + _TIE).nonzero()[-1, 0]]
 
 
 def _cumulative(values: Tensor) -> Tensor:

@@ -22,40 +22,86 @@ from quant.formats import FloatFormat, IntFormat
 from quant.quant_utils import fake_quantize, scale_from_range
 
 SAMPLE_SIZE = 1 << 16
-"""values kept of a tensor for percentiles and the MSE search; the extrema see every value"""
+"""values kept of an activation for percentiles and the MSE search; the extrema see every value"""
 _GROUP_SAMPLE_SIZE = 512
-"""values kept for each scale where many share SAMPLE_SIZE: a weight with thousands of channels still searches well"""
+"""values kept for each scale where many share SAMPLE_SIZE"""
+_TAIL_SHARE = 64
+"""the largest values are kept besides, one for so many of the sample"""
 _MSE_STEPS = 40
 _MSE_NARROWEST = 0.1
+_CHUNK = 1 << 18
+"""elements worked on at a time: they stay in the cache"""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of a tensor: running extrema and a uniform sample of its values.
+    """What was seen of a tensor: running extrema, a uniform sample of its values, and its largest values.
 
-    low, high: float32 (groups,), one entry for each scale; values: float32 (groups, samples); count: values seen of
-    each group.
+    A sample alone knows nothing of rare outliers, and what does not know them clips them at no cost.
+
+    low, high: float32 (groups,), one entry for each scale. values: float32 (groups, samples), all values or a sample
+    of them. count: values seen of each group. edge: float32 (groups,), infinite if `values` are all; every value with
+    |x| > edge is in tails, float32 (groups, k), whose other entries mean nothing.
     """
 
     low: Tensor
     high: Tensor
     values: Tensor
     count: int
+    tails: Tensor
+    edge: Tensor
+
+    @classmethod
+    def of(cls, low: Tensor, high: Tensor, values: Tensor, count: int) -> Observation:
+        """Of values that are all there are, or that no one asks for."""
+        return cls(low, high, values, count, values[:, :0], torch.full_like(low, torch.inf))
 
     def merge(self, other: Observation) -> Observation:
         """Both together, each with its share of the sample: early batches count as much as late ones."""
         count = self.count + other.count
-        size = min(_sample_size(self.low.numel()), self.values.shape[1] + other.values.shape[1])
+        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        size, have = _sample_size(self.low.numel()), self.values.shape[1] + other.values.shape[1]
+        if have <= size:
+            return Observation.of(low, high, torch.cat([self.values, other.values], dim=1), count)
         mine = round(size * self.count / count)
         values = torch.cat([_choose(self.values, mine), _choose(other.values, size - mine)], dim=1)
-        return Observation(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high), values, count)
+        (tails, edge), (others, other_edge) = self._tails(size), other._tails(size)
+        tails, own_edge = _largest(torch.cat([tails, others], dim=1), size // _TAIL_SHARE)
+        return Observation(low, high, values, count, tails, torch.maximum(own_edge, torch.maximum(edge, other_edge)))
+
+    def weighted(self) -> tuple[Tensor, Tensor | None]:
+        """Points that stand for all values seen, and how many each stands for: float32 (groups, points) both.
+
+        Without weights each point stands for itself.
+        """
+        if self.edge.isinf().all():
+            return self.values, None
+        edge = self.edge.unsqueeze(1)
+        inside, beyond = self.values.abs() <= edge, self.tails.abs() > edge
+        each = (self.count - beyond.sum(dim=1, keepdim=True)) / inside.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.cat([self.values, self.tails], dim=1), torch.cat([inside * each, beyond.float()], dim=1)
+
+    def _tails(self, size: int) -> tuple[Tensor, Tensor]:
+        whole = self.values.shape[1] == self.count
+        return _largest(self.values, size // _TAIL_SHARE) if whole else (self.tails, self.edge)
 
 
-def observe(groups: Tensor, sample: bool = True) -> Observation:
-    """Extrema and sample of a tensor laid out as (groups, values), neither of them 0."""
+def observe(groups: Tensor, sample: bool = True, whole: bool = False) -> Observation:
+    """Extrema and values of a tensor laid out as (groups, values), neither of them 0.
+
+    Args:
+        groups: any floating dtype.
+        sample: whether to keep values at all.
+        whole: keep all of them, as of weights, which are at hand.
+    """
     groups = groups.detach()
-    values = _choose(groups, _sample_size(groups.shape[0])) if sample else groups[:, :0]
-    return Observation(groups.amin(dim=1).float(), groups.amax(dim=1).float(), values.float(), groups.shape[1])
+    low, high = groups.amin(dim=1).float(), groups.amax(dim=1).float()
+    count, size = groups.shape[1], _sample_size(groups.shape[0])
+    if not sample or whole or count <= size:
+        return Observation.of(low, high, (groups if sample else groups[:, :0]).float(), count)
+    values = _choose(groups, size)
+    tails, edge = _largest(_candidates_for_tails(groups, values), size // _TAIL_SHARE)
+    return Observation(low, high, values.float(), count, tails.float(), edge.float())
 
 
 def _sample_size(groups: int) -> int:
@@ -76,33 +122,102 @@ def _choose(values: Tensor, size: int) -> Tensor:
     return values[:, index.to(values.device)]
 
 
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k values of largest magnitude in each group, (groups, k), and the magnitude of the next one, (groups,)."""
+    k = min(k, values.shape[1] - 1)
+    order = values.abs().topk(k + 1, dim=1)
+    return values.gather(1, order.indices[:, :k]), order.values[:, k]
+
+
+def _candidates_for_tails(groups: Tensor, sample: Tensor) -> Tensor:
+    """Of one group those values that can be among the largest, by its sample: sorting millions takes long."""
+    if len(groups) > 1:
+        return groups
+    size = sample.shape[1]
+    wanted = 2 * (size // _TAIL_SHARE) * size / groups.shape[1]
+    bound = sample[0].abs().float().kthvalue(size - int(max(wanted, 32))).values
+    found = groups[groups.abs() > bound]
+    return found.unsqueeze(0) if len(found) > size // _TAIL_SHARE else groups
+
+
 def minmax_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The extrema themselves: nothing is clipped."""
     return seen.low, seen.high
 
 
 def percentile_range(percentile: float) -> RangeEstimator:
-    """Clips at the given percentile of |x|, in (0, 100]."""
+    """Clips at the given percentile of |x|, in (0, 100], interpolated between neighbours as numpy does."""
 
     def estimate(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-        parts = seen.values.abs().split(1024)  # torch.quantile has refused more than 2^24 values
-        bound = torch.cat([torch.quantile(part, percentile / 100, dim=1) for part in parts])
+        points, weights = seen.weighted()
+        weights = torch.ones_like(points) if weights is None else weights
+        bound = torch.cat(
+            [_weighted_percentile(points[rows].abs(), weights[rows], percentile) for rows in _parts(points)]
+        )
         return torch.maximum(seen.low, -bound), torch.minimum(seen.high, bound)
 
     return estimate
 
 
+def _weighted_percentile(values: Tensor, weights: Tensor, percentile: float) -> Tensor:
+    """The percentile of each row in which every value stands as often as its weight says: (rows,)."""
+    values, order = values.sort(dim=1)
+    reached = weights.double().gather(1, order).cumsum(dim=1)
+    rank = (reached[:, -1:] - 1) * (percentile / 100)
+    ranks = torch.cat([rank.floor(), rank.ceil()], dim=1)
+    index = torch.searchsorted(reached, ranks + 1e-6, right=True).clamp(max=values.shape[1] - 1)
+    below, above = values.gather(1, index).unbind(dim=1)
+    return torch.lerp(below, above, (rank - rank.floor()).squeeze(1).float())
+
+
 def mse_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The share of the extrema, in 40 steps down to a tenth, that quantizes the sample with the least squared error."""
-    best = torch.full_like(seen.low, torch.inf)
-    share = torch.ones_like(seen.low)
+    """The share of the extrema, in 40 steps down to a tenth, that quantizes what was seen with the least squared error.
+
+    The extrema themselves are among the steps: no group is quantized worse than under them.
+    """
+    points, weights = seen.weighted()
+    share = torch.cat(
+        [
+            _best_share(
+                points[rows],
+                None if weights is None else weights[rows],
+                seen.low[rows],
+                seen.high[rows],
+                format,
+                symmetric,
+            )
+            for rows in _parts(points)
+        ]
+    )
+    return seen.low * share, seen.high * share
+
+
+def _parts(values: Tensor) -> list[slice]:
+    """The rows of (groups, values) in parts of about _CHUNK elements."""
+    rows = max(_CHUNK // values.shape[1], 1)
+    return [slice(start, start + rows) for start in range(0, len(values), rows)]
+
+
+def _best_share(
+    points: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, format: IntFormat | FloatFormat, symmetric: bool
+) -> Tensor:
+    """The best share of the range low..high, float32 (groups,)."""
+    best, share = torch.full_like(low, torch.inf), torch.ones_like(low)
     for candidate in torch.linspace(1.0, _MSE_NARROWEST, _MSE_STEPS).tolist():
-        scale, zero_point = scale_from_range(seen.low * candidate, seen.high * candidate, format, symmetric)
-        zero_point = None if zero_point is None else zero_point.unsqueeze(1)
-        error = (fake_quantize(seen.values, format, scale.unsqueeze(1), zero_point) - seen.values).square().mean(dim=1)
+        error = squared_error(points, weights, low * candidate, high * candidate, format, symmetric)
         better = error < best
         best, share = torch.where(better, error, best), torch.where(better, candidate, share)
-    return seen.low * share, seen.high * share
+    return share
+
+
+def squared_error(
+    points: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, format: IntFormat | FloatFormat, symmetric: bool
+) -> Tensor:
+    """Each group's sum of squared errors under the range low..high: (groups,); without weights each point counts 1."""
+    scale, zero_point = scale_from_range(low, high, format, symmetric)
+    zero_point = None if zero_point is None else zero_point.unsqueeze(1)
+    error = (fake_quantize(points, format, scale.unsqueeze(1), zero_point) - points).square_()
+    return error.sum(dim=1) if weights is None else (error * weights).sum(dim=1)
 
 
 # ------------------------------------------------------ the squared error, searched wider
@@ -112,7 +227,6 @@ _POINTS = 2048
 """points that stand for a group's sample in the wider searches"""
 _MANY_ZERO_POINTS, _FEW_ZERO_POINTS = 256, 16
 """zero points tried: for one scale, and for each of many"""
-_CHUNK = 1 << 20
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 Ranges = tuple[Tensor, Tensor]
@@ -131,14 +245,16 @@ class SquaredError:
     @classmethod
     def of(cls, seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> SquaredError:
         """Large samples become the means of 2048 bins between the extrema: outliers keep bins of their own."""
-        values = seen.values
+        values, weights = seen.weighted()
+        weights = torch.ones_like(values) if weights is None else weights
         if values.shape[1] <= _POINTS:
-            return cls(values, torch.ones_like(values), format, symmetric)
+            return cls(values, weights, format, symmetric)
         width = ((seen.high - seen.low) / _POINTS).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
         index = ((values - seen.low.unsqueeze(1)) / width).long().clamp(0, _POINTS - 1)
         zeros = values.new_zeros(len(values), _POINTS)
-        counts = zeros.scatter_add(1, index, torch.ones_like(values))
-        return cls(zeros.scatter_add(1, index, values) / counts.clamp(min=1), counts, format, symmetric)
+        counts = zeros.scatter_add(1, index, weights)
+        sums = zeros.scatter_add(1, index, values * weights)
+        return cls(sums / torch.where(counts > 0, counts, 1.0), counts, format, symmetric)
 
     def __call__(self, low: Tensor, high: Tensor) -> Tensor:
         """Weighted sum of squared errors under the ranges low..high: (candidates, groups) each, and so the result."""
@@ -312,7 +428,7 @@ def _quantile_clipped(groups: Tensor) -> Observation:
     """Extrema clipped at the centre of the bin, of 2048 over |x|, where 99.999 % of the values are reached."""
     seen = Histogram.of(groups)
     low, high = seen.clipped((quantile_bins(seen.counts, _AVG_QUANTILE) + 0.5) * seen.width)
-    return Observation(low, high, groups[:, :0].float(), groups.shape[1])
+    return Observation.of(low, high, groups[:, :0].float(), groups.shape[1])
 
 
 _AVG_QUANTILE = 0.99999
@@ -365,18 +481,63 @@ def _side_by_side(batches: Sequence[Any]) -> list[Any]:
     """Observations of as many values as groups of one, so that a search for ranges works on all of them at once."""
     if not isinstance(batches[0], Observation):
         return list(batches)
-    sizes: dict[int, list[Observation]] = {}
+    sizes: dict[tuple[int, ...], list[Observation]] = {}
     for batch in batches:
-        sizes.setdefault(batch.values.shape[1], []).append(batch)
+        sizes.setdefault((batch.count, batch.values.shape[1], batch.tails.shape[1]), []).append(batch)
+
+    def joined(alike: list[Observation], name: str) -> Tensor:
+        return torch.cat([getattr(batch, name) for batch in alike])
+
     return [
         Observation(
-            torch.cat([batch.low for batch in alike]),
-            torch.cat([batch.high for batch in alike]),
-            torch.cat([batch.values for batch in alike]),
+            joined(alike, "low"),
+            joined(alike, "high"),
+            joined(alike, "values"),
             alike[0].count,
+            joined(alike, "tails"),
+            joined(alike, "edge"),
         )
         for alike in sizes.values()
     ]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A weight, (groups, values), and what an observer makes of it."""
+
+    values: Tensor
+    seen: Any
+
+
+def on_weights(observer: Observer, guarded: bool = True) -> Observer:
+    """`observer` for weights, which are at hand whole: none of it works on a sample.
+
+    Args:
+        observer: looks at a weight once; what was seen before is forgotten.
+        guarded: clip a group only where that pays: its extrema stay where they have the smaller squared error. Rows
+            with rare, large weights lose far more by clipping than all the others gain by a finer grid.
+    """
+
+    def see(groups: Tensor, before: Any) -> Whole:
+        sampled = observer.see is _see_sample
+        return Whole(groups, observe(groups, whole=True) if sampled else observer.see(groups, None))
+
+    def estimate(seen: Whole, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
+        low, high = observer.estimate(seen.seen, format, symmetric)
+        if not guarded or observer.estimate in (minmax_range, mse_range):  # they never lose to the extrema
+            return low, high
+        least, most = torch.aminmax(seen.values.detach().float(), dim=1)
+        clip = torch.cat(
+            [
+                squared_error(x, None, low[rows], high[rows], format, symmetric)
+                <= squared_error(x, None, least[rows], most[rows], format, symmetric)
+                for rows in _parts(seen.values)
+                for x in [seen.values[rows].detach().float()]
+            ]
+        )
+        return torch.where(clip, low, least), torch.where(clip, high, most)
+
+    return Observer(see, estimate)
 
 
 def percentile_observer(percentile: float) -> Observer:

@@ -15,7 +15,15 @@ from quant.choices import check_choices
 from quant.formats import FLOAT, BlockFormat, ByteGrid, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.kernels import kernels
-from quant.observers import AVERAGING, OBSERVERS, Observer, RangeEstimator, percentile_observer, token_observer
+from quant.observers import (
+    AVERAGING,
+    OBSERVERS,
+    Observer,
+    RangeEstimator,
+    on_weights,
+    percentile_observer,
+    token_observer,
+)
 from quant.quant_utils import (
     MIN_LEARNED_SCALE,
     fake_quantize,
@@ -160,7 +168,7 @@ class Quantizer(nn.Module):
         for name, grid in self.grids.items():
             if (only is None or name == only.name) and (again or not cast(Grid, grid).is_ready):
                 clipped = token_observer(self.token_quantiles[name]) if name in self.token_quantiles else None
-                self.set_ranges(clipped or self.config.estimator, cast(Grid, grid).format)
+                self.set_ranges(clipped or self.estimator, cast(Grid, grid).format)
         self.forget()
 
     @torch.no_grad()
@@ -173,9 +181,15 @@ class Quantizer(nn.Module):
         scale, zero_point = scale_from_range(low, high, grid.format, self.config.symmetric)
         grid.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
 
+    @property
+    def estimator(self) -> Observer:
+        """What watches the tensor and chooses its range: of weights, which have no batch, the whole of them."""
+        observer = self.config.estimator
+        return observer if self.batched else on_weights(observer, guarded=not self.config.percentile)
+
     def _see(self, x: Tensor, before: Any) -> Any:
         """What the observer keeps of x, on top of what it kept before."""
-        observer = self.config.estimator
+        observer = self.estimator
         return observer.see(self._tokens(x) if observer.per_token else self._grouped(x), before)
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -252,10 +266,10 @@ class Quantizer(nn.Module):
             assert self.reduction_dim is not None
             shape = list(x.shape)
             shape[self.reduction_dim] = 1
-            seen = self.config.estimator.see(self._tokens(x), None)
+            seen = self.estimator.see(self._tokens(x), None)
         else:
             seen = self._see(x, None)
-        low, high = self.config.estimator(seen, format, self.config.symmetric)
+        low, high = self.estimator(seen, format, self.config.symmetric)
         scale, zero_point = scale_from_range(low, high, format, self.config.symmetric)
         zero_point = None if zero_point is None else zero_point.view(shape)
         return scale.view(shape), rounding_row(format, zero_point, device=x.device)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from quant.calibrators import BINS, MAX_BINS, Histogram, histogram_entropy, histogram_mse, histogram_percentile
@@ -93,41 +94,64 @@ def test_mse_equals_brute_force(name, symmetric, monkeypatch):
         assert float(high[group]) == pytest.approx(best_high, rel=1e-5)
 
 
-def slow_entropy(counts, levels):
-    """The number of bins to keep, by the definition, one bin after another."""
-    best, kept = math.inf, None
-    for i in range(levels, len(counts) + 1):
-        p = list(counts[:i])
-        p[-1] += sum(counts[i:])
-        merged, filled = [0.0] * levels, [0] * levels
-        for j in range(i):
-            merged[j * levels // i] += counts[j]
-            filled[j * levels // i] += counts[j] > 0
-        q = [merged[j * levels // i] / filled[j * levels // i] if counts[j] > 0 else 0.0 for j in range(i)]
-        divergence, total_p, total_q = 0.0, sum(p), sum(q)
-        for a, b in zip(p, q, strict=True):
-            if a > 0:
-                divergence += math.inf if b == 0 or total_q == 0 else a / total_p * math.log(a / total_p * total_q / b)
-        if divergence < best - 1e-15:
-            best, kept = divergence, i
+def slow_entropy(counts, levels, fewest):
+    """The number of bins to keep, by pytorch-quantization's definition, one number of bins after another."""
+    h = np.array(counts, dtype=np.float64)
+    h[0] = h[1]
+    best, kept = math.inf, len(h)
+    for i in range(max(fewest, levels), len(h) + 1):
+        p = h[:i].copy()
+        p[-1] += h[i:].sum()
+        level = np.digitize(np.arange(i), np.linspace(0, i, levels + 1)) - 1
+        q = np.zeros(i)
+        for one in range(levels):
+            filled = (level == one) & (h[:i] > 0)
+            q[filled] = h[:i][level == one].sum() / max(filled.sum(), 1)
+        divergence = scipy.stats.entropy(p, q) if q.any() else math.inf
+        if divergence <= best + 1e-12:
+            best, kept = min(divergence, best), i
     return kept
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5])
+@pytest.mark.parametrize("bits", [2, 4, 5])
 @pytest.mark.parametrize("seed", range(4))
-def test_entropy_equals_a_slow_double_loop(bits, seed, monkeypatch):
-    monkeypatch.setattr("quant.calibrators.BINS", 100)
-    x = (
-        noise(1, [300, 2000, 5000, 40][seed], seed=seed)
-        * torch.tensor([1.0, 4.0]).repeat_interleave(20).repeat(125)[: [300, 2000, 5000, 40][seed]]
-    )
+@pytest.mark.parametrize("shape", ["two-sided", "one-sided"])
+def test_entropy_equals_a_slow_double_loop(bits, seed, shape, monkeypatch):
+    monkeypatch.setattr("quant.calibrators.BINS", 200)
+    size = [300, 2000, 5000, 140][seed]
+    x = noise(1, size, seed=seed) * torch.tensor([1.0, 4.0]).repeat_interleave(20).repeat(125)[:size]
+    x = x.relu() if shape == "one-sided" else x
     seen = Histogram.of(x)
     before = seen.counts.clone()
-    _, high = histogram_entropy(seen, IntFormat(bits), True)
-    kept = slow_entropy(seen.counts[0].tolist(), 2 ** (bits - 1))
-    bound = min(float(x.max()), kept * float(seen.width))
-    assert float(high) == pytest.approx(bound, rel=1e-6)
+    for symmetric in (True, False):
+        _, high = histogram_entropy(seen, IntFormat(bits), symmetric)
+        levels = 2**bits if shape == "one-sided" and not symmetric else 2 ** (bits - 1)
+        kept = slow_entropy(seen.counts[0].tolist(), levels, 128)
+        assert float(high) == pytest.approx(min(float(x.max()), kept * float(seen.width)), rel=1e-6)
     assert torch.equal(seen.counts, before)
+
+
+def test_entropy_equals_that_of_model_optimizer():
+    """NVIDIA's successor of pytorch-quantization."""
+    calib = pytest.importorskip("modelopt.torch.quantization.calib", reason="needs the extra bench (nvidia-modelopt)")
+    for x in (noise(1, 50_000), noise(1, 50_000).relu(), outliers().relu()):
+        theirs = calib.HistogramCalibrator(num_bits=8, axis=None, unsigned=bool((x >= 0).all()), num_bins=BINS)
+        theirs.collect(x)
+        _, high = histogram_entropy(Histogram.of(x), IntFormat(8), False)
+        width = float(Histogram.of(x).width)
+        assert abs(float(high) - float(theirs.compute_amax("entropy"))) <= 1.01 * width
+
+
+def test_the_mass_at_zero_does_not_rule_the_entropy():
+    """What ReLU or dropout leave: most values are 0, which every range represents."""
+    relu = noise(1, 100_000).relu()
+    sparse = noise(1, 100_000, seed=1).mul(3) * (
+        torch.rand(1, 100_000, generator=torch.Generator().manual_seed(2)) > 0.9
+    )
+    for x in (relu, sparse, torch.nn.functional.gelu(noise(1, 100_000).mul(2))):
+        seen = Histogram.of(x)
+        _, high = histogram_entropy(seen, IntFormat(8), False)
+        assert high > 0.7 * x.abs().max()
 
 
 def error(x, name, format):

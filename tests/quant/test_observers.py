@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 import quant.observers
 from quant.formats import IntFormat, parse_format
-from quant.observers import OBSERVERS, mse_range, observe, percentile_range, token_observer
+from quant.observers import AVERAGING, OBSERVERS, mse_range, observe, percentile_range, squared_error, token_observer
 from quant.quant_utils import fake_quantize, scale_from_range
+from quant.quantizer import Quantizer, QuantizerConfig
 
 
 @pytest.mark.parametrize("percentile", [50, 99, 99.9, 100])
@@ -25,10 +26,10 @@ def test_percentile_equals_numpy(percentile, groups):
 def test_percentile_of_many_channels():
     """More than the 2^24 values torch.quantile has refused."""
     x = torch.randn(40_000, 600, generator=torch.Generator().manual_seed(0))
-    seen = observe(x)
+    seen = observe(x, whole=True)
     assert seen.values.numel() > 2**24
     _, high = percentile_range(90)(seen, IntFormat(8), True)
-    np.testing.assert_allclose(high[::999], np.percentile(seen.values[::999].abs(), 90, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(high[::999], np.percentile(x[::999].abs(), 90, axis=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int2", "int4", "int8", "e2m1", "e4m3"])
@@ -227,3 +228,80 @@ def test_pruning_never_widens_and_always_finds_a_bound(quantile):
         tokens = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + shift
         low, high = token_observer(quantile)(token_observer(quantile).see(tokens, None), IntFormat(8), False)
         assert tokens.min() <= low and high <= tokens.max() and high.isfinite() and low.isfinite()
+
+
+def heavy_tailed(rows, length, sigma, seed=0):
+    """N(0, 1) with 0.1 % of values `sigma` times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, length, generator=generator)
+    index = torch.rand(rows, length, generator=generator).argsort(dim=1)[:, : max(length // 1000, 1)]
+    return x.scatter(1, index, x.gather(1, index) * sigma)
+
+
+WEIGHT_OBSERVERS = sorted(OBSERVERS.keys() - AVERAGING)
+
+
+@pytest.mark.parametrize("observer", WEIGHT_OBSERVERS)
+@pytest.mark.parametrize("length, sigma", [(513, 10), (4096, 30), (4096, 100), (65_536, 100)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_observer_of_weights_loses_to_their_extrema(observer, length, sigma, bits):
+    """A weight is looked at whole: what 512 values of a row do not show is not clipped away."""
+    x, format = heavy_tailed(4, length, sigma), IntFormat(bits)
+    quantizer = Quantizer(QuantizerConfig("calibrated", "channel", observer), (4, 1), batched=False)
+    quantizer.prepare(format)
+    quantizer.set_format(format)
+    quantizer.observe(x)
+    quantizer.finish_calibration()
+    with torch.no_grad():
+        error = (quantizer(x) - x).double().square().sum(dim=1)
+    scale, _ = scale_from_range(x.amin(dim=1), x.amax(dim=1), format, True)
+    extrema = (fake_quantize(x, format, scale.unsqueeze(1)) - x).double().square().sum(dim=1)
+    assert (error <= extrema * (1 + 1e-5)).all()
+
+
+def test_a_percentile_that_the_user_names_clips_weights_as_asked():
+    x = heavy_tailed(2, 4096, 100)
+    quantizer = Quantizer(QuantizerConfig("calibrated", "channel", percentile=99), (2, 1), batched=False)
+    quantizer.prepare(IntFormat(8))
+    quantizer.observe(x)
+    quantizer.finish_calibration()
+    expected = np.percentile(x.abs().numpy(), 99, axis=1) / 127
+    np.testing.assert_allclose(quantizer.grids["int8"].scale.detach().flatten(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [1, 4])
+@pytest.mark.parametrize("outliers", [3, 200, 5000])
+def test_a_sample_of_activations_knows_their_outliers(batches, outliers):
+    """Its squared error is that of all values: rare, large ones are kept besides the sample."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1_000_000, generator=generator)
+    x[0, torch.randperm(1_000_000, generator=generator)[:outliers]] *= 100
+    seen = None
+    for batch in x.chunk(batches, dim=1):
+        seen = observe(batch) if seen is None else seen.merge(observe(batch))
+    points, weights = seen.weighted()
+    assert points.shape[1] < 70_000 and weights.sum() == pytest.approx(1_000_000, rel=1e-5)
+    for bits, bound in ((8, 4.0), (8, 30.0), (4, 4.0), (4, 400.0)):
+        ends = torch.tensor([-bound]), torch.tensor([bound])
+        found = squared_error(points, weights, *ends, IntFormat(bits), True)
+        assert float(found) == pytest.approx(float(squared_error(x, None, *ends, IntFormat(bits), True)), rel=0.05)
+    _, high = mse_range(seen, IntFormat(8), True)
+    expected = mse_range(observe(x, whole=True), IntFormat(8), True)
+    assert float(high) == pytest.approx(float(expected[1]), rel=0.05)
+
+
+def test_ties_at_the_edge_of_the_tails_are_counted_once():
+    """ReLU6 puts a tenth of all values at 6, far more than the tails hold."""
+    x = torch.randn(1, 1_000_000, generator=torch.Generator().manual_seed(0)).abs().mul(4).clamp(max=6)
+    points, weights = observe(x).weighted()
+    assert weights is not None
+    share = float(weights[points == 6].sum()) / 1e6
+    assert share == pytest.approx(float((x == 6).float().mean()), rel=0.05)
+
+
+def test_the_percentile_of_a_sample_is_that_of_all_values():
+    x = heavy_tailed(1, 2_000_000, 50)
+    seen = observe(x[:, :900_000]).merge(observe(x[:, 900_000:]))
+    for percentile in (90, 99.9, 99.99, 99.999):
+        _, high = percentile_range(percentile)(seen, IntFormat(8), True)
+        assert float(high) == pytest.approx(np.percentile(x.abs().numpy(), percentile), rel=0.05)
