@@ -239,7 +239,9 @@ class QuantizationFlags:
         "0.5", "how much is moved: a number in [0, 1], or the best for each layer: auto, auto:MIN:MAX:STEP"
     )
     smooth_quant_criterion: str = flag(
-        "mean", "auto alpha: loss of layers that share an input", choices=["mean", "min", "max"]
+        "mean",
+        "auto alpha: what layers that share an input take of their own best alphas",
+        choices=["mean", "min", "max"],
     )
     smooth_quant_samples: int = flag(32, "auto alpha: calibration examples that losses are measured on")
 

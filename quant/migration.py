@@ -174,7 +174,7 @@ class SmoothQuantConfig:
     alpha_max: float = 0.7
     alpha_step: float = 0.05
     shared_criterion: Literal["mean", "min", "max"] = "mean"
-    """auto: the loss of layers that share an input, of their own losses"""
+    """auto: the alpha of layers that share an input, of the alphas that are best for each of them alone"""
     n_samples: int = 32
     """auto: calibration examples that losses are measured on"""
 
@@ -228,14 +228,11 @@ def smooth_quant(
         if first not in inputs:
             continue  # never called on this data
         seen, consumers = inputs[first], [modules[name] for name in group.consumers]
-        largest = weight_maxima(consumers)
         if config.alpha == "auto":
-            losses = {a: alpha_loss(consumers, seen.kept, smoothing(seen.amax, largest, a), formats, config)
-                      for a in config.grid}  # fmt: skip
-            alphas[first] = min(losses, key=lambda a: losses[a])
+            alphas[first] = shared_alpha(consumers, seen, config, formats)
         else:
             alphas[first] = config.alpha
-        _migrate_group(modules, group, smoothing(seen.amax, largest, alphas[first]))
+        _migrate_group(modules, group, smoothing(seen.amax, weight_maxima(consumers), alphas[first]))
     return alphas
 
 
@@ -256,35 +253,48 @@ def weight_maxima(consumers: Iterable[nn.Module]) -> Tensor:
     return torch.stack(maxima).amax(dim=0)
 
 
-@torch.no_grad()
-def alpha_loss(
-    consumers: Iterable[nn.Module],
-    inputs: Sequence[Tensor],
-    s: Tensor,
-    formats: tuple[Format, Format],
-    config: SmoothQuantConfig,
+def shared_alpha(
+    consumers: Sequence[nn.Module], seen: Inputs, config: SmoothQuantConfig, formats: tuple[Format, Format]
 ) -> float:
-    """Squared error of the layers' outputs with X / s and W * s quantized, summed over all inputs.
+    """The alpha of layers that share an input: mean, min or max of what is best for each of them alone.
 
-    Weights are quantized per output channel, inputs on one scale for all of them, both to their extrema.
+    As neural-compressor's auto-tuning has it: losses of layers of different sizes are never added or compared.
     """
-    losses = []
-    for consumer in consumers:
-        weight: Any = consumer.weight
-        channels = weight.movedim(1 if isinstance(consumer, Conv1D) else 0, 0)
-        scaled = weight * _along_inputs(consumer, s).to(weight)
-        axis = 1 if isinstance(consumer, Conv1D) else 0
-        rounded = _quantized(scaled.movedim(axis, 0).flatten(1), formats[0], symmetric=True)
-        rounded = rounded.view_as(channels).movedim(0, axis)
-        divisor = (s.view(-1, 1, 1) if isinstance(consumer, nn.Conv2d) else s).to(weight)
-        sizes = [x.numel() for x in inputs]
-        quantized = _quantized(torch.cat([(x / divisor).flatten() for x in inputs]).view(1, -1), formats[1], False)
-        loss = 0.0
-        for x, part in zip(inputs, quantized[0].split(sizes), strict=True):
-            made, wanted = _output(consumer, part.view_as(x), rounded), _output(consumer, x, weight)
-            loss += float((made - wanted).double().square().sum())
-        losses.append(loss)
-    return {"mean": sum(losses) / len(losses), "min": min(losses), "max": max(losses)}[config.shared_criterion]
+    scales = {alpha: smoothing(seen.amax, weight_maxima(consumers), alpha) for alpha in config.grid}
+    best = [
+        min(config.grid, key=lambda alpha: alpha_loss(consumer, seen.kept, scales[alpha], formats))
+        for consumer in consumers
+    ]
+    return {"mean": sum(best) / len(best), "min": min(best), "max": max(best)}[config.shared_criterion]
+
+
+@torch.no_grad()
+def alpha_loss(consumer: nn.Module, inputs: Sequence[Tensor], s: Tensor, formats: tuple[Format, Format]) -> float:
+    """Error of a layer's output with X / s and W * s quantized: sum of |error / max|y||^0.5 over all inputs.
+
+    The square root, as neural-compressor has it, counts many small errors for more than a few large ones.
+
+    Args:
+        consumer: Linear, Conv1D or Conv2d.
+        inputs: what it reads, (tokens, channels) or (B, channels, H, W) each.
+        s: float (channels,), see `smoothing`.
+        formats: (weights, activations). Weights are quantized per output channel, inputs on one scale for all of
+            them, both to their extrema.
+    """
+    weight: Any = consumer.weight
+    axis = 1 if isinstance(consumer, Conv1D) else 0
+    channels = weight.movedim(axis, 0)
+    scaled = weight * _along_inputs(consumer, s).to(weight)
+    rounded = _quantized(scaled.movedim(axis, 0).flatten(1), formats[0], symmetric=True)
+    rounded = rounded.view_as(channels).movedim(0, axis)
+    divisor = (s.view(-1, 1, 1) if isinstance(consumer, nn.Conv2d) else s).to(weight)
+    quantized = _quantized(torch.cat([(x / divisor).flatten() for x in inputs]).view(1, -1), formats[1], False)
+    loss = 0.0
+    for x, part in zip(inputs, quantized[0].split([x.numel() for x in inputs]), strict=True):
+        made, wanted = _output(consumer, part.view_as(x), rounded), _output(consumer, x, weight)
+        largest = wanted.abs().max().clamp(min=SMALLEST)
+        loss += float(((made - wanted) / largest).double().abs().sqrt().sum())
+    return loss
 
 
 def _output(layer: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -402,7 +402,7 @@ def test_alpha_is_judged_on_what_hooks_have_made_of_the_input():
     divides = copy.deepcopy(plain)
     migrate(None, [divides], [], torch.logspace(-2, 2, 16))
     divides.load_state_dict(plain.state_dict(), strict=False)
-    one, two = (alpha_loss([layer], [x], s, (IntFormat(4),) * 2, SmoothQuantConfig()) for layer in (plain, divides))
+    one, two = (alpha_loss(layer, [x], s, (IntFormat(4),) * 2) for layer in (plain, divides))
     assert one == two
 
 
@@ -531,7 +531,8 @@ def test_amax_is_over_every_token_of_every_batch():
     assert torch.equal(seen.amax, every) and [len(kept) for kept in seen.kept] == [5]
 
 
-def brute_force_loss(linears, x, alpha):
+def brute_force_loss(linears, x, parts, alpha):
+    """Of each layer alone, with the scale of all of them: sum of |error / max|y||^0.5 over parts of the input."""
     amax, wmax = x.abs().amax(dim=0), torch.cat([linear.weight for linear in linears]).abs().amax(dim=0)
     s = amax**alpha / wmax ** (1 - alpha)
     losses = []
@@ -542,12 +543,18 @@ def brute_force_loss(linears, x, alpha):
         width = (high - low) / 255
         zero = (-128 - (low / width).round()).clamp(-128, 127)
         rounded = (((a / width).round() + zero).clamp(-128, 127) - zero) * width
-        losses.append(float(((rounded @ ((w / step).round() * step).T) - x @ linear.weight.T).square().sum()))
+        error, wanted = rounded @ ((w / step).round() * step).T - x @ linear.weight.T, x @ linear.weight.T
+        losses.append(
+            sum(
+                float((e / y.abs().max()).abs().sqrt().sum())
+                for e, y in zip(error.split(parts), wanted.split(parts), strict=True)
+            )
+        )
     return losses
 
 
-@pytest.mark.parametrize("criterion", ["mean", "min", "max"])
-def test_the_pick_of_auto_equals_brute_force_and_never_loses_to_a_half(criterion):
+def sharing():
+    """Two layers that share a norm's output, and an input; the best alphas of the two differ."""
     torch.manual_seed(0)
 
     class Shared(nn.Module):
@@ -560,21 +567,48 @@ def test_the_pick_of_auto_equals_brute_force_and_never_loses_to_a_half(criterion
             return torch.cat([self.one(x), self.two(x)], dim=-1)
 
     model = Shared().requires_grad_(False).eval()
+    model.one.bias.zero_()
+    model.two.bias.zero_()
     model.norm.weight[:2] *= 40
     model.two.weight[:, 5] *= 6
-    x = torch.randn(64, 32)
+    return model, torch.randn(64, 32)
+
+
+@pytest.mark.parametrize("criterion", ["mean", "min", "max"])
+def test_layers_that_share_an_input_take_what_their_own_best_alphas_say(criterion):
+    """neural-compressor's shared_criterion: mean, min or max of alphas, not of losses."""
+    model, x = sharing()
     seen, linears = model.norm(x), [model.one, model.two]
-    join = {"mean": lambda losses: sum(losses) / 2, "min": min, "max": max}[criterion]
     config = SmoothQuantConfig(alpha="auto", n_samples=64, shared_criterion=criterion)
     assert config.grid == [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7]
-    expected = {alpha: join(brute_force_loss(linears, seen, alpha)) for alpha in config.grid}
+    losses = {alpha: brute_force_loss(linears, seen, [40, 24], alpha) for alpha in config.grid}
     amax, wmax = seen.abs().amax(dim=0), weight_maxima(linears)
-    for alpha, loss in expected.items():
-        found = alpha_loss(linears, [seen[:40], seen[40:]], smoothing(amax, wmax, alpha), (IntFormat(8),) * 2, config)
-        assert found == pytest.approx(loss, rel=1e-4)
-    alphas = smooth_quant(copy.deepcopy(model), find_groups(model, x), [x], config)
-    assert alphas == {"one": min(expected, key=expected.get)}
-    assert expected[alphas["one"]] <= expected[0.5]
+    for alpha, wanted in losses.items():
+        s = smoothing(amax, wmax, alpha)
+        found = [alpha_loss(linear, [seen[:40], seen[40:]], s, (IntFormat(8),) * 2) for linear in linears]
+        assert found == pytest.approx(wanted, rel=1e-4)
+    best = [min(losses, key=lambda alpha: losses[alpha][layer]) for layer in range(2)]
+    assert best[0] != best[1]
+    alphas = smooth_quant(copy.deepcopy(model), find_groups(model, x), [x[:40], x[40:]], config)
+    assert alphas == {"one": pytest.approx({"mean": sum(best) / 2, "min": min(best), "max": max(best)}[criterion])}
+
+
+def test_a_layer_alone_never_loses_to_a_half():
+    model, x = sharing()
+    group = [replace(group, consumers=("two",)) for group in find_groups(model, x)]
+    seen = model.norm(x)
+    amax, wmax = seen.abs().amax(dim=0), weight_maxima([model.two])
+    alpha = smooth_quant(copy.deepcopy(model), group, [x], SmoothQuantConfig(alpha="auto", n_samples=64))["two"]
+    chosen, half = (alpha_loss(model.two, [seen], smoothing(amax, wmax, a), (IntFormat(8),) * 2) for a in (alpha, 0.5))
+    assert chosen <= half
+
+
+def test_no_layer_rules_by_the_size_of_its_output():
+    torch.manual_seed(0)
+    layer, x, s = nn.Linear(32, 8, bias=False).requires_grad_(False), torch.randn(64, 32), torch.linspace(0.5, 2, 32)
+    before = alpha_loss(layer, [x], s, (IntFormat(8),) * 2)
+    layer.weight *= 1024
+    assert alpha_loss(layer, [x], s, (IntFormat(8),) * 2) == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize(
