@@ -73,7 +73,7 @@ class NLPTrainer(Trainer):
             self._check_training()
         original = unfold(self.model)
         base = self.evaluate()
-        check_metrics(quant_config.metrics, base)
+        check_metrics(quant_config.required, base)
         layers = find_layers(original, exclude=exclude)
         profiles = profile_model(original, batches[0], list(layers))
         kept: dict[Setting, tuple[nn.Module, Any]] = {}
@@ -87,7 +87,7 @@ class NLPTrainer(Trainer):
                 measured = self.evaluate()
             except TrainingDiverged as error:  # of this trial: others may not
                 logger.warning(f"{setting}: {error}")
-                return Measured({metric.name: math.nan for metric in quant_config.metrics})
+                return Measured({metric.name: math.nan for metric in quant_config.required})
             finally:
                 self.model = self.model_wrapped = original
             latest[:] = [(model, (modules, assignment))]

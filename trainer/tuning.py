@@ -21,7 +21,7 @@ OTHER: dict[str, Approach] = {
     "PostTrainingDynamic": "PostTrainingStatic",
 }
 """what is tried instead; training has no counterpart"""
-OBJECTIVES = ("performance", "modelsize")
+FRAMEWORKS = ("pytorch",)
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,54 @@ class QuantizationConfig:
     """What `NLPTrainer.quantize` looks for, and for how long."""
 
     approach: Approach = "PostTrainingStatic"
-    metrics: Sequence[Metric] = ()
-    objectives: Sequence[Objective] = (performance,)
+    metrics: Sequence[Metric] | Metric | None = None
+    """what has to be kept, a Metric or several; None: nothing, the first model is as good as any"""
+    objectives: Sequence[Objective] | Objective = (performance,)
+    """what is improved among accepted models"""
     timeout: float = 0
     """seconds; 0: stop at the first model that is accepted"""
     max_trials: int = 100
     sampling_size: int = 100
     """training examples that static ranges are calibrated on"""
+    framework: str = "pytorch"
 
     def __post_init__(self) -> None:
+        if self.framework not in FRAMEWORKS:
+            raise UserError(f"framework must be one of {', '.join(FRAMEWORKS)}, got {self.framework!r}")
         if self.approach not in get_args(Approach):
             raise UserError(f"approach must be one of {', '.join(get_args(Approach))}, got {self.approach!r}")
-        if not self.metrics:
-            raise UserError("metrics must hold at least one Metric: nothing else says what is good enough")
+        if self.metrics is not None and not self.required:
+            raise UserError("metrics must hold at least one Metric, or be None: then any model is good enough")
+        _check_all("metrics", self.required, Metric)
+        _check_all("objectives", self.wanted, Objective)
         for number, least in (("timeout", 0), ("max_trials", 1), ("sampling_size", 1)):
             if not getattr(self, number) >= least:
                 raise UserError(f"{number} must be at least {least}, got {getattr(self, number)}")
-        for objective in self.objectives:
-            if objective.name not in OBJECTIVES:
-                raise UserError(f"unknown objective {objective.name!r}; choices: {', '.join(OBJECTIVES)}")
-        weights_of("metrics", self.metrics)
-        weights_of("objectives", self.objectives)
+        weights_of("metrics", self.required)
+        weights_of("objectives", self.wanted)
+
+    @property
+    def required(self) -> tuple[Metric, ...]:
+        """The metrics that have to be kept."""
+        return () if self.metrics is None else _several(self.metrics)
+
+    @property
+    def wanted(self) -> tuple[Objective, ...]:
+        """The objectives."""
+        return _several(self.objectives)
+
+
+T = TypeVar("T")
+
+
+def _several(parts: Sequence[T] | T) -> tuple[T, ...]:
+    return tuple(parts) if isinstance(parts, list | tuple) else (parts,)  # type: ignore[return-value]
+
+
+def _check_all(what: str, parts: Sequence[object], kind: type) -> None:
+    for part in parts:
+        if not isinstance(part, kind):
+            raise UserError(f"{what} must be {kind.__name__} or a list of them, got {part!r}")
 
 
 Weighed = TypeVar("Weighed", Metric, Objective)
@@ -94,7 +121,7 @@ def weights_of(what: str, parts: Sequence[Weighed]) -> list[float]:
     given = [part.weight_ratio for part in parts if part.weight_ratio is not None]
     if given and len(given) < len(parts):
         raise UserError(f"{what}: give weight_ratio for all of them or for none, got {len(given)} of {len(parts)}")
-    return given or [1 / len(parts)] * len(parts)
+    return given or [1 / max(len(parts), 1)] * len(parts)
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,7 @@ class Trial:
     setting: Setting
     measured: Measured
     excess: float
-    """weighted drop of the metrics beyond what is allowed: accepted at 0 and below"""
+    """drop of the metrics beyond what is allowed, see `_excess`: accepted at 0 and below"""
 
     @property
     def accepted(self) -> bool:
@@ -155,9 +182,8 @@ def tune(
         raise UserError(
             "there is no layer to quantize: the model has no linear layer or convolution that is not excluded"
         )
-    check_metrics(config.metrics, base)
-    weights = weights_of("metrics", config.metrics)
-    allowed = sum(w * metric.allowed(base[metric.name]) for w, metric in zip(weights, config.metrics, strict=True))
+    metrics = config.required
+    check_metrics(metrics, base)
     trials: list[Trial] = []
     tried: set[Setting] = set()
     started = clock()
@@ -170,18 +196,11 @@ def tune(
         tried.add(setting)
         begun = clock()
         measured = evaluate(setting)
-        check_metrics(config.metrics, measured.metrics)
-        drops = [metric.drop(measured.metrics[metric.name], base[metric.name]) for metric in config.metrics]
-        dropped = sum(w * drop for w, drop in zip(weights, drops, strict=True))
-        excess = dropped - allowed
-        if math.isnan(excess) or abs(excess) <= 1e-12 * max(abs(allowed), abs(dropped)):
-            excess = math.inf if math.isnan(excess) else 0.0  # the bound itself is accepted, whatever was rounded
-        trials.append(trial := Trial(setting, measured, excess))
-        values = ", ".join(
-            f"{m.name} {measured.metrics[m.name]:.5g} (float {base[m.name]:.5g})" for m in config.metrics
-        )
-        verdict = "accepted" if trial.accepted else "not accepted"
-        logger.info(f"trial {len(trials)}/{config.max_trials}: {setting}: {values}: {verdict}, {clock() - begun:.1f} s")
+        check_metrics(metrics, measured.metrics)
+        trials.append(trial := Trial(setting, measured, _excess(metrics, measured.metrics, base)))
+        values = ", ".join(f"{m.name} {measured.metrics[m.name]:.5g} (float {base[m.name]:.5g})" for m in metrics)
+        verdict = f"{values or 'no metric'}: {'accepted' if trial.accepted else 'not accepted'}"
+        logger.info(f"trial {len(trials)}/{config.max_trials}: {setting}: {verdict}, {clock() - begun:.1f} s")
         on_trial(trial)
         if trial.accepted and config.timeout == 0:
             raise _Stop
@@ -206,7 +225,20 @@ def tune(
         logger.warning(f"no trial of {len(trials)} was accepted; best: {best.setting}: {dict(best.measured.metrics)}")
         return None, trials
     first = next((trial for trial in trials if trial.measured.costs), trials[0])  # one that failed has none
-    return min(accepted, key=lambda trial: _cost(trial, first, config.objectives)), trials
+    return min(accepted, key=lambda trial: _cost(trial, first, config.wanted)), trials
+
+
+def _excess(metrics: Sequence[Metric], values: Mapping[str, float], base: Mapping[str, float]) -> float:
+    """Weighted drop of the metrics beyond what each allows.
+
+    Above 0 if a single one falls too far, by those alone: none is bought by a rise of another. Infinite for a trial
+    that measured nothing.
+    """
+    if not values:
+        return math.inf
+    beyond = [metric.excess(values[metric.name], base[metric.name]) for metric in metrics]
+    counted = [max(one, 0.0) for one in beyond] if any(one > 0 for one in beyond) else beyond
+    return sum(w * one for w, one in zip(weights_of("metrics", metrics), counted, strict=True))
 
 
 def check_metrics(metrics: Sequence[Metric], returned: Mapping[str, float]) -> None:
@@ -241,6 +273,5 @@ def _cost(trial: Trial, first: Trial, objectives: Sequence[Objective]) -> tuple[
     total = 0.0
     for weight, objective in zip(weights_of("objectives", objectives), objectives, strict=True):
         reference = first.measured.costs.get(objective.name) or 1.0
-        sign = -1 if objective.greater_is_better else 1
-        total += sign * weight * trial.measured.costs.get(objective.name, 0.0) / reference
+        total += objective.sign * weight * trial.measured.costs.get(objective.name, 0.0) / reference
     return total, trial.excess

@@ -1,6 +1,7 @@
 """Accuracy-aware tuning: by script and a fake clock, then with a real trainer whose model is saved and comes back."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -176,23 +177,81 @@ def test_the_best_accepted_is_the_cheapest():
         assert bool(best.setting.wide) == wide, wanted
 
 
-@pytest.mark.parametrize(
-    ("weights", "accepted"), [((None, None), True), ((0.9, 0.1), False), ((0.1, 0.9), True)], ids=str
-)
-def test_several_metrics_are_weighed(weights, accepted):
-    """The first falls by 0.03, the second rises by 0.02; 0.01 is allowed."""
+@pytest.mark.parametrize("written", [None, True])
+def test_performance_is_speed(written):
+    """As its documents write it, greater is better: of the accepted models the one of fewest bit operations wins."""
+    fast = objectives.Objective(name="performance", greater_is_better=written, weight_ratio=None)
+
+    def score(setting):
+        return Measured({"eval_f1": 0.9}, {"performance": 4.0 if setting.wide else 5.0})
+
+    best, _ = run(score, timeout=1e9, objectives=fast)
+    assert best.measured.costs["performance"] == 4
+    slow = objectives.Objective("performance", greater_is_better=False)
+    assert run(score, timeout=1e9, objectives=slow)[0].measured.costs["performance"] == 5
+
+
+@pytest.mark.parametrize("weights", [(None, None), (0.9, 0.1), (0.1, 0.9)], ids=str)
+@pytest.mark.parametrize(("values", "accepted"), [((0.87, 0.99), False), ((0.891, 0.791), True), ((0.95, 0.78), False)])
+def test_several_metrics_keep_a_criterion_each(weights, values, accepted):
+    """0.01 is allowed of each: no fall of one is bought by a rise of the other."""
+    names = ("eval_f1", "eval_accuracy")
     both = [
         metrics.Metric(name, is_relative=False, criterion=0.01, weight_ratio=weight)
-        for name, weight in zip(("eval_f1", "eval_accuracy"), weights, strict=True)
+        for name, weight in zip(names, weights, strict=True)
     ]
     config = QuantizationConfig(metrics=both, max_trials=1)
-    best, _ = tune(
-        lambda setting: Measured({"eval_f1": 0.87, "eval_accuracy": 0.82}),
-        {"eval_f1": 0.9, "eval_accuracy": 0.8},
-        LAYERS,
-        config,
-    )
+    base = {"eval_f1": 0.9, "eval_accuracy": 0.8}
+    best, _ = tune(lambda setting: Measured(dict(zip(names, values, strict=True))), base, LAYERS, config)
     assert (best is not None) == accepted
+
+
+def test_the_least_fallen_of_several_metrics_is_the_best_that_was_seen():
+    both = [metrics.Metric("eval_f1", weight_ratio=0.2), metrics.Metric("eval_accuracy", weight_ratio=0.8)]
+
+    def score(setting):
+        return Measured(
+            {"eval_f1": 0.2, "eval_accuracy": 1.0} if setting.wide else {"eval_f1": 1, "eval_accuracy": 0.6}
+        )
+
+    base = {"eval_f1": 0.9, "eval_accuracy": 0.8}
+    best, trials = tune(score, base, LAYERS, QuantizationConfig(metrics=both, max_trials=8))
+    assert best is None  # 0.2 * 0.691 of the one is less than 0.8 * 0.192 of the other
+    assert min(trials, key=lambda trial: trial.excess).setting.wide
+
+
+def test_without_a_metric_the_first_model_is_accepted():
+    best, trials = run(lambda setting: 0.0, metrics=None)
+    assert len(trials) == 1 and best is trials[0]
+    failed, _ = tune(lambda setting: Measured({}), {"eval_loss": 1.0}, LAYERS, QuantizationConfig(max_trials=2))
+    assert failed is None
+
+
+def test_a_single_metric_needs_no_list():
+    alone = metrics.Metric(name="eval_f1", greater_is_better=True, is_relative=True, criterion=0.01, weight_ratio=None)
+    q_config = QuantizationConfig(
+        framework="pytorch",
+        approach="PostTrainingStatic",
+        metrics=alone,
+        objectives=objectives.performance,
+        timeout=0,
+        max_trials=100,
+    )
+    assert q_config.required == (alone,) and q_config.wanted == (objectives.performance,)
+    best, _ = tune(lambda setting: Measured({"eval_f1": 0.8}), {"eval_f1": 0.9}, LAYERS, q_config)
+    assert best is None
+
+
+@pytest.mark.parametrize("weight", [0, -0.5, math.inf])
+def test_weights_are_positive(weight):
+    for kind, name in ((metrics.Metric, "eval_f1"), (objectives.Objective, "modelsize")):
+        with pytest.raises(UserError, match=f"{name}: weight_ratio must be positive, got {weight}"):
+            kind(name, weight_ratio=weight)
+
+
+def test_an_unknown_objective_is_named():
+    with pytest.raises(UserError, match="unknown objective 'speed'; choices: performance, modelsize"):
+        objectives.Objective("speed")
 
 
 def test_nothing_accepted_says_what_was_best(caplog):
@@ -212,7 +271,9 @@ def test_nothing_accepted_says_what_was_best(caplog):
         ({"metrics": []}, "metrics must hold at least one"),
         ({"max_trials": 0}, "max_trials must be at least 1, got 0"),
         ({"timeout": -1}, "timeout must be at least 0, got -1"),
-        ({"objectives": [objectives.Objective("speed")]}, "unknown objective 'speed'; choices: performance, modelsize"),
+        ({"metrics": ["eval_f1"]}, "metrics must be Metric or a list of them, got 'eval_f1'"),
+        ({"objectives": "performance"}, "objectives must be Objective or a list of them, got 'performance'"),
+        ({"framework": "tensorflow"}, "framework must be one of pytorch, got 'tensorflow'"),
         ({"metrics": [metric(weight_ratio=0.5), metric()]}, "metrics: give weight_ratio for all of them or for none"),
         (
             {"objectives": [objectives.performance, objectives.Objective("modelsize", weight_ratio=1)]},
