@@ -296,6 +296,23 @@ def _check_contradictions(config: RunConfig) -> None:
 
 
 def _check_ptq(config: RunConfig) -> None:
+    for flag in ("act_range_percentile", "weight_range_percentile"):
+        if 0 < (value := getattr(config, flag)) <= 1:
+            raise UserError(
+                f"--{flag} {value:g} would clip all but the smallest values: percentiles lie in (1, 100]; did you mean "
+                f"{100 * value:g}?"
+            )
+    for flag, symmetric in (("quantizer", "act_symmetric"), ("weight_quantizer", "weight_symmetric")):
+        if getattr(config, flag) == "lsq_plus" and getattr(config, symmetric):
+            way_out = "drop it" if symmetric == "act_symmetric" else "give --no_weight_symmetric"
+            _refuse(f"--{flag} lsq_plus", f"--{symmetric}", f"it learns an offset; {way_out}, or take lsq")
+    if config.per_token and config.quantizer == "lsq_plus":
+        _refuse("--per_token", "--quantizer lsq_plus", "a token's range exists only while it does")
+    if config.act_per_channel:
+        if config.per_token:
+            _refuse("--act_per_channel", "--per_token", "choose one")
+        if config.observer is not None and config.observer.startswith("avg_"):
+            _refuse("--act_per_channel", f"--observer {config.observer}", "it averages over batches")
     own = config.weight_observer
     if own is not None and config.weight_range_percentile > 0:
         given = f"--weight_range_percentile {config.weight_range_percentile:g}"

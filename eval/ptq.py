@@ -25,7 +25,7 @@ def quantizer_configs(config: RunConfig) -> tuple[QuantizerConfig, QuantizerConf
     learned = config.quantizer != "fixed"
     # Learned scales start where the squared error is least; a percentile that the user names goes first.
     observer = config.observer or ("mse" if learned else "minmax")
-    weight_learned = learned if config.weight_quantizer is None else config.weight_quantizer == "lsq"
+    weight_learned = (config.weight_quantizer or config.quantizer) != "fixed"
     own = config.weight_observer or (
         observer if config.observer in FOR_WEIGHTS else "mse" if weight_learned else "minmax"
     )
@@ -37,10 +37,11 @@ def quantizer_configs(config: RunConfig) -> tuple[QuantizerConfig, QuantizerConf
         observer=own,
         percentile=config.weight_range_percentile,
         symmetric=config.weight_symmetric,
+        learned_offset=config.weight_quantizer == "lsq_plus",
     )
     activation = QuantizerConfig(
         range="dynamic" if config.per_token else "learned" if learned else "calibrated",
-        granularity="token" if config.per_token else "tensor",
+        granularity="token" if config.per_token else "channel" if config.act_per_channel else "tensor",
         observer="minmax" if config.per_token else observer,
         percentile=config.act_range_percentile,
         symmetric=config.act_symmetric,

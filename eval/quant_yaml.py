@@ -49,9 +49,13 @@ SIDES = {
 }  # fmt: skip
 """section -> key -> flag"""
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "a_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "MinMaxObserver", "symmetric": False, "ch_axis": -1},
+    "a_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "AvgMinMaxObserver", "symmetric": False, "ch_axis": -1},
     "w_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "MinMaxObserver", "symmetric": True, "ch_axis": 0},
 }
+REMOVE_PADDING, CALIBRATE = True, 256
+"""what is_remove_padding and calibrate are where the file leaves them out"""
+CHANNEL_FLAGS = {"a_qconfig": "act_per_channel", "w_qconfig": "per_channel"}
+"""section -> flag that ch_axis 0 sets"""
 HIGH_PRECISION_OPS = ("gelu", "softmax", "layernorm")
 PLACED = ("quantize_residual_adds", "quantize_products", "quantize_embeddings")
 """keys that are called as the flags are"""
@@ -115,11 +119,10 @@ class _Section:
         ln = self.inner("ln")
         ln.check_keys(["delay"])
         flags: dict[str, Any] = {
-            "remove_padding": self.choice("is_remove_padding", [True, False], False),
+            "remove_padding": self.choice("is_remove_padding", [True, False], REMOVE_PADDING),
             "gamma_migration": ln.choice("delay", [True, False], False),
+            "calibration_samples": self.number("calibrate", int, CALIBRATE, "[1,inf)"),
         }
-        if "calibrate" in self.values:
-            flags["calibration_samples"] = self.number("calibrate", int, None, "[1,inf)")
         if "high_precision_ops" in self.values:
             flags["high_precision_ops"] = ",".join(self.several("high_precision_ops", HIGH_PRECISION_OPS))
         flags |= {key: self.choice(key, [True, False], False) for key in PLACED if key in self.values}
@@ -135,26 +138,31 @@ class _Section:
         """What a_qconfig or w_qconfig stands for."""
         names, default = SIDES[side], DEFAULTS[side]
         self.check_keys([*names, "ch_axis"])
-        # A learned offset stands in for a zero point, and weights have none.
-        quantizers = list(QUANTIZERS) if side == "a_qconfig" else list(QUANTIZERS)[:2]
-        quantizer = self.choice("quantizer", quantizers, default["quantizer"])
+        quantizer = self.choice("quantizer", QUANTIZERS, default["quantizer"])
         observer = self.choice("observer", OBSERVERS, default["observer"])
-        axis = self.choice("ch_axis", [-1] if side == "a_qconfig" else [-1, 0], default["ch_axis"])
+        axis = self.choice("ch_axis", [-1, 0], default["ch_axis"])
+        symmetric = self.choice("symmetric", [True, False], default["symmetric"])
         if axis == 0 and observer.startswith("Avg"):
+            given = "" if "observer" in self.values else ", the default,"
             raise UserError(
-                f"{self.place}.ch_axis: 0 does not go with {observer}, which averages over batches; choices: -1, or an "
-                "observer without Avg"
+                f"{self.place}.ch_axis: 0 does not go with {observer}{given} which averages over batches; choices: -1, "
+                "or an observer without Avg"
+            )
+        if quantizer == "LSQPlusFakeQuantize" and symmetric:
+            given = "true" if "symmetric" in self.values else "true, the default,"
+            raise UserError(
+                f"{self.place}.symmetric: {given} leaves LSQPlusFakeQuantize no offset to learn; choices: false, or "
+                "quantizer: LSQFakeQuantize"
             )
         flags = {
             names["quantizer"]: QUANTIZERS[quantizer],
             names["observer"]: OBSERVERS[observer],
-            names["symmetric"]: self.choice("symmetric", [True, False], default["symmetric"]),
+            names["symmetric"]: symmetric,
+            CHANNEL_FLAGS[side]: axis == 0,
         }
-        if side == "w_qconfig":
-            flags["per_channel"] = axis == 0
         if "bit" in self.values:
             try:
-                flags[names["bit"]] = parse_format(self.values["bit"]).name
+                flags[names["bit"]] = parse_format(_whole(self.values["bit"])).name
             except ValueError as error:
                 raise UserError(f"{self.place}.bit: {error}") from None
         return flags
@@ -180,6 +188,11 @@ class _Section:
             "smooth_quant_criterion": auto.choice("shared_criterion", ["mean", "min", "max"], "mean"),
             "smooth_quant_samples": auto.number("n_samples", int, AUTO_ALPHA["n_samples"], "[1,inf)"),
         }
+
+
+def _whole(bit: Any) -> Any:
+    """6.0, as YAML writers put it, is 6."""
+    return int(bit) if isinstance(bit, float) and bit.is_integer() else bit
 
 
 def alpha_settings(text: str) -> dict[str, Any]:

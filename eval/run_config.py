@@ -203,6 +203,7 @@ class QuantizationFlags:
 
     per_channel: bool = flag(True, "one weight scale per output channel")
     per_token: bool = flag(False, "one activation scale per token")
+    act_per_channel: bool = flag(False, "one activation scale per input channel; no export holds it")
     act_range_percentile: float = flag(0.0, "activation range: percentile of |x| in (0, 100]; 0 = min-max")
     weight_range_percentile: float = flag(0.0, "weight range: percentile of |x| in (0, 100]; 0 = min-max")
     observer: str | None = flag(
@@ -219,7 +220,9 @@ class QuantizationFlags:
         "lsq", "fixed ranges, learned scales, or learned scales and offsets", choices=["fixed", "lsq", "lsq_plus"]
     )
     weight_quantizer: str | None = flag(
-        None, "the same for weights, which have no offsets; default: as --quantizer", choices=["fixed", "lsq"]
+        None,
+        "the same for weights; default: as --quantizer, lsq for lsq_plus",
+        choices=["fixed", "lsq", "lsq_plus"],
     )
     act_symmetric: bool = flag(False, "integer grid of activations without a zero point")
     weight_symmetric: bool = flag(True, "integer grid of weights without a zero point")

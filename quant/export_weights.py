@@ -138,6 +138,10 @@ def static_range(name: str, module: QuantModule) -> StaticRange | None:
         return None
     if not grid.is_ready:
         raise UserError(f"layer {name}: its {format} inputs were never calibrated: call quant.convert.calibrate first")
+    if grid.scale.numel() > 1:
+        raise UserError(
+            f"layer {name}: its inputs have a scale for each channel (--act_per_channel), which no export holds"
+        )
     grid.keep_positive()
     zero_point = int(grid.zero_point) if grid.moved else 0
     low, high = grid.row[:2].flatten().tolist()

@@ -23,6 +23,10 @@ class _QuantConv(QuantModule):
     plain: ClassVar[type[_ConvNd]]
     """torch's class, whose gradients are known; a subclass may compute otherwise"""
 
+    @property
+    def input_channels(self: Any) -> int:
+        return int(self.in_channels)
+
     def compute(self: Any, input: Tensor, weight: Tensor) -> Tensor:
         made: Tensor = self._conv_forward(input, weight, self.bias)
         return made

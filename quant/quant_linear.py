@@ -34,6 +34,10 @@ class QuantLinear(_QuantRows, nn.Linear):
 
     differentiable = True
 
+    @property
+    def input_channels(self) -> int:
+        return self.in_features
+
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, weight, self.bias)
 
@@ -54,6 +58,10 @@ class QuantConv1D(_QuantRows, Conv1D):
     weight_reduction_dim = 0
     differentiable = True
     weight: nn.Parameter
+
+    @property
+    def input_channels(self) -> int:
+        return self.weight.shape[0]
 
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
         return torch.addmm(self.bias, _rows(input), weight).view(*input.shape[:-1], self.nf)

@@ -66,15 +66,15 @@ class QuantModule(nn.Module):
 
     def add_quantizers(self, weight: QuantizerConfig, activation: QuantizerConfig) -> None:
         """Attach the two quantizers, in float until `set_formats`. Raises ValueError for a granularity not theirs."""
-        if weight.granularity == "token" or activation.granularity == "channel":
-            raise ValueError(
-                "weights are scaled per tensor or channel and activations per tensor or token, "
-                f"got weight granularity {weight.granularity!r}, activation granularity {activation.granularity!r}"
-            )
+        if weight.granularity == "token":
+            raise ValueError(f"weights are scaled per tensor or channel, got granularity {weight.granularity!r}")
         shape = self.scale_shape() if weight.granularity == "channel" else (1,) * self.weight.dim()
         device, reduction = self.weight.device, self.reduction_dim
         self.weight_quantizer = Quantizer(weight, shape, reduction, batched=False, device=device)
-        self.input_quantizer = Quantizer(activation, (), self.input_reduction_dim, device=device)
+        scales: tuple[int, ...] = ()
+        if activation.granularity == "channel":
+            scales = (self.input_channels, *[1] * (-self.input_reduction_dim - 1))
+        self.input_quantizer = Quantizer(activation, scales, self.input_reduction_dim, device=device)
         self.observing = False
 
     def scale_shape(self) -> tuple[int, ...]:
@@ -103,6 +103,11 @@ class QuantModule(nn.Module):
             self.add_module("placed", nn.ModuleDict())
         cast(nn.ModuleDict, self._modules["placed"])[name] = quantizer
         self.set_formats(*self.formats)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the input, which one example alone has too."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many channels it reads")
 
     @property
     def activation_quantizers(self) -> list[Quantizer]:

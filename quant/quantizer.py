@@ -42,7 +42,8 @@ class QuantizerConfig:
     range: Literal["dynamic", "calibrated", "learned"] = "learned"
     """dynamic: from the tensor itself at every use. calibrated: fixed by `calibrate`. learned: LSQ, from there on"""
     granularity: Literal["tensor", "channel", "token"] = "tensor"
-    """what shares a scale: the whole tensor, an output channel (weights), the features of one token (activations)"""
+    """what shares a scale: the whole tensor, a channel (of weights an output channel, of activations an input channel),
+    or the features of one token (activations)"""
     observer: str = "mse"
     """range estimator, a name of `OBSERVERS`; percentile > 0 replaces it"""
     percentile: float = 0.0
@@ -66,8 +67,10 @@ class QuantizerConfig:
             raise ValueError(
                 f"observer {self.observer} averages over batches and needs granularity tensor, got {self.granularity}"
             )
-        if self.learned_offset and self.range != "learned":
-            raise ValueError(f"learned_offset needs range learned, got {self.range}")
+        if self.learned_offset and (self.range != "learned" or self.symmetric):
+            raise ValueError(
+                f"learned_offset needs range learned and symmetric False, got {self.range} and {self.symmetric}"
+            )
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"percentile must lie in (0, 100], or be 0 for none, got {self.percentile}")
 
@@ -201,7 +204,7 @@ class Quantizer(nn.Module):
         """x as (groups, values), one group for each scale."""
         if math.prod(self.shape) == 1:
             return x.reshape(1, -1)
-        axes = [d for d, size in enumerate(self.shape) if size > 1]
+        axes = [d - len(self.shape) for d, size in enumerate(self.shape) if size > 1]
         return x.movedim(axes, list(range(len(axes)))).reshape(math.prod(self.shape), -1)
 
     # ------------------------------------------------------ rounding
@@ -240,7 +243,9 @@ class Quantizer(nn.Module):
             self._calibrate_on(x, format)
         grid.keep_positive()
         gradient = lsq_gradient_scale(self._elements(x) // grid.scale.numel(), grid.largest_code)
-        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset, bytes=grid.bytes)
+        # A sum over channels of inputs with a scale each is no sum of integers.
+        bytes = grid.bytes if grid.scale.numel() == 1 or not self.batched else None
+        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset, bytes=bytes)
 
     def _elements(self, x: Tensor) -> int:
         """Of one example."""
@@ -331,8 +336,14 @@ class Rounder:
         if self.offset is None:
             return fake_quantize_row(x, self.scale, self.row, self.gradient_scale)
         # The offset's gradient is what autograd makes of this: all of g, less what passes inside the range.
-        moved = fake_quantize_row(x.float() - self.offset, self.scale, self.row, self.gradient_scale)
-        return (moved + self.offset).to(x.dtype)
+        offset = _with_gradient_scaled(self.offset, self.gradient_scale)
+        moved = fake_quantize_row(x.float() - offset, self.scale, self.row, self.gradient_scale)
+        return (moved + offset).to(x.dtype)
+
+
+def _with_gradient_scaled(offset: Tensor, factor: float) -> Tensor:
+    """The same values, whose gradient is multiplied: LSQ+ (arXiv 2004.09576) scales those of offsets as of scales."""
+    return offset.detach() + (offset - offset.detach()) * factor
 
 
 def all_finite(x: Tensor) -> Tensor:

@@ -307,3 +307,27 @@ def test_every_command_of_the_readme_is_understood():
     for command in commands:
         config = read_flags([word for word in shlex.split(command) if word != "..."])
         assert config.task is not None, command
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--act_range_percentile 0.999", r"--act_range_percentile 0.999 .*\(1, 100\]; did you mean 99.9\?"),
+        ("--weight_range_percentile 0.9999", r"--weight_range_percentile 0.9999 .*did you mean 99.99\?"),
+        ("--act_range_percentile 1", r"--act_range_percentile 1 .*did you mean 100\?"),
+        (
+            "--quantizer lsq_plus --act_symmetric",
+            "--quantizer lsq_plus contradicts --act_symmetric: it learns an offset",
+        ),
+        (
+            "--weight_quantizer lsq_plus",
+            "--weight_quantizer lsq_plus contradicts --weight_symmetric: .*--no_weight_sym",
+        ),
+        ("--quantizer lsq_plus --per_token", "--per_token contradicts --quantizer lsq_plus"),
+        ("--act_per_channel --per_token", "--act_per_channel contradicts --per_token"),
+        ("--act_per_channel --observer avg_minmax", "--act_per_channel contradicts --observer avg_minmax"),
+    ],
+)
+def test_ranges_that_are_no_ranges_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        parse(["--task", "digits", "--model", "convnet", "--bits", "8", *given.split()])

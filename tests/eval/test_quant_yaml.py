@@ -65,6 +65,7 @@ def test_the_section_becomes_flags():
         "observer": "avg_prune_minmax",
         "activation_bits": "int6",
         "act_symmetric": False,
+        "act_per_channel": False,
         "weight_quantizer": "fixed",
         "weight_observer": "mse_grid",
         "weight_bits": "int4",
@@ -78,11 +79,41 @@ def test_the_section_becomes_flags():
 
 
 def test_defaults_are_those_of_the_framework():
-    """Weights symmetric per channel, activations asymmetric per tensor."""
+    """Padding left out, 256 examples, averaged extrema of activations; weights symmetric per channel."""
     flags = quant_flags({"a_qconfig": {"bit": 8}, "w_qconfig": {"bit": 8}}, "file")
     assert (flags["weight_symmetric"], flags["per_channel"], flags["act_symmetric"]) == (True, True, False)
-    assert (flags["observer"], flags["quantizer"], flags["gamma_migration"]) == ("minmax", "fixed", False)
-    assert "smooth_quant" not in flags and "calibration_samples" not in flags
+    assert (flags["observer"], flags["weight_observer"]) == ("avg_minmax", "minmax")
+    assert (flags["quantizer"], flags["weight_quantizer"], flags["gamma_migration"]) == ("fixed", "fixed", False)
+    assert (flags["remove_padding"], flags["calibration_samples"], flags["act_per_channel"]) == (True, 256, False)
+    assert "smooth_quant" not in flags
+
+
+def test_a_bit_may_be_written_as_a_float():
+    flags = quant_flags({"a_qconfig": {"bit": 6.0}, "w_qconfig": {"bit": 4.0}}, "file")
+    assert (flags["activation_bits"], flags["weight_bits"]) == ("int6", "int4")
+    with pytest.raises(UserError, match=r"a_qconfig\.bit: unknown format '6.5'"):
+        quant_flags({"a_qconfig": {"bit": 6.5}}, "file")
+
+
+def test_lsq_plus_learns_its_offset_or_is_refused(tmp_path):
+    """Symmetric grids have none: LSQPlusFakeQuantize on them would be LSQ in silence."""
+    for section, message in (
+        (
+            {"a_qconfig": {"quantizer": "LSQPlusFakeQuantize", "symmetric": True}},
+            "a_qconfig.symmetric: true leaves LSQ",
+        ),
+        ({"w_qconfig": {"quantizer": "LSQPlusFakeQuantize"}}, "w_qconfig.symmetric: true, the default, leaves LSQPlus"),
+    ):
+        with pytest.raises(UserError, match=message):
+            quant_flags(section, "file")
+    side = {"quantizer": "LSQPlusFakeQuantize", "observer": "LSQPlusObserver", "bit": 4, "symmetric": False}
+    path = tmp_path / "run.yaml"
+    quant = {"a_qconfig": {**side, "ch_axis": 0}, "w_qconfig": {**side, "ch_axis": 0}}
+    path.write_text(yaml.safe_dump({"task": "mrpc", "model": "bert", "quant": quant}))
+    weight, activation = quantizer_configs(parse(["--config", str(path)]))
+    for config in (weight, activation):
+        assert config.learned_offset and not config.symmetric and config.range == "learned"
+        assert (config.observer, config.granularity) == ("lsq_plus", "channel")
 
 
 def test_a_file_with_the_section_comes_back_from_what_the_run_writes(tmp_path):
@@ -114,13 +145,10 @@ def test_a_file_with_the_section_comes_back_from_what_the_run_writes(tmp_path):
             {"a_qconfig__quantizer": "LSQ"},
             "quant.a_qconfig.quantizer: unknown value 'LSQ'; choices: FixedFakeQuantize,",
         ),
-        (
-            {"w_qconfig__quantizer": "LSQPlusFakeQuantize"},
-            "w_qconfig.quantizer: .* choices: FixedFakeQuantize, LSQFake",
-        ),
         ({"w_qconfig__bits": 4}, r"quant.w_qconfig: unknown key 'bits'; choices: quantizer, .*did you mean bit\?"),
         ({"w_qconfig__bit": 1}, "quant.w_qconfig.bit: unknown format '1'.*; choices: int2..int8"),
-        ({"a_qconfig__ch_axis": 0}, "quant.a_qconfig.ch_axis: unknown value 0; choices: -1"),
+        ({"a_qconfig__ch_axis": 1}, "quant.a_qconfig.ch_axis: unknown value 1; choices: -1, 0"),
+        ({"a_qconfig": {"ch_axis": 0}}, "a_qconfig.ch_axis: 0 does not go with AvgMinMaxObserver, the default,"),
         ({"a_qconfig__symmetric": 1}, "quant.a_qconfig.symmetric: unknown value 1; choices: true, false"),
         ({"w_qconfig__observer": "AvgMinMaxObserver"}, "w_qconfig.ch_axis: 0 does not go with AvgMinMaxObserver"),
         ({"ln": {"delay": "yes"}}, "quant.ln.delay: unknown value 'yes'; choices: true, false"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import FLOAT, IntFormat, parse_format
 from quant.quant_utils import fake_quantize, lsq_gradient_scale, scale_from_range
 from quant.quantizer import ACTIVATION, WEIGHT, Quantizer, QuantizerConfig
@@ -109,7 +110,7 @@ def test_learned_offsets_compute_in_float32_too(dtype):
 
 
 def test_gradients_of_lsq_plus():
-    """arXiv 2004.09576: dbeta is the gradient outside the range, ds the LSQ gradient of (x - beta) / s."""
+    """arXiv 2004.09576: dbeta is the gradient outside the range, ds that of LSQ on (x - beta) / s, scaled alike."""
     x, g = (randn(16, 8) * 3).requires_grad_(), randn(16, 8, seed=1)
     quantizer = lsq_plus(randn(16, 8, seed=2))
     grid = quantizer.grids["int4"]
@@ -117,7 +118,7 @@ def test_gradients_of_lsq_plus():
     v = ((x - grid.offset) / grid.scale).detach()
     inside = (v >= -8) & (v <= 7)
     assert 0 < inside.sum() < x.numel()
-    torch.testing.assert_close(grid.offset.grad, (g * ~inside).sum(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grid.offset.grad, (g * ~inside).sum() / math.sqrt(8 * 8), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, g * inside)
     step = torch.where(inside, v.round() - v, v.clamp(-8, 7))
     torch.testing.assert_close(grid.scale.grad, (g * step).sum() / math.sqrt(8 * 8), rtol=1e-4, atol=1e-5)
@@ -125,9 +126,10 @@ def test_gradients_of_lsq_plus():
 
 def test_what_is_symmetric_has_no_offset():
     assert lsq_plus(randn(4, 4), "e4m3").grids["e4m3"].offset is None
-    quantizer = Quantizer(QuantizerConfig(learned_offset=True))
-    quantizer.set_format(IntFormat(4))
-    assert quantizer.grids["int4"].offset is None
+    with pytest.raises(
+        ValueError, match="learned_offset needs range learned and symmetric False, got learned and True"
+    ):
+        Quantizer(QuantizerConfig(learned_offset=True))
 
 
 # ------------------------------------------------------ calibrated and learned
@@ -363,7 +365,10 @@ def test_calibrating_in_inference_mode_leaves_a_quantizer_that_trains():
         ({"granularity": "token", "range": "calibrated"}, "dynamic, got calibrated"),
         ({"observer": "median"}, "observer must be one of minmax, mse, .*entropy.*, got 'median'"),
         ({"observer": "avg_minmax", "granularity": "channel"}, "avg_minmax averages over batches .* got channel"),
-        ({"learned_offset": True, "range": "calibrated"}, "learned_offset needs range learned, got calibrated"),
+        (
+            {"learned_offset": True, "range": "calibrated"},
+            "learned_offset needs range learned and symmetric False, got calibrated",
+        ),
         ({"range": "static"}, "range must be one of dynamic, calibrated, learned"),
         ({"percentile": 101}, "101"),
         ({"percentile": -1}, "-1"),
@@ -373,3 +378,48 @@ def test_calibrating_in_inference_mode_leaves_a_quantizer_that_trains():
 def test_configurations_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         QuantizerConfig(**fields)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [(torch.nn.Linear(6, 4), (9, 5, 6)), (torch.nn.Conv2d(6, 4, 3), (3, 6, 8, 8))],
+    ids=["rows", "image"],
+)
+def test_activations_may_have_a_scale_for_each_input_channel(layer, shape, symmetric):
+    """Channels of very different sizes: each is rounded as if it stood alone."""
+    format, axis = IntFormat(4), len(shape) - 1 if len(shape) == 3 else 1
+    sizes = torch.logspace(-2, 2, 6).view([6 if d == axis else 1 for d in range(len(shape))])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * sizes
+    model = torch.nn.Sequential(copy.deepcopy(layer))
+    modules = quantize_model(
+        model,
+        formats=[format],
+        weight=QuantizerConfig("calibrated", "channel", "minmax"),
+        activation=QuantizerConfig("calibrated", "channel", "minmax", symmetric=symmetric),
+    )
+    calibrate(model, modules, [x])
+    set_formats(modules, {"0": (FLOAT, format)})
+    low, high = x.amin([d for d in range(len(shape)) if d != axis]), x.amax([d for d in range(len(shape)) if d != axis])
+    scale, zero_point = scale_from_range(low, high, format, symmetric)
+    zero_point = None if zero_point is None else zero_point.view(sizes.shape)
+    expected = layer(fake_quantize(x, format, scale.view(sizes.shape), zero_point))
+    torch.testing.assert_close(model.eval()(x), expected)
+    set_formats(modules, {"0": (format, format)})
+    weight = modules["0"].weight_quantizer(modules["0"].weight)
+    rounded = fake_quantize(x, format, scale.view(sizes.shape), zero_point)
+    torch.testing.assert_close(model(x), modules["0"].compute(rounded, weight), rtol=1e-4, atol=1e-3)
+
+
+def test_weights_learn_offsets_too():
+    weight = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) + torch.tensor([[0.0], [5.0], [-9.0]])
+    config = QuantizerConfig("learned", "channel", "minmax", symmetric=False, learned_offset=True)
+    quantizer = Quantizer(config, (3, 1), batched=False)
+    quantizer.prepare(IntFormat(4))
+    quantizer.set_format(IntFormat(4))
+    rounded = quantizer(weight)
+    assert quantizer.grids["int4"].offset.shape == (3, 1)
+    spans = torch.maximum(weight.amax(1), torch.zeros(3)) - torch.minimum(weight.amin(1), torch.zeros(3))
+    assert ((rounded - weight).abs().amax(1) <= spans / 15 * 0.51).all()
+    rounded.sum().backward()
+    assert quantizer.grids["int4"].offset.grad is not None
