@@ -38,6 +38,7 @@ def quantizer_configs(config: RunConfig) -> tuple[QuantizerConfig, QuantizerConf
         percentile=config.weight_range_percentile,
         symmetric=config.weight_symmetric,
         learned_offset=config.weight_quantizer == "lsq_plus",
+        reduce_range=config.reduce_range,
     )
     activation = QuantizerConfig(
         range="dynamic" if config.per_token else "learned" if learned else "calibrated",

@@ -226,6 +226,9 @@ class QuantizationFlags:
     )
     act_symmetric: bool = flag(False, "integer grid of activations without a zero point")
     weight_symmetric: bool = flag(True, "integer grid of weights without a zero point")
+    reduce_range: bool = flag(
+        False, "int8 weights use 7 of their bits, for processors whose int8 products saturate (without VNNI)"
+    )
     calibration_samples: int | None = flag(
         None, "training examples that ranges are calibrated on; default: 8 training batches"
     )

@@ -95,6 +95,9 @@ def _round_two_level(blocks: Tensor, format: BlockFormat, row: Tensor) -> tuple[
     """blocks rounded under e4m3 scales b that share one float scale g of the tensor: e2m1(x / (b * g)) * b * g.
 
     NaN and infinity spoil their block alone, as in MX: g is taken over the others. Also returns x / (b * g).
+
+    torchao rounds the reciprocal of b * g and multiplies by it, as NVIDIA's kernels do: values at a tie of e2m1, or one
+    unit in the last place beside it, may go to the other neighbour there. It also takes no scale b below 2^-6.
     """
     b, g = _two_level_scales(blocks, format)
     v = _in_units(blocks, b * g)

@@ -85,7 +85,9 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
     elements = round_to_grid(weight.float() / scale, rounder.row)
     zero_point = None
     if isinstance(format, IntFormat) and not quantizer.config.symmetric:
-        zero_point = (format.bounds("full")[0] - rounder.row[0]).reshape(scale.shape)
+        used = quantizer.used_range(format)
+        assert isinstance(used, IntFormat)
+        zero_point = (used.bounds("full")[0] - rounder.row[0]).reshape(scale.shape)
     return RoundedWeight(format, elements, scale.detach(), zero_point=zero_point)
 
 

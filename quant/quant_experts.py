@@ -56,6 +56,10 @@ class QuantExpertLinear(QuantModule, ExpertLinear):
         return self.experts, *((1, self.out_features) if self.transposed else (self.out_features, 1))
 
     @property
+    def input_channels(self) -> int:
+        return int(self.in_features)
+
+    @property
     def reduction_dim(self) -> int | None:
         return 1 if self.transposed else 2
 

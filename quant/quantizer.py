@@ -52,6 +52,9 @@ class QuantizerConfig:
     """integers: a symmetric grid; False moves the grid by a zero point (unsigned after ReLU)"""
     learned_offset: bool = False
     """LSQ+: an asymmetric integer grid is moved by a learned number instead of a zero point; range 'learned' only"""
+    reduce_range: bool = False
+    """weights: int8 uses 7 of its bits, so that processors without VNNI, whose sums of two int8 products saturate at 16
+    bits, compute them right (ONNX Runtime calls it reduce_range too)"""
     ignore_padding: bool = False
     """activations: leave out the tokens that a batch's `attention_mask` says are padding"""
 
@@ -131,8 +134,12 @@ class Quantizer(nn.Module):
         learned, symmetric = self.config.range == "learned", self.config.symmetric
         with torch.inference_mode(False):
             self.grids[format.name] = Grid(
-                format, self.shape, learned, symmetric, self.anchor.device, self.config.learned_offset
+                self.used_range(format), self.shape, learned, symmetric, self.anchor.device, self.config.learned_offset
             )
+
+    def used_range(self, format: IntFormat | FloatFormat) -> IntFormat | FloatFormat:
+        """The format whose codes are used of `format`: of int8 those of int7 under `reduce_range`."""
+        return IntFormat(7) if self.config.reduce_range and format == IntFormat(8) else format
 
     def set_format(self, format: Format) -> None:
         """Round to `format` from now on."""
@@ -171,7 +178,7 @@ class Quantizer(nn.Module):
         for name, grid in self.grids.items():
             if (only is None or name == only.name) and (again or not cast(Grid, grid).is_ready):
                 clipped = token_observer(self.token_quantiles[name]) if name in self.token_quantiles else None
-                self.set_ranges(clipped or self.estimator, cast(Grid, grid).format)
+                self.set_ranges(clipped or self.estimator, parse_format(name))
         self.forget()
 
     @torch.no_grad()
@@ -266,6 +273,7 @@ class Quantizer(nn.Module):
         """Scale and row from x itself."""
         if not format.scaled:
             return torch.ones((), device=x.device), rounding_row(format, device=x.device)
+        format = self.used_range(format)
         shape = list(self.shape)
         if self.config.granularity == "token":
             assert self.reduction_dim is not None

@@ -82,7 +82,7 @@ class NLPTrainer(Trainer):
         def evaluate(setting: Setting) -> Measured:
             model = copy.deepcopy(original)
             try:
-                modules, assignment = self._quantized(model, setting, layers, batches)
+                modules, assignment = self._quantized(model, setting, layers, batches, quant_config.reduce_range)
                 self.model = self.model_wrapped = model
                 measured = self.evaluate()
             except TrainingDiverged as error:  # of this trial: others may not
@@ -104,7 +104,7 @@ class NLPTrainer(Trainer):
             {name: type(layer).__name__ for name, layer in layers.items()},
             quant_config,
             recipes=self._recipes(original, layers, batches),
-            rank=lambda setting: self._ranked(original, setting, layers, batches),
+            rank=lambda setting: self._ranked(original, setting, layers, batches, quant_config.reduce_range),
             on_trial=keep,
         )
         logger.info(f"{len(trials)} trials, accepted: {'none' if best is None else best.setting}")
@@ -145,7 +145,12 @@ class NLPTrainer(Trainer):
         return [recipe for recipe in RECIPES if migrates or not recipe.gamma_migration]
 
     def _quantized(
-        self, model: nn.Module, setting: Setting, layers: dict[str, nn.Module], batches: Sequence[Any]
+        self,
+        model: nn.Module,
+        setting: Setting,
+        layers: dict[str, nn.Module],
+        batches: Sequence[Any],
+        reduce_range: bool = False,
     ) -> tuple[dict[str, QuantModule], dict[str, tuple[Format, Format]]]:
         """`model` quantized in place; trained, if the setting says so."""
         recipe, training = setting.recipe, setting.approach == "QuantizationAwareTraining"
@@ -158,7 +163,7 @@ class NLPTrainer(Trainer):
             model,
             include=[escape(name) for name in layers],
             formats=[INT8, INT16] if setting.wide else [INT8],
-            weight=QuantizerConfig(range=ranges, granularity="channel", observer="mse"),
+            weight=QuantizerConfig(range=ranges, granularity="channel", observer="mse", reduce_range=reduce_range),
             activation=QuantizerConfig(range=dynamic, observer="minmax", symmetric=False, ignore_padding=True),
         )
         assignment: dict[str, tuple[Format, Format]] = {
@@ -203,14 +208,19 @@ class NLPTrainer(Trainer):
         return trainer
 
     def _ranked(
-        self, original: nn.Module, setting: Setting, layers: dict[str, nn.Module], batches: Sequence[Any]
+        self,
+        original: nn.Module,
+        setting: Setting,
+        layers: dict[str, nn.Module],
+        batches: Sequence[Any],
+        reduce_range: bool = False,
     ) -> list[str]:
         """Layers by what each alone, quantized, does to the model's outputs; the worst first."""
         if setting.approach == "QuantizationAwareTraining":
             setting = Setting("PostTrainingStatic", setting.recipe, setting.wide)
         model = copy.deepcopy(original).eval()
         with torch.no_grad():
-            modules, assignment = self._quantized(model, setting, layers, batches)
+            modules, assignment = self._quantized(model, setting, layers, batches, reduce_range)
             model.eval()
             set_formats(modules, dict.fromkeys(modules, (FLOAT, FLOAT)))
             targets = [outputs(model, batch) for batch in batches]

@@ -73,6 +73,8 @@ class QuantizationConfig:
     sampling_size: int = 100
     """training examples that static ranges are calibrated on"""
     framework: str = "pytorch"
+    reduce_range: bool = False
+    """int8 weights use 7 of their bits, for processors whose int8 products saturate"""
 
     def __post_init__(self) -> None:
         if self.framework not in FRAMEWORKS:

@@ -1,11 +1,13 @@
 """Block formats against a slow reference, block by block in Python and float64; eager and compiled."""
 
+import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from quant.block_rounding import round_blocks
 from quant.formats import parse_format
 from quant.quant_utils import fake_quantize, use_compiled
 from tests.quant.oracles import assert_same_bits, bit_patterns, float_values, nearest
@@ -199,3 +201,28 @@ def test_the_gradient_passes_nvfp4_where_its_block_scale_was_not_rounded_down():
     clipped = x.detach().abs() > torch.from_numpy(b * g) * 6
     assert 0 < clipped.sum() <= 40
     assert torch.equal(x.grad, (~clipped).float())
+
+
+def test_nvfp4_differs_from_torchao_at_ties_alone():
+    """Here values are divided by b * g, as the definition says; there multiplied by a rounded reciprocal."""
+    theirs = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor", reason="needs the extra export (torchao)")
+    kernels = importlib.import_module("torchao.prototype.mx_formats.kernels")
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    x[0, 0] = 448 * 6 / 64  # g = 1 / 64
+    for row in range(1, 64, 2):  # blocks whose scale b is row, an e4m3 value up to 16, and all of whose values are ties
+        b = min(row, 15)
+        x[row, :16] = torch.cat([torch.tensor([6.0]), ties, -ties, torch.zeros(1)]) * b / 64
+    g = theirs.per_tensor_amax_to_scale(x.abs().max())
+    scales, packed = theirs.nvfp4_quantize(x, per_tensor_scale=g)
+    their_elements = kernels.f4_unpacked_to_f32(kernels.unpack_uint4(packed)).view(x.shape)
+    elements, b, tensor_scale = round_blocks(x, parse_format("nvfp4"))
+    assert torch.equal(b, scales.float().view(b.shape)) and float(tensor_scale) == float(g)
+    differ = elements.abs() != their_elements.abs()
+    exact = x.double() / (b.double() * float(g)).repeat_interleave(16, dim=1)
+    distance = (exact.abs().unsqueeze(-1) - ties.double()).abs().amin(dim=-1) / exact.abs()
+    assert (distance[differ] < 2**-22).all() and differ.any()
+    assert torch.equal(elements[~differ], their_elements[~differ])
+    # Of a tie the neighbour with the even mantissa, 0, 1, 2 or 4, is the definition's.
+    at_tie = elements[distance == 0].abs().unique().tolist()
+    assert at_tie == [0.0, 1.0, 2.0, 4.0]

@@ -635,3 +635,20 @@ def test_experts_are_refused_in_one_line():
     model = nn.ModuleDict({"experts": ExpertLinear(weight, None, transposed=False)})
     with pytest.raises(UserError, match=r"--format onnx: experts holds the matrices of many experts.*--format packed"):
         uncached_trace(model, quantize_model(model), {"input": torch.randn(2, 6)})
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_reduced_range_is_what_the_file_holds(symmetric, tmp_path):
+    """int8 weights of 7 bits: products with u8 codes then fit 16 bits in pairs, on every processor."""
+    weight = QuantizerConfig(granularity="channel", symmetric=symmetric, reduce_range=True)
+    model, modules, images = quantized(["int8/int8"] * 5, weight=weight)
+    export_onnx(tmp_path / "model.onnx", model, modules, {"images": images[:2]})
+    weights = {
+        tensor.name: onnx.numpy_helper.to_array(tensor).astype(int)
+        for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) >= 2
+    }
+    assert len(weights) == 5
+    assert all(codes.min() >= -64 and codes.max() <= 63 for codes in weights.values())
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "model.onnx", images), model(images), rtol=1e-3, atol=1e-3)

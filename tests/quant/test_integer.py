@@ -7,8 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.convert import calibrate, from_float, set_formats
 from quant.formats import IntFormat, parse_format
-from quant.integer import accumulate, run_in_integers, to_codes
 from quant.quantizer import Quantizer, QuantizerConfig
+from tests.quant.integers import accumulate, add, grid_of, look_up, run_in_integers, to_codes
 
 
 def problem(kind, symmetric, granularity, bits):
@@ -84,3 +84,86 @@ def test_other_formats_are_refused():
     layer.weight_quantizer.set_format(parse_format("e4m3"))
     with pytest.raises(ValueError, match="only integer formats run in integers, got e4m3"):
         run_in_integers(layer, x, output)
+
+
+class Block(nn.Module):
+    """y = x + fc2(gelu(fc1(x))) with every tensor quantized, as a device with int8 inputs and outputs has it."""
+
+    def __init__(self, granularity, symmetric, reduce_range):
+        super().__init__()
+        torch.manual_seed(0)
+        ranges = {"range": "calibrated", "observer": "minmax"}
+        weight = QuantizerConfig(**ranges, granularity=granularity, reduce_range=reduce_range)
+        activation = QuantizerConfig(**ranges, symmetric=symmetric)
+        self.fc1 = from_float(nn.Linear(32, 64), weight, activation)
+        self.fc2 = from_float(nn.Linear(64, 32), weight, activation)
+        self.hidden, self.branch, self.output = (Quantizer(activation) for _ in range(3))
+
+    def forward(self, x):
+        hidden = self.hidden(self.fc1(x))
+        branch = self.branch(self.fc2(nn.functional.gelu(hidden)))
+        return self.output(self.fc1.input_quantizer(x) + branch)
+
+    @property
+    def outputs(self):
+        return self.hidden, self.branch, self.output
+
+    def calibrated(self, x, format):
+        """In int8 or another integer format, with ranges found on x."""
+        layers = {"fc1": self.fc1, "fc2": self.fc2}
+        for layer in layers.values():
+            layer.weight_quantizer.prepare(format)
+            layer.input_quantizer.prepare(format)
+        calibrate(self, layers, [x])
+        set_formats(layers, dict.fromkeys(layers, (format, format)))
+        hidden = self.eval().fc1(x)
+        branch = self.fc2(nn.functional.gelu(hidden))
+        for quantizer, seen in zip(self.outputs, (hidden, branch, x + branch), strict=True):
+            quantizer.set_format(format)
+            quantizer.observe(seen)
+            quantizer.finish_calibration()
+        return self
+
+
+@pytest.mark.parametrize("reduce_range", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@torch.no_grad()
+def test_a_whole_block_runs_in_integers(granularity, symmetric, reduce_range):
+    """Two layers with GELU and a residual addition between: int8 in, int8 out, nothing but codes on the way."""
+    x, format = torch.randn(50, 32, generator=torch.Generator().manual_seed(1)) * 2 + 0.5, IntFormat(8)
+    block = Block(granularity, symmetric, reduce_range).calibrated(x, format)
+    expected = to_codes(block.output, block(x))
+
+    start = to_codes(block.fc1.input_quantizer, x)
+    hidden = run_in_integers(block.fc1, start, block.hidden)
+    active = look_up(nn.functional.gelu, hidden, block.fc2.input_quantizer)
+    branch = run_in_integers(block.fc2, active, block.branch)
+    made = add(start, branch, block.output)
+    assert made.codes.unique().numel() > 100
+    assert (made.codes - expected.codes).abs().max() <= 1
+    assert (made.codes == expected.codes).double().mean() > 0.97
+    assert torch.equal(made.scale, grid_of(block.output).scale)
+
+
+def saturated_products(x, weight):
+    """Sums of two neighbouring products u8 x s8, clipped to 16 bits: what processors without VNNI (VPMADDUBSW) do."""
+    products = x.codes.unsqueeze(-2) + 128  # unsigned
+    pairs = (products * weight.codes).unflatten(-1, (-1, 2)).sum(dim=-1)
+    return pairs.clamp(-(2**15), 2**15 - 1), pairs
+
+
+@torch.no_grad()
+def test_a_reduced_range_never_saturates_sixteen_bits():
+    """The largest codes that can meet: 255 and 127 make 64,770 in a pair, 255 and 63 make 32,130."""
+    x = torch.full((3, 32), 2.0)
+    x[0] = -2.0
+    for reduce_range, saturates in ((False, True), (True, False)):
+        block = Block("channel", False, reduce_range)
+        block.fc1.weight.fill_(0.5)
+        block.calibrated(x, IntFormat(8))
+        weight = to_codes(block.fc1.weight_quantizer, block.fc1.weight)
+        assert weight.codes.abs().max() == (63 if reduce_range else 127)
+        clipped, exact = saturated_products(to_codes(block.fc1.input_quantizer, x), weight)
+        assert bool((clipped != exact).any()) == saturates
+        torch.testing.assert_close(weight.values().float(), block.fc1.weight, rtol=1e-6, atol=0)

@@ -353,6 +353,16 @@ def test_a_quantized_model_is_the_trainers_and_comes_back_from_disk(tmp_path, ap
     assert trainer.evaluate()["eval_accuracy"] > 0.2
 
 
+def test_a_reduced_range_holds_for_every_layer(tmp_path):
+    trainer = make_trainer(tmp_path)
+    assert trainer.quantize(QuantizationConfig(reduce_range=True, sampling_size=20)) is trainer.model
+    for layer in trainer.quantized[0].values():
+        grid = layer.weight_quantizer.grids["int8"]
+        with torch.no_grad():
+            codes = layer.weight_quantizer(layer.weight) / grid.scale
+        assert codes.abs().max().round() == 63 == grid.largest_code
+
+
 def test_a_bad_layer_falls_back_in_a_real_model(tmp_path):
     """The loss doubles as soon as one layer is quantized; the others do no harm."""
     trainer = make_trainer(tmp_path)

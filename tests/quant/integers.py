@@ -1,4 +1,4 @@
-"""Execution in integers alone: that a device with int8 inputs and outputs computes what the emulation computes.
+"""Execution in integers alone, as a device with int8 inputs and outputs does it: an oracle for the emulation.
 
 q_y = clamp(round(M * acc) + z_y) with M = s_x * s_w / s_y and the int32 accumulator
 acc = sum q_x q_w - z_x sum q_w - z_w sum q_x + n z_x z_w + round(b / (s_x s_w)).
@@ -6,6 +6,7 @@ acc = sum q_x q_w - z_x sum q_w - z_w sum q_x + n z_x z_w + round(b / (s_x s_w))
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,17 +62,44 @@ def accumulate(layer: QuantLinear | QuantConv1D, x: Codes, weight: Codes) -> Ten
     return total
 
 
-def run_in_integers(layer: QuantLinear | QuantConv1D, x: Tensor, output: Quantizer) -> Codes:
+def run_in_integers(layer: QuantLinear | QuantConv1D, x: Tensor | Codes, output: Quantizer) -> Codes:
     """What `layer` gives for x (..., in_features) on a device: int64 codes of `output`'s format, from codes alone.
 
     The layer and `output` are calibrated and set to integer formats with ranges per tensor, weights also per channel.
     """
-    weight, activation = to_codes(layer.weight_quantizer, layer.weight), to_codes(layer.input_quantizer, x)
+    weight = to_codes(layer.weight_quantizer, layer.weight)
+    activation = x if isinstance(x, Codes) else to_codes(layer.input_quantizer, x)
     if isinstance(layer, QuantConv1D):
         weight = Codes(weight.codes.T, weight.scale.T, weight.zero_point.T)
-    grid = to_codes(output, torch.zeros(1, device=x.device))
-    assert isinstance(output.format, IntFormat)
-    multiplier = activation.scale * weight.scale.view(-1) / grid.scale
-    low, high = output.format.bounds("narrow" if output.config.symmetric else "full")
-    codes = torch.round(multiplier * accumulate(layer, activation, weight)).long() + grid.zero_point
+    multiplier = activation.scale * weight.scale.view(-1) / grid_of(output).scale
+    return requantized(multiplier * accumulate(layer, activation, weight), output)
+
+
+def grid_of(output: Quantizer) -> Codes:
+    """Scale and zero point of a calibrated quantizer, and the codes of 0."""
+    return to_codes(output, torch.zeros(1))
+
+
+def requantized(steps: Tensor, output: Quantizer) -> Codes:
+    """Values in steps of `output`'s scale, float64, as its codes."""
+    grid, format = grid_of(output), output.format
+    assert isinstance(format, IntFormat)
+    low, high = format.bounds("narrow" if output.config.symmetric else "full")
+    codes = torch.round(steps).long() + grid.zero_point
     return Codes(codes.clamp(low, high), grid.scale, grid.zero_point)
+
+
+def look_up(function: Callable[[Tensor], Tensor], x: Codes, output: Quantizer) -> Codes:
+    """A function of single values, such as GELU, as a table with an entry for each code of x."""
+    first = int(x.codes.min())
+    every = Codes(torch.arange(first, int(x.codes.max()) + 1), x.scale, x.zero_point)
+    table = requantized(function(every.values()) / grid_of(output).scale, output)
+    return Codes(table.codes[x.codes - first], table.scale, table.zero_point)
+
+
+def add(first: Codes, second: Codes, output: Quantizer) -> Codes:
+    """A residual addition: both sides are brought to the output's scale, in whole numbers of 2^-24 of it."""
+    scale = grid_of(output).scale
+    first_step, second_step = (torch.round(side.scale / scale * 2**24).long() for side in (first, second))
+    total = first_step * (first.codes - first.zero_point) + second_step * (second.codes - second.zero_point)
+    return requantized(total.double() / 2**24, output)
