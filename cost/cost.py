@@ -64,7 +64,9 @@ def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, pe
     total = 0
     for profile in profiles:
         weight, activation = assignment[profile.name]
-        total += _scale_bytes(weight, profile.channels if per_channel else 1) + _scale_bytes(activation, 1)
+        own_weight = profile.tied_to is None
+        total += _scale_bytes(weight, profile.channels if per_channel else 1) if own_weight else 0
+        total += _scale_bytes(activation, 1)
         if isinstance(activation, IntFormat):
             total += 1 if activation.width <= 8 else 2
     return total / 2**20
@@ -73,14 +75,18 @@ def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, pe
 def unsearched_memory(model: nn.Module, names: Collection[str]) -> float:
     """MiB of the parameters that stay in float, at 16 bits: all but the weights of the layers in `names`.
 
-    A tied parameter counts once, and not at all when a searched layer uses it. Parameters that a searched layer
+    A tied parameter counts once, and not at all where searched layers alone use it: an embedding that is a searched
+    head's weight as well is read in float, beside the head's rounded one. Parameters that a searched layer
     holds beside its bias, such as learned scales, belong to its weight. Raises ValueError for an unknown name.
     """
     modules = dict(model.named_modules())
     if unknown := sorted(set(names) - modules.keys()):
         raise ValueError(f"no modules of {type(model).__name__}: {', '.join(unknown)}")
     searched = {id(value) for name in names for key, value in modules[name].named_parameters() if key != "bias"}
-    return sum(value.numel() for value in model.parameters() if id(value) not in searched) * FLOAT.bits / MIB_BITS
+    inside = {part for name in names for part in modules[name].modules()}
+    outside = {id(value) for part in modules.values() if part not in inside for value in part._parameters.values()}
+    kept = (value.numel() for value in model.parameters() if id(value) not in searched or id(value) in outside)
+    return sum(kept) * FLOAT.bits / MIB_BITS
 
 
 def assignment_to_json(assignment: Assignment) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quant.convert import find_layers, run_model
 from quant.modes import evaluating
 from quant.quant_experts import ExpertLinear
+from quant.tied import tied_groups, tied_layers
 from quant.unfold import unfold
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -42,6 +43,8 @@ class LayerProfile:
     """times one forward pass runs the layer; 0 where the model reads the weight without calling the layer"""
     attention: int = 0
     """multiply-accumulates of activations with activations that are charged to this layer, see `profile_model`"""
+    tied_to: str | None = None
+    """an earlier layer that has the same weight: `params` is 0 here then, since it is charged there"""
 
 
 def profile_model(
@@ -84,21 +87,28 @@ def profile_model(
     batch = _batch_size(example_inputs)
     if uneven := [name for name, total in positions.items() if total % batch]:
         raise ValueError(f"positions of {uneven[0]} do not divide by the batch of {batch}: profile with one example")
+    tied = tied_layers(layers)
     params = {name: cast(Tensor, layer.weight).numel() for name, layer in layers.items()}
     attention = _share(_attention_by_module(model, example_inputs), list(layers)) if charge_attention else {}
     return [
         LayerProfile(
             name=name,
             macs=params[name] // experts_of(layer) * positions[name] // batch,
-            params=params[name],
+            params=0 if name in tied else params[name],
             positions=positions[name] // batch,
             channels=_channels(layer) * experts_of(layer),
             kind=next((name for name, kind in _KINDS.items() if isinstance(layer, kind)), "linear"),
             calls=calls[name],
+            tied_to=tied.get(name),
             attention=attention.get(name, 0),
         )
         for name, layer in layers.items()
     ]
+
+
+def tied_in(profiles: Sequence[LayerProfile]) -> list[list[str]]:
+    """Layers that share a weight, together."""
+    return tied_groups({profile.name: profile.tied_to for profile in profiles})
 
 
 def attention_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eval.eval_partitions import Blocks
+from policy.space import merge
 from quant.calls import first_tensor
 from quant.convert import find_layers, run_model
 from quant.modes import evaluating
@@ -41,27 +42,6 @@ def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: A
     with hooks(layers, note), trace, torch.no_grad(), evaluating(model):
         run_model(model, example_inputs)
     return merge({name: [name] for name in names}, [*readers.values(), *trace.added])
-
-
-def merge(blocks: Mapping[str, list[str]], groups: Iterable[Iterable[str]]) -> Blocks:
-    """The finest partition in which no block of `blocks` and none of `groups` is divided.
-
-    A block keeps its name; one made of several is called after the first, with the number of those that joined it.
-    """
-    block_of = {layer: name for name, layers in blocks.items() for layer in layers}
-    joined = {name: [name] for name in blocks}
-    for group in groups:
-        heads = list(dict.fromkeys(block_of[layer] for layer in group))
-        for other in heads[1:]:
-            joined[heads[0]] += joined.pop(other)
-        for name in joined[heads[0]] if heads else ():
-            block_of.update(dict.fromkeys(blocks[name], heads[0]))
-    order = {name: place for place, name in enumerate(blocks)}
-    result = {}
-    for parts in sorted((sorted(parts, key=order.__getitem__) for parts in joined.values()), key=lambda p: order[p[0]]):
-        title = parts[0] if len(parts) == 1 else f"{parts[0]}+{len(parts) - 1}"
-        result[title] = [layer for name in parts for layer in blocks[name]]
-    return result
 
 
 class AdditionTrace(TorchDispatchMode):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eval.tasks import Kind
 from eval.vision_nets import ImageClassifier
 from quant.errors import UserError
+from trainer import checkpoint
 
 if TYPE_CHECKING:  # a second of imports that no image model needs
     from transformers import PreTrainedTokenizerBase
@@ -77,8 +77,8 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
 def read_tensors(file: Path, source: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file; UserError that names `source`, a flag and its value, if it is none."""
     try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
+        return checkpoint.read_tensors(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{source}: {file.name} is cut short or not safetensors: {error}") from None
 
 

@@ -209,12 +209,12 @@ def budget(plan: Plan) -> float | None:
 
 def search_space(plan: Plan) -> SearchSpace:
     """What the flags let a search decide."""
+    from cost.profile import tied_in
     from policy.space import build_space
 
     config = plan.config
-    return build_space(
-        plan.layers, config.search_formats, partition(plan), config.weight_only_search, config.separate_activations
-    )
+    activations = config.weight_only_search, config.separate_activations
+    return build_space(plan.layers, config.search_formats, partition(plan), *activations, tied_in(plan.profiles))
 
 
 def partition(plan: Plan) -> Partition:

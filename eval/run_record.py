@@ -66,6 +66,7 @@ def costs_of(
     reach: of the layers that calibration did not reach.
     """
     from cost.cost import COSTS, UNITS, overhead_memory, unsearched_memory
+    from cost.profile import tied_in
     from policy.space import build_space
 
     config = plan.config
@@ -73,9 +74,8 @@ def costs_of(
     costs = {name: cost(plan.profiles, assignment) for name, cost in COSTS.items()}
     overhead = overhead_memory(plan.profiles, assignment, config.per_channel)
     unsearched = unsearched_memory(plan.bundle.model, plan.layers)
-    space = build_space(
-        plan.layers, config.search_formats, "layer", config.weight_only_search, config.separate_activations
-    )
+    activations = config.weight_only_search, config.separate_activations
+    space = build_space(plan.layers, config.search_formats, "layer", *activations, tied_in(plan.profiles))
     space = replace(space, reach=reach or {})
     return {
         "cost": costs[cost_type],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -107,12 +107,14 @@ def build_space(
     partition: Partition = "layer",
     weight_only: bool = False,
     separate_activations: bool = False,
+    tied: Iterable[Sequence[str]] = (),
 ) -> SearchSpace:
     """The space in which each decision of the partition takes one of `formats` for weights and activations alike.
 
     With `weight_only`, activations stay in float; with `separate_activations`, a choice is any (weight, activation)
-    pair, so that costs stay additive. Raises UserError without layers, when both are asked for, and for a partition
-    with an empty block, an unknown layer, or a layer in no block or in several.
+    pair, so that costs stay additive. `tied` layers, which share a weight, share a decision in every partition. Raises
+    UserError without layers, when both are asked for, and for a partition with an empty block, an unknown layer, or a
+    layer in no block or in several.
     """
     if not layer_names:
         raise UserError("there are no layers to search")
@@ -125,8 +127,8 @@ def build_space(
         choices = tuple(itertools.product(formats, formats))
     else:
         choices = tuple((both, both) for both in formats)
-    blocks = _blocks(list(layer_names), partition)
-    return SearchSpace(tuple(Decision(name, layers, choices) for name, layers in blocks.items()))
+    blocks = merge(_blocks(list(layer_names), partition), tied)
+    return SearchSpace(tuple(Decision(name, tuple(layers), choices) for name, layers in blocks.items()))
 
 
 def uniform_cost(
@@ -139,6 +141,27 @@ def uniform_cost(
     if not 0 < bits < math.inf:
         raise ValueError(f"target bits must be positive, got {bits}")
     return cost_of_bits(profiles, [(bits, FLOAT.bits if weight_only else bits)] * len(profiles), cost_type)
+
+
+def merge(blocks: Mapping[str, Sequence[str]], groups: Iterable[Iterable[str]]) -> dict[str, list[str]]:
+    """The finest partition in which no block of `blocks` and none of `groups` is divided.
+
+    A block keeps its name; one made of several is called after the first, with the number of those that joined it.
+    """
+    block_of = {layer: name for name, layers in blocks.items() for layer in layers}
+    joined = {name: [name] for name in blocks}
+    for group in groups:
+        heads = list(dict.fromkeys(block_of[layer] for layer in group))
+        for other in heads[1:]:
+            joined[heads[0]] += joined.pop(other)
+        for name in joined[heads[0]] if heads else ():
+            block_of.update(dict.fromkeys(blocks[name], heads[0]))
+    order = {name: place for place, name in enumerate(blocks)}
+    result = {}
+    for parts in sorted((sorted(parts, key=order.__getitem__) for parts in joined.values()), key=lambda p: order[p[0]]):
+        title = parts[0] if len(parts) == 1 else f"{parts[0]}+{len(parts) - 1}"
+        result[title] = [layer for name in parts for layer in blocks[name]]
+    return result
 
 
 def _blocks(layer_names: Sequence[str], partition: Partition) -> dict[str, tuple[str, ...]]:

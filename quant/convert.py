@@ -27,6 +27,7 @@ from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
 from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
 from quant.reach import note_reach
+from quant.tied import differing, share_quantizers, tied_layers
 from quant.unfold import UnfoldedAttention, unfold
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,8 @@ def quantize_model(
         formats: the formats that will be used. Their learned scales then exist, for an optimizer made afterwards.
         weight, activation: how scales are found.
 
-    Returns the quantized layers by name. Raises UserError if there is nothing to quantize.
+    Layers that share a weight share the quantizer that rounds it. Returns the quantized layers by name. Raises
+    UserError if there is nothing to quantize.
     """
     layers = find_layers(unfold(model), include, exclude)
     if not layers:
@@ -204,6 +206,7 @@ def quantize_model(
         for name, child in parent._modules.items():
             if child in replacement:
                 parent._modules[name] = replacement[child]
+    share_quantizers(model)
     if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
         # Its inference fast path reads the weights past the layers, and would run them in float.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -238,9 +241,19 @@ def quantize_as_described(
 
 
 def set_formats(modules: Mapping[str, QuantModule], assignment: Assignment) -> None:
-    """Switch the layers named in the assignment to its formats. Raises KeyError for a layer that is not there."""
+    """Switch the layers named in the assignment to its formats. Raises KeyError for a layer that is not there.
+
+    Layers that share a weight share its format: where they are given different ones, the last counts.
+    """
     for name, (weight, activation) in assignment.items():
         modules[name].set_formats(weight, activation)
+
+
+def check_tied(modules: Mapping[str, nn.Module], assignment: Assignment) -> None:
+    """Raises UserError for layers that share a weight and are given different formats for it."""
+    if names := differing(tied_layers(modules), {name: weight for name, (weight, _) in assignment.items()}):
+        told = " and ".join(f"{name} ({assignment[name][0]})" for name in names)
+        raise UserError(f"layers {told} share one weight, which has one format")
 
 
 def get_formats(modules: Mapping[str, QuantModule]) -> dict[str, tuple[Format, Format]]:

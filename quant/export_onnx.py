@@ -13,6 +13,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from quant.modes import evaluating
 from quant.quant_experts import ExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
+from quant.tied import stored_with
 
 OPSET = 21
 """the first with int4, and with block scales in DequantizeLinear"""
@@ -78,6 +80,9 @@ def write_onnx(
     uncalled = never_called(modules)
     check_uncalled(traced, uncalled)
     layers = {name: OnnxLayer.of(name, m, bool(examples)) for name, m in modules.items() if name not in uncalled}
+    layers |= {
+        name: replace(layers[name], owner=owner) for name, owner in stored_with(modules).items() if name in layers
+    }
     proto = onnx.ModelProto()
     proto.CopyFrom(traced)
     Replacement(proto, layers, bool(examples)).run()

@@ -64,6 +64,8 @@ class OnnxLayer:
     float_weight: Tensor
     overflows: bool = False
     """whether int32, in which engines add products of integers up, may not hold what one output adds up to"""
+    owner: str = ""
+    """the layer that a weight is stored with which several share; empty: this one"""
 
     @classmethod
     def of(cls, name: str, module: QuantModule, integers: bool = False) -> OnnxLayer:

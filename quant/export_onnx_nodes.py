@@ -144,9 +144,10 @@ class Replacement:
         if layer.name in self.made:
             return self.made[layer.name]
         weight, storage, name = layer.weight, layer.weight_storage, f"{layer.name}.weight"
+        stored = f"{layer.owner or layer.name}.weight"
         if weight is None:
             plain = layer.float_weight.T if layer.transposed else layer.float_weight
-            return self._constant(name, plain.float().numpy())
+            return self._constant(stored, plain.float().numpy())
         blocked = isinstance(weight.format, BlockFormat)
         elements, scale = weight.elements, weight.scale
         if isinstance(weight.format, BlockFormat):
@@ -163,9 +164,9 @@ class Replacement:
             point = point.T if point is not None and point.dim() == 2 else point
         values = elements.numpy()
         if storage is None:
-            made = self._constant(name, (elements * scale).numpy())
+            made = self._constant(stored, (elements * scale).numpy())
         else:
-            codes = self._constant(f"{name}.codes", values.astype(storage.dtype))
+            codes = self._constant(f"{stored}.codes", values.astype(storage.dtype))
             if storage.bits < 8 and layer.in_integers and (layer.is_product or self.integers):
                 # ONNX Runtime widens constants as it loads, and multiplies integers of 8 bits only.
                 codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
@@ -248,7 +249,7 @@ class Replacement:
             if any(part not in values for part in norm.input[1:]) or layer.weight.zero_point is not None:
                 continue
             factor, offset = norm_of(norm, [values[part].astype(np.float64) for part in norm.input[1:]])
-            self.layers[layer.name] = replace(layer, weight=scaled(layer.weight, torch.from_numpy(factor)))
+            self.layers[layer.name] = replace(layer, weight=scaled(layer.weight, torch.from_numpy(factor)), owner="")
             del node.input[2:]
             node.input.append(self._constant(f"{layer.name}.bias", (bias * factor + offset).astype(np.float32)))
             node.output[0] = norm.output[0]

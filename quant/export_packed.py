@@ -31,6 +31,7 @@ from quant.grid import Grid
 from quant.placement import placed_sites
 from quant.quant_module import QuantModule
 from quant.quantizer import Quantizer, Rounder
+from quant.tied import stored_with
 from quant.unfold import layer_state
 
 VERSION = 1
@@ -87,10 +88,13 @@ def _contents(
     """(description, tensors) of a packed file."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
+    owners = stored_with(modules)
     for name, module in modules.items():
         weight, activation = module.formats
         layers[name] = {"formats": [weight.name, activation.name], "shape": list(module.weight.shape)}
-        if (rounded := round_weight(name, module)) is not None:
+        if name in owners and weight != FLOAT:
+            layers[name]["weight_of"] = owners[name]
+        elif (rounded := round_weight(name, module)) is not None:
             tensors |= {f"{name}.weight.{key}": value for key, value in _pack(rounded).items()}
         if (range := static_range(name, module)) is not None and range.format.scaled:
             tensors[f"{name}.input.scale"] = torch.tensor(range.scale)
@@ -148,7 +152,10 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
         weight_format, activation_format = (parse_format(format) for format in layers[name]["formats"])
         own = {key: value for key, value in tensors.items() if key.startswith((f"{name}.weight.", f"{name}.input."))}
         own = {key.removeprefix(f"{name}."): value for key, value in own.items()}
-        if weight_format != FLOAT:
+        if "weight_of" in layers[name]:
+            owner = modules[layers[name]["weight_of"]]
+            module.weight, module.weight_quantizer = owner.weight, owner.weight_quantizer
+        elif weight_format != FLOAT:
             old = module.weight_quantizer
             values = _unpack(own, weight_format, module.weight.shape, old)
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)

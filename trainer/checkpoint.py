@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.atomic import write_atomically, write_json
 
 _TENSOR = "$tensor"
+TIED = "tied"
+"""entry of a file's metadata: further names of the tensors in it, as JSON"""
 
 
 class CheckpointError(RuntimeError):
@@ -46,24 +48,46 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path.parent} is damaged: {file.name}: {error}") from None
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, written atomically."""
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
-    """A state dict as model.safetensors, every tensor under each of its names: tied weights are read back as any."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_tensors(tensors, folder / "model.safetensors")
+    """A state dict as model.safetensors. A tensor with several names is stored once; the file holds its other names."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in state.items():
+        place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if tensor.numel() and (owner := first.setdefault(place, name)) != name:
+            tied[name] = owner
+        else:
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    metadata = {"format": "pt", TIED: json.dumps(tied)} if tied else None  # transformers asks for a format
+    save_tensors(tensors, folder / "model.safetensors", metadata)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file under each of its names. Raises as `safe_open` does."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors | {name: tensors[owner] for name, owner in _tied_in(file).items()}
+
+
+def _tied_in(file: Any) -> dict[str, str]:
+    """Further name -> name that an open file stores a tensor under."""
+    tied: dict[str, str] = json.loads((file.metadata() or {}).get(TIED, "{}"))
+    return tied
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Raises CheckpointError if the file is missing or damaged."""
     try:
-        return load_file(path)
+        return read_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {path.name}") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
 
 
@@ -71,10 +95,11 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each tensor in a file, without reading the tensors. Raises as `load_tensors` does."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return shapes | {name: shapes[owner] for name, owner in _tied_in(file).items()}
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {path.name}") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
 
 

@@ -18,11 +18,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from cost.cost import assignment_from_json, assignment_to_json
-from cost.profile import LayerProfile, profile_model
+from cost.profile import LayerProfile, profile_model, tied_in
 from policy.budget import Budget, Limit
 from policy.solve import Table
 from policy.space import Partition, SearchSpace, build_space
-from quant.convert import Assignment, calibrate, in_float, quantize_model, set_formats, weights_kept
+from quant.convert import Assignment, calibrate, check_tied, in_float, quantize_model, set_formats, weights_kept
 from quant.errors import NotFiniteError, UserError
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule, Reach, runs_in
@@ -136,6 +136,7 @@ class ReinforceTrainer(JudgingTrainer):
         if search is not None and modules is None:
             modules = quantize_model(model, formats=formats)
         self.modules = dict(modules or {})
+        check_tied(self.modules, assignment or {})
         searching = search is not None and search.method == "search"
         if searching and search_dataset is None:
             search_rows = _hold_out(len(train_dataset), args.seed)  # type: ignore[arg-type]
@@ -183,7 +184,12 @@ class ReinforceTrainer(JudgingTrainer):
                     "in a list, or read their weights itself?"
                 )
             self.space: SearchSpace = build_space(
-                list(self.modules), formats, partition, weight_only_search, separate_activations
+                list(self.modules),
+                formats,
+                partition,
+                weight_only_search,
+                separate_activations,
+                tied_in(self.profiles),
             )
             self.costs = self.space.cost_table(self.profiles, search.cost_type)
             self.targets = [Target(self._budget(bits, self._limits)) for bits in _each(search.target_bits)]

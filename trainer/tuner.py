@@ -25,6 +25,7 @@ from quant.graph import find_groups
 from quant.migration import SmoothQuantConfig, fold, sound_groups
 from quant.quant_module import QuantModule
 from quant.quantizer import QuantizerConfig
+from quant.tied import tied_layers
 from quant.token_clipping import output_loss, outputs
 from quant.unfold import unfold
 from trainer import metrics, objectives
@@ -166,9 +167,11 @@ class NLPTrainer(Trainer):
             weight=QuantizerConfig(range=ranges, granularity="channel", observer="mse", reduce_range=reduce_range),
             activation=QuantizerConfig(range=dynamic, observer="minmax", symmetric=False, ignore_padding=True),
         )
+        tied = tied_layers(layers)  # layers that share a weight stay in float together
+        precise = {tied.get(name, name) for name in setting.high_precision}
         assignment: dict[str, tuple[Format, Format]] = {
             name: (FLOAT, FLOAT)
-            if name in setting.high_precision
+            if tied.get(name, name) in precise
             else (INT8, INT16 if type(layer).__name__ in setting.wide else INT8)
             for name, layer in layers.items()
         }

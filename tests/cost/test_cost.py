@@ -122,7 +122,7 @@ def test_tied_parameters_count_once():
     body = [name for name in names if name != "lm_head"]
     weights = sum(model.get_submodule(name).weight.numel() for name in body)
     assert unsearched_memory(model, body) == (everything - weights) * 2 / MIB
-    assert unsearched_memory(model, names) == (everything - weights - 50 * 8) * 2 / MIB
+    assert unsearched_memory(model, names) == (everything - weights) * 2 / MIB, "the embedding reads its rows in float"
 
 
 def test_assignments_survive_json():
