@@ -306,8 +306,6 @@ def _check_ptq(config: RunConfig) -> None:
         if getattr(config, flag) == "lsq_plus" and getattr(config, symmetric):
             way_out = "drop it" if symmetric == "act_symmetric" else "give --no_weight_symmetric"
             _refuse(f"--{flag} lsq_plus", f"--{symmetric}", f"it learns an offset; {way_out}, or take lsq")
-    if config.per_token and config.quantizer == "lsq_plus":
-        _refuse("--per_token", "--quantizer lsq_plus", "a token's range exists only while it does")
     if config.act_per_channel:
         if config.per_token:
             _refuse("--act_per_channel", "--per_token", "choose one")

@@ -77,12 +77,12 @@ NEEDS = (
     ),
     Need(("high_precision_ops",), _quantizes, f"quantized layers: --bits B, or {SEARCH}"),
     Need(
-        ("weight_observer", "weight_quantizer", "weight_range_percentile", "weight_symmetric"),
+        ("weight_observer", "weight_quantizer", "weight_range_percentile", "weight_symmetric", "reduce_range"),
         _quantizes_weights,
         f"quantized weights: --bits B, --weight_bits B, or {SEARCH}",
     ),
     Need(
-        ("act_range_percentile", "act_symmetric", "per_token", "remove_padding"),
+        ("act_range_percentile", "act_symmetric", "act_per_channel", "per_token", "remove_padding"),
         _quantizes_activations,
         "quantized activations: --bits B, --activation_bits B, or a search that is not --weight_only_search",
     ),
@@ -100,11 +100,6 @@ NEEDS = (
     ),
     Need(("log_dir",), lambda config: config.report_to == "tensorboard", "--report_to tensorboard"),
     Need(("eval_steps",), lambda config: config.max_steps != 0, "steps: --max_steps 0 evaluates once, at the end"),
-    Need(
-        ("num_train_epochs",),
-        lambda config: config.max_steps < 0,
-        "--max_steps left out, which gives the length of the training too",
-    ),
 )
 _TEXTS = ("text", "lm", "qa", "summary")
 KINDS = {
@@ -121,6 +116,14 @@ def check_effects(config: RunConfig) -> None:
         raise UserError(f"{shown(config, name)} has no effect here: it needs {need}")
     if config.quantizer == "lsq_plus" and config.per_token:
         raise UserError("--quantizer lsq_plus contradicts --per_token: scales found for each token learn no offset")
+
+
+def reads_texts(task: Any) -> bool:
+    """Whether a task, as far as its name tells, is one of texts."""
+    from eval.tasks import TASKS
+
+    known = TASKS.get(str(task))
+    return known is None or known.kind in _TEXTS
 
 
 def without_idle(config: RunConfig) -> RunConfig:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from eval.commands import command
 from eval.flag_checks import check_inside, validate
+from eval.flag_effects import reads_texts
 from eval.full_disk import is_full_disk
 from eval.quant_yaml import quant_flags
 from eval.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
@@ -227,7 +228,10 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
     names |= {alias.lstrip("-"): f for f in fields(RunConfig) for alias in f.metadata.get("aliases", ())}
     values: dict[str, Any] = {}
     if "quant" in loaded:
-        values = quant_flags(loaded.pop("quant"), f"{flag} {path}")
+        section = loaded.pop("quant")
+        values = quant_flags(section, f"{flag} {path}")
+        if "is_remove_padding" not in section and not reads_texts(loaded.get("task")):
+            values["remove_padding"] = False  # the section's default is for texts
         if twice := values.keys() & loaded.keys():
             raise UserError(f"{flag} {path}: {min(twice)!r} is said by the quant section too; say it once")
     for key, value in loaded.items():

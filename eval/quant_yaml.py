@@ -119,7 +119,9 @@ class _Section:
         ln = self.inner("ln")
         ln.check_keys(["delay"])
         flags: dict[str, Any] = {
-            "remove_padding": self.choice("is_remove_padding", [True, False], REMOVE_PADDING),
+            "remove_padding": self.choice(
+                "is_remove_padding", [True, False], REMOVE_PADDING and "a_qconfig" in self.values
+            ),
             "gamma_migration": ln.choice("delay", [True, False], False),
             "calibration_samples": self.number("calibrate", int, CALIBRATE, "[1,inf)"),
         }

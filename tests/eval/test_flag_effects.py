@@ -32,7 +32,6 @@ IGNORED = [
     "--no_augment",
     "--log_dir logs --report_to none",
     "--max_steps 0 --eval_steps 5",
-    "--max_steps 5 --num_train_epochs 2",
 ]
 USED = [
     "--search --weight_only_search --search_space 2,4,8",
@@ -43,6 +42,7 @@ USED = [
     "--task cifar10 --model resnet20 --no_augment --data_dir .",
     "--use_subset --subset_ratio 0.5",
     "--num_train_epochs 2",
+    "--num_train_epochs 2 --max_steps 5",  # a prefix of what was asked for, as transformers has it
     "--cost_type compute",
 ]
 

@@ -323,7 +323,7 @@ def test_every_command_of_the_readme_is_understood():
             "--weight_quantizer lsq_plus",
             "--weight_quantizer lsq_plus contradicts --weight_symmetric: .*--no_weight_sym",
         ),
-        ("--quantizer lsq_plus --per_token", "--per_token contradicts --quantizer lsq_plus"),
+        ("--quantizer lsq_plus --per_token", "--quantizer lsq_plus contradicts --per_token"),
         ("--act_per_channel --per_token", "--act_per_channel contradicts --per_token"),
         ("--act_per_channel --observer avg_minmax", "--act_per_channel contradicts --observer avg_minmax"),
     ],

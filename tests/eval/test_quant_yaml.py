@@ -235,3 +235,14 @@ RUN = ["--task", "mrpc", "--model", "bert"]
 def test_flags_that_contradict_each_other(flags, message):
     with pytest.raises(UserError, match=message):
         parse([*RUN, *flags.split()])
+
+
+def test_padding_is_a_matter_of_texts(tmp_path):
+    """The section's default leaves padding out; images have none, and are not refused for it."""
+    for task, model, removes in (("mrpc", "bert", True), ("cifar10", "resnet20", False)):
+        path = tmp_path / f"{task}.yaml"
+        quant = {"a_qconfig": {"bit": 8}, "w_qconfig": {"bit": 8}}
+        path.write_text(yaml.safe_dump({"task": task, "model": model, "quant": quant}))
+        assert read_yaml(path, "--config")["remove_padding"] is removes
+        parse(["--config", str(path)])
+    assert quant_flags({"w_qconfig": {"bit": 8}}, "file")["remove_padding"] is False
