@@ -29,7 +29,9 @@ import yaml
 from eval.flags import entry, parse, to_yaml
 from eval.folder_lock import alone_in
 from eval.full_disk import is_full_disk
+from eval.launch_state import set_aside
 from eval.record_schema import LOSS_RISE, loss_rise
+from eval.report_records import Excluded, read_run
 from eval.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.run_plan import Plan, make_plan
 from eval.run_progress import RunProgress, make_console
@@ -239,6 +241,18 @@ def save_result(
             save_model(Path(folder), plan.config, plan.bundle, modules, assignment, plan.data.num_labels, inputs)
 
 
+def make_way(config: RunConfig) -> None:
+    """UserError where the run is finished; a record of a failure, or a damaged one, is kept beside the new one."""
+    result = config.run_folder / "result.json"
+    if not result.exists():
+        return
+    found = read_run(config.run_folder)
+    if not isinstance(found, Excluded):
+        raise UserError(f"--run_id {config.run_name}: {result} exists already; choose another --exp_name or --run_id")
+    set_aside([config])
+    print(f"{result}: {found.reason}; it is kept as {result.name}.old, and the run goes on", file=sys.stderr)
+
+
 def main(argv: list[str]) -> int:
     """Run what the flags say and print where the record is. `torchrun` shares one run among several GPUs."""
     config = parse(argv)
@@ -246,9 +260,8 @@ def main(argv: list[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     quiet = config.quiet or not first_process()
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
-    result = config.run_folder / "result.json"
-    if result.exists():
-        raise UserError(f"--run_id {config.run_name}: {result} exists already; choose another --exp_name or --run_id")
+    if first_process():
+        make_way(config)
     try:
         record = run(config)
     except Exception as error:

@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """environment in which Ray's address is 127.0.0.1, as it always is on macOS and Windows: no other machine reaches it"""
 PREFIX = "mpq-ray-"
+INNER = "ray"
+"""Ray opens the folder that it is given to everybody: it gets one within ours"""
 REMOVAL_ATTEMPTS = 20
 """tenths of a second in which processes that are ending may still write"""
 
@@ -35,7 +37,7 @@ def own_folder() -> Iterator[str | None]:
     lock = FileLock(_lock_of(folder))
     try:
         with lock:
-            yield str(folder)
+            yield str(folder / INNER)
     finally:
         _remove(folder)
 
@@ -73,8 +75,10 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
+    """The lock goes last: what could not be removed is found by the next launch."""
     for _ in range(REMOVAL_ATTEMPTS):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        shutil.rmtree(folder / INNER, ignore_errors=True)
+        if not (folder / INNER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
             return
         time.sleep(0.1)

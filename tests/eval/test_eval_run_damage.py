@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from eval.eval_run import run
+from eval.eval_run import main, run
 from eval.flags import parse
 from quant.errors import UserError
 from trainer.checksums import flaw, numbered
@@ -134,3 +134,14 @@ def test_damaged_flags_of_a_run_with_checkpoints_are_named(stopped):
     (stopped.run_folder / "config.yaml").write_bytes(b"task: [\xff")
     with pytest.raises(UserError, match=r"config\.yaml is damaged: remove it"):
         run(stopped)
+
+
+def test_a_damaged_record_is_kept_aside_and_a_finished_one_is_left_alone(stopped, whole, capsys):
+    given = [*RUN.split(), "--output_root_dir", stopped.output_root_dir]
+    result = stopped.run_folder / "result.json"
+    result.write_text('{"schema_version": 1, "sta')
+    assert main(given) == 0
+    assert "result.json: truncated or damaged" in capsys.readouterr().err
+    assert result.with_name("result.json.old").exists() and same(json.loads(result.read_text()), whole)
+    with pytest.raises(UserError, match=r"result\.json exists already"):
+        main(given)

@@ -22,7 +22,7 @@ def ray_folder(processes: list[psutil.Process]) -> Path:
     """Where the Ray of a launch keeps its files, as its processes were told."""
     for process in processes:
         with suppress(psutil.Error):  # it has ended
-            if found := re.search(r"(/\S*/mpq-ray-[^/\s]+)/session_", " ".join(process.cmdline())):
+            if found := re.search(r"(/\S*/mpq-ray-[^/\s]+)/ray/session_", " ".join(process.cmdline())):
                 return Path(found[1])
     raise LookupError("no process of Ray")
 
