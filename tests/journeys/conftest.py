@@ -46,7 +46,7 @@ def words_of(line: str | Sequence[str]) -> list[str]:
     return [sys.executable, *words[1:]] if words[0] in ("python", "python3") else words
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command() -> Callable[..., Ended]:
     """Runs a command to its end: `command("python eval/eval_parse.py DIR", code=0, cwd=ROOT, env=None)`.
 
