@@ -1,0 +1,243 @@
+"""The lines and the python of README and docs as they stand there, and each file of configs/: run, not just read.
+
+They run in a folder where what the documents name lies at hand: DATA, FINE_TUNED, RUN_DIR, resnet20-cifar10. Rewritten
+are only sizes and places: FEW and no more steps and rows, the first of several seeds, a local folder for what would come
+from the Hub, and SMALLER for what is too large. A launch's runs follow each other in one process: other journeys launch.
+What is not run here stands in NOT_RUN, with the reason.
+"""
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.documents import ROOT, Block, Line, blocks, shell_lines
+
+from tests.journeys.conftest import environment
+
+NOT_RUN = {
+    "make": "test_demo.py, and .ci/run",
+    "source": "a shell's own",
+    "pip": "test_installed.py",
+    "tensorboard": "goes on until it is stopped",
+    "#!/bin/bash": "of a cluster",
+    **dict.fromkeys(
+        ("head=$(scontrol", "ip=$(srun", "srun", "#SBATCH"), "of a cluster: its commands' flags are checked"
+    ),
+}
+OWN_JOURNEY = {"docs/own-data.md": "test_own_data*.py"}
+"""documents whose lines run in a journey of their own"""
+FEW = "--max_steps 6 --max_train_samples 32 --max_eval_samples 16 --train_batch_size 8 --eval_batch_size 8"
+HERE = "--device cpu --report_to none --save_strategy no --quiet"
+SMALLER = {"resnet50": "--model resnet18 --image_size 32 --policy_prior none"}
+MODELS = {"bert": "--model bert-tiny", "roberta": "--model CONFIGS/roberta", "bart": "--model CONFIGS/bart"}
+"""of a configuration -> the family's smallest, from scratch"""
+READY = {
+    "resnet20-cifar10": "--task cifar10 --data_dir DATA/cifar10 --model resnet20 --from_scratch --method float",
+    "FINE_TUNED": "--task mrpc --data_dir DATA/mrpc --model bert-tiny --from_scratch --method float",
+    "RUN_DIR/model": "--task digits --model convnet --from_scratch --bits 8",
+}
+"""what users have, by where the documents expect it -> the run that makes it"""
+MODULES = {"eval_parse.py": "eval.eval_parse", "mpq-report": "eval.eval_parse"}
+RUNNER = """
+import importlib, json, sys
+from eval.eval_run import run
+from eval.launch_grid import expand
+from eval.launch_state import read_launch
+from quant.errors import UserError
+for name, module, words in json.load(open(sys.argv[1])):
+    print("$", name, module, *words, flush=True)
+    try:
+        if module == "launch":
+            for one in expand(read_launch(words)):
+                record = run(one)
+                assert record["status"] == "finished", record["reason"]
+        else:
+            assert importlib.import_module(module).main(words) == 0
+    except (UserError, AssertionError) as error:
+        sys.exit(f"{name}: {error}")
+print("all of them", flush=True)
+"""
+
+
+def table(path: Path, *columns: str) -> None:
+    """A csv file of a few rows whose texts tell their class."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, "label"])
+        for row in range(40):
+            writer.writerow([*(f"{('red', 'blue')[row % 2]} house {row % 7}" for _ in columns), row % 2])
+
+
+def images(folder: Path, classes: list[str]) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 6), ("validation", 2), ("test", 2)):
+        for place, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (20 * place, 30 * number, 90)).save(folder / split / name / f"{number}.png")
+
+
+def answers(folder: Path) -> None:
+    """Questions, and texts with their summaries."""
+    (folder / "squad").mkdir()
+    (folder / "cnn_dailymail").mkdir()
+    context = "Ann went to Paris by train ."
+    found = {"text": ["Paris"], "answer_start": [12]}
+    asked = [{"id": str(i), "question": "Where did Ann go ?", "context": context, "answers": found} for i in range(12)]
+    told = [{"article": context, "highlights": "Ann went to Paris"} for _ in range(12)]
+    for task, rows in (("squad", asked), ("cnn_dailymail", told)):
+        for split in ("train", "validation"):
+            (folder / task / f"{split}.json").write_text("\n".join(map(json.dumps, rows)))
+
+
+def configurations(folder: Path) -> None:
+    from transformers import BartConfig, RobertaConfig
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    RobertaConfig(**sizes, max_position_embeddings=514).save_pretrained(folder / "roberta")
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sides = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 1024}
+    BartConfig(**layers, **sides).save_pretrained(folder / "bart")
+
+
+def steps(name: str, words: list[str]) -> tuple[str, str, list[str]]:
+    """A run's or a launch's words, rewritten."""
+    kept = [word for word in words if word != "..."]
+    value = {flag: kept[at + 1] for at, flag in enumerate(kept[:-1]) if flag.startswith("--")}
+    few = re.sub(r"--max_steps 6", f"--max_steps {min(6, int(value.get('--max_steps', 6)))}", FEW)
+    extra = f"{few} {HERE}".split()
+    task = value.get("--task")
+    if task not in (None, "digits") and "--data_dir" not in value:
+        extra += ["--data_dir", f"DATA/{task}"]
+    if task == "digits" and not any(flag in value for flag in ("--load_model_path", "--model_path")):
+        extra += ["--from_scratch"]
+    if (model := value.get("--model")) in SMALLER:
+        extra += [*SMALLER[model].split(), "--from_scratch"]
+    if "--seeds" in value:
+        extra += ["--seeds", value["--seeds"].split(",")[0]]
+    return name, "launch", [*kept, *extra]
+
+
+def job(line: Line) -> tuple[str, str, list[str]] | None:
+    """(name, module, words) of a documented line; None where it is not run. Fails for a line of no known kind."""
+    words = list(line.words)
+    if words[0].split("=")[0] in NOT_RUN or words[0] in NOT_RUN:
+        return None
+    for at, word in enumerate(words):
+        if word.endswith(("eval_parallel.py", "eval_run.py", "mpq-search", "mpq-run")):
+            return None if "--ray_address" in words else steps(line.name, words[at + 1 :])
+        if word.endswith(tuple(MODULES)):
+            return line.name, next(name for end, name in MODULES.items() if word.endswith(end)), words[at + 1 :]
+        if word == "-m" and words[at + 1].startswith(("eval.", "policy.")):
+            return line.name, words[at + 1], words[at + 2 :]
+        if word.startswith("mpq-"):
+            return line.name, f"eval.{word.removeprefix('mpq-')}", words[at + 1 :]
+    pytest.fail(f"{line.name}: {shlex.join(words)}: say in NOT_RUN why this is not run, or run it")
+
+
+def configured(path: Path) -> tuple[str, str, list[str]]:
+    """A file of configs/ for a step, on the smallest model of its family."""
+    import yaml
+
+    told = yaml.safe_load(path.read_text())
+    few = FEW if told.get("max_steps", 1) else FEW.replace("--max_steps 6", "--max_steps 0")
+    extra = (
+        f"{MODELS[told['model']]} --from_scratch --data_dir DATA/{told['task']} {few} {HERE} --calibration_samples 8"
+    )
+    name = str(path.relative_to(ROOT))
+    return name, "launch", ["--config", name, *extra.split(), "--max_length", "32", "--run_id", path.stem]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder that looks like the root of the repository, with what users have in it."""
+    folder = tmp_path_factory.mktemp("documents")
+    for path in ROOT.iterdir():
+        if path.name in ("eval_parallel.py", "mpq_commands.py", "configs") or (path / "__init__.py").exists():
+            (folder / path.name).symlink_to(path)
+    table(folder / "DATA/glue/sst2/train.csv", "sentence")
+    table(folder / "DATA/glue/sst2/validation.csv", "sentence")
+    for split in ("train", "validation"):
+        table(folder / f"DATA/mrpc/{split}.csv", "sentence1", "sentence2")
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    images(folder / "DATA/cifar10", classes)
+    images(folder / "DATA/imagenet-1k", ["n01440764", "n01443537"])
+    answers(folder / "DATA")
+    configurations(folder / "CONFIGS")
+    return folder
+
+
+def python(place: Path, *words: str) -> str:
+    """What a process in `place` printed; fails with its last lines."""
+    seen = environment({"PYTHONPATH": str(place)})
+    done = subprocess.run([sys.executable, *words], cwd=place, env=seen, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def lines(place) -> str:
+    """What all the documented lines printed, one after the other."""
+    jobs = []
+    for where, flags in READY.items():
+        root = ["--run_id", "ready", "--output_root_dir", f"READY/{Path(where).parts[0]}", "--save_model_path", where]
+        jobs.append((where, "launch", [*flags.split(), *FEW.split(), *HERE.split(), *root]))
+    (place / "RUN_DIR").symlink_to(place / "READY/RUN_DIR/digits/default/ready")
+    jobs[-1] = ("RUN_DIR", "launch", jobs[-1][2][:-2])
+    own = tuple(OWN_JOURNEY)
+    jobs += filter(None, (job(line) for line in shell_lines() if not line.name.startswith(own)))
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    return python(place, "-c", RUNNER, "jobs.json")
+
+
+def test_every_line_of_the_documents_runs(lines):
+    assert lines.strip().endswith("all of them")
+    assert lines.count("$ README.md") >= 10
+
+
+def test_documents_with_a_journey_of_their_own_have_it():
+    for document, journey in OWN_JOURNEY.items():
+        assert not (ROOT / document).exists() or list((ROOT / "tests" / "journeys").glob(journey)), document
+
+
+def test_every_configuration_runs(place):
+    jobs = [configured(path) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+    (place / "configs.json").write_text(json.dumps(jobs))
+    assert python(place, "-c", RUNNER, "configs.json").count("$ configs/") == len(jobs) >= 16
+
+
+GIVEN = {
+    "quantize_model(model": "model, batches = Net(), [test]",
+    "NLPTrainer(model": (
+        "model, validation = Net(), rows[1400:]\n"
+        "arguments = TrainingArguments('out', max_steps=5, **settings)\n"
+        "compute_metrics = lambda told: {'f1': float((told.predictions.argmax(1) == told.label_ids).mean())}"
+    ),
+    'load_packed("RUN_DIR': "images = torch.rand(2, 1, 8, 8)",
+}
+"""what a block shows -> the names that it takes from the reader's own program"""
+
+
+def rewritten(block: Block) -> str:
+    given = [code for sign, code in GIVEN.items() if sign in block.text]
+    return "\n".join(
+        [f"print({block.name!r}, flush=True)", *given, re.sub(r"max_steps=\d+", "max_steps=20", block.text)]
+    )
+
+
+def test_every_python_block_runs(place, lines):
+    """Those of a document one after the other, as a reader would try them."""
+    found = [block for block in blocks("python") if not block.name.startswith(tuple(OWN_JOURNEY))]
+    by_document = {block.document: [other for other in found if other.document == block.document] for block in found}
+    for document, own in by_document.items():
+        script = place / f"{document.stem}_blocks.py"
+        script.write_text("\n\n".join(map(rewritten, own)))
+        told = python(place, script.name)
+        assert all(block.name in told for block in own)
