@@ -20,7 +20,7 @@ help: ## this list
 install: $(STAMP) ## .venv with everything for the lines below, and the commands mpq-search, mpq-run, mpq-report, ...
 
 demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 minutes on 2 cores)
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
 
 test: $(STAMP) ## the whole test suite but journeys and faults
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/journeys --ignore=tests/faults

@@ -10,7 +10,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from eval.commands import python
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("output/digits/demo")
@@ -28,12 +31,16 @@ STEPS = {
 }
 
 
-def main() -> int:
-    """Run the steps, then say where the pictures are and what to try next; the exit code of the first that fails."""
+def main(more: Sequence[str] = ()) -> int:
+    """Run the steps, then say where the pictures are and what to try next; the exit code of the first that fails.
+
+    `more`: flags that every launch gets besides.
+    """
     started = time.monotonic()
-    for number, (title, command) in enumerate(STEPS.items(), 1):
-        print(f"\n[{number}/{len(STEPS)}] {title}\n$ python {command}", flush=True)
-        failed = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
+    for number, (title, step) in enumerate(STEPS.items(), 1):
+        line = shlex.join([*shlex.split(step), *more]) if step != REPORT else step
+        print(f"\n[{number}/{len(STEPS)}] {title}\n$ {python()} {line}", flush=True)
+        failed = subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT).returncode
         if failed:
             return failed
     print(
@@ -42,13 +49,13 @@ Done in {time.monotonic() - started:.0f} s. Look at
   {RUNS}/report/report.html   everything on one page
   {RUNS}/report/pareto.png    accuracy against cost
   {RUNS}/report/formats.png   the format that the search chose for each layer
-Next, in the environment of `source .venv/bin/activate`:
-  python {SEARCH} --targets 3,4,5,6
-  python {REPORT}
-  python eval_parallel.py --help"""
+Next:
+  {python()} {SEARCH} --targets 3,4,5,6
+  {python()} {REPORT}
+  {python()} eval_parallel.py --help"""
     )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,9 @@
 """The lines and the python of README and docs as they stand there, and each file of configs/: run, not just read.
 
 They run in a folder where what the documents name lies at hand: DATA, FINE_TUNED, RUN_DIR, resnet20-cifar10. Rewritten
-are only sizes and places: FEW and no more steps and rows, the first of several seeds, a local folder for what would come
-from the Hub, and SMALLER for what is too large. A launch's runs follow each other in one process: other journeys launch.
-What is not run here stands in NOT_RUN, with the reason.
+are sizes and places alone: FEW and no more steps and rows, the first of several seeds, a local folder for what would
+come from the Hub, SMALLER for what is too large. The runs of a launch follow each other in one process: other journeys
+launch. What is not run here stands in NOT_RUN, with the reason.
 """
 
 import csv
@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.documents import ROOT, Block, Line, blocks, shell_lines
+import yaml
 
+from tests.documents import ROOT, Block, Line, blocks, shell_lines
 from tests.journeys.conftest import environment
 
 NOT_RUN = {
@@ -111,9 +112,10 @@ def steps(name: str, words: list[str]) -> tuple[str, str, list[str]]:
     """A run's or a launch's words, rewritten."""
     kept = [word for word in words if word != "..."]
     value = {flag: kept[at + 1] for at, flag in enumerate(kept[:-1]) if flag.startswith("--")}
-    few = re.sub(r"--max_steps 6", f"--max_steps {min(6, int(value.get('--max_steps', 6)))}", FEW)
-    extra = f"{few} {HERE}".split()
-    task = value.get("--task")
+    told = yaml.safe_load((ROOT / value["--config"]).read_text()) if "--config" in value else {}
+    most = int(value.get("--max_steps", told.get("max_steps", 6)))
+    extra = f"{FEW.replace('--max_steps 6', f'--max_steps {min(6, most)}')} {HERE}".split()
+    task = value.get("--task", told.get("task"))
     if task not in (None, "digits") and "--data_dir" not in value:
         extra += ["--data_dir", f"DATA/{task}"]
     if task == "digits" and not any(flag in value for flag in ("--load_model_path", "--model_path")):
@@ -144,8 +146,6 @@ def job(line: Line) -> tuple[str, str, list[str]] | None:
 
 def configured(path: Path) -> tuple[str, str, list[str]]:
     """A file of configs/ for a step, on the smallest model of its family."""
-    import yaml
-
     told = yaml.safe_load(path.read_text())
     few = FEW if told.get("max_steps", 1) else FEW.replace("--max_steps 6", "--max_steps 0")
     extra = (
