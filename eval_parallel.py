@@ -34,6 +34,7 @@ from eval.launch_trial import TUNED, Runner
 from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
 from eval.run_config import COST_UNITS, TUNE_FOLDER, RunConfig
 from eval.run_progress import duration, make_console
+from eval.run_record import outcome
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
@@ -175,6 +176,8 @@ def report(config: RunConfig, known: Mapping[str, Progress], folder: Path, died:
         return 1 if failed else INTERRUPTED
     folders = [str(path) for path in experiment_folders([one.config for one in known.values()])] or [str(folder)]
     above = folders[0] if len(folders) == 1 else str(Path(folders[0]).parents[1])  # tensorboard takes one
+    if len(known) == 1 and (only := next(iter(known.values()))).run:
+        console.print("\n" + "\n".join(outcome(only.run.record, only.run.folder)))
     console.print(f"\nTables and figures: {command('mpq-report', *folders)}")
     console.print(f"Curves:             {shlex.join([installed('tensorboard'), '--logdir', above])}")
     return 0

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from eval.export_reach import export_reach
 from eval.flags import entry, parse, to_yaml
 from eval.folder_lock import alone_in
 from eval.full_disk import is_full_disk
@@ -171,7 +172,7 @@ def write_result(
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
-    record = record | costs_of(plan, assignment, trainer.reach)
+    record = record | costs_of(plan, assignment, trainer.reach) | {"exports": export_reach(plan, modules)}
     record["notes"] = [*record["notes"], *trainer.notes]
     if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):
         record[LOSS_RISE] = list(rise)
@@ -280,7 +281,7 @@ def main(argv: list[str]) -> int:
         return 1
     for folder in [*config.smaller_targets.values(), config.run_folder]:
         path = folder / "result.json"
-        print("\n".join([*outcome(json.loads(path.read_text())), f"record: {path}"]))
+        print("\n".join([*outcome(json.loads(path.read_text()), folder), f"record: {path}"]))
     return 0
 
 

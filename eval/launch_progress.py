@@ -20,6 +20,7 @@ from eval.launch_grid import Progress
 from eval.record_schema import loss_rise
 from eval.report_records import Excluded, Run, read_run
 from eval.run_config import COST_UNITS, RunConfig
+from eval.run_outcome import COUNTED, FILE, file_sizes
 from eval.run_progress import TRAINING, describe, duration, number, read_progress
 
 PLAIN_SECONDS = 2.0
@@ -221,7 +222,7 @@ def result_table(runs: Mapping[str, Progress], died: Mapping[str, str]) -> Table
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("result", overflow="fold")
-    for title in ("cost", "target", "time"):
+    for title in ("cost", "target", "file", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, known in runs.items():
         if known.run is None:
@@ -231,6 +232,9 @@ def result_table(runs: Mapping[str, Progress], died: Mapping[str, str]) -> Table
             part = read_run(folder)
             table.add_row(f"{name}/{folder.name}", *([part.reason] if isinstance(part, Excluded) else _result(part)))
         table.add_row(name, *_result(known.run))
+    if any(known.run for known in runs.values()):
+        table.caption = f"{COUNTED}\n{FILE}"
+        table.caption_justify = "left"
     return table
 
 
@@ -251,12 +255,14 @@ def _result(run: Run) -> list[str]:
     """Its metric, cost, target and time."""
     record = run.record
     target, contest = record["cost_target"], record.get("contest") or {}
+    sizes = file_sizes(record)
     lost = "" if contest.get("within_drop", True) else f" (NOT within {contest['max_drop']:g} of float)"
     risen = f" (loss ROSE from {rise})" if (rise := loss_rise(record)) else ""
     return [
         f"{record['metric']} {run.quality:.4f}{lost}{risen}",
         f"{number(record['cost'])} {record['cost_unit']}",
         "" if target is None else f"{number(target)} {record['cost_unit']}",
+        "" if sizes is None else f"{number(sizes[0])} MiB",
         duration(record["wall_seconds"]),
     ]
 

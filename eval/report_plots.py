@@ -43,7 +43,10 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
             handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=1, label=name))
         if panel.left_out:
             handles.append(Line2D([], [], ls="", label=f"not shown, cost unknown: {panel.left_out}"))
-        axes.set_xlabel(f"{panel.cost_type} cost [{panel.cost_unit}]" + (", log scale" if panel.log_cost else ""))
+        axes.set_xlabel(
+            f"{panel.cost_type} cost of the searched layers [{panel.cost_unit}]"
+            + (", log scale" if panel.log_cost else "")
+        )
         axes.set_ylabel(f"{panel.metric} (validation)" + (", lower is better" if panel.lower_is_better else ""))
         axes.margins(0.08)
         if panel.log_cost:
@@ -169,7 +172,7 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
         "loss": "loss",
         "reward": "reward",
         "quality": "quality",
-        "cost": f"{kind} cost [{unit}]",
+        "cost": f"{kind} cost, searched layers [{unit}]",
         "entropy": "entropy [nat]",
     }
     known = {name: [series(history, name) for history in histories] for name in measures}
@@ -225,7 +228,7 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
         dots = axes.scatter(points[:, 1], points[:, 2], c=points[:, 0], cmap="cividis", s=10, linewidths=0.3)
         dots.set_edgecolor(INK)  # shows the darkest dots on a dark page as well
         canvas.colorbar(dots, ax=axes, label="step")
-        axes.set_xlabel(f"{run.record['cost_type']} cost [{run.record['cost_unit']}]")
+        axes.set_xlabel(f"{run.record['cost_type']} cost of the searched layers [{run.record['cost_unit']}]")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_ylabel("quality (held-out batch)")
         lines = {"target": (run.record["cost_target"], "--"), "chosen": (run.record["cost"], "-")}

@@ -13,6 +13,7 @@ from eval.record_schema import loss_rise
 from eval.report_labels import differing
 from eval.report_paired import Answers, half_width, mean_answers
 from eval.report_records import TRAINING_SETTINGS, Group, Run, mean_sd
+from eval.run_outcome import file_sizes
 
 
 def summary_rows(
@@ -69,6 +70,7 @@ def _summary_row(group: Group, baseline: float | None, settings: str) -> dict[st
     record = group.record
     cost, cost_sd = group.cost(record["cost_type"])
     quality, quality_sd = group.quality
+    sizes = [file_sizes(run.record) for run in group.runs]
     return {
         **{key: record[key] for key in ("task", "model", "method")},
         "formats": group.runs[0].formats,
@@ -76,6 +78,7 @@ def _summary_row(group: Group, baseline: float | None, settings: str) -> dict[st
         "float_share": record.get("float_share"),
         "cost_mean": cost,
         "cost_sd": cost_sd,
+        "file_mib": None if None in sizes else mean([size[0] for size in sizes if size]),
         "metric": record["metric"],
         "quality_mean": quality,
         "quality_sd": quality_sd,

@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from eval.report_records import Run, lower_is_better
+from eval.run_outcome import COUNTED, FILE
 from quant.formats import parse_format
 
 Row: TypeAlias = Mapping[str, Any]
@@ -62,6 +63,7 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
         Column("method", _plain("method")),
         Column("formats", _plain("formats")),
         Column(f"cost{in_unit}", _mean_sd(rows, "cost", unit, with_unit), "cost_mean"),
+        Column("file [MiB]", _number(rows, "file_mib", "task"), "file_mib"),
         Column(name, _mean_sd(rows, "quality", metric, with_name), "quality_mean"),
         Column("Δ float", _minus_float(rows), "minus_float"),
         Column(f"target{in_unit}", _number(rows, "cost_target", unit, "cost_mean", show_unit=with_unit), "cost_target"),
@@ -78,7 +80,7 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
     if per_run:
         columns.append(Column("run", lambda row: "/".join(Path(row["run"]).parts[-2:])))
     title = [*(rows[0][key] for key in ("task", "model") if key in shared), *_outside_cost(rows)]
-    return Table(" · ".join(title), columns, rows)
+    return Table("\n".join([" · ".join(title), COUNTED, FILE]).strip(), columns, rows)
 
 
 def _outside_cost(rows: Sequence[Row]) -> list[str]:
@@ -164,7 +166,8 @@ def to_markdown(table: Table) -> str:
     marks = ["---:" if column.numeric else "---" for column in table.columns]
     lines = [[column.heading for column in table.columns], marks, *table.texts()]
     body = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-    return (f"**{table.title}**\n\n" if table.title else "") + body
+    title = "  \n".join(table.title.splitlines())
+    return (f"{title}\n\n" if title else "") + body
 
 
 _LATEX = {

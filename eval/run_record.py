@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from eval.limits import limits_of
 from eval.record_schema import SCHEMA_VERSION, loss_rise
 from eval.run_config import RunConfig
+from eval.run_outcome import told_choice, told_cost, told_engines
 from eval.run_plan import Plan, budget, search_space
 from eval.run_trainer import teacher_share
 from quant.formats import Format
@@ -144,16 +145,17 @@ def outside_cost(record: Mapping[str, Any]) -> str:
     return f"; outside it, in float: {100 * share:.3g} % of the weights in matrices" if share else ""
 
 
-def outcome(record: Mapping[str, Any]) -> list[str]:
-    """What a finished run has reached, in lines: metrics, cost, and whether what was asked for was kept."""
+def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
+    """What a finished run has reached, in lines: metrics, choice, cost, and whether what was asked for was kept.
+
+    With its `folder` also where it can run, and how to export it.
+    """
     lines = [
         f"{split}: " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
         for split, metrics in record["metrics"].items()
     ]
     contest = record.get("contest") or {}
-    found = record["cost_target"] is None or "max_drop" in contest  # then the target is what was found, not asked for
-    target = "" if found else f" (target {record['cost_target']:.6g})"
-    lines.append(f"cost: {record['cost']:.6g} {record['cost_unit']}{target}{outside_cost(record)}")
+    lines += [told_choice(record) or "", f"{told_cost(record)}{outside_cost(record)}"]
     for limit in record["limits"]:
         lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")
     if "max_drop" in contest:
@@ -162,4 +164,6 @@ def outcome(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"held-out quality: {quality:.5f} when chosen, float {of_float:.5f}: {kept} {drop:g}")
     if risen := loss_rise(record):
         lines.append(f"{RISEN} {risen}")
-    return lines
+    if folder is not None:
+        lines.append(told_engines(record, folder) or "")
+    return [line for line in lines if line]
