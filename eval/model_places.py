@@ -7,12 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+from eval import transformer_utils, vision_utils
 from eval.run_config import is_path
 from quant.errors import UserError
 from trainer.saved_files import QUANTIZATION
 
 SAYS_NOTHING = re.compile(r"(model|checkpoint|weights|best|last|final|output|export|saved)([-_ ]?\d+)?", re.IGNORECASE)
 """names of folders that many models have"""
+
+
+def is_folder(model: str) -> bool:
+    """Whether --model means a local folder: a name that is known stays one, whatever stands in the working folder."""
+    return model not in transformer_utils.MODELS and model not in vision_utils.MODELS and is_path(model)
 
 
 def saved_model(path: str | Path) -> Path | None:
@@ -29,7 +35,7 @@ def starting_model(config: Any) -> tuple[str, Path] | None:
     """
     for flag in ("load_model_path", "model_path", "model"):
         path = getattr(config, flag, None)
-        if flag == "model" and (getattr(config, "from_scratch", False) or not is_path(str(path))):
+        if flag == "model" and (getattr(config, "from_scratch", False) or not is_folder(str(path))):
             continue  # a name, or a folder that lends its architecture alone
         if path is not None and (folder := saved_model(path)) is not None:
             return f"--{flag} {path}", folder
@@ -47,13 +53,13 @@ def description(folder: Path, subject: str) -> dict[str, Any]:
 
 def model_name(config: Any) -> str:
     """What the run's folder and tables call the model: by its name, its run's, or its architecture and folder."""
-    if config.model and not is_path(config.model):
+    if config.model and not is_folder(config.model):
         return config.model
     if (start := starting_model(config)) is not None:
         subject, folder = start
         build = description(folder, subject)["build"]
         name = build.get("name") or build.get("model")  # runs before there was a name have a model at most
-        return str(name) if name and not is_path(str(name)) else folder_name(folder)
+        return str(name) if name and not is_folder(str(name)) else folder_name(folder)
     return folder_name(Path(config.model or str(config.model_path)))
 
 

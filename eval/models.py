@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import transformer_utils, vision_utils
-from eval.model_places import description, starting_model
-from eval.run_config import is_path
+from eval.model_places import description, is_folder, starting_model
 from eval.tasks import TASKS, Task, find_task
 from quant.errors import UserError
 from trainer.saved_files import WEIGHTS
@@ -74,7 +73,7 @@ def build_from_run(subject: str, folder: Path, config: Any, task: Task, num_labe
     described = description(folder, subject)
     build, name = described["build"], getattr(config, "model", None)
     saved = build.get("model")
-    if name and saved and not is_path(name) and not is_path(saved) and alias(name) != alias(saved):
+    if name and saved and not is_folder(name) and not is_folder(saved) and alias(name) != alias(saved):
         raise UserError(f"--model {name}: {subject} holds {saved}; leave --model out")
     if any((described.get("migration") or {}).values()):
         raise UserError(
@@ -110,13 +109,14 @@ def build_architecture(
     """
     import transformers
 
+    from eval.pretrained import write_as_saved
     from eval.text_nets import CandidateScorer
 
     known = TASKS.get(task, Task("image", ()))  # a local folder's task, which may be gone by now, has the defaults
     if not (folder / "config.json").is_file():
         return vision_utils.build_named(alias(model), known, num_labels, image_size, scratch=True).model
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    inner = getattr(transformers, settings.architectures[0])(settings)
+    inner = write_as_saved(getattr(transformers, settings.architectures[0])(settings), folder)
     return CandidateScorer(inner) if known.candidates else inner
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.hub import hub_answers, unreachable
 from quant.errors import UserError
@@ -58,6 +59,14 @@ def new_model(auto_class: Any, settings: PretrainedConfig) -> PreTrainedModel:
         raise UserError(
             f"--model {source}: builds no {auto_class.__name__.removeprefix('AutoModelFor')} model: {reason(error)}"
         ) from error
+
+
+def write_as_saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model`, generating as the one that was saved in `folder` did."""
+    file = folder / "generation_config.json"
+    if file.is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_dict(json.loads(file.read_text()))
+    return model
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -36,10 +36,12 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(bundle.model.state_dict(), folder)
     if isinstance(settings := getattr(bundle.model, "config", None), PretrainedConfig):
-        owner = bundle.model.model if isinstance(bundle.model, CandidateScorer) else bundle.model
+        owner: Any = bundle.model.model if isinstance(bundle.model, CandidateScorer) else bundle.model
         settings.architectures = [type(owner).__name__]  # which head: nothing else says it
         settings.save_pretrained(folder)
         name_classes(folder / "config.json", settings)
+        if owner.can_generate():  # as a dict: save_pretrained refuses settings that some published models have
+            write_json(folder / "generation_config.json", owner.generation_config.to_diff_dict())
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
     build: dict[str, Any] = {"task": config.task, "model": bundle.name or config.model, "name": config.model_name}

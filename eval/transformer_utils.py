@@ -85,7 +85,7 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
 
 def build_saved(folder: Path, subject: str, task: Task, num_labels: int) -> ModelBundle:
     """The text model that a finished run saved in `folder`, with its own tokenizer, without its weights."""
-    from eval.pretrained import load_tokenizer, new_model
+    from eval.pretrained import load_tokenizer, new_model, write_as_saved
 
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -93,7 +93,8 @@ def build_saved(folder: Path, subject: str, task: Task, num_labels: int) -> Mode
     tokenizer = load_tokenizer(str(folder))
     settings = configuration(str(folder))
     settings.update(head_of(task, num_labels))
-    return bundle_of(new_model(auto_class(settings, task), settings), tokenizer, task, [])
+    model = write_as_saved(new_model(auto_class(settings, task), settings), folder)
+    return bundle_of(model, tokenizer, task, [])
 
 
 def head_of(task: Task, num_labels: int) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def measure_sensitivity(
     """
     seen = []
     decisions, total = len(space.decisions), len(space.decisions) * len(batches)
-    noun = "layer" if all(len(decision.layers) == 1 for decision in space.decisions) else "group of layers"
+    noun = "layers" if all(len(decision.layers) == 1 for decision in space.decisions) else "groups of layers"
     examples = sum(map(examples_of, batches))
-    tell(MEASURING, 0, total, f"{decisions} {noun}s in {space.num_choices} formats on {examples} examples")
+    tell(MEASURING, 0, total, f"{decisions} {noun} in {space.num_choices} formats on {examples} examples")
     with evaluating(model):
         for number, batch in enumerate(batches):
             effects: list[list[Tensor]] = [[] for _ in space.decisions]

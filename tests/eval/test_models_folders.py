@@ -10,6 +10,7 @@ import transformers
 
 from eval.eval_run import run
 from eval.flags import parse
+from eval.model_places import starting_model
 from eval.models import build_model
 from eval.run_plan import make_plan
 from eval.saved_model import load_model
@@ -310,6 +311,14 @@ def test_models_are_called_by_architecture_and_folder(tmp_path):
         "tuned": "bert-tuned",
         "mine/checkpoint-500": "bert-mine-checkpoint-500",
     }
+
+
+def test_a_known_name_stays_one_whatever_folder_is_called_so(tmp_path, monkeypatch):
+    _, folder = a_run("--task digits --model convnet --max_steps 1", tmp_path)
+    (tmp_path / "convnet").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    settings = parse(["--task", "digits", "--model", "convnet", "--method", "float"])
+    assert settings.model_name == "convnet" and starting_model(settings) is None
 
 
 def test_random_weights_are_told_unless_they_were_asked_for(tmp_path, caplog):
