@@ -52,7 +52,7 @@ def find_layers(
     """The layers of `model` that can be quantized, by dotted name, in module order, each once.
 
     Args:
-        include: globs over layer names; None is all.
+        include: globs over layer names; None is all but adapters, see `adapter_layers`.
         exclude: globs over layer names to leave out; it wins over include.
 
     Raises UserError for a glob that matches no layer. Attention and experts have layers only once they are taken apart,
@@ -63,6 +63,7 @@ def find_layers(
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, known) and name not in hidden
     }
+    adapters = adapter_layers(model, layers) if include is None else ()
     for pattern in (*(include or ()), *(exclude or ())):
         if layers and not any(fnmatchcase(name, pattern) for name in layers):
             raise UserError(
@@ -71,13 +72,31 @@ def find_layers(
     return {
         name: module
         for name, module in layers.items()
-        if (include is None or _matches(name, include)) and not _matches(name, exclude or ())
+        if (name not in adapters if include is None else _matches(name, include)) and not _matches(name, exclude or ())
     }
+
+
+def adapter_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of these layers that belong to a LoRA adapter: `lora_A` and `lora_B` of one module, or inside them.
+
+    Adapters are small, are trained on top of a frozen layer, and are merged into it or swapped: they stay in float
+    unless asked for.
+    """
+    pairs = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")]
+    parts = tuple(f"{name}.{part}".lstrip(".") for name in pairs for part in ("lora_A", "lora_B"))
+    return [name for name in names if name in parts or name.startswith(tuple(f"{part}." for part in parts))]
 
 
 def _warn_of_float(model: nn.Module, layers: Collection[str], exclude: Collection[str]) -> None:
     """Of weights that no layer holds which can be quantized; the user knows of those that `exclude` names."""
-    found = float_share(model, [*layers, *find_layers(model, exclude)]) if exclude else float_share(model, layers)
+    adapters = adapter_layers(model, dict(model.named_modules()))
+    adapters = [name for name in adapters if "weight" in model.get_submodule(name)._parameters]
+    if adapters:
+        logger.warning(
+            "%d layers of LoRA adapters stay in float: %s%s; name them in `include` to quantize them",
+            len(adapters), ", ".join(adapters[:3]), ", ..." if len(adapters) > 3 else "",
+        )  # fmt: skip
+    found = float_share(model, [*layers, *adapters, *(find_layers(model, exclude) if exclude else ())])
     if found.left:
         logger.warning("%s; linear layers and convolutions are quantized", found)
 

@@ -25,10 +25,20 @@ def round_minifloat(v: Tensor, format: FloatFormat) -> Tensor:
     return torch.round(y / step) * step
 
 
+def emulate_grid(v: Tensor, row: Tensor) -> Tensor:
+    """`quant.kernels.round_to_grid` for finite v."""
+    low, high, smallest_power, magic, keep_sign = row.unbind(0)
+    y = torch.clamp(v, low, high)
+    power = torch.maximum(power_below(torch.maximum(y.abs(), smallest_power)), smallest_power)
+    rounded = ((y / power + magic) - magic) * power
+    return torch.where(keep_sign > 0, torch.copysign(rounded, v), rounded)
+
+
 def emulate(x: Tensor, format: BlockFormat, dim: int | None) -> Tensor:
-    """`fake_quantize(x, format, dim=dim)` for finite x, in operations that can be traced."""
-    assert dim is not None  # inputs reduce along one axis
-    moved = x.movedim(dim, -1)
+    """`fake_quantize(x, format, dim=dim)` for finite x, in operations that can be traced; float32."""
+    if dim is None:  # a convolution's weight sums over all axes but the first
+        return emulate(x.flatten(1), format, -1).view(x.shape)
+    moved = x.float().movedim(dim, -1)
     length, size = moved.shape[-1], format.block_size
     blocks = torch.nn.functional.pad(moved, (0, -length % size)).unflatten(-1, (-1, size))
     largest = blocks.abs().amax(dim=-1, keepdim=True)

@@ -9,6 +9,7 @@ the same.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -22,6 +23,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from quant.computed_weights import norm_hook, weight_of
 from quant.errors import UserError
 from quant.export_emulation import emulate
 from quant.export_onnx_integer import round_outputs
@@ -158,8 +160,12 @@ class _Traced(nn.Module):
         super().__init__()
         self.name = name
         self.module = module
+        self.weight_shape = weight_of(module).shape  # read before tracing: what computes a weight is not in the file
         for hooks in HOOKS:  # a migrated layer divides its input, or shows it to a shortcut; users have their own
-            setattr(self, hooks, getattr(module, hooks))
+            setattr(self, hooks, copy.copy(getattr(module, hooks)))
+        for key, hook in list(self._forward_pre_hooks.items()):
+            if hook is norm_hook(module):  # the file holds the weight that it computes
+                del self._forward_pre_hooks[key]
 
     def __getattr__(self, name: str) -> Any:
         """What models ask their layers for: MobileNetV2 pads by a convolution's stride."""
@@ -175,8 +181,7 @@ class _Traced(nn.Module):
             x = emulate(x, activation.format, activation.reduction_dim)
         else:
             x = placeholder("Input", self.name, x.shape, x)
-        shape = module.weight.shape
-        source = module.weight.new_empty(1)
+        shape, source = self.weight_shape, input.new_empty(1)
         if isinstance(module, QuantLinear | QuantConv1D):
             # A plain product with the weight as (in, out), which engines recognise behind quantized operands.
             x = x @ placeholder("Weight", self.name, shape if isinstance(module, QuantConv1D) else shape[::-1], source)

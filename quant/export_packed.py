@@ -21,11 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quant.computed_weights import fold_weight, sources
 from quant.convert import describe_quantizers, in_float, quantize_as_described
 from quant.errors import UserError
 from quant.export_codes import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
 from quant.export_verdict import LayerVerdict, as_chosen, left_in_float
-from quant.export_weights import RoundedWeight, from_rows, never_called, round_weight, static_range, to_rows
+from quant.export_weights import (
+    RoundedWeight,
+    from_rows,
+    never_called,
+    plain_weight,
+    round_weight,
+    static_range,
+    to_rows,
+)
 from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.placement import placed_sites
@@ -68,8 +77,8 @@ def write_packed(
     Args:
         extra: JSON values that go into the description, under their names.
 
-    Layers that the model never calls are written in float. Raises UserError for a weight that cannot be stored, see
-    `round_weight`, and for quantizers around layers.
+    Layers that the model never calls are written in float; weights that are computed, as they are now. Raises UserError
+    for a weight that cannot be stored, see `round_weight`, and for quantizers around layers.
     """
     if sites := placed_sites(model):
         raise UserError(f"a packed file has no place for the quantizers around layers, such as {next(iter(sites))}")
@@ -96,6 +105,8 @@ def _contents(
             layers[name]["weight_of"] = owners[name]
         elif (rounded := round_weight(name, module)) is not None:
             tensors |= {f"{name}.weight.{key}": value for key, value in _pack(rounded).items()}
+        elif sources(module):
+            tensors[f"{name}.weight"] = plain_weight(name, module).cpu().contiguous()
         if (range := static_range(name, module)) is not None and range.format.scaled:
             tensors[f"{name}.input.scale"] = torch.tensor(range.scale)
             if range.offset is not None:
@@ -143,6 +154,9 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     another architecture.
     """
     layers = description["layers"]
+    for name, layer in model.named_modules():
+        if name in layers:
+            fold_weight(layer)  # the file holds weights, not what they were computed from
     modules = quantize_as_described(model, layers, description)
     taken: set[str] = set()
     for name, module in modules.items():
@@ -252,6 +266,7 @@ def _rest(model: nn.Module, modules: Mapping[str, QuantModule]) -> tuple[dict[st
     named = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if layer in packed}
     covered = {f"{name}.weight" for name, layer in named.items() if layer.weight_quantizer.format != FLOAT}  # type: ignore[union-attr]
     ranges = tuple(f"{name}.{part}_quantizer." for name in named for part in ("weight", "input"))
+    ranges += tuple(f"{name}.{source}" for name, layer in named.items() for source in sources(layer))
     rest: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.block_rounding import round_blocks
+from quant.computed_weights import weight_of
 from quant.errors import UserError
 from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat
 from quant.grid import Grid
@@ -55,16 +56,11 @@ def block_unit(format: BlockFormat) -> float:
 
 
 def plain_weight(name: str, module: QuantModule) -> Tensor:
-    """The float weight. Raises UserError where it is computed by a parametrization, or not finite."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise UserError(
-            f"layer {name}: its weight is computed (weight norm or another parametrization) and cannot be exported; "
-            "call torch.nn.utils.parametrize.remove_parametrizations before quantizing"
-        )
+    """The float weight; one that is computed (weight norm, say) as it is now. Raises UserError if it is not finite."""
+    weight = weight_of(module)
     if not bool(weight.isfinite().all()):
         raise UserError(f"layer {name}: its weight holds NaN or infinity and cannot be exported")
-    return weight.detach()
+    return weight
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quant.formats import BlockFormat, ByteGrid, FloatFormat, Format, IntFormat, IntGrid, Rounding
 from quant.layout import Layout, layout_of
+from quant.modes import recorded
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,11 @@ class Kernels(Protocol):
 def _constant_row(rounding: Rounding, device: torch.device | str | None) -> Tensor:
     """Made once for each format and device, and never written to: copying it to a GPU each time would stall."""
     with torch.inference_mode(False):
-        return torch.tensor(astuple(rounding), dtype=torch.float32, device=device)
+        return _new_row(rounding, device)
+
+
+def _new_row(rounding: Rounding, device: torch.device | str | None) -> Tensor:
+    return torch.tensor(astuple(rounding), dtype=torch.float32, device=device)
 
 
 def rounding_row(
@@ -90,7 +95,8 @@ def rounding_row(
     """
     if not isinstance(format, IntFormat | FloatFormat):
         raise ValueError(f"{format} is not rounded on one grid for the whole tensor")
-    row = _constant_row(format.rounding(grid or ("narrow" if zero_point is None else "full")), device)
+    made = _new_row if recorded() else _constant_row  # what is made while recording is no tensor to keep
+    row = made(format.rounding(grid or ("narrow" if zero_point is None else "full")), device)
     if zero_point is None or isinstance(format, FloatFormat):
         return row
     row = row.view(5, *(1,) * zero_point.dim()).repeat(1, *zero_point.shape)

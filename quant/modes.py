@@ -1,11 +1,20 @@
-"""Training and eval mode of a model's modules."""
+"""Training and eval mode of a model's modules, and whether what they do is being recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def recorded() -> bool:
+    """Whether torch.export or torch.jit.trace records what runs: their graphs hold torch's operations, and no others.
+
+    torch.compile, which goes back to Python where it has to, does not count.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 @contextmanager

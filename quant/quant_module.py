@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quant import fused
 from quant.byte_codes import ByteCodes, Packed, compute_on_codes, fits_bytes, pack_weight
 from quant.formats import FLOAT, BlockFormat, Format
+from quant.modes import recorded
 from quant.quantizer import Quantizer, QuantizerConfig, Rounder
 from quant.replay import Replay
 
@@ -152,6 +153,8 @@ class QuantModule(nn.Module):
         return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
+        if recorded():
+            return self.compute(self.input_quantizer(input), self.weight_quantizer(self.weight))
         if self.observing:
             self.most_seen = max(self.most_seen, input.numel())
             self.input_quantizer.observe(input)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from quant.block_rounding import block_gradients, round_in_blocks
 from quant.choices import check_choices
+from quant.export_emulation import emulate, emulate_grid
 from quant.formats import FLOAT, BlockFormat, ByteGrid, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.grid import Grid
 from quant.kernels import kernels
+from quant.modes import recorded
 from quant.observers import (
     AVERAGING,
     OBSERVERS,
@@ -310,6 +312,16 @@ class Rounder:
         """Whether it is a rounding and nothing else, whose `gradients` are known."""
         return self.offset is None
 
+    def recordable(self, x: Tensor) -> Tensor:
+        """The same values for finite x, in operations that torch.export and torch.jit.trace record; no gradients."""
+        if self.row is None or self.scale is None:
+            assert isinstance(self.format, BlockFormat)
+            return emulate(x, self.format, self.dim).to(x.dtype)
+        scale = self.scale.clamp(min=least_scale(self.scale))
+        centred = x.float() if self.offset is None else x.float() - self.offset
+        rounded = emulate_grid(centred / scale, self.row) * scale
+        return (rounded if self.offset is None else rounded + self.offset).to(x.dtype)
+
     def values(self, x: Tensor) -> Tensor:
         """If plain: the same as calling it, past autograd."""
         if self.row is None or self.scale is None:
@@ -339,6 +351,8 @@ class Rounder:
         return dx, None if dscale is None else dscale * self.gradient_scale, rounded
 
     def __call__(self, x: Tensor) -> Tensor:
+        if recorded():
+            return self.recordable(x)
         if self.row is None or self.scale is None:
             return fake_quantize(x, self.format, dim=self.dim)
         if self.offset is None:

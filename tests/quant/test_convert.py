@@ -646,3 +646,37 @@ def test_from_float_shares_parameters_and_leaves_the_layer_alone():
     assert module.weight is layer.weight and module.bias is layer.bias
     assert set(layer._modules) == set() and set(module._modules) == {"weight_quantizer", "input_quantizer"}
     assert type(layer) is nn.Linear
+
+
+# ------------------------------------------------------ adapters
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a LoRA adapter beside it, as libraries lay it out."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_adapters_stay_in_float_unless_asked_for_and_scales_of_a_frozen_layer_train(caplog):
+    model = nn.Sequential(Adapted(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 4))
+    modules = quantize_model(model, formats=FORMATS)
+    assert list(modules) == ["0.base_layer", "2"] == list(find_layers(model))
+    told = "2 layers of LoRA adapters stay in float: 0.lora_A.default, 0.lora_B.default; name them in `include`"
+    assert told in caplog.text and "weights in matrices" not in caplog.text
+    x = torch.randn(3, 6)
+    calibrate(model, modules, [x])
+    all_in(modules, "int4", "int4")
+    model(x).sum().backward()
+    layer = modules["0.base_layer"]
+    assert layer.weight.grad is None and layer.weight_quantizer.grids["int4"].scale.grad.abs().sum() > 0
+    assert layer.input_quantizer.grids["int4"].scale.grad is not None
+    assert model[0].lora_A["default"].weight.grad.abs().sum() > 0
+    assert list(find_layers(model, include=["*lora_A*"])) == ["0.lora_A.default"]
+    assert list(find_layers(nn.ModuleDict({"lora_A": nn.Linear(2, 2)}))) == ["lora_A"]  # alone it is a name like any

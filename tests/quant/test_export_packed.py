@@ -379,8 +379,3 @@ def test_weights_that_cannot_be_stored_are_refused(tmp_path):
         modules["linear"].weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="layer linear: its weight holds NaN"):
         write_packed(tmp_path / "m.safetensors", model, modules)
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
-    modules = quantize_model(model)
-    set_formats(modules, {"0": (parse_format("int4"), FLOAT)})
-    with pytest.raises(UserError, match="layer 0: its weight is computed"):
-        write_packed(tmp_path / "m.safetensors", model, modules)
