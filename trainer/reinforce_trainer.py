@@ -529,10 +529,19 @@ class ReinforceTrainer(JudgingTrainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = dict(inputs)  # a loss function of one's own takes the labels out of them
-        if self.teacher is None or not self.teacher.share or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
+        if not isinstance(loss, Tensor) or (loss.numel() != 1 and self.args.n_gpu < 2):
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise UserError(
+                f"{type(self.model).__name__} returns {got} where its loss should be: return {{'loss': ..., 'logits': "
+                "...} or (loss, logits) where there are labels, or pass compute_loss_func"
+            )
+        if self.compute_loss_func is not None and isinstance(outputs, Tensor | tuple):
+            # The Trainer takes what comes first for the loss, and would drop an output, or the first row of one.
+            outputs = (loss, *outputs) if isinstance(outputs, tuple) else (loss, outputs)
+        if self.teacher is None or not self.teacher.share or not model.training:
+            return (loss, outputs) if return_outputs else loss
         logits = class_logits(outputs, batch, checked=False)
         counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
         loss = self.teacher.loss(loss, logits, batch, counted)

@@ -330,3 +330,35 @@ def test_a_model_of_transformers_comes_back_by_itself(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, trainer.model.eval()(tokens).logits)
     assert not list((tmp_path / "saved").glob("*.bin")), "no pickle"
+
+
+def test_a_model_that_returns_no_loss_is_one_line(tmp_path):
+    class Bare(Net):
+        def forward(self, x, labels=None):
+            return self.head(self.body(x))
+
+    wanted = r"Bare returns a tensor of shape \(3,\) where its loss should be: return {'loss': ..., 'logits': ...} or"
+    with pytest.raises(UserError, match=wanted):
+        searched(tmp_path, Bare(None)).train()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_outputs_beside_a_loss_function_lose_nothing(several, tmp_path):
+    class Bare(Net):
+        def forward(self, x):
+            logits = self.head(self.body(x))
+            return (logits, x) if several else logits
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs[0] if several else outputs, labels)
+
+    data = Rows(20)
+    trainer = searched(tmp_path, Bare(None), compute_loss_func=loss, settings={"max_steps": 0}.items())
+    trainer.prepare()
+    predictions = trainer.predict(data).predictions
+    with torch.no_grad():
+        wanted = trainer.model.eval()(data.x)
+    assert [len(part) for part in (predictions if several else [predictions])] == [20] * (1 + several)
+    torch.testing.assert_close(
+        torch.from_numpy(predictions[0] if several else predictions), wanted[0] if several else wanted
+    )
