@@ -51,6 +51,11 @@ def command(name: str, *arguments: str | Path) -> str:
     return line if here or script[0] != "-m" else f"cd {shlex.quote(str(ROOT))} && {line}"
 
 
+def example_of(name: str, arguments: str) -> str:
+    """The last line of a command's --help."""
+    return f"for example: {command(name)} {arguments}"
+
+
 def again(*arguments: str | Path) -> str:
     """What was started, with other arguments, as a line for a shell: one of `COMMANDS`, or a script that calls us."""
     started = Path(sys.argv[0]).resolve()

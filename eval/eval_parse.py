@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eval import report_tables as tables
-from eval.commands import command
+from eval.commands import command, example_of
 from eval.export_formats import writing
 from eval.flag_checks import check_can_be_made
 from eval.flags import entry
@@ -88,7 +88,12 @@ def _flags(argv: Sequence[str]) -> Namespace:
         def error(self, message: str) -> NoReturn:
             raise UserError(message)
 
-    parser = Parser(prog=command("mpq-report"), description="Tables and pictures of finished runs.", allow_abbrev=False)
+    parser = Parser(
+        prog=command("mpq-report"),
+        description="Tables and pictures of finished runs.",
+        allow_abbrev=False,
+        epilog=example_of("mpq-report", "output --html report.html"),
+    )
     add = parser.add_argument
     add("folders", metavar="DIR", nargs="*", type=Path, help="folder of runs, searched through to any depth")
     add("--format", choices=FORMATS, default="table", help="how the table is printed (default: table)")

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eval.commands import command
+from eval.commands import command, example_of
 from eval.export_formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written, writing
 from eval.export_run import FinishedRun, finished_run
 from eval.flag_checks import check_one_of
@@ -233,7 +233,10 @@ def _flags(argv: Sequence[str]) -> Namespace:
             raise UserError(message)
 
     parser = Parser(
-        prog=command("mpq-export"), description="A finished run as a model for deployment.", allow_abbrev=False
+        prog=command("mpq-export"),
+        description="A finished run as a model for deployment.",
+        allow_abbrev=False,
+        epilog=example_of("mpq-export", "output/digits/default/RUN --format onnx"),
     )
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")

@@ -18,6 +18,7 @@ from eval.commands import command
 from eval.flag_checks import check_inside, validate
 from eval.flag_effects import reads_texts
 from eval.full_disk import is_full_disk
+from eval.help import asked_for
 from eval.quant_yaml import quant_flags
 from eval.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
 from quant.errors import UserError
@@ -185,6 +186,9 @@ def _switches() -> list[str]:
 
 def flags_given(argv: Sequence[str]) -> dict[str, Any]:
     """What `argv` sets, without the defaults: a flag given at its default still wins over the file."""
+    if (text := asked_for(argv)) is not None:
+        print(text)
+        sys.exit(0)
     parser = make_parser()
     unset = Namespace(**{f.name: _UNSET for f in fields(RunConfig)})
     namespace, unknown = parser.parse_known_args(list(argv), unset)
@@ -192,7 +196,7 @@ def flags_given(argv: Sequence[str]) -> dict[str, Any]:
         name = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = name.split("=")[0]
         close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
+        hint = f"did you mean {close[0]}?" if close else "--help_all lists all flags"
         raise UserError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name}; {hint}")
     _check_names_of_one(argv)
     return {name: value for name, value in vars(namespace).items() if value is not _UNSET}

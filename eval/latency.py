@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eval.commands import command
+from eval.commands import command, example_of
 from eval.export_formats import ONNX_PACKAGES, ROUND_OUTPUTS, require, writing
 from eval.export_run import FinishedRun, finished_run
 from eval.flags import entry
@@ -247,7 +247,12 @@ def _flags(argv: Sequence[str]) -> Namespace:
         def error(self, message: str) -> NoReturn:
             raise UserError(message)
 
-    parser = Parser(prog=command("mpq-latency"), description="ONNX Runtime latencies of a run.", allow_abbrev=False)
+    parser = Parser(
+        prog=command("mpq-latency"),
+        description="ONNX Runtime latencies of a run.",
+        allow_abbrev=False,
+        epilog=example_of("mpq-latency", "output/digits/default/RUN --threads 2"),
+    )
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")
     add("--output", type=Path, help=f"the table (default: RUN_DIR/{TABLE})")

@@ -133,6 +133,9 @@ def write_csv(names: Sequence[str], columns: Columns, path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Measure, print the table, and write sensitivity.csv and sensitivity.png into the run's folder."""
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\n--kinds {','.join(KINDS)}; the other flags are a run's: --help_all lists them")
+        return 0
     kinds: Sequence[str] = ("measured", "fisher", "trace")
     if "--kinds" in argv:
         at = argv.index("--kinds")
