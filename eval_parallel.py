@@ -27,13 +27,14 @@ from eval.flag_checks import refuse_link
 from eval.flags import INTERRUPTED, entry
 from eval.launch_facts import Facts, learn
 from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
-from eval.launch_progress import Watch, note_lines, plan_table, result_table, waiting, watching
+from eval.launch_progress import Watch, note_lines, result_table, waiting, watching
 from eval.launch_ray import Share, check_request, disk_is_full, fit, join, ray_session
 from eval.launch_state import locked, read_launch, set_aside, write_launch
 from eval.launch_trial import TUNED, Runner
 from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
+from eval.plan_summary import print_plan
 from eval.run_config import COST_UNITS, TUNE_FOLDER, RunConfig
-from eval.run_progress import duration, make_console
+from eval.run_progress import make_console
 from eval.run_record import outcome
 
 
@@ -144,11 +145,7 @@ def show_plan(config: RunConfig, runs: Mapping[str, RunConfig], share: Share | N
     """What --dry_run prints."""
     facts = look_at(runs, make_console(sys.stderr, config.quiet), measure=True)
     console = make_console(sys.stdout)
-    console.print(plan_table(runs, facts))
-    for outside in dict.fromkeys(known.outside_cost for known in facts.values() if known.outside_cost):
-        console.print(f"outside the cost: {outside}")
-    seconds = sum(known.seconds or 0.0 for known in facts.values())
-    console.print(f"\n{len(runs)} runs, one at a time about {duration(seconds)} on this machine")
+    print_plan(console, runs, facts)
     if share is not None and share.concurrent > 1:
         console.print(f"{share.concurrent} at a time, each with {share.cpus:g} CPU and {share.gpus:g} GPU")
     return 0

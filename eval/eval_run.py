@@ -254,6 +254,17 @@ def make_way(config: RunConfig) -> None:
     print(f"{result}: {found.reason}; it is kept as {result.name}.old, and the run goes on", file=sys.stderr)
 
 
+def show_plan(config: RunConfig) -> int:
+    """What --dry_run prints: as the launcher does."""
+    from eval.launch_facts import learn
+    from eval.plan_summary import print_plan
+    from eval.run_progress import make_console
+
+    runs = {config.run_name: config}
+    print_plan(make_console(sys.stdout), runs, learn(runs, measure=True))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Run what the flags say and print where the record is. `torchrun` shares one run among several GPUs."""
     config = parse(argv)
@@ -261,6 +272,8 @@ def main(argv: list[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     quiet = config.quiet or not first_process()
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
+    if config.dry_run:
+        return show_plan(config)
     if first_process():
         make_way(config)
     try:

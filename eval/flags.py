@@ -26,7 +26,7 @@ from quant.errors import UserError
 __all__ = ["RunConfig", "complete", "entry", "parse", "read_flags", "to_yaml", "validate"]
 
 _LAUNCHER_ONLY = (
-    *(*GRID_FLAGS, "dry_run", "asha", "hpo", "ray_address"),
+    *(*GRID_FLAGS, "asha", "hpo", "ray_address"),
     *("num_cpus", "num_gpus", "cpus_per_trial", "gpus_per_trial"),
 )
 _LISTS = {

@@ -40,6 +40,10 @@ class Facts:
     """about how long it takes on this machine; None where it was not measured"""
     outside_cost: str = ""
     """the matrices that stay in float, and how much they are; empty: none"""
+    held_out: int = 0
+    """training examples that a search judges on"""
+    found: tuple[str, ...] = ()
+    """lines that tell what data and model are, where that was asked for"""
 
 
 def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Facts]:
@@ -47,6 +51,7 @@ def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Fac
 
     Runs that differ in training and search flags alone share one look at data and model.
     """
+    from eval.plan_summary import summary_of
     from eval.run_plan import make_plan
 
     facts: dict[str, Facts] = {}
@@ -58,7 +63,8 @@ def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Fac
             plan = make_plan(run)
             plans[key] = plan, _seconds_per_step(plan) if measure else None
         plan, seconds = plans[key]
-        facts[name] = _facts(replace(plan, config=run), seconds)
+        own = replace(plan, config=run)
+        facts[name] = replace(_facts(own, seconds), found=summary_of(own) if measure else ())
     return facts
 
 
@@ -78,7 +84,8 @@ def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
         seconds = seconds_per_step * (steps + passes * PASS_SHARE)
     reach = search_space(plan).cost_range(plan.profiles, cost_type)
     outside = float_share(plan.bundle.model, plan.layers)
-    return Facts(steps, reach, budget(plan), seconds, str(outside) if outside.left else "")
+    held = held_out(plan) if run.method == "search" else 0
+    return Facts(steps, reach, budget(plan), seconds, str(outside) if outside.left else "", held)
 
 
 def _passes(plan: Plan, steps: int) -> float:
@@ -109,9 +116,14 @@ def _steps(plan: Plan) -> int:
         return run.max_steps
     examples = len(plan.prepared.train)
     if run.method == "search":
-        examples -= max(1, round(examples * run.search_fraction))
+        examples -= held_out(plan)
     batches = math.ceil(examples / run.train_batch_size)
     return math.ceil(run.num_train_epochs * max(1, math.ceil(batches / run.gradient_accumulation_steps)))
+
+
+def held_out(plan: Plan) -> int:
+    """Training examples that a search keeps apart for the reward."""
+    return max(1, round(len(plan.prepared.train) * plan.config.search_fraction))
 
 
 def _seconds_per_step(plan: Plan) -> float:

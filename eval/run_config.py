@@ -283,7 +283,9 @@ class LauncherFlags:
     gpus_per_trial: float | None = flag(None, "GPUs (or a fraction of one) of one run; default: 1 where there are GPUs")
     ray_address: str | None = flag(None, "join this Ray cluster instead of starting Ray on this machine")
     resume: str | None = flag(None, "folder of an earlier launch (eval_run.py: run): finish what is missing in it")
-    dry_run: bool = flag(False, "print the runs, their cost ranges and times, and stop")
+    dry_run: bool = flag(
+        False, "print what was found (files, classes, model), the runs, their costs and times, and stop"
+    )
     asha: bool = flag(False, "stop hopeless runs early (ASHA)")
     hpo: int | None = flag(
         None, "try so many settings of cost_beta, rl_learning_rate and max_entropy_beta (Optuna)", nargs="?", const=16

@@ -1,6 +1,6 @@
 import pytest
 
-from eval import launch_facts, run_trainer
+from eval import eval_run, launch_facts, run_trainer
 from eval.flags import parse
 from quant.errors import UserError
 
@@ -37,3 +37,19 @@ def test_a_run_that_shares_its_plan_is_checked_all_the_same():
     runs = {name: parse([*RUN, "--max_steps", "2", *flags]) for name, flags in (("a", []), ("b", ["--search"]))}
     with pytest.raises(UserError, match=r"2 steps .* of which the last 2 settle"):
         launch_facts.learn(runs)
+
+
+def test_what_was_found_is_told_of_data_and_model(tmp_path, capsys):
+    rows = [f"text {n},{('yes', 'no', '7')[n % 3]}" for n in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["said,meant", *rows]))
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    flags = ["--task", str(tmp_path), "--text_column", "said", "--label_column", "meant", "--model", "bert-tiny"]
+    flags += ["--from_scratch", "--search", "--max_steps", "40", "--max_length", "16", "--dry_run"]
+    assert eval_run.main([*flags, "--output_root_dir", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in told.splitlines()]
+    assert f"train 36 rows {tmp_path / 'train.csv'}" in lines and "classes 3: 7, no, yes" in lines
+    assert f"validation 4 rows {tmp_path / 'train.csv'}" in lines and "columns said (in) -> meant (truth)" in lines
+    assert "note: not read: notes.csv" in lines and "input at most 16 tokens" in lines
+    assert any(line.startswith("layers 12, with 393,216 weights (") for line in lines)
+    assert "held out: 4 training examples" in told and not (tmp_path / "out").exists()
