@@ -57,10 +57,10 @@ def migrate_again(model: nn.Module, described: Mapping[str, Any]) -> None:
 def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
     """Make of a float model, in place, what the tensors beside a quantization.json belong to."""
     migrate_again(model, described)
+    if described.get("weight") is None:
+        return  # a float run's: no layer was replaced
     assignment = assignment_from_json(described["assignment"])
     formats = [parse_format(name) for name in described["formats"]]
-    if not formats:
-        return  # a float run's
     modules = quantize_as_described(model, assignment, described, formats)
     attach_quantizers(model, modules, described.get("placement", {}))
     used = {format for pair in assignment.values() for format in pair if format != FLOAT}
