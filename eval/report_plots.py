@@ -172,7 +172,7 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
         "loss": "loss",
         "reward": "reward",
         "quality": "quality",
-        "cost": f"{kind} cost, searched layers [{unit}]",
+        "cost": f"{kind} cost [{unit}]",
         "entropy": "entropy [nat]",
     }
     known = {name: [series(history, name) for history in histories] for name in measures}
@@ -201,7 +201,7 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
         handles = [Line2D([], [], color=colour, ls=dash, label=label) for label, colour, dash in lines]
         canvas.legend(handles=handles, loc="outside lower left", ncols=1)
 
-    what = "Thick: running mean over a twentieth of the steps. Dashed level in the cost: the target."
+    what = "Thick: running mean over a twentieth of the steps. Cost: of the searched layers; dashed level: the target."
     size = (WIDTH, 1.4 * len(rows) + (0.04 + 0.12 * _most_lines(labels)) * len(runs))
     return Drawing(f"{_where(runs[0])}: the course of the training ({kind})", what, size, draw)
 
