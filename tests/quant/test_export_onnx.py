@@ -443,6 +443,23 @@ def test_files_say_what_keeps_them_fast_and_exact(tmp_path):
     torch.testing.assert_close(got, run(path, images), rtol=1e-3, atol=1e-3)
 
 
+def test_a_weight_that_two_layers_share_is_in_the_file_once(tmp_path):
+    torch.manual_seed(0)
+    first, second = nn.Linear(24, 24), nn.Linear(24, 24)
+    second.weight = first.weight
+    model = nn.Sequential(OrderedDict(first=first, relu=nn.ReLU(), second=second, last=nn.Linear(24, 3))).eval()
+    int4, int8, x = parse_format("int4"), parse_format("int8"), torch.randn(8, 24)
+    modules = quantize_model(model, formats=[int4, int8])
+    calibrate(model, modules, [x])
+    set_formats(modules, {"first": (int4, int8), "second": (int4, FLOAT), "last": (int8, int8)})
+    verdicts = export_onnx(tmp_path / "m.onnx", model, modules, {"x": x})
+    codes = [tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer if "codes" in tensor.name]
+    assert sorted(codes) == ["first.weight.codes", "last.weight.codes"]
+    assert onnx_sizes(tmp_path / "m.onnx", verdicts)["codes"] == 24 * 24 // 2 + 24 * 3
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", x, optimized=False), model(x), rtol=1e-4, atol=1e-5)
+
+
 class LongRows(nn.Module):
     """A product of `length` features, or a convolution over as many, whose sums all point one way."""
 
