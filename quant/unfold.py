@@ -53,7 +53,7 @@ class _Unfolded(nn.Module):
         """The way back from `fold_names`."""
         raise NotImplementedError
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         state: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
         self.fold_names(state, prefix)
         return state
@@ -158,8 +158,8 @@ class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
     def fold_names(self, state: dict[str, Any], prefix: str) -> None:
         for kind in ("weight", "bias"):
             parts = [f"{prefix}{name}.{kind}" for name in PROJECTIONS]
-            found = [state.get(part) for part in parts]
-            if all(part is not None and part.shape[1:] == found[0].shape[1:] for part in found):
+            found = [state[part] for part in parts if part in state]
+            if len(found) == 3 and len({part.shape[1:] for part in found}) == 1:
                 state[f"{prefix}in_proj_{kind}"] = torch.cat(found)
                 for part in parts:
                     del state[part]
@@ -201,7 +201,7 @@ class UnfoldedExperts(_Unfolded):
         for name in _projections(experts):
             weight, bias = experts._parameters.pop(name), experts._parameters.pop(f"{name}_bias", None)
             setattr(experts, name, ExpertLinear(weight, bias, experts.is_transposed))
-        experts.__class__ = _unfolded_class(type(experts))
+        experts.__class__ = _unfolded_class(type(experts))  # type: ignore[arg-type]
         experts.train(experts.training)
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -237,14 +237,15 @@ def _unfolded_class(own: type[nn.Module]) -> type[UnfoldedExperts]:
 
 
 def _blank(own: type[nn.Module]) -> UnfoldedExperts:
-    unfolded = _unfolded_class(own)
+    unfolded = _unfolded_class(own)  # type: ignore[arg-type]
     return unfolded.__new__(unfolded)
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     """A linear layer that holds these very parameters."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight, layer.bias = weight, bias
+    layer.weight = weight
+    layer.register_parameter("bias", bias)
     return layer
 
 

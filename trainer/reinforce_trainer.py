@@ -24,6 +24,7 @@ from policy.solve import Table
 from policy.space import Partition, SearchSpace, build_space
 from quant.convert import Assignment, calibrate, check_tied, in_float, quantize_model, set_formats, weights_kept
 from quant.errors import NotFiniteError, UserError
+from quant.float_share import FloatShare, float_share
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule, Reach, runs_in
 from quant.quantizer import Quantizer
@@ -312,6 +313,11 @@ class ReinforceTrainer(JudgingTrainer):
         wrong = [name for name, shape in own.items() if saved.get(name) != shape]
         wrong += [name for name in saved.keys() - own.keys() if not name.startswith(roomy)]
         return f"model.safetensors is another model's: {min(wrong)}" if wrong else None
+
+    @property
+    def outside_cost(self) -> FloatShare:
+        """What no cost of this trainer counts: the matrices of its model that are not in its layers."""
+        return float_share(self.model, self.modules)
 
     def note(self, text: str) -> None:
         """Say what a reader of the run's record must know; checkpoints remember it."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, MixtralConfig, TrainerCallback, TrainingArguments
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from cost.cost import COSTS
 from eval.saved_model import load_model
@@ -362,3 +363,36 @@ def test_outputs_beside_a_loss_function_lose_nothing(several, tmp_path):
     torch.testing.assert_close(
         torch.from_numpy(predictions[0] if several else predictions), wanted[0] if several else wanted
     )
+
+
+def test_experts_and_attention_are_searched_saved_and_loaded(tmp_path):
+    class Mixed(nn.Module):
+        """Attention whose projections are one tensor, and experts whose matrices are one tensor each."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            config = MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=3, num_experts_per_tok=2)
+            config._experts_implementation = "eager"
+            self.mixture = MixtralSparseMoeBlock(config)
+            for parameter in self.mixture.parameters():
+                nn.init.normal_(parameter, std=0.3)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x, labels=None):
+            rows = x[:, None, :].expand(-1, 2, -1)
+            mixed = self.mixture(rows + self.attention(rows, rows, rows)[0])
+            out = self.head(mixed.mean(1))
+            return {"loss": None if labels is None else nn.functional.cross_entropy(out, labels), "logits": out}
+
+    trainer = searched(tmp_path, Mixed())
+    trainer.train()
+    parts = ("q_proj", "k_proj", "v_proj", "out_proj")
+    experts = ["mixture.experts.gate_up_proj", "mixture.experts.down_proj"]
+    assert set(trainer.assignment) == {*(f"attention.{part}" for part in parts), *experts, "head"}
+    assert trainer.outside_cost.left == {"mixture.gate.weight (MixtralTopKRouter)": 24}
+    trainer.save_model(str(tmp_path / "saved"))
+    again = load_model(tmp_path / "saved", Mixed())
+    x = torch.randn(4, 8)
+    assert torch.equal(again(x)["logits"], trainer.model.eval()(x)["logits"])
