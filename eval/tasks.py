@@ -101,7 +101,8 @@ def find_task(name: str) -> Task:
         from eval.data_folder import folder_kind
 
         kind = folder_kind(folder)
-        return Task(kind, ("image",) if kind == "image" else (), label="")
+        metrics = TASKS["lm" if kind == "lm" else "sst2"].metrics
+        return Task(kind, ("image",) if kind == "image" else (), label="", metrics=metrics)
     raise UserError(f"--task {name}: no such task or folder; choose one of {', '.join(TASKS)}, or a local folder")
 
 

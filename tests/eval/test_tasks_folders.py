@@ -266,3 +266,11 @@ def test_runs_beside_the_data_are_not_data(folder):
     for name in ("result", "assignment", "predictions"):
         (runs / f"{name}.json").write_text("{}")
     assert len(load_task(config(folder)).train) == 2
+
+
+def test_lines_of_text_are_judged_by_perplexity(folder):
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.txt").write_text("one two\nthree four\n")
+    data = load_task(config(folder))
+    assert (data.kind, data.metric) == ("lm", "perplexity")
