@@ -218,7 +218,7 @@ def test_every_configuration_runs(place):
 
 
 GIVEN = {
-    "quantize_model(model": "model, batches = Net(), [test]",
+    "quantize_model(model": "model, batches = Net(), [test]\nmodel.head = nn.Linear(10, 10)",
     "NLPTrainer(model": (
         "model, validation = Net(), rows[1400:]\n"
         "arguments = TrainingArguments('out', max_steps=5, **settings)\n"
