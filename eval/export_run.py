@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.flags import parse
+from eval.flags import parse_written
 from eval.run_config import RUN_FILE
 from quant.errors import UserError
 
@@ -42,7 +42,7 @@ class FinishedRun:
     def config(self) -> RunConfig:
         """The run's settings. Raises UserError where they no longer hold: a folder that is gone, say."""
         overrides: Sequence[str] = () if self.data_dir is None else ("--data_dir", self.data_dir)
-        return parse(["--config", str(self.folder / RUN_FILE), *overrides])
+        return parse_written(self.folder / RUN_FILE, overrides)
 
     @cached_property
     def plan(self) -> Plan:

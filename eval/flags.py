@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from eval.commands import command
 from eval.flag_checks import check_inside, validate
-from eval.flag_effects import reads_texts
+from eval.flag_effects import reads_texts, without_idle
 from eval.full_disk import is_full_disk
 from eval.help import asked_for
 from eval.quant_yaml import quant_flags
@@ -45,11 +45,23 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     config = read_flags(argv)
     if config.resume is not None:
-        config = _resumed(Path(config.resume).expanduser().resolve(), argv)
+        config = _used(_resumed(Path(config.resume).expanduser().resolve(), argv))
     for name in _LAUNCHER_ONLY:
         if getattr(config, name) not in (None, False):
             raise UserError(f"--{name} is for the launcher: {command('mpq-search')} ... --{name}")
     return complete(config)
+
+
+def parse_written(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run whose flags it has written to `path`, with `overrides` of flags on top, complete and checked.
+
+    What had no effect then has none now: it is left out, not refused, whatever an earlier version accepted.
+    """
+    return complete(_used(read_flags(["--config", str(path), *overrides])))
+
+
+def _used(config: RunConfig) -> RunConfig:
+    return without_idle(replace(config, method=config.own_method))
 
 
 def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:

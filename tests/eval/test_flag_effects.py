@@ -1,11 +1,12 @@
 """A flag that would be ignored is refused, from flags and from a file; in a grid each run keeps what it uses."""
 
 import pytest
+import yaml
 
 from eval.flag_effects import KINDS, NEEDS, check_kind
-from eval.flags import parse, read_flags
+from eval.flags import parse, parse_written, read_flags
 from eval.launch_grid import expand
-from eval.run_config import RunConfig
+from eval.run_config import RUN_FILE, RunConfig
 from quant.errors import UserError
 from trainer.search import ReinforceConfig
 
@@ -126,3 +127,14 @@ def test_every_flag_of_the_tables_is_one():
 def test_a_search_from_python_is_held_to_the_same(wrong):
     with pytest.raises(ValueError, match="|".join(wrong)):
         ReinforceConfig(**wrong)
+
+
+def test_runs_of_earlier_versions_are_read_although_they_hold_flags_without_effect(tmp_path):
+    folder = tmp_path / "digits" / "default" / "old"
+    folder.mkdir(parents=True)
+    flags = {"task": "digits", "model": "convnet", "method": "float", "search_space": "2,4", "data_dir": ".", "seed": 3}
+    (folder / RUN_FILE).write_text(yaml.safe_dump(flags))
+    with pytest.raises(UserError, match="no effect"):
+        parse(["--config", str(folder / RUN_FILE)])
+    for config in (parse_written(folder / RUN_FILE), parse(["--resume", str(folder)])):
+        assert (config.method, config.seed, config.search_space, config.data_dir) == ("float", 3, "4,8", None)
