@@ -8,7 +8,8 @@ from eval import eval_parse
 from eval.eval_run import run
 from eval.flags import parse
 from eval.launch_grid import look_up
-from eval.launch_progress import make_console, result_table
+from eval.launch_progress import result_table
+from eval.run_progress import make_console
 from eval.run_record import outcome
 from trainer.history import History
 
