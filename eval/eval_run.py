@@ -276,6 +276,9 @@ def main(argv: list[str]) -> int:
         return show_plan(config)
     if first_process():
         make_way(config)
+        resumes = any(word.split("=")[0] == "--resume" for word in argv)
+        if resumes and not numbered(config.run_folder / "checkpoints"):
+            print(f"{config.run_folder} holds no checkpoint: the run starts from its first step", file=sys.stderr)
     try:
         record = run(config)
     except Exception as error:

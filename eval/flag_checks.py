@@ -149,6 +149,8 @@ def _check_names(config: RunConfig) -> None:
     if config.model is None:
         if starting_model(config) is not None:
             return  # a finished run knows what it is
+        if config.load_model_path is not None:
+            _refuse_start(config.load_model_path)
         if config.model_path is None:
             raise UserError(f"--model is missing; choices: {', '.join(sorted(MODELS))}, or --model_path FOLDER")
         if Path(config.model_path).is_file():
@@ -162,6 +164,19 @@ def _check_names(config: RunConfig) -> None:
             check_one_of("--model", config.model, MODELS, besides)
     elif config.task in TASKS:
         check_model(config.model, config.task)
+
+
+def _refuse_start(path: str) -> NoReturn:
+    """UserError for a --load_model_path without --model that is no run's."""
+    _check_exists("load_model_path", path, "file or folder")
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(f"--load_model_path {path} is one file: name its architecture with --model")
+    runs = sorted(record.parent.name for record in folder.glob("*/result.json"))
+    inside = f"; runs in it: {', '.join(runs[:5])}{', ...' if len(runs) > 5 else ''}" if runs else ""
+    raise UserError(
+        f"--load_model_path {path}: is no finished run{inside}; beside bare weights, --model names the model"
+    )
 
 
 def _check_exists(flag: str, path: str | None, kind: str) -> None:

@@ -300,7 +300,11 @@ class OutputFlags:
     output_root_dir: str = flag("output", "runs go to <output_root_dir>/<task>/<exp_name>/<run_id>")
     exp_name: str = flag("default", "name of the experiment's folder")
     run_id: str | None = flag(None, "name of the run's folder; default: <model>-<method>-<target>-s<seed>")
-    save_strategy: str = flag("epoch", "when to write checkpoints", choices=["no", "steps", "epoch", "best"])
+    save_strategy: str = flag(
+        "epoch",
+        "when to write checkpoints; steps: every --eval_steps, or ten times in the run",
+        choices=["no", "steps", "epoch", "best"],
+    )
     load_model_path: str | None = flag(
         None,
         "start from this finished run: its model, weights, tokenizer; or from a safetensors file beside --model",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags m
     from trainer.reinforce_trainer import ReinforceTrainer
     from trainer.teacher import Teacher
 
+SAVED_EVERY = 0.1
+"""share of the run's steps between two checkpoints of --save_strategy steps, where --eval_steps gives no interval"""
 COMPILE_ABOVE = 1e8
 """activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
 
@@ -170,6 +172,7 @@ def training_arguments(config: RunConfig) -> Any:
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,
         save_strategy=config.save_strategy,
+        save_steps=config.eval_steps or SAVED_EVERY,
         save_total_limit=2,  # the older one is there for when the newer is damaged
         report_to=config.report_to,
         use_cpu=config.device == "cpu" or not torch.cuda.is_available(),  # else the Trainer looks for a GPU's bfloat16

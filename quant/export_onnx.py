@@ -97,7 +97,7 @@ def write_onnx(
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UserError(f"--format onnx: ONNX's checker refuses the model: {str(error).splitlines()[0]}") from None
-    path.write_bytes(proto.SerializeToString())
+    Path(path).write_bytes(proto.SerializeToString())
     return {
         name: left_in_float(*module.formats) if name in uncalled else layers[name].verdict
         for name, module in modules.items()

@@ -78,6 +78,8 @@ def run(config, on_step=None, faults=()):
             "limits": [],
             "distill": 0.0,
             "float_share": 0.0,
+            "classes": ["a", "b"],
+            "exports": {},
         },
         **{"layers": [LAYER], "steps": state["step"], "wall_seconds": 1.0, "versions": {}, "commit": None},
         **{"device": "cpu", "notes": []},

@@ -57,7 +57,7 @@ def test_every_command_line_has_flags_of_its_own_command(line):
 
 
 def looks_like_a_file_of_ours(text: str) -> bool:
-    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "output"]
     return bool(
         re.fullmatch(rf"(?:{'|'.join(map(re.escape, folders))})/[\w./*-]*|[\w-]+\.(?:py|md|toml)|\.ci/\w+", text)
     )

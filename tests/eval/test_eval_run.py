@@ -347,5 +347,5 @@ def test_channels_last_is_refused_for_text(tmp_path):
     text.mkdir()
     (text / "train.csv").write_text("text,label\n" + "yes,1\nno,0\n" * 20)
     flags = f"--task {text} --model bert --from_scratch --bits 8 --channels_last --output_root_dir {tmp_path}"
-    with pytest.raises(UserError, match="--channels_last is for images"):
+    with pytest.raises(UserError, match="--channels_last has no effect here: it needs images"):
         make_plan(parse(flags.split()))

@@ -329,3 +329,17 @@ def test_random_weights_are_told_unless_they_were_asked_for(tmp_path, caplog):
     caplog.clear()
     make_plan(parse([*plan.split(), "--from_scratch"]))
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_a_start_that_is_no_run_is_named_not_the_model(tmp_path):
+    """Without --model, what --load_model_path names has to be a finished run."""
+    given = ["--task", "digits", "--search", "--load_model_path"]
+    with pytest.raises(UserError, match=r"--load_model_path .*/flaot: no such file or folder"):
+        parse([*given, str(tmp_path / "flaot")])
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "result.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is no finished run; runs in it: float; beside bare weights, --model names"):
+        parse([*given, str(tmp_path)])
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"weights.safetensors is one file: name its architecture with --model"):
+        parse([*given, str(tmp_path / "weights.safetensors")])
