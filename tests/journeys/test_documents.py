@@ -32,6 +32,8 @@ NOT_RUN = {
 }
 OWN_JOURNEY = {"docs/own-data.md": "test_own_data*.py"}
 """documents whose lines run in a journey of their own"""
+OWN_FOLDER = "reviews"
+"""a user's own table, as README names it"""
 FEW = "--max_steps 6 --max_train_samples 32 --max_eval_samples 16 --train_batch_size 8 --eval_batch_size 8"
 HERE = "--device cpu --report_to none --save_strategy no --quiet"
 SMALLER = {"resnet50": "--model resnet18 --image_size 32 --policy_prior none"}
@@ -119,7 +121,7 @@ def steps(name: str, words: list[str]) -> tuple[str, str, list[str]]:
     most = int(value.get("--max_steps", told.get("max_steps", 6)))
     extra = f"{FEW.replace('--max_steps 6', f'--max_steps {min(6, most)}')} {HERE}".split()
     task = value.get("--task", told.get("task"))
-    if task not in (None, "digits") and "--data_dir" not in value:
+    if task not in (None, "digits", OWN_FOLDER) and "--data_dir" not in value:
         extra += ["--data_dir", f"DATA/{task}"]
     if task == "digits" and not any(flag in value for flag in ("--load_model_path", "--model_path")):
         extra += ["--from_scratch"]
@@ -169,6 +171,7 @@ def place(tmp_path_factory) -> Path:
     table(folder / "DATA/glue/sst2/validation.csv", "sentence")
     for split in ("train", "validation"):
         table(folder / f"DATA/mrpc/{split}.csv", "sentence1", "sentence2")
+        table(folder / OWN_FOLDER / f"{split}.csv", "text")
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     images(folder / "DATA/cifar10", classes)
     images(folder / "DATA/imagenet-1k", ["n01440764", "n01443537"])
