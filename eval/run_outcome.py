@@ -11,7 +11,7 @@ from eval.commands import command
 FLOAT_BITS = 16
 """what a weight in float is charged"""
 COUNTED = f"cost: of the searched layers alone, a weight in float at {FLOAT_BITS} bits"
-FILE = "file: the whole model, with scales, embeddings and all else that stays in float"
+FILE = f"file: the whole model, with scales and embeddings; what stays in float counts {FLOAT_BITS} bits a number"
 """what tables and pictures say of their numbers"""
 HARMS = {"divergence": "distance from the float model's answers", "loss": "loss"}
 """`contest.judged_by` -> what was compared, on held-out data"""
@@ -58,7 +58,7 @@ def told_cost(record: Mapping[str, Any]) -> str:
     line = f"cost: {record['cost']:.6g} {record['cost_unit']}{target} in {len(record['layers'])} layers"
     if sizes := file_sizes(record):
         line += f"; the whole file {sizes[0]:.4g} MiB, {sizes[0] / sizes[1]:.0%} of float's {sizes[1]:.4g}"
-        line += f" ({FLOAT_BITS} bits a weight)"
+        line += f" (numbers in float at {FLOAT_BITS} bits)"
     return line
 
 
