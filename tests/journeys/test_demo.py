@@ -14,7 +14,15 @@ def test_the_demo_in_a_fresh_clone_ends_with_a_report_and_lines_that_work(comman
     (clone / ".venv").symlink_to(Path(sys.prefix))
     # The environment is there and belongs to others: `-o` keeps make from installing into it.
     done = command(
-        ["make", "-o", ".venv/.installed", "demo", "DEMO_ARGS=--max_steps 12 --train_batch_size 16"], cwd=clone
+        [
+            "make",
+            "--no-print-directory",
+            "-o",
+            ".venv/.installed",
+            "demo",
+            "DEMO_ARGS=--max_steps 12 --train_batch_size 16",
+        ],
+        cwd=clone,
     )
     runs = clone / "output" / "digits" / "demo"
     records = [record_of(path.parent) for path in runs.glob("*/result.json")]
