@@ -26,10 +26,10 @@ test: $(STAMP) ## the whole test suite but journeys and faults
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/journeys --ignore=tests/faults
 
 test-journeys: $(STAMP) ## what users do, end to end, with real processes (10 minutes on 2 cores)
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/journeys
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) --dist loadfile tests/journeys
 
-test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (5 minutes on 2 cores)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 0 tests/faults
+test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (4 minutes on 2 cores)
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/faults
 
 extras: $(STAMP) ## what exports, latencies, wandb and the peers of the benchmarks need besides
 	$(INSTALL) --editable ".[dev,export,tracking,bench]"

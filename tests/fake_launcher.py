@@ -1,9 +1,12 @@
 """The launcher around a run that needs no torch model: `FAKE=faults python tests/fake_launcher.py FLAGS`.
 
 The fake counts to --max_steps, writes a checkpoint at every step and resumes from it; its accuracy is a hash over the
-steps, so that a step lost or done twice shows. FAKE is a comma list of what goes wrong: `hold` (every run waits behind
-its step 2 until the output folder holds a file `go`), `slow` steps, and for one seed `fail1`, `die1` (kill -9 of its
-own process, once), `oom1`, `full1` (disk). With `real` the runs are real, and `die1` kills one behind its step 4.
+steps, so that a step lost or done twice shows. Its record is one that a real run wrote (`REAL_RECORD` names the file,
+without it one is made), with the settings and figures of this run in it.
+
+FAKE is a comma list of what goes wrong: `hold` (every run waits behind its step 2 until the output folder holds a file
+`go`), `slow` steps, and for one seed `fail1`, `die1` (kill -9 of its own process, once), `oom1`, `full1` (disk). With
+`real` the runs are real, and `die1` kills one behind its step 4.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-LAYER = {"name": "fc", "macs": 10, "params": 10}
+SMALL = "--task digits --model convnet --from_scratch --max_train_samples 64 --max_steps 4 --device cpu --quiet"
+SMALL += " --search --search_space 4,8 --target_bits 6 --policy_prior none --report_to none"
 
 
 def digest(config) -> float:
@@ -29,10 +34,19 @@ def digest(config) -> float:
     return value / 1_000_003
 
 
-def run(config, on_step=None, faults=()):
-    """Stands in for `eval.eval_run.run`."""
+def real_record(folder: Path) -> Path:
+    """`result.json` of a small search that really ran in `folder`."""
+    from eval.eval_run import run
+    from eval.flags import complete, read_flags
+
+    config = complete(read_flags([*SMALL.split(), "--output_root_dir", str(folder)]))
+    run(config)
+    return config.run_folder / "result.json"
+
+
+def run(config, on_step=None, patience=0.0, *, real, faults=()):
+    """Stands in for `eval.eval_run.run`. real: a record that a real run wrote."""
     from eval.flags import to_yaml
-    from eval.record_schema import SCHEMA_VERSION
     from quant.errors import UserError
 
     folder = config.run_folder
@@ -64,31 +78,22 @@ def run(config, on_step=None, faults=()):
         replace(checkpoint, json.dumps(state))
         if on_step:
             on_step(entry)
-    record = {
-        **{"schema_version": SCHEMA_VERSION, "status": "finished", "reason": None, "task": config.task_name},
-        **{"model": config.model_name, "method": config.method, "seed": config.seed, "run_id": config.run_name},
-        **{"cost_type": config.cost_type, "cost_target": 2.0 if config.method == "search" else None, "cost": 1.5},
-        **{"cost_range": [1.0, 4.0], "cost_unit": "MiB", "metric": "accuracy", "float_metrics": None},
-        "costs": {"memory": 1.5, "compute": 2.0, "overhead": 0.0, "unsearched": 0.0, "total": 1.5},
+    searched = config.method == "search"
+    own = {
+        **{"task": config.task_name, "model": config.model_name, "method": config.method, "seed": config.seed},
+        **{"run_id": config.run_name, "cost_type": config.cost_type, "cost_target": 2.0 if searched else None},
+        **{"cost": 1.5, "cost_range": [1.0, 4.0], "costs": {**real["costs"], "memory": 1.5}},
         "metrics": {"validation": {"accuracy": state["value"] / 1_000_003, "loss": 0.1, "n": 10}},
-        "assignment": {"fc": ["int4", "int4"]},
-        "search_space": ["int4", "int8"] if config.method == "search" else None,
-        **{
-            "decisions": {"fc": ["fc"]} if config.method == "search" else None,
-            "limits": [],
-            "distill": 0.0,
-            "float_share": 0.0,
-            "classes": ["a", "b"],
-            "exports": {},
-        },
-        **{"layers": [LAYER], "steps": state["step"], "wall_seconds": 1.0, "versions": {}, "commit": None},
-        **{"device": "cpu", "notes": []},
+        **{"steps": state["step"], "wall_seconds": 1.0},
+        **({} if searched else {"search_space": None, "decisions": None}),
     }
+    assert own.keys() <= real.keys(), "a key that real runs do not write"
+    record = real | own
     replace(folder / "result.json", json.dumps(record))
     return record
 
 
-def real_run(config, on_step=None, faults=()):
+def real_run(config, on_step=None, patience=0.0, faults=()):
     """`eval.eval_run.run`, killed once if the faults say so."""
     from eval.eval_run import run
 
@@ -114,5 +119,10 @@ if __name__ == "__main__":
     from eval.flags import entry
 
     wanted = tuple(os.environ.get("FAKE", "").split(","))  # of this process: the nodes of a cluster have their own
-    runner = partial(real_run if "real" in wanted else run, faults=wanted)
+    if "real" in wanted:
+        runner = partial(real_run, faults=wanted)
+    else:
+        with TemporaryDirectory() as own:
+            written = os.environ.get("REAL_RECORD") or real_record(Path(own))
+            runner = partial(run, real=json.loads(Path(written).read_text()), faults=wanted)
     entry(lambda argv: eval_parallel.main(argv, runner))

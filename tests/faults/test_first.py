@@ -20,7 +20,7 @@ def test_dead_workers_failures_and_an_interrupt_leave_every_record_once(tmp_path
     assert launch.attempts(0) == 2 and "resnet20-float-s0: its process died" in err
     assert "failed: --data_dir: row 7 of train.csv has no label" in out
     assert "2 of 4 runs failed: resnet20-float-s1, resnet20-float-s3" in out
-    assert "--train_batch_size 32" in json.loads((launch.folder_of(2) / "result.json").read_text())["notes"][0]
+    assert "--train_batch_size 32" in json.loads((launch.folder_of(2) / "result.json").read_text())["notes"][-1]
     assert not list(tmp_path.rglob("*.pkl")), "no pickle is left behind"
     assert list(launch.folder.glob("tune/*/*/events.out.tfevents.*"))
 
