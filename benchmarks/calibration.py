@@ -19,9 +19,9 @@ import torch
 
 from quant.convert import calibrate, quantize_model
 from quant.formats import IntFormat
-from quant.observers import OBSERVERS
 from quant.quant_utils import use_compiled
-from quant.quantizer import QuantizerConfig
+from quant.quantizers.observers import OBSERVERS
+from quant.quantizers.quantizer import QuantizerConfig
 
 LENGTH, BATCH = 64, 32
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.quality import parse_for_rows, searching
 from policy.allocators import MAX_EXHAUSTIVE
 from quant.convert import set_formats
-from quant.replay import replayed
+from quant.quantizers.prefix_cache import replayed
 from trainer.batch_norm import statistics_of_batch
 from trainer.contest import Contest
 from trainer.reinforce_trainer import ReinforceTrainer, Target

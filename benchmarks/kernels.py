@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.timing import ratio, take_turns, with_allocator
 from quant.formats import parse_format
 from quant.quant_utils import fake_quantize, fake_quantize_row, rounding_row, use_compiled
-from quant.quantizer import Quantizer, QuantizerConfig
+from quant.quantizers.quantizer import Quantizer, QuantizerConfig
 
 FLOORS = {"forward": 1.0, "forward+backward": 2.5}
 

@@ -21,9 +21,9 @@ from eval.run_plan import make_plan
 from eval.run_trainer import evaluate, make_trainer
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import IntFormat
-from quant.observers import OBSERVERS
-from quant.quantizer import QuantizerConfig
-from quant.token_clipping import clip_tokens
+from quant.quantizers.observers import OBSERVERS
+from quant.quantizers.quantizer import QuantizerConfig
+from quant.transforms.token_clipping import clip_tokens
 
 
 def accuracies(shared: Path, bits: list[int], samples: int) -> dict[str, list[float]]:

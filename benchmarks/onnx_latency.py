@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from eval.onnx_timing import latencies
 from quant.convert import calibrate, quantize_model, set_formats
-from quant.export_onnx import trace, write_onnx
+from quant.export.onnx.export import trace, write_onnx
 from quant.formats import FLOAT, parse_format
 
 PAIRS = {"int8": ("int8", "int8"), "int4": ("int4", "int4"), "int8 weights": ("int8", "float")}

@@ -25,12 +25,12 @@ from eval.run_plan import make_plan
 from eval.run_trainer import evaluate, make_trainer
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import Format, IntFormat
-from quant.graph import find_groups
-from quant.migration import SmoothQuantConfig, gamma_migration, migrate, smooth_quant
 from quant.quant_module import QuantModule
 from quant.quant_utils import use_compiled
-from quant.quantizer import QuantizerConfig
-from quant.token_clipping import clip_tokens
+from quant.quantizers.quantizer import QuantizerConfig
+from quant.transforms.graph import find_groups
+from quant.transforms.migration import SmoothQuantConfig, gamma_migration, migrate, smooth_quant
+from quant.transforms.token_clipping import clip_tokens
 
 INT4, INT6, INT8 = IntFormat(4), IntFormat(6), IntFormat(8)
 SETTINGS: dict[str, tuple[Format, Format]] = {"W8A8": (INT8, INT8), "W6A6": (INT6, INT6), "W4A8": (INT4, INT8)}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import FLOAT, IntFormat
-from quant.quantizer import ACTIVATION, QuantizerConfig
+from quant.quantizers.quantizer import ACTIVATION, QuantizerConfig
 
 LENGTH = 128
 

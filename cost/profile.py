@@ -15,7 +15,7 @@ from quant.convert import find_layers, run_model
 from quant.modes import evaluating
 from quant.quant_experts import ExpertLinear
 from quant.tied import tied_groups, tied_layers
-from quant.unfold import unfold
+from quant.transforms.unfold import unfold
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """What the model is called with: model(tensor), model(*list or tuple) or model(**mapping)."""
@@ -55,7 +55,7 @@ def profile_model(
 ) -> list[LayerProfile]:
     """The profile of every quantizable layer, or of those in `names`, in module order, from one forward pass.
 
-    The model is taken apart as `quantize_model` would, see `quant.unfold`.
+    The model is taken apart as `quantize_model` would, see `quant.transforms.unfold`.
     It runs in eval mode without gradients, on real or meta tensors. Counts are divided by the batch: the first
     dimension of the first input that has two or more. With `charge_attention`, the products of `attention_macs` are
     shared out evenly among the layers of the smallest module around each product, so that costs stay additive.

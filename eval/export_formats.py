@@ -124,8 +124,8 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 def write_onnx(run: FinishedRun, folder: Path) -> Written:
     from eval.latency import example, examples, write_float
     from eval.onnx_timing import latencies
-    from quant.export_onnx import onnx_sizes, trace
-    from quant.export_onnx import write_onnx as write
+    from quant.export.onnx.export import onnx_sizes, trace
+    from quant.export.onnx.export import write_onnx as write
 
     if (kind := run.plan.data.kind) in ("qa", "summary"):
         raise UserError(f"--format onnx: a {kind} model has several outputs or writes; choose packed")
@@ -194,8 +194,8 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from eval.fused_groups import fused_groups
     from eval.latency import example
     from eval.saved_model import build_architecture, name_classes
-    from quant.export_compressed import check_fused, export_compressed
-    from quant.migration import added
+    from quant.export.compressed_tensors import check_fused, export_compressed
+    from quant.transforms.migration import added
     from trainer.quantization_file import QUANTIZATION
 
     if (migration := added(run.model)).shortcuts or migration.divided:

@@ -20,7 +20,7 @@ def export_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, st
     """Export format -> why it cannot hold the formats that the layers are in; None: it holds every layer as chosen."""
     if not modules:
         return {}
-    from quant.placement import placed_sites
+    from quant.transforms.placement import placed_sites
 
     if placed_sites(plan.bundle.model):
         return dict.fromkeys(EXPORT_FORMATS, "it has no place for what is quantized besides layers")
@@ -49,7 +49,7 @@ def _onnx(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
 
 def _onnx_holds(weight: Format, activation: Format) -> bool:
     """Whether ONNX has a type of its own for both formats of a layer; those of activations must be dequantized."""
-    from quant.export_onnx_layers import INT_STORAGE, input_storage, own_name, storage_of
+    from quant.export.onnx.layers import INT_STORAGE, input_storage, own_name, storage_of
 
     integers = {storage.name for storage in INT_STORAGE}
     held = storage_of(weight) if isinstance(weight, FloatFormat) else None
@@ -60,7 +60,7 @@ def _onnx_holds(weight: Format, activation: Format) -> bool:
 
 
 def _torchao(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
-    from quant.export_torchao import mismatch
+    from quant.export.torchao import mismatch
 
     return sum(mismatch(module) is None for module in modules.values())
 
@@ -69,8 +69,8 @@ def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
     from transformers import PreTrainedModel
 
     from eval.fused_groups import fused_groups
-    from quant.export_compressed import check_fused, mismatch
-    from quant.migration import added
+    from quant.export.compressed_tensors import check_fused, mismatch
+    from quant.transforms.migration import added
 
     if not isinstance(plan.bundle.model, PreTrainedModel):
         raise UserError("it needs a model of transformers")

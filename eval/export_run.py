@@ -65,7 +65,7 @@ class FinishedRun:
     def model(self) -> nn.Module:
         """The trained model in its formats, in eval mode, on the CPU."""
         from eval.saved_model import load_model
-        from quant.placement import placed_sites
+        from quant.transforms.placement import placed_sites
 
         model = load_model(self.folder)
         if placed_sites(model):

@@ -46,7 +46,7 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
     are measured once for each pair, all pairs in turns.
     """
     from quant.convert import get_formats, set_formats
-    from quant.export_onnx import write_onnx
+    from quant.export.onnx.export import write_onnx
     from quant.formats import BlockFormat
 
     modules, pairs = run.modules, format_pairs(run)
@@ -142,7 +142,7 @@ def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
     Raises UserError if there is nothing to round.
     """
     from eval.tasks import not_augmented
-    from quant.export_onnx_layers import narrow
+    from quant.export.onnx.layers import narrow
     from quant.quant_conv2d import QuantConv2d
 
     if not run.round_outputs:
@@ -163,7 +163,7 @@ def alone(module: QuantModule, x: Tensor) -> Any:
     """The trace of a model that is this layer."""
     from torch import nn
 
-    from quant.export_onnx import trace
+    from quant.export.onnx.export import trace
 
     model = nn.Sequential()
     model.layer = module
@@ -191,7 +191,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> dict[str, float]:
     """Milliseconds of the whole model, one example: as chosen, and in float."""
-    from quant.export_onnx import trace, write_onnx
+    from quant.export.onnx.export import trace, write_onnx
 
     inputs = example(run)
     traced = trace(run.model, run.modules, inputs)
@@ -206,7 +206,7 @@ def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
 def write_float(run: FinishedRun, traced: Any, path: Path) -> None:
     """The run's model without any format, as ONNX; `traced` is its trace in the formats it has."""
     from quant.convert import in_float
-    from quant.export_onnx import trace, write_onnx
+    from quant.export.onnx.export import trace, write_onnx
     from quant.formats import BlockFormat
 
     blocks = any(isinstance(module.formats[1], BlockFormat) for module in run.modules.values())

@@ -25,7 +25,7 @@ def load_packed(folder: str | Path) -> nn.Module:
 def load_torchao(folder: str | Path) -> tuple[nn.Module, dict[str, LayerVerdict]]:
     """The model of a torchao export, in eval mode, and what became of each layer: the packed weights, handed to torchao
     with their own codes and scales wherever it has a configuration that computes the same."""
-    from quant.export_torchao import to_torchao
+    from quant.export.torchao import to_torchao
 
     model, modules = _load(Path(folder))
     return model, to_torchao(model, modules)

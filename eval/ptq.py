@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 from eval.quant_yaml import alpha_settings
 from quant.formats import FLOAT, Format, IntFormat
-from quant.migration import SmoothQuantConfig, fold
-from quant.placement import Placement, place_quantizers
-from quant.quantizer import QuantizerConfig
-from quant.token_clipping import clip_tokens
+from quant.quantizers.quantizer import QuantizerConfig
+from quant.transforms.migration import SmoothQuantConfig, fold
+from quant.transforms.placement import Placement, place_quantizers
+from quant.transforms.token_clipping import clip_tokens
 
 if TYPE_CHECKING:
     from eval.run_config import RunConfig

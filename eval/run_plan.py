@@ -65,7 +65,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     from eval.model_inputs import agree_on_classes
     from eval.models import build_model, recompute_activations
     from eval.tasks import load_task, prepare
-    from quant.unfold import unfold
+    from quant.transforms.unfold import unfold
     from trainer.progress import unheard
 
     check_phases(config)

@@ -25,10 +25,10 @@ from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
 from quant.quant_experts import ExpertLinear, QuantExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import KeptWeight, QuantModule
-from quant.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
-from quant.reach import note_reach
+from quant.quantizers.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
+from quant.quantizers.reach import note_reach
 from quant.tied import differing, share_quantizers, tied_layers
-from quant.unfold import UnfoldedAttention, unfold
+from quant.transforms.unfold import UnfoldedAttention, unfold
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def find_layers(
         exclude: globs over layer names to leave out; it wins over include.
 
     Raises UserError for a glob that matches no layer. Attention and experts have layers only once they are taken apart,
-    see `quant.unfold`: `quantize_model` and `cost.profile.profile_model` do so first.
+    see `quant.transforms.unfold`: `quantize_model` and `cost.profile.profile_model` do so first.
     """
     known: tuple[type[nn.Module], ...] = tuple(QUANTIZED)
     hidden = _hidden(model)
@@ -194,7 +194,7 @@ def quantize_model(
 ) -> dict[str, QuantModule]:
     """Replace the layers of any model, in place, by layers whose formats can be switched. They start in float.
 
-    Attention and experts that read several weights at once are taken apart before, see `quant.unfold`.
+    Attention and experts that read several weights at once are taken apart before, see `quant.transforms.unfold`.
 
     Args:
         include, exclude: globs over layer names, see `find_layers`.
@@ -318,7 +318,7 @@ def calibrate(
         batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
         learned: also reset the learned scales, which is how they start; False leaves them as trained.
 
-    A layer that no batch reaches runs in float as far as it has to from then on, see `quant.reach`.
+    A layer that no batch reaches runs in float as far as it has to from then on, see `quant.quantizers.reach`.
 
     Raises UserError if there is no batch, NotFiniteError for a layer whose weight or input holds NaN or infinity.
     """

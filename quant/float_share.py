@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.grid import Grid
+from quant.quantizers.quant_params import Grid
 
 
 @dataclass(frozen=True)

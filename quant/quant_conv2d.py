@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from quant import onednn
-from quant.byte_codes import ByteCodes
+from quant.kernels import onednn
 from quant.quant_module import QuantModule
+from quant.quantizers.byte_codes import ByteCodes
 
 
 class _QuantConv(QuantModule):

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quant import onednn
-from quant.byte_codes import ByteCodes
+from quant.kernels import onednn
 from quant.quant_module import QuantModule
+from quant.quantizers.byte_codes import ByteCodes
 
 
 class _QuantRows(QuantModule):

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from quant import fused
-from quant.byte_codes import ByteCodes, Packed, compute_on_codes, fits_bytes, pack_weight
 from quant.formats import FLOAT, BlockFormat, Format
 from quant.modes import recorded
-from quant.quantizer import Quantizer, QuantizerConfig, Rounder
-from quant.replay import Replay
+from quant.quantizers import autograd as fused
+from quant.quantizers.byte_codes import ByteCodes, Packed, compute_on_codes, fits_bytes, pack_weight
+from quant.quantizers.prefix_cache import Replay
+from quant.quantizers.quantizer import Quantizer, QuantizerConfig, Rounder
 
 Made = TypeVar("Made")
 
@@ -24,7 +24,7 @@ TABLE = "table"
 
 
 Reach = Literal["called", "uncalled", "read"]
-"""what calibration found of a layer: it is called; it was not; its weight is read past it, see `quant.reach`"""
+"""what calibration found of a layer: it is called; it was not; its weight is read past it (`quant.quantizers.reach`)"""
 
 
 def runs_in(reach: Reach, formats: tuple[Format, Format]) -> tuple[Format, Format]:
@@ -52,7 +52,7 @@ class QuantModule(nn.Module):
     input_reduction_dim: ClassVar[int] = -1
     """counted from the end: the input of one example alone comes without a batch axis"""
     differentiable: ClassVar[bool] = False
-    """whether the class states the gradients of its `compute`, see `quant.fused`"""
+    """whether the class states the gradients of its `compute`, see `quant.quantizers.autograd`"""
 
     weight: Tensor
     bias: Any
@@ -99,7 +99,7 @@ class QuantModule(nn.Module):
                 cast(Quantizer, quantizer).set_format(weight if TABLE in name else activation)
 
     def place(self, name: str, quantizer: Quantizer) -> None:
-        """Take in the quantizer of a tensor around this layer, in the layer's format: see `quant.placement`."""
+        """Take in the quantizer of a tensor around this layer, in the layer's format (`quant.transforms.placement`)."""
         if "placed" not in self._modules:
             self.add_module("placed", nn.ModuleDict())
         cast(nn.ModuleDict, self._modules["placed"])[name] = quantizer
@@ -138,7 +138,7 @@ class QuantModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must say how it is differentiated")
 
     def takes_codes(self, input: Tensor, weight: Tensor, zero_point: int) -> bool:
-        """Whether `compute` on this input is known in integers, by the two below: see `quant.byte_codes`."""
+        """Whether `compute` on this input is known in integers, by the two below: see `quant.quantizers.byte_codes`."""
         return False
 
     def pack_codes(self, weight: ByteCodes, input: ByteCodes) -> Tensor:
@@ -231,7 +231,7 @@ class KeptWeight:
 class Recompute:
     """Rounded tensors are not kept for the backward pass: they are rounded again, from what is kept anyway.
 
-    For layers that `quant.fused` does not know: with a forward of their own, learned offsets.
+    For layers that `quant.quantizers.autograd` does not know: with a forward of their own, learned offsets.
     A layer's backward needs its rounded input and weight, a quantizer's backward the unrounded ones. Keeping both would
     raise the peak memory of training by half; rounding is a small share of a step.
     """

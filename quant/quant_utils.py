@@ -1,7 +1,7 @@
 """fake_quantize and its gradient: the only way to round values, for modules, calibration and tests alike.
 
 All arithmetic is float32, whatever the input's dtype; the result has the input's dtype and memory layout. The
-arithmetic itself is in `quant.kernels`, that of block formats in `quant.block_rounding`.
+arithmetic itself is in `quant.kernels.eager`, that of block formats in `quant.kernels.block_formats`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.block_rounding import FakeQuantizeBlocks
 from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat, IntGrid
-from quant.kernels import kernels, round_to_grid, rounding_row, use_compiled
+from quant.kernels.block_formats import FakeQuantizeBlocks
+from quant.kernels.eager import kernels, round_to_grid, rounding_row, use_compiled
 
 __all__ = [
     "MIN_LEARNED_SCALE",

@@ -22,7 +22,7 @@ from quant.convert import in_float, set_formats, weights_kept
 from quant.errors import UserError
 from quant.modes import evaluating
 from quant.quant_module import QuantModule
-from quant.replay import replayed
+from quant.quantizers.prefix_cache import replayed
 from trainer.batch_norm import LEAST_TELLING, statistics_of_batch
 from trainer.pickle_free_trainer import PickleFreeTrainer
 from trainer.processes import mean_over_processes, own_share

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, Trainer
 from cost.cost import assignment_from_json, assignment_to_json
 from quant.convert import Assignment, describe_quantizers, quantize_as_described, set_formats
 from quant.formats import FLOAT, parse_format
-from quant.migration import Migration, added, attach
-from quant.placement import attach_quantizers, placed_sites
 from quant.quant_module import QuantModule
+from quant.transforms.migration import Migration, added, attach
+from quant.transforms.placement import attach_quantizers, placed_sites
 from trainer.checkpoint import write_json
 from trainer.saved_files import QUANTIZATION
 

@@ -27,8 +27,8 @@ from quant.errors import NotFiniteError, UserError
 from quant.float_share import FloatShare, float_share
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule, Reach, runs_in
-from quant.quantizer import Quantizer
-from quant.reach import notes_on_reach, reach_of
+from quant.quantizers.quantizer import Quantizer
+from quant.quantizers.reach import notes_on_reach, reach_of
 from trainer import checkpoint, checksums
 from trainer.allocation import allocate, effects, propose
 from trainer.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm

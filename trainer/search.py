@@ -21,8 +21,8 @@ from policy.reinforce import EntropySchedule, Reinforce
 from policy.simple_policy import SimplePolicy
 from policy.solve import Table
 from policy.space import SearchSpace, uniform_cost
-from quant.choices import check_choices
 from quant.errors import UserError
+from quant.validation import check_choices
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"tunas_abs": torch.abs, "one_sided_tunas_abs": torch.relu}
 """rewards that subtract cost from quality -> what they subtract for a cost so much over the target, at beta 1"""

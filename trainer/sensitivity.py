@@ -19,7 +19,7 @@ from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
 from quant.modes import evaluating
 from quant.quant_module import QuantModule
-from quant.replay import replayed
+from quant.quantizers.prefix_cache import replayed
 from trainer.batch_norm import statistics_of_batch
 from trainer.progress import Listener, unheard
 

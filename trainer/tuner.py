@@ -21,13 +21,13 @@ from cost.profile import profile_model
 from quant.convert import calibrate, find_layers, get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, Format, IntFormat
-from quant.graph import find_groups
-from quant.migration import SmoothQuantConfig, fold, sound_groups
 from quant.quant_module import QuantModule
-from quant.quantizer import QuantizerConfig
+from quant.quantizers.quantizer import QuantizerConfig
 from quant.tied import tied_layers
-from quant.token_clipping import output_loss, outputs
-from quant.unfold import unfold
+from quant.transforms.graph import find_groups
+from quant.transforms.migration import SmoothQuantConfig, fold, sound_groups
+from quant.transforms.token_clipping import output_loss, outputs
+from quant.transforms.unfold import unfold
 from trainer import metrics, objectives
 from trainer.checkpoint import save_weights
 from trainer.judging_trainer import streams

@@ -53,7 +53,7 @@ def test_every_flag_of_the_specification_is_known():
 
 
 def test_every_observer_is_a_choice():
-    from quant.observers import OBSERVERS
+    from quant.quantizers.observers import OBSERVERS
 
     assert set(OBSERVERS) == set({f.name: f for f in fields(RunConfig)}["observer"].metadata["choices"])
 

@@ -11,7 +11,7 @@ from eval.flags import parse
 from eval.run_plan import make_plan
 from eval.run_trainer import make_trainer
 from eval.saved_model import load_model
-from quant.migration import added
+from quant.transforms.migration import added
 from trainer.reinforce_trainer import ReinforceTrainer
 
 BASE = "--model bert-tiny --from_scratch --max_length 16 --train_batch_size 16 --eval_batch_size 16 --report_to none"

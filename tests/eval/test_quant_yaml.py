@@ -11,7 +11,7 @@ from eval.flags import parse, read_yaml, to_yaml
 from eval.ptq import quantizer_configs
 from eval.quant_yaml import OBSERVERS, alpha_settings, quant_flags
 from quant.errors import UserError
-from quant.quantizer import QuantizerConfig
+from quant.quantizers.quantizer import QuantizerConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 EXAMPLE = """
@@ -192,7 +192,7 @@ def test_a_setting_said_twice_is_refused(tmp_path):
 
 
 def test_observers_are_those_of_the_flag():
-    from quant.observers import OBSERVERS as KNOWN
+    from quant.quantizers.observers import OBSERVERS as KNOWN
 
     assert set(OBSERVERS.values()) == set(KNOWN) - {"mse"}
 

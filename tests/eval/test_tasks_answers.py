@@ -16,7 +16,7 @@ from eval.saved_model import load_model
 from eval.task_qa import Pieces, SpanJudge, best_span, span_of
 from eval.tasks import load_task
 from quant.errors import UserError
-from quant.migration import added
+from quant.transforms.migration import added
 
 PLACES = ["Paris", "Rome", "Oslo", "Lima", "Cairo", "Delhi"]
 NAMES = ["Ann", "Bob", "Eve", "Max", "Ida", "Tom"]
@@ -214,7 +214,7 @@ def test_a_decoders_padding_is_left_out_of_ranges(bart):
 
     from quant.convert import calibrate, quantize_model
     from quant.formats import IntFormat
-    from quant.quantizer import QuantizerConfig
+    from quant.quantizers.quantizer import QuantizerConfig
 
     activation = QuantizerConfig(range="calibrated", observer="minmax", symmetric=False, ignore_padding=True)
     scales = []

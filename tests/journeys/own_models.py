@@ -17,8 +17,8 @@ from transformers import TrainingArguments
 
 from eval.saved_model import load_model
 from quant.errors import UserError
-from quant.export_onnx import export_onnx
-from quant.export_packed import read_packed, restore, write_packed
+from quant.export.onnx.export import export_onnx
+from quant.export.packed import read_packed, restore, write_packed
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer
 
 CLASSES = 3

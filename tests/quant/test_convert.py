@@ -27,11 +27,11 @@ from quant.convert import (
 )
 from quant.errors import NotFiniteError, UserError
 from quant.formats import FLOAT, IntFormat, parse_format
-from quant.observers import OBSERVERS
 from quant.quant_conv2d import QuantConv2d
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
-from quant.quantizer import QuantizerConfig
+from quant.quantizers.observers import OBSERVERS
+from quant.quantizers.quantizer import QuantizerConfig
 
 FORMATS = [parse_format(name) for name in ("int2", "int4", "e4m3")]
 INT2 = (IntFormat(2), IntFormat(2))

@@ -14,7 +14,7 @@ import quant.quant_module
 from quant.convert import from_float
 from quant.formats import FLOAT, IntFormat, parse_format
 from quant.quant_utils import fake_quantize, use_compiled
-from quant.quantizer import ACTIVATION, QuantizerConfig, Rounder
+from quant.quantizers.quantizer import ACTIVATION, QuantizerConfig, Rounder
 
 PAIRS = [("int2", "int8"), ("int4", "e4m3"), ("e2m1", "int3"), ("mxfp4", "nvfp4"), ("mxint8", "int8"), ("bf16", "int4")]
 HALF_OPEN = [("int4", "float"), ("float", "int4")]

@@ -5,12 +5,12 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+import quant.kernels.eager.eager
+import quant.kernels.eager.native
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import quant.kernels
-import quant.native
 from quant.formats import FLOAT, IntFormat, parse_format
 from quant.quant_utils import fake_quantize, rounding_row, scale_from_range, use_compiled
 from tests.quant.oracles import (
@@ -309,7 +309,7 @@ def test_without_a_compiler_auto_says_so_once_and_on_raises(message, compiler, m
 
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: compiling_fails)
     monkeypatch.setattr(quant.native, "library", compiling_fails)
-    caches = quant.kernels._inductor, quant.native.NativeKernels.load
+    caches = quant.kernels.eager._inductor, quant.kernels.native.NativeKernels.load
     try:
         for cache in caches:
             cache.cache_clear()
@@ -319,7 +319,7 @@ def test_without_a_compiler_auto_says_so_once_and_on_raises(message, compiler, m
         assert (message.partition("\n")[0] or "RuntimeError") in caplog.text
         with pytest.raises(RuntimeError, match="--compile on"):
             use_compiled("on", compiler=compiler)
-        assert quant.kernels.kernels() is quant.kernels.EAGER
+        assert quant.kernels.eager.kernels() is quant.kernels.eager.EAGER
     finally:
         for cache in caches:
             cache.cache_clear()
@@ -331,11 +331,11 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(monkeypatch, tmp_path):
     broken.write_text("int main() { return nonsense; }")
     monkeypatch.setattr(quant.native, "SOURCE", broken)
     with pytest.raises(RuntimeError, match=r"broken\.cpp.*error.*nonsense"):
-        quant.native.library.__wrapped__()
+        quant.kernels.native.library.__wrapped__()
     assert list(tmp_path.iterdir()) == [broken]
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
-        quant.native.library.__wrapped__()
+        quant.kernels.native.library.__wrapped__()
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from quant.convert import calibrate, quantize_model, set_formats
-from quant.export_emulation import emulate_grid
 from quant.formats import parse_format
-from quant.kernels import _constant_row, round_to_grid, rounding_row
-from quant.quantizer import QuantizerConfig
+from quant.kernels.eager import _constant_row, round_to_grid, rounding_row
+from quant.kernels.emulation import emulate_grid
+from quant.quantizers.quantizer import QuantizerConfig
 
 FORMATS = ["int4", "int8", "e4m3", "e5m2", "e2m1", "bf16", "mxfp4", "mxint8", "nvfp4"]
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -13,7 +13,7 @@ from eval.saved_model import load_model
 from policy.space import build_space
 from quant.convert import calibrate, get_formats, quantize_model, set_formats
 from quant.errors import UserError
-from quant.export_packed import packed_sizes, read_packed, restore, write_packed
+from quant.export.packed import packed_sizes, read_packed, restore, write_packed
 from quant.formats import FLOAT, parse_format
 from trainer.checkpoint import load_tensors, save_weights
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer

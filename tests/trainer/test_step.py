@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import parse_format, parse_search_space
 from quant.quant_utils import use_compiled
-from quant.quantizer import QuantizerConfig
+from quant.quantizers.quantizer import QuantizerConfig
 from tests.trainer.test_reinforce_trainer import Data, Net, make
 from trainer.reinforce_trainer import FLUSH_STEPS, ReinforceConfig
 

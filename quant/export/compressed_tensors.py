@@ -1,0 +1,168 @@
+"""compressed-tensors: a model of transformers with a config group for each pair of formats, for transformers and vLLM.
+
+Matches: Linear layers with symmetric integer weights of 2 to 8 bits (packed side by side) or e4m3 weights, one scale an
+output channel or tensor, and inputs in float, in integers of 2 to 8 bits or in e4m3 on a fixed range. A layer of any
+other kind keeps the values of its rounded weight, in float32 and with float inputs, and its verdict says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import UserError
+from quant.export.layer_report import LayerVerdict, as_chosen
+from quant.export.weights import from_rows, round_weight, static_range
+from quant.formats import FLOAT, BlockFormat, FloatFormat, Format, IntFormat
+from quant.quant_linear import QuantLinear
+from quant.quant_module import QuantModule
+
+E4M3 = FloatFormat(4, 3, 1)
+
+
+def check_fused(groups: Iterable[Sequence[str]], modules: Mapping[str, QuantModule]) -> None:
+    """Raises UserError if layers that engines fuse into one (query, key and value; gate and up) differ in format.
+
+    Args:
+        groups: names of layers that read the same tensor.
+    """
+    for group in groups:
+        members = [name for name in group if isinstance(modules.get(name), QuantLinear)]
+        pairs = {name: "/".join(format.name for format in modules[name].formats) for name in members}
+        if len(set(pairs.values())) > 1:
+            told = ", ".join(f"{name} {pair}" for name, pair in pairs.items())
+            raise UserError(
+                f"--format compressed-tensors: engines fuse {told}, which must share formats: search with --fuse_groups"
+            )
+
+
+def export_compressed(
+    folder: Path, model: nn.Module, modules: Mapping[str, QuantModule]
+) -> tuple[dict[str, LayerVerdict], int]:
+    """Write a checkpoint that transformers' from_pretrained loads; returns verdicts and bytes of the layers' weights.
+
+    Args:
+        model: of transformers, with the float weights and plain layers under the same names as `modules`; changed.
+        modules: the run's quantized layers in their formats.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    if apart := sorted(modules.keys() - dict(model.named_modules()).keys()):
+        raise UserError(
+            f"--format compressed-tensors: {apart[0]} is no layer of {type(model).__name__} but part of a tensor that "
+            "holds several matrices (experts, attention); choose --format packed"
+        )
+    verdicts: dict[str, LayerVerdict] = {}
+    groups: dict[tuple[Format, Format], list[str]] = {}
+    values: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        weight, activation = module.formats
+        reason, verdicts[name] = mismatch(name, module), as_chosen(weight, activation)
+        if (rounded := round_weight(name, module)) is not None:
+            whole = rounded.values()
+            if isinstance(weight, BlockFormat):
+                whole = from_rows(whole, module.weight.shape, module.weight_quantizer.reduction_dim)
+            values[name] = whole
+        if reason is not None:
+            why = (f"rounded weights in float32, inputs in float: {reason}",)
+            bits = FLOAT.bits, FLOAT.bits
+            verdicts[name] = LayerVerdict(weight, activation, "float32", "float", *bits, why)
+        elif weight != FLOAT:
+            groups.setdefault((weight, activation), []).append(name)
+    layers = dict(model.named_modules())
+    with torch.no_grad():
+        for name, value in values.items():
+            layers[name].weight = nn.Parameter(value, requires_grad=False)
+    taken = {name for names in groups.values() for name in names}
+    rest = [name for name, layer in layers.items() if isinstance(layer, nn.Linear) and name not in taken]
+    schemes = {
+        f"group_{place}": scheme(names, modules[names[0]], weight, activation)
+        for place, ((weight, activation), names) in enumerate(groups.items())
+    }
+    config = QuantizationConfig(config_groups=schemes, ignore=rest, format="mixed-precision")
+    with _quiet():
+        apply_quantization_config(model, config)
+        for name in taken:
+            set_scales(name, layers[name], modules[name])
+        compressor: Any = ModelCompressor(quantization_config=config)
+        compressor.compress_model(model)
+        model.save_pretrained(folder)  # type: ignore[operator]
+        compressor.update_config(str(folder))
+    stored = {name: layers[name].state_dict() for name in modules}
+    return verdicts, sum(
+        tensors[key].numel() * tensors[key].element_size()
+        for tensors in stored.values()
+        for key in ("weight", "weight_packed")
+        if key in tensors
+    )
+
+
+def mismatch(name: str, module: QuantModule) -> str | None:
+    """Why compressed-tensors has no scheme for a layer; None if it has, or the layer is in float."""
+    weight, activation = module.formats
+    if (weight, activation) == (FLOAT, FLOAT):
+        return None
+    if not isinstance(module, QuantLinear):
+        return f"compressed-tensors compresses Linear layers, this is a {type(module).__name__.removeprefix('Quant')}"
+    if not (weight == E4M3 or (isinstance(weight, IntFormat) and weight.width <= 8)):
+        return f"compressed-tensors has no scheme for {weight} weights"
+    if not module.weight_quantizer.config.symmetric:
+        return "asymmetric weights are not packed"
+    if activation == FLOAT:
+        return None
+    if not (activation == E4M3 or (isinstance(activation, IntFormat) and activation.width <= 8)):
+        return f"compressed-tensors has no scheme for {activation} inputs"
+    if (range := static_range(name, module)) is None:
+        return "the range of its inputs is not fixed"
+    if range.offset is not None:
+        return "compressed-tensors has no offsets learned beside the zero point (LSQ+)"
+    if isinstance(activation, IntFormat) and module.input_quantizer.config.symmetric:  # ours leave -2^(k-1) out
+        return "compressed-tensors has no inputs in symmetric integers without the lowest one; choose asymmetric inputs"
+    return None
+
+
+def scheme(names: list[str], module: QuantModule, weight: Format, activation: Format) -> Any:
+    """The config group of the layers `names`, which all have these formats."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    def arguments(format: Format, strategy: str, symmetric: bool) -> Any:
+        kind = "int" if isinstance(format, IntFormat) else "float"
+        return QuantizationArgs(num_bits=int(format.bits), type=kind, strategy=strategy, symmetric=symmetric)  # type: ignore[arg-type]
+
+    channels = module.weight_quantizer.config.granularity == "channel"
+    inputs = None
+    if activation != FLOAT:
+        symmetric = module.input_quantizer.config.symmetric or not isinstance(activation, IntFormat)
+        inputs = arguments(activation, "tensor", symmetric)
+    return QuantizationScheme(
+        targets=names,
+        weights=arguments(weight, "channel" if channels else "tensor", True),
+        input_activations=inputs,
+        format="pack-quantized" if isinstance(weight, IntFormat) else "naive-quantized",  # type: ignore[arg-type]
+    )
+
+
+def set_scales(name: str, layer: Any, module: QuantModule) -> None:
+    """The run's scales and zero points, in place of those that compressed-tensors made room for."""
+    weight = round_weight(name, module)
+    assert weight is not None
+    with torch.no_grad():
+        layer.weight_scale.copy_(weight.scale.reshape(layer.weight_scale.shape))
+        if (range := static_range(name, module)) is not None:
+            layer.input_scale.fill_(range.scale)
+            if hasattr(layer, "input_zero_point"):
+                layer.input_zero_point.fill_(range.zero_point)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """compressed-tensors shows its progress on stderr; what fails is raised anyway."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,319 @@
+"""ONNX with QuantizeLinear/DequantizeLinear: weights in the smallest type that holds their codes, inputs on their grid.
+
+The model is traced by torch.onnx.export with two placeholders a layer, one where its input is rounded and one for its
+weight; these are then replaced by ONNX's own nodes. Types: int4, int8, int16, float8e4m3fn and float8e5m2 of opset 21.
+A format without a type of its own is stored in the next wider one that holds every value of its grid: the values stay
+the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from quant.errors import UserError
+from quant.export.layer_report import LayerVerdict, left_in_float
+from quant.export.onnx.integer_ops import round_outputs
+from quant.export.onnx.layers import OnnxLayer
+from quant.export.onnx.nodes import DOMAIN, Replacement, layer_of
+from quant.export.weights import never_called, static_range
+from quant.formats import BlockFormat
+from quant.kernels.emulation import emulate
+from quant.modes import evaluating
+from quant.quant_experts import ExpertLinear
+from quant.quant_linear import QuantConv1D, QuantLinear
+from quant.quant_module import QuantModule
+from quant.tied import stored_with
+from quant.transforms.computed_weights import norm_hook, weight_of
+
+OPSET = 21
+"""the first with int4, and with block scales in DequantizeLinear"""
+LARGEST_FILE = 2**31 - 1
+"""bytes of a protobuf message; more would have to stand in files of their own"""
+OUTPUT = "logits"
+HALF = (torch.float16, torch.bfloat16)
+PRIVATE = "public."
+"""what the names of inputs and outputs begin with while the model is traced, so that no node takes them"""
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+
+
+def export_onnx(
+    path: Path,
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    inputs: Mapping[str, Tensor],
+    examples: Sequence[Mapping[str, Tensor]] = (),
+) -> dict[str, LayerVerdict]:
+    """Write `model` with the quantized layers `modules`, in the formats they are set to now, to `path`.
+
+    Args:
+        inputs: an example of one or more rows: what the model is called with, by name. The first axis is the batch; it
+            and the last axis of whole numbers (token ids, masks) may have other sizes when the file is run.
+        examples: batches of such inputs. If there are any, what convolutions of integers return is rounded to 8 bits as
+            well, in the range that these reach, and ONNX Runtime computes them in integers: faster, but biases and
+            shortcuts are rounded too, and logits differ by more than float rounding.
+
+    The file takes these inputs by name and returns `logits`, all floats in float32, also where the model computes in
+    half precision. Layers that the model never calls are not in it. Raises UserError for experts, for ranges that only
+    exist at run time, for an operation that ONNX lacks and for a model that does not pass ONNX's checker.
+    """
+    return write_onnx(path, trace(model, modules, inputs), modules, examples)
+
+
+def write_onnx(
+    path: Path,
+    traced: onnx.ModelProto,
+    modules: Mapping[str, QuantModule],
+    examples: Sequence[Mapping[str, Tensor]] = (),
+) -> dict[str, LayerVerdict]:
+    """`export_onnx` of a model that was traced, possibly in other formats: only blocks of inputs are in the trace."""
+    uncalled = never_called(modules)
+    check_uncalled(traced, uncalled)
+    layers = {name: OnnxLayer.of(name, m, bool(examples)) for name, m in modules.items() if name not in uncalled}
+    layers |= {
+        name: replace(layers[name], owner=owner) for name, owner in stored_with(modules).items() if name in layers
+    }
+    proto = onnx.ModelProto()
+    proto.CopyFrom(traced)
+    Replacement(proto, layers, bool(examples)).run()
+    set_opset(proto)
+    rounded = round_outputs(proto, [_widened(example) for example in examples]) if examples else 0
+    helper.set_model_props(proto, session_settings(layers.values(), rounded))
+    if proto.ByteSize() > LARGEST_FILE:
+        raise UserError(f"--format onnx: the model takes {proto.ByteSize():,} bytes, a file holds {LARGEST_FILE:,}")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(f"--format onnx: ONNX's checker refuses the model: {str(error).splitlines()[0]}") from None
+    Path(path).write_bytes(proto.SerializeToString())
+    return {
+        name: left_in_float(*module.formats) if name in uncalled else layers[name].verdict
+        for name, module in modules.items()
+    }
+
+
+def check_uncalled(traced: onnx.ModelProto, uncalled: Mapping[str, QuantModule]) -> None:
+    """Raises UserError for a layer that calibration did not reach, but the trace did."""
+    for name in {layer_of(node) for node in traced.graph.node if node.domain == DOMAIN} & uncalled.keys():
+        static_range(name, uncalled[name])
+
+
+def set_opset(proto: onnx.ModelProto) -> None:
+    """Only ONNX's own operators, at `OPSET`, are left."""
+    del proto.opset_import[:]
+    proto.opset_import.append(helper.make_opsetid("", OPSET))
+    proto.ir_version = helper.find_min_ir_version_for(list(proto.opset_import))
+    del proto.functions[:]
+
+
+def session_settings(layers: Iterable[OnnxLayer], rounded: int) -> dict[str, str]:
+    """What ONNX Runtime's sessions should be told: it changes speed and exactness, never what the file says.
+
+    It has integer operations for matrix products of integers, and for convolutions whose output is `rounded`. All other
+    weights it had better take as float constants: it would unpack them at every call, or, in products with inputs in
+    float, round these inputs to 8 bits unasked (its accuracy level 4, the default).
+    """
+    counts = {True: 0, False: 0}
+    for layer in layers:
+        if layer.weight is not None:
+            counts[layer.in_integers and (layer.is_product or rounded > 0)] += layer.float_weight.numel()
+    if counts[False] > counts[True]:
+        return {"session.disable_quant_qdq": "1"}
+    return {"session.qdq_matmulnbits_accuracy_level": "1"} if counts[False] else {}
+
+
+def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict]) -> dict[str, int]:
+    """Bytes of an ONNX file by what they hold, as `packed_sizes`; `header` is the graph."""
+    sizes = dict.fromkeys(("codes", "block_scales", "scales", "zero_points", "float_weights", "rest"), 0)
+    for tensor in onnx.load(path).graph.initializer:
+        layer, _, part = tensor.name.partition(".weight.")
+        if tensor.name.endswith((".weight", ".weight.codes")) and layer.removesuffix(".weight") in layers:
+            kind = "float_weights" if layer.endswith(".weight") and not part else "codes"
+        elif layer in layers and part == "scale":
+            kind = "block_scales" if isinstance(layers[layer].weight, BlockFormat) else "scales"
+        elif tensor.name.endswith(".input.scale"):
+            kind = "scales"
+        elif tensor.name.endswith((".input.zero_point", ".weight.zero_point")):
+            kind = "zero_points"
+        else:
+            kind = "rest"
+        sizes[kind] += len(tensor.raw_data) if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).nbytes
+    return {**sizes, "header": path.stat().st_size - sum(sizes.values())}
+
+
+class _Traced(nn.Module):
+    """Stands in for a layer while the model is traced: placeholders where its input and weight are rounded."""
+
+    def __init__(self, name: str, module: QuantModule) -> None:
+        super().__init__()
+        self.name = name
+        self.module = module
+        self.weight_shape = weight_of(module).shape  # read before tracing: what computes a weight is not in the file
+        for hooks in HOOKS:  # a migrated layer divides its input, or shows it to a shortcut; users have their own
+            setattr(self, hooks, copy.copy(getattr(module, hooks)))
+        for key, hook in list(self._forward_pre_hooks.items()):
+            if hook is norm_hook(module):  # the file holds the weight that it computes
+                del self._forward_pre_hooks[key]
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask their layers for: MobileNetV2 pads by a convolution's stride."""
+        own = self._modules.get("module")
+        if name in self._modules or own is None:
+            return super().__getattr__(name)
+        return getattr(own, name)
+
+    def forward(self, input: Tensor) -> Tensor:  # called by keyword as the layer is
+        module, x = self.module, input
+        activation = module.input_quantizer
+        if isinstance(activation.format, BlockFormat):
+            x = emulate(x, activation.format, activation.reduction_dim)
+        else:
+            x = placeholder("Input", self.name, x.shape, x)
+        shape, source = self.weight_shape, input.new_empty(1)
+        if isinstance(module, QuantLinear | QuantConv1D):
+            # A plain product with the weight as (in, out), which engines recognise behind quantized operands.
+            x = x @ placeholder("Weight", self.name, shape if isinstance(module, QuantConv1D) else shape[::-1], source)
+            return x if module.bias is None else x + module.bias
+        return module.compute(x, placeholder("Weight", self.name, shape, source))
+
+
+def placeholder(kind: str, layer: str, shape: Any, x: Tensor) -> Tensor:
+    """A node of our own domain, float32 of `shape`, to be replaced in the file."""
+    symbolic = torch.onnx.ops.symbolic
+    return symbolic(f"{DOMAIN}::{kind}", (x,), {"layer": layer}, dtype=torch.float32, shape=shape, version=1)
+
+
+class _Logits(nn.Module):
+    """The model as a function from its inputs, in order, to its logits."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        single = isinstance(self.model, nn.Sequential)  # its forward has a name for its input that says nothing
+        output = self.model(*inputs) if single else self.model(**dict(zip(self.names, inputs, strict=True)))
+        if isinstance(output, Tensor):
+            return output
+        if not isinstance(output, Mapping) or OUTPUT not in output:
+            raise UserError(f"it returns a {type(output).__name__}, not a tensor or something with '{OUTPUT}'")
+        logits: Tensor = output[OUTPUT]
+        return logits
+
+
+def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """The model as ONNX with placeholders. Raises UserError for an operation that ONNX lacks."""
+    if stacked := [name for name, layer in model.named_modules() if isinstance(layer, ExpertLinear)]:
+        raise UserError(
+            f"--format onnx: {stacked[0]} holds the matrices of many experts, of which each token takes some only when "
+            "the model runs; choose --format packed"
+        )
+    if double := [name for name, weight in model.named_parameters() if weight.dtype == torch.float64]:
+        raise UserError(f"--format onnx: {double[0]} is float64, files hold float32: export model.float()")
+    names = list(inputs)
+    # One row would be taken for a model of batches of one.
+    rows = [x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for x in _widened(inputs).values()]
+    # Whether the last axis of whole numbers may have another size is the model's matter: features have a fixed number.
+    last = torch.export.Dim.AUTO
+    axes = [{0: "batch", **({x.dim() - 1: last} if x.dim() > 1 and not x.is_floating_point() else {})} for x in rows]
+    traced = _Logits(model, names)
+    with evaluating(model), _in_float32(model), _placeholders(model, modules), _quiet():
+        try:
+            program: Any = torch.onnx.export(
+                traced,
+                tuple(rows),
+                input_names=[f"{PRIVATE}{name}" for name in names],
+                output_names=[f"{PRIVATE}{OUTPUT}"],
+                opset_version=OPSET,
+                dynamic_shapes=(tuple(axes),),
+                dynamo=True,
+                verbose=False,
+            )
+            proto: onnx.ModelProto = program.model_proto  # made anew each time it is asked for, from the tensors
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = " ".join(str(cause).split())[:300]
+            raise UserError(f"--format onnx: {type(model).__name__} cannot be exported: {reason}") from None
+    rename_values(proto.graph)
+    return proto
+
+
+def rename_values(graph: onnx.GraphProto) -> None:
+    """Take `PRIVATE` off the names of inputs and outputs; what has such a name inside the graph gets another."""
+    public = {value.name.removeprefix(PRIVATE) for value in (*graph.input, *graph.output)}
+
+    def renamed(name: str) -> str:
+        return f"{name}.inside" if name in public else name.removeprefix(PRIVATE)
+
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = renamed(value.name)
+    for node in graph.node:
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
+
+
+def _widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of half precision in float32, as the file takes them."""
+    return {name: x.float() if x.dtype in HALF else x for name, x in inputs.items()}
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Within, what `model` holds in half precision is float32, which has all of its values; then it is as before.
+
+    A layer's scales are float32 in any model: the nodes between would have operands of two types.
+    """
+    halves = [(x, x.data) for x in (*model.parameters(), *model.buffers()) if x.dtype in HALF]
+    for tensor, data in halves:
+        tensor.data = data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in halves:
+            tensor.data = data
+
+
+@contextlib.contextmanager
+def _placeholders(model: nn.Module, modules: Mapping[str, QuantModule]) -> Iterator[None]:
+    """Within, the quantized layers of `model` are placeholders."""
+    traced = {id(module): _Traced(name, module) for name, module in modules.items()}
+    swapped = [
+        (parent, key, child)
+        for parent in list(model.modules())
+        for key, child in list(parent._modules.items())
+        if id(child) in traced
+    ]
+    try:
+        for parent, key, child in swapped:
+            parent._modules[key] = traced[id(child)]
+        yield
+    finally:
+        for parent, key, child in swapped:
+            parent._modules[key] = child
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress on stdout and through loggers; what fails is raised anyway."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,373 @@
+"""The placeholders of a traced model become ONNX's own nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from quant.export.onnx.layers import INT8, OnnxLayer, Storage
+from quant.export.weights import RoundedWeight, block_unit
+from quant.formats import BlockFormat, FloatFormat, IntFormat
+
+DOMAIN = "mpq"
+"""of the placeholders"""
+UNSIGNED = {4: ml_dtypes.uint4, 8: np.uint8, 16: np.uint16}
+"""bits -> the type of an input's integer codes"""
+
+
+class Replacement:
+    """Replaces the placeholders of a traced model, in place.
+
+    With `integers`, convolutions are made ready for `export_onnx_integer`.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, layers: Mapping[str, OnnxLayer], integers: bool) -> None:
+        self.integers = integers
+        self.proto = proto
+        self.graph = proto.graph
+        self.layers = dict(layers)
+        self.made: dict[str, str] = {}
+        """layer -> its weight's tensor: made once, however often the layer is called"""
+        self.new_nodes: list[NodeProto] = []
+
+    def run(self) -> None:
+        self._settle_convolutions()
+        self._settle_products()
+        for node in list(self.graph.node):
+            if node.domain != DOMAIN:
+                self.new_nodes.append(node)
+                continue
+            layer = self.layers[layer_of(node)]
+            source = self._weight(layer) if node.op_type == "Weight" else self._input(layer, node)
+            # The name that the rest of the graph reads.
+            self.new_nodes.append(helper.make_node("Identity", [source], list(node.output)))
+        replace_nodes(self.graph, self.new_nodes)
+        self._drop_identities()
+        self._spell_out_bounds()
+        self._drop_unused()
+
+    def _constant(self, name: str, value: Any) -> str:
+        if name not in {tensor.name for tensor in self.graph.initializer}:
+            self.graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        return name
+
+    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.new_nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def _input(self, layer: OnnxLayer, node: NodeProto) -> str:
+        """Nodes that round a layer's input; returns the rounded tensor."""
+        range, storage, x = layer.range, layer.input_storage, node.input[0]
+        if range is None:
+            return x
+        start = f"{node.output[0]}/{layer.name}"
+        if range.offset is not None:
+            offset = self._constant(f"{layer.name}.input.offset", np.float32(range.offset))
+            x = self._node("Sub", [x, offset], f"{start}/moved")
+        scale = self._constant(f"{layer.name}.input.scale", np.float32(range.scale))
+        if layer.emulated:
+            x = self._emulated(layer, x, start)
+        if storage is not None:
+            make = self._integers if isinstance(range.format, IntFormat) else self._minifloats
+            x = make(layer, storage, x, scale, start)
+        return x if range.offset is None else self._node("Add", [x, offset], f"{start}/back")
+
+    def _minifloats(self, layer: OnnxLayer, storage: Storage, x: str, scale: str, start: str) -> str:
+        """Nodes that round an input to a minifloat that the file has a type of."""
+        # No zero point: ONNX Runtime would take one of 0 for the least code, and drop a Relu before it.
+        to = helper.np_dtype_to_tensor_dtype(np.dtype(storage.dtype))
+        codes = self._node("QuantizeLinear", [x, scale], f"{start}/codes", output_dtype=to)
+        return self._node("DequantizeLinear", [codes, scale], f"{start}/rounded")
+
+    def _integers(self, layer: OnnxLayer, storage: Storage, x: str, scale: str, start: str) -> str:
+        """Nodes that round an input to integers."""
+        range, bits = layer.range, storage.bits
+        assert range is not None
+        # Unsigned, the same codes moved: what processors multiply with signed weights.
+        dtype, zero_point = UNSIGNED[bits], range.zero_point + 2 ** (bits - 1)
+        narrower = range.high - range.low + 1 < 2**bits
+        point = self._constant(f"{layer.name}.input.zero_point", np.asarray(zero_point).astype(dtype))
+        codes = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes")
+        if layer.in_integers and layer.is_product and bits < 8:
+            codes, bits = self._node("Cast", [codes], f"{start}/codes8", to=TensorProto.UINT8), 8
+            point = self._constant(f"{layer.name}.input.zero_point8", np.asarray(zero_point).astype(np.uint8))
+        if narrower and bits == 8:  # engines join the rounding with the operation before it
+            bounds = np.asarray([range.low + zero_point, range.high + zero_point]).astype(np.uint8)
+            codes = self._clip(codes, f"{layer.name}.input", bounds, f"{start}/clip")
+        rounded = self._node("DequantizeLinear", [codes, scale, point], f"{start}/rounded")
+        if narrower and bits != 8:  # ONNX clips no codes of 4 bits
+            ends = np.asarray([range.low, range.high], np.float32) * np.float32(range.scale)
+            rounded = self._clip(rounded, f"{layer.name}.input", ends, f"{start}/clip")
+        return rounded
+
+    def _clip(self, x: str, name: str, bounds: np.ndarray, output: str) -> str:
+        ends = [self._constant(f"{name}.{end}", value) for end, value in zip(("low", "high"), bounds, strict=True)]
+        return self._node("Clip", [x, *ends], output)
+
+    def _emulated(self, layer: OnnxLayer, x: str, start: str) -> str:
+        """Float operations that round to a minifloat, see `export_emulation`."""
+        format, range = layer.formats[1], layer.range
+        assert isinstance(format, FloatFormat) and range is not None
+
+        def constant(value: float) -> str:
+            return self._constant(f"{DOMAIN}.{np.float32(value)!r}", np.float32(value))
+
+        count = 0
+
+        def op(kind: str, *inputs: str) -> str:
+            nonlocal count
+            count += 1
+            return self._node(kind, list(inputs), f"{start}/round{count}")
+
+        scale = self._constant(f"{layer.name}.input.scale", np.float32(range.scale))
+        y = op("Clip", op("Div", x, scale), constant(-format.qmax), constant(format.qmax))
+        size = op("Max", op("Abs", y), constant(format.smallest_normal))
+        exponent = op("Floor", op("Div", op("Log", size), constant(np.log(2.0))))
+        power = op("Pow", constant(2.0), exponent)
+        power = op("Where", op("Greater", power, size), op("Mul", power, constant(0.5)), power)
+        double = op("Mul", power, constant(2.0))
+        power = op("Where", op("LessOrEqual", double, size), double, power)
+        step = op("Mul", power, constant(2.0**-format.mantissa))
+        return op("Mul", op("Mul", op("Round", op("Div", y, step)), step), scale)
+
+    def _weight(self, layer: OnnxLayer) -> str:
+        """Nodes that make a layer's weight from its codes; returns the weight's tensor."""
+        if layer.name in self.made:
+            return self.made[layer.name]
+        weight, storage, name = layer.weight, layer.weight_storage, f"{layer.name}.weight"
+        stored = f"{layer.owner or layer.name}.weight"
+        if weight is None:
+            plain = layer.float_weight.T if layer.transposed else layer.float_weight
+            return self._constant(stored, plain.float().numpy())
+        blocked = isinstance(weight.format, BlockFormat)
+        elements, scale = weight.elements, weight.scale
+        if isinstance(weight.format, BlockFormat):
+            factor = block_unit(weight.format) * (1 if weight.tensor_scale is None else weight.tensor_scale)
+            scale = scale * factor
+        point = None if weight.zero_point is None else weight.zero_point
+        if point is not None:
+            elements = elements + point
+        # To the layout that the layer computes with: (in, out) behind a matrix product, else the weight's own.
+        rows_last = layer.transposed or (blocked and layer.float_weight.dim() == 2)
+        if rows_last:
+            elements = elements.T
+            scale = scale.T if scale.dim() == 2 else scale
+            point = point.T if point is not None and point.dim() == 2 else point
+        values = elements.numpy()
+        if storage is None:
+            made = self._constant(stored, (elements * scale).numpy())
+        else:
+            codes = self._constant(f"{stored}.codes", values.astype(storage.dtype))
+            if storage.bits < 8 and layer.in_integers and (layer.is_product or self.integers):
+                # ONNX Runtime widens constants as it loads, and multiplies integers of 8 bits only.
+                codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
+            made = self._dequantized(layer, storage, codes, scale, point, name, rows_last)
+        if (blocked and (not layer.is_product or layer.input_storage is not None)) or layer.overflows:
+            # A product of blocks with an input that has a scale, too, ONNX Runtime would take for one of integers;
+            # and of rows too long for that it would round the input once more, to bytes.
+            sizes = layer.float_weight.T.shape if layer.transposed else layer.float_weight.shape
+            shape = self._constant(f"{name}.shape", np.asarray(sizes, dtype=np.int64))
+            made = self._node("Reshape", [made, shape], f"{name}.shaped")
+        self.made[layer.name] = made
+        return made
+
+    def _dequantized(
+        self,
+        layer: OnnxLayer,
+        storage: Storage,
+        codes: str,
+        scale: Tensor,
+        point: Tensor | None,
+        name: str,
+        rows_last: bool,
+    ) -> str:
+        assert layer.weight is not None
+        if isinstance(layer.weight.format, BlockFormat):
+            factors = self._constant(f"{name}.scale", scale.numpy())
+            size = layer.weight.format.block_size
+            return self._node("DequantizeLinear", [codes, factors], name, axis=0 if rows_last else 1, block_size=size)
+        if not storage.dequantized:
+            values = self._node("Cast", [codes], f"{name}.cast", to=TensorProto.FLOAT)
+            factors = self._constant(f"{name}.scale", scale.numpy())
+            return self._node("Mul", [values, factors], name)
+        channel = next((axis for axis, size in enumerate(scale.shape) if size > 1), None)
+        flat, axis = ((), {}) if channel is None else ((-1,), {"axis": channel})
+        points = []
+        if point is not None:
+            zero_points = point.numpy().reshape(flat).astype(storage.dtype)
+            points.append(self._constant(f"{name}.zero_point", zero_points))
+        if layer.float8:
+            # ONNX Runtime takes float8 operands of a product for integers: the scales stand apart.
+            ones = np.ones((), np.float32) if point is None else np.ones_like(scale.numpy().reshape(flat))
+            one = self._constant(f"{DOMAIN}.one" if point is None else f"{name}.ones", ones)
+            values = self._node("DequantizeLinear", [codes, one, *points], f"{name}.values", **(axis if points else {}))
+            return self._node("Mul", [values, self._constant(f"{name}.scale", scale.numpy())], name)
+        factors = self._constant(f"{name}.scale", scale.numpy().reshape(flat))
+        return self._node("DequantizeLinear", [codes, factors, *points], name, **axis)
+
+    def _settle_convolutions(self) -> None:
+        """Where a convolution's bias goes: ONNX Runtime rounds it to steps of input scale x weight scale.
+
+        So it stays apart, in float. With `integers`, a batch norm behind becomes part of scales and bias instead, and
+        convolution and activation can be one integer operation.
+        """
+        values = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.initializer}
+        readers: dict[str, list[NodeProto]] = {}
+        for node in self.graph.node:
+            for source in node.input:
+                readers.setdefault(source, []).append(node)
+        weights = {n.output[0]: layer_of(n) for n in self.graph.node if n.domain == DOMAIN and n.op_type == "Weight"}
+        calls = Counter(weights.values())
+        kept = {output.name for output in self.graph.output}
+        nodes: list[NodeProto] = []
+        gone: set[str] = set()
+        for node in self.graph.node:
+            if node.output[0] in gone:
+                continue
+            nodes.append(node)
+            if node.op_type != "Conv" or node.input[1] not in weights:
+                continue
+            layer = self.layers[weights[node.input[1]]]
+            follow = readers.get(node.output[0], [])
+            bias = values.get(node.input[2]) if len(node.input) > 2 else np.zeros(1, np.float32)
+            if not (self.integers and layer.in_integers):
+                if len(node.input) > 2 and bias is not None:
+                    nodes.append(self._apart(node, layer, bias))
+                continue
+            norm = follow[0] if len(follow) == 1 and node.output[0] not in kept and calls[layer.name] == 1 else None
+            if norm is None or norm.op_type != "BatchNormalization" or bias is None or layer.weight is None:
+                continue
+            if any(part not in values for part in norm.input[1:]) or layer.weight.zero_point is not None:
+                continue
+            factor, offset = norm_of(norm, [values[part].astype(np.float64) for part in norm.input[1:]])
+            self.layers[layer.name] = replace(layer, weight=scaled(layer.weight, torch.from_numpy(factor)), owner="")
+            del node.input[2:]
+            node.input.append(self._constant(f"{layer.name}.bias", (bias * factor + offset).astype(np.float32)))
+            node.output[0] = norm.output[0]
+            gone.add(norm.output[0])
+        replace_nodes(self.graph, nodes)
+
+    def _apart(self, conv: NodeProto, layer: OnnxLayer, bias: np.ndarray) -> NodeProto:
+        """The addition that takes over a convolution's bias."""
+        output = conv.output[0]
+        del conv.input[2:]
+        conv.output[0] = f"{output}/product"
+        added = self._constant(f"{layer.name}.bias", bias.reshape(-1, *(1,) * (layer.float_weight.dim() - 2)))
+        return helper.make_node("Add", [conv.output[0], added], [output], name=f"{output}/bias")
+
+    def _settle_products(self) -> None:
+        """A bias behind a product of matrices is subtracted with its sign turned: the same values, bit for bit.
+
+        ONNX Runtime makes one operation of product and addition, and then rounds the bias, and a weight in float, to
+        integers where the input was rounded. Products of more axes it leaves apart, and joins the addition with others.
+        """
+        values = {tensor.name: tensor for tensor in self.graph.initializer}
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in self.graph.value_info}
+        rounded = {
+            n.output[0]
+            for n in self.graph.node
+            if n.domain == DOMAIN and n.op_type == "Input" and self.layers[layer_of(n)].input_storage is not None
+        }
+        products: set[str] = set()
+        for node in self.graph.node:
+            if node.op_type == "MatMul" and node.input[0] in rounded and ranks.get(node.output[0], 2) == 2:
+                products.add(node.output[0])
+            bias = next((source for source in node.input if source in values), None)
+            if node.op_type != "Add" or bias is None or products.isdisjoint(node.input):
+                continue
+            product = next(source for source in node.input if source in products)
+            negative = self._constant(f"{bias}.negative", -numpy_helper.to_array(values[bias]))
+            node.op_type, node.input[:] = "Sub", [product, negative]
+
+    def _drop_identities(self) -> None:
+        """Every Identity made above, by giving its readers the name of its source."""
+        outputs = {output.name for output in self.graph.output}
+        names = {
+            n.output[0]: n.input[0] for n in self.graph.node if n.op_type == "Identity" and n.output[0] not in outputs
+        }
+        for node in self.graph.node:
+            for place, source in enumerate(node.input):
+                while source in names:
+                    source = names[source]
+                node.input[place] = source
+        rest = [n for n in self.graph.node if not (n.op_type == "Identity" and n.output[0] in names)]
+        replace_nodes(self.graph, rest)
+
+    def _spell_out_bounds(self) -> None:
+        """Relu and Clip before codes of 4 bits become Max and Min.
+
+        ONNX Runtime joins either with the rounding behind it: it then loses a Relu whose zero is not the least code,
+        and does not load a Clip at all.
+        """
+        points = {
+            tensor.name: int(numpy_helper.to_array(tensor))
+            for tensor in self.graph.initializer
+            if tensor.data_type == TensorProto.UINT4 and tensor.name.endswith(".input.zero_point")
+        }
+        rounded: dict[str, int] = {}
+        for node in self.graph.node:
+            if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in points:
+                rounded[node.input[0]] = max(rounded.get(node.input[0], 0), points[node.input[2]])
+        nodes: list[NodeProto] = []
+        for node in self.graph.node:
+            point = rounded.get(node.output[0])
+            if point is None or not (node.op_type == "Clip" or (node.op_type == "Relu" and point > 0)):
+                nodes.append(node)
+                continue
+            bounds = [*node.input[1:]] if node.op_type == "Clip" else [self._constant(f"{DOMAIN}.0", np.float32(0))]
+            source, ends = node.input[0], [end for end in zip(("Max", "Min"), bounds, strict=False) if end[1]]
+            for kind, bound in ends:
+                output = node.output[0] if kind == ends[-1][0] else f"{node.output[0]}/bounded"
+                nodes.append(helper.make_node(kind, [source, bound], [output], name=output))
+                source = output
+        replace_nodes(self.graph, nodes)
+
+    def _drop_unused(self) -> None:
+        """Initializers that nothing reads any more, and the shapes noted for tensors that are gone."""
+        used = {source for node in self.graph.node for source in node.input} | {o.name for o in self.graph.output}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        del self.graph.value_info[:]
+        for part in (self.proto, self.graph, *self.graph.node, *self.graph.input, *self.graph.output):
+            del part.metadata_props[:]  # where in the source each node came from: as large as the weights
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """The graph's nodes are `nodes`, which may be its own."""
+    kept = list(nodes)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def layer_of(node: NodeProto) -> str:
+    """The layer that a placeholder stands for."""
+    name: bytes = helper.get_node_attr_value(node, "layer")
+    return name.decode()
+
+
+def norm_of(node: NodeProto, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A batch norm as y = factor * x + offset; parts: gamma, beta, mean, variance."""
+    gamma, beta, mean, variance = parts
+    epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
+    factor = gamma / np.sqrt(variance + epsilon)
+    return factor, beta - mean * factor
+
+
+def scaled(weight: RoundedWeight, factor: Tensor) -> RoundedWeight:
+    """The weight of a convolution times `factor` (channels,), its elements unchanged but for signs."""
+    shape = (-1, *(1,) * (weight.elements.dim() - 1))
+    gone = factor == 0
+    elements = weight.elements * torch.where(gone, 0, factor.sign()).view(shape).to(weight.elements)
+    # A scale of 0 is none: such a channel is 0 by its elements.
+    size = torch.where(gone, 1, factor.abs()).view(shape)
+    return replace(weight, elements=elements, scale=(weight.scale.double() * size).float())

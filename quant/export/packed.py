@@ -1,0 +1,303 @@
+"""The packed checkpoint: one safetensors file in which every quantized weight takes its own bits.
+
+Tensors of a layer L, beside whatever stays as it is: `L.weight.codes` uint8 (codes side by side, see `export_codes`),
+`L.weight.scale` float32, `L.weight.zero_point` int16 (asymmetric weights), `L.weight.block_scales` uint8 (MX e8m0,
+nvfp4 e4m3), `L.weight.tensor_scale` float32 (nvfp4), `L.input.scale` float32, and `L.input.zero_point` int8 or int16 or
+`L.input.offset` float32 (LSQ+). The file's metadata holds a description (formats, shapes, what the caller adds) and a
+SHA-256 over it and every tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant.convert import describe_quantizers, in_float, quantize_as_described
+from quant.errors import UserError
+from quant.export.bit_packing import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
+from quant.export.layer_report import LayerVerdict, as_chosen, left_in_float
+from quant.export.weights import (
+    RoundedWeight,
+    from_rows,
+    never_called,
+    plain_weight,
+    round_weight,
+    static_range,
+    to_rows,
+)
+from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
+from quant.quant_module import QuantModule
+from quant.quantizers.quant_params import Grid
+from quant.quantizers.quantizer import Quantizer, Rounder
+from quant.tied import stored_with
+from quant.transforms.computed_weights import fold_weight, sources
+from quant.transforms.placement import placed_sites
+from quant.transforms.unfold import layer_state
+
+VERSION = 1
+METADATA = "packed"
+SCALES = ("weight.scale", "weight.tensor_scale", "input.scale", "input.offset")
+ZERO_POINTS = ("weight.zero_point", "input.zero_point")
+
+
+class OnGrid(Quantizer):
+    """The quantizer of a weight that was unpacked: it lies on its format's grid already, and is not rounded again."""
+
+    scale: Tensor | None = None
+    """what stretched the codes, broadcasting to the weight; None for block formats and those without a scale"""
+
+    def prepare(self, format: Format) -> None:
+        """Nothing: the scale is in the weight."""
+        self.prepared.add(format)
+
+    def set_format(self, format: Format) -> None:
+        """Raises UserError for any format but its own."""
+        if self.prepared and format not in self.prepared:
+            raise UserError(f"an unpacked weight stays in {self.format}, it cannot be set to {format}")
+        super().set_format(format)
+
+    def rounding(self, x: Tensor) -> Rounder | None:
+        return None
+
+
+def write_packed(
+    path: Path, model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any] | None = None
+) -> dict[str, LayerVerdict]:
+    """Write `model` with its quantized layers `modules`, in the formats they are set to now.
+
+    Args:
+        extra: JSON values that go into the description, under their names.
+
+    Layers that the model never calls are written in float; weights that are computed, as they are now. Raises UserError
+    for a weight that cannot be stored, see `round_weight`, and for quantizers around layers.
+    """
+    if sites := placed_sites(model):
+        raise UserError(f"a packed file has no place for the quantizers around layers, such as {next(iter(sites))}")
+    uncalled = never_called(modules)
+    verdicts = {name: (left_in_float if name in uncalled else as_chosen)(*m.formats) for name, m in modules.items()}
+    with in_float(uncalled):
+        description, tensors = _contents(model, modules, extra or {})
+    metadata = {METADATA: json.dumps({"sha256": _checksum(description, tensors), "description": description})}
+    save_file(tensors, str(path), metadata)
+    return verdicts
+
+
+def _contents(
+    model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of a packed file."""
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    owners = stored_with(modules)
+    for name, module in modules.items():
+        weight, activation = module.formats
+        layers[name] = {"formats": [weight.name, activation.name], "shape": list(module.weight.shape)}
+        if name in owners and weight != FLOAT:
+            layers[name]["weight_of"] = owners[name]
+        elif (rounded := round_weight(name, module)) is not None:
+            tensors |= {f"{name}.weight.{key}": value for key, value in _pack(rounded).items()}
+        elif sources(module):
+            tensors[f"{name}.weight"] = plain_weight(name, module).cpu().contiguous()
+        if (range := static_range(name, module)) is not None and range.format.scaled:
+            tensors[f"{name}.input.scale"] = torch.tensor(range.scale)
+            if range.offset is not None:
+                tensors[f"{name}.input.offset"] = torch.tensor(range.offset)
+            elif isinstance(range.format, IntFormat):
+                dtype = torch.int8 if range.format.width <= 8 else torch.int16
+                tensors[f"{name}.input.zero_point"] = torch.tensor(range.zero_point, dtype=dtype)
+    rest, tied = _rest(model, modules)
+    description = {
+        **extra,
+        "version": VERSION,
+        "layers": layers,
+        "tied": tied,
+        **describe_quantizers(modules),
+    }
+    return description, tensors | rest
+
+
+def read_packed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of a packed file. Raises UserError for a missing, damaged or changed one."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such packed checkpoint")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+        packed = json.loads(metadata[METADATA])
+        description, stated = packed["description"], packed["sha256"]
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or truncated: {error}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a packed checkpoint, its metadata has no {METADATA!r}") from None
+    if _checksum(description, tensors) != stated:
+        raise UserError(f"{path}: damaged or changed: its contents do not match its checksum")
+    if description["version"] != VERSION:
+        raise UserError(f"{path}: packed checkpoint of version {description['version']}, this code reads {VERSION}")
+    return description, tensors
+
+
+def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, QuantModule]:
+    """Give the float architecture `model`, in place, the packed weights and formats; returns its quantized layers.
+
+    The weights hold the values of their codes, and rounding leaves them alone. Raises UserError if the file belongs to
+    another architecture.
+    """
+    layers = description["layers"]
+    for name, layer in model.named_modules():
+        if name in layers:
+            fold_weight(layer)  # the file holds weights, not what they were computed from
+    modules = quantize_as_described(model, layers, description)
+    taken: set[str] = set()
+    for name, module in modules.items():
+        shape = layers[name]["shape"]
+        if list(module.weight.shape) != shape:
+            raise UserError(f"layer {name}: the file has weights of {shape}, the model of {list(module.weight.shape)}")
+        weight_format, activation_format = (parse_format(format) for format in layers[name]["formats"])
+        own = {key: value for key, value in tensors.items() if key.startswith((f"{name}.weight.", f"{name}.input."))}
+        own = {key.removeprefix(f"{name}."): value for key, value in own.items()}
+        if "weight_of" in layers[name]:
+            owner = modules[layers[name]["weight_of"]]
+            module.weight, module.weight_quantizer = owner.weight, owner.weight_quantizer
+        elif weight_format != FLOAT:
+            old = module.weight_quantizer
+            values = _unpack(own, weight_format, module.weight.shape, old)
+            module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
+            on_grid = OnGrid(old.config, old.shape, old.reduction_dim, batched=False)
+            on_grid.scale = own["weight.scale"].view(old.shape) if "weight.scale" in own else None
+            module.weight_quantizer = on_grid
+            taken |= {f"{name}.{key}" for key in own if key.startswith("weight.")}
+        module.set_formats(weight_format, activation_format)
+        if "input.scale" in own:
+            grid = module.input_quantizer.grids[activation_format.name]
+            assert isinstance(grid, Grid)
+            grid.set(own["input.scale"], own.get("input.zero_point"))
+            if grid.offset is not None:
+                grid.offset.data.copy_(own["input.offset"])
+            taken |= {f"{name}.{key}" for key in own if key.startswith("input.")}
+    rest = {name: value for name, value in tensors.items() if name not in taken}
+    rest |= {alias: rest[name] for alias, name in description["tied"].items()}
+    _check_names(model, modules, rest)
+    model.load_state_dict(rest, strict=False)
+    return modules
+
+
+def packed_sizes(path: Path) -> dict[str, int]:
+    """Bytes of a packed file by what they hold; their sum is the file's size.
+
+    codes, block_scales: the quantized weights. scales, zero_points: of weights and inputs. float_weights: weights of
+    `layers` that no format was chosen for. rest: everything else in the model. header: names, shapes and description.
+    """
+    description, tensors = read_packed(path)
+    floats = {f"{name}.weight" for name, layer in description["layers"].items() if layer["formats"][0] == FLOAT.name}
+    sizes = dict.fromkeys(("codes", "block_scales", "scales", "zero_points", "float_weights", "rest"), 0)
+    packed = {
+        f"{name}.{part}": kind
+        for name in description["layers"]
+        for part, kind in (
+            ("weight.codes", "codes"),
+            ("weight.block_scales", "block_scales"),
+            *((part, "scales") for part in SCALES),
+            *((part, "zero_points") for part in ZERO_POINTS),
+        )
+    }
+    for name, tensor in tensors.items():
+        kind = "float_weights" if name in floats else packed.get(name, "rest")
+        sizes[kind] += tensor.numel() * tensor.element_size()
+    return {**sizes, "header": path.stat().st_size - sum(sizes.values())}
+
+
+def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
+    codes = weight.elements if weight.zero_point is None else weight.elements + weight.zero_point
+    width = int(weight.element.bits)
+    packed = {"codes": torch.from_numpy(pack_bits(encode(codes.numpy(), weight.element), width))}
+    if isinstance(weight.format, BlockFormat):
+        scales = weight.scale.numpy().reshape(-1)
+        two_level = weight.format.two_level
+        block_codes = encode(scales, _nvfp4_scale()).astype(np.uint8) if two_level else encode_powers(scales)
+        packed["block_scales"] = torch.from_numpy(block_codes)
+        if weight.tensor_scale is not None:
+            packed["tensor_scale"] = weight.tensor_scale.clone()
+    elif weight.format.scaled:
+        packed["scale"] = weight.scale.reshape(-1).clone()
+        if weight.zero_point is not None:
+            packed["zero_point"] = weight.zero_point.reshape(-1).to(torch.int16)
+    return packed
+
+
+def _unpack(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, quantizer: Quantizer) -> Tensor:
+    assert not isinstance(format, FloatOff)
+    element = format.element if isinstance(format, BlockFormat) else format
+    codes = unpack_bits(tensors["weight.codes"].numpy(), int(element.bits), shape.numel())
+    elements = torch.from_numpy(decode(codes, element))
+    if isinstance(format, BlockFormat):
+        rows = elements.view(to_rows(torch.empty(shape, device="meta"), quantizer.reduction_dim).shape)
+        block_codes = tensors["weight.block_scales"].numpy()
+        scales = decode(block_codes, _nvfp4_scale()) if format.two_level else decode_powers(block_codes)
+        scale = torch.from_numpy(scales).view(len(rows), -1)
+        values = RoundedWeight(format, rows, scale, tensors.get("weight.tensor_scale")).values()
+        return from_rows(values, shape, quantizer.reduction_dim)
+    scale, zero_point = torch.ones(()), tensors.get("weight.zero_point")
+    if format.scaled:
+        scale = tensors["weight.scale"].view(quantizer.shape)
+    elements = elements.view(shape)
+    if zero_point is not None:
+        elements = elements - zero_point.view(quantizer.shape)
+    return RoundedWeight(format, elements, scale).values()
+
+
+def _nvfp4_scale() -> Any:
+    return parse_format("e4m3")
+
+
+def _rest(model: nn.Module, modules: Mapping[str, QuantModule]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the packed layers do not cover, each tensor once; and the further names of tied ones."""
+    packed = set(modules.values())
+    named = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if layer in packed}
+    covered = {f"{name}.weight" for name, layer in named.items() if layer.weight_quantizer.format != FLOAT}  # type: ignore[union-attr]
+    ranges = tuple(f"{name}.{part}_quantizer." for name in named for part in ("weight", "input"))
+    ranges += tuple(f"{name}.{source}" for name, layer in named.items() for source in sources(layer))
+    rest: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in layer_state(model).items():
+        if name in covered or name.startswith(ranges):
+            continue
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if tensor.numel() and place in first:
+            tied[name] = first[place]
+            continue
+        first[place] = name
+        rest[name] = tensor.detach().cpu().contiguous().clone()
+    return rest, tied
+
+
+def _check_names(model: nn.Module, modules: Mapping[str, QuantModule], rest: Mapping[str, Tensor]) -> None:
+    expected, _ = _rest(model, modules)
+    own = layer_state(model)
+    missing = sorted(expected.keys() - rest.keys())
+    extra = sorted(rest.keys() - own.keys())
+    other = sorted(name for name in rest.keys() & own.keys() if rest[name].shape != own[name].shape)
+    for problem, names in (("lacks", missing), ("has, beyond the model,", extra), ("has another shape of", other)):
+        if names:
+            raise UserError(f"the packed file does not fit {type(model).__name__}: it {problem} {', '.join(names[:3])}")
+
+
+def _checksum(description: Any, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the description and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

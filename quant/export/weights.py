@@ -1,0 +1,166 @@
+"""A layer's weight and input as an engine stores them: elements of a format, and the scales that stretch them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import UserError
+from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat
+from quant.kernels.block_formats import round_blocks
+from quant.kernels.eager import round_to_grid
+from quant.quant_module import QuantModule
+from quant.quant_utils import MIN_LEARNED_SCALE
+from quant.quantizers.quant_params import Grid
+from quant.quantizers.quantizer import Quantizer
+from quant.transforms.computed_weights import weight_of
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight taken apart: its values are elements x scale (nvfp4: x scale x tensor_scale).
+
+    Of block formats the reduction axis comes last: elements (rows, K), scale (rows, ceil(K / block_size)); `restore`
+    brings values back to the weight's layout. Else elements has the weight's shape and scale broadcasts to it.
+    """
+
+    format: IntFormat | FloatFormat | BlockFormat
+    elements: Tensor
+    """float32, values of the element format"""
+    scale: Tensor
+    """float32; of MX a power of two, without mxint8's 1/64"""
+    tensor_scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    """float32 whole numbers, of scale's shape: an integer's code is element + zero point"""
+
+    @property
+    def element(self) -> IntFormat | FloatFormat:
+        return self.format.element if isinstance(self.format, BlockFormat) else self.format
+
+    def values(self) -> Tensor:
+        """What the layer computes with, float32, bit for bit: laid out as `elements`."""
+        if not isinstance(self.format, BlockFormat):
+            return self.elements * self.scale
+        scale = (self.scale * block_unit(self.format)).repeat_interleave(self.format.block_size, dim=1)
+        values = self.elements * scale[:, : self.elements.shape[1]]
+        return values if self.tensor_scale is None else values * self.tensor_scale
+
+
+def block_unit(format: BlockFormat) -> float:
+    """Value of the element code 1 before the block's scale: 1/64 for mxint8 (OCP MX v1.0, section 5.3.4)."""
+    return 2.0**-6 if isinstance(format.element, IntFormat) else 1.0
+
+
+def plain_weight(name: str, module: QuantModule) -> Tensor:
+    """The float weight; one that is computed (weight norm, say) as it is now. Raises UserError if it is not finite."""
+    weight = weight_of(module)
+    if not bool(weight.isfinite().all()):
+        raise UserError(f"layer {name}: its weight holds NaN or infinity and cannot be exported")
+    return weight
+
+
+@torch.no_grad()
+def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
+    """The weight as its quantizer rounds it now; None in float. Raises UserError, see `plain_weight`."""
+    quantizer, weight = module.weight_quantizer, plain_weight(name, module)
+    format = quantizer.format
+    if isinstance(format, FloatOff):
+        return None
+    if isinstance(format, BlockFormat):
+        rows = to_rows(weight, quantizer.reduction_dim)
+        return RoundedWeight(format, *round_blocks(rows, format))
+    rounder = quantizer.rounding(weight)
+    assert rounder is not None and rounder.scale is not None and rounder.row is not None
+    if rounder.offset is not None:
+        raise UserError(f"layer {name}: its weight has a learned offset (LSQ+), which no export holds")
+    scale = used_scale(rounder.scale)
+    elements = round_to_grid(weight.float() / scale, rounder.row)
+    zero_point = None
+    if isinstance(format, IntFormat) and not quantizer.config.symmetric:
+        used = quantizer.used_range(format)
+        assert isinstance(used, IntFormat)
+        zero_point = (used.bounds("full")[0] - rounder.row[0]).reshape(scale.shape)
+    return RoundedWeight(format, elements, scale.detach(), zero_point=zero_point)
+
+
+def used_scale(scale: Tensor) -> Tensor:
+    """What a scale is used as: a learned one never falls below the least."""
+    return scale.detach().clamp(min=MIN_LEARNED_SCALE) if isinstance(scale, nn.Parameter) else scale.detach()
+
+
+def to_rows(x: Tensor, dim: int | None) -> Tensor:
+    """x as (rows, K), K running along `dim`, or over all axes but the first."""
+    return x.reshape(x.shape[0], -1) if dim is None else x.movedim(dim, -1).reshape(-1, x.shape[dim])
+
+
+def from_rows(rows: Tensor, shape: torch.Size, dim: int | None) -> Tensor:
+    """The way back from `to_rows`."""
+    if dim is None:
+        return rows.reshape(shape)
+    moved = torch.empty(shape, device="meta").movedim(dim, -1).shape
+    return rows.reshape(moved).movedim(-1, dim).contiguous()
+
+
+@dataclass(frozen=True)
+class StaticRange:
+    """The fixed grid of a layer's input."""
+
+    format: IntFormat | FloatFormat
+    scale: float
+    zero_point: int
+    """0 for minifloats and symmetric integers"""
+    low: float
+    """smallest value of the grid, in units of the scale"""
+    high: float
+    offset: float | None = None
+    """LSQ+: what is taken off the input before and added after"""
+
+
+def static_range(name: str, module: QuantModule) -> StaticRange | None:
+    """The fixed grid of a layer's input; None in float, in block formats and where the tensor itself decides.
+
+    Formats without a scale, such as bf16, are a grid of scale 1. Raises UserError for a grid that was never calibrated.
+    """
+    quantizer = module.input_quantizer
+    format: Format = quantizer.format
+    if not isinstance(format, IntFormat | FloatFormat):
+        return None
+    if not format.scaled:
+        return StaticRange(format, 1.0, 0, -format.qmax, format.qmax)
+    grid = _fixed_grid(quantizer)
+    if grid is None:
+        return None
+    if not grid.is_ready:
+        raise UserError(f"layer {name}: its {format} inputs were never calibrated: call quant.convert.calibrate first")
+    if grid.scale.numel() > 1:
+        raise UserError(
+            f"layer {name}: its inputs have a scale for each channel (--act_per_channel), which no export holds"
+        )
+    grid.keep_positive()
+    zero_point = int(grid.zero_point) if grid.moved else 0
+    low, high = grid.row[:2].flatten().tolist()
+    offset = None if grid.offset is None else float(grid.offset.detach())
+    return StaticRange(format, float(used_scale(grid.scale)), zero_point, low, high, offset)
+
+
+def _fixed_grid(quantizer: Quantizer) -> Grid | None:
+    """The grid that calibration chooses for the format set now; None where there is nothing to choose."""
+    format = quantizer.format
+    fixed = isinstance(format, IntFormat | FloatFormat) and format.scaled and quantizer.config.range != "dynamic"
+    return cast(Grid, quantizer.grids[format.name]) if fixed else None
+
+
+def never_called(modules: Mapping[str, QuantModule]) -> dict[str, QuantModule]:
+    """The layers that calibration never reached, although it did reach others: the model does not call them.
+
+    Whatever reads their weights past them reads these in float.
+    """
+    inputs = {name: module.input_quantizer for name, module in modules.items()}
+    reached = {name: any(cast(Grid, grid).is_ready for grid in own.grids.values()) for name, own in inputs.items()}
+    if not any(reached.values()):
+        return {}
+    return {name: modules[name] for name, own in inputs.items() if _fixed_grid(own) is not None and not reached[name]}

@@ -1,0 +1,386 @@
+/* The kernels of quant/kernels/eager.py for CPUs, one pass over memory each; quant/kernels/native.py compiles and calls them.
+
+   A tensor is seen as (outer, groups, inner), the elements of one group share a scale. All arithmetic is float32 and
+   must not be contracted to fused multiply-adds: values and input gradients equal the eager kernels' bit for bit. Sums
+   are cut at fixed places and added in one order, so that they do not depend on the number of threads. */
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t CHUNK = 16384; // elements of a task: they fit a core's first caches
+
+INLINE int32_t bits(float f) { int32_t i; std::memcpy(&i, &f, 4); return i; }
+INLINE float from_bits(int32_t i) { float f; std::memcpy(&f, &i, 4); return f; }
+
+struct Bfloat16 { uint16_t pattern; };
+
+INLINE float load(float v) { return v; }
+INLINE float load(Bfloat16 v) { return from_bits(int32_t(uint32_t(v.pattern) << 16)); }
+INLINE void store(float &to, float v) { to = v; }
+INLINE void store(Bfloat16 &to, float v) {
+    uint32_t b = uint32_t(bits(v));
+    to.pattern = v != v ? 0x7FC0 : uint16_t((b + 0x7FFF + ((b >> 16) & 1)) >> 16);
+}
+#ifdef __FLT16_MAX__
+INLINE float load(_Float16 v) { return float(v); }
+INLINE void store(_Float16 &to, float v) { to = _Float16(v); }
+#endif
+
+/* The five numbers of `Rounding` lie `stride` apart; those of neighbouring groups `step`: 0 where all share them. */
+struct Rows {
+    const float *numbers;
+    int64_t stride, step;
+};
+
+struct Scales {
+    const float *values;
+    float least; // what a learned scale is used as at least
+};
+
+INLINE float at_least(float scale, float least) { return scale < least ? least : scale; }
+
+/* `round_to_grid`. Dividing by a power of two is multiplying by its inverse, whose exponent is a subtraction away; only
+   that of 2^127 is subnormal. The comparisons let NaN through. */
+INLINE float round_to(float v, float low, float high, float smallest_power, float magic, float keep_sign) {
+    float y = v < low ? low : v;
+    y = y > high ? high : y;
+    int32_t power = bits(y) & 0x7F800000;
+    power = power > bits(smallest_power) ? power : bits(smallest_power);
+    int32_t inverse = 0x7F000000 - power;
+    inverse = inverse > 0x00400000 ? inverse : 0x00400000;
+    const float r = ((y * from_bits(inverse) + magic) - magic) * from_bits(power);
+    const int32_t sign = keep_sign > 0 ? INT32_MIN : 0;
+    return from_bits((bits(r) & ~sign) | (bits(v) & sign));
+}
+
+/* A run of elements that lie side by side, from `group` on. own_scales, own_grids: whether each element has its own,
+   that of the next group; else all have that of `group`. The numbers are scalars because compilers vectorize these
+   loops, and only then: a struct or a choice inside them costs a factor of ten. */
+template <bool own_scales, bool own_grids, typename T>
+INLINE void round_run(const T *x, T *out, int64_t size, Scales scales, Rows rows, int64_t group) {
+    const float *scale = scales.values + group;
+    const float least = scales.least;
+    const float *lows = rows.numbers + group * rows.step, *highs = lows + rows.stride, *powers = highs + rows.stride;
+    const float *magics = powers + rows.stride, *signs = magics + rows.stride;
+    const float low = *lows, high = *highs, power = *powers, magic = *magics, sign = *signs;
+    const float one_scale = at_least(*scale, least);
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) {
+        const float s = own_scales ? at_least(scale[i], least) : one_scale;
+        const float r = own_grids ? round_to(load(x[i]) / s, lows[i], highs[i], powers[i], magics[i], signs[i])
+                                  : round_to(load(x[i]) / s, low, high, power, magic, sign);
+        store(out[i], r * s);
+    }
+}
+
+/* The same run for gradients: dx straight through (it may be `grad` itself), that of the scale (LSQ) added up where
+   `learned`, in sums[0] or with own_scales in sums[i], and the rounded values where `again`. */
+template <bool own_scales, bool own_grids, bool learned, bool again, typename T>
+INLINE void gradient_run(const T *grad, const T *x, T *dx, T *out, int64_t size, Scales scales, Rows rows,
+                         int64_t group, float *sums) {
+    const float *scale = scales.values + group;
+    const float least = scales.least;
+    const float *lows = rows.numbers + group * rows.step, *highs = lows + rows.stride, *powers = highs + rows.stride;
+    const float *magics = powers + rows.stride, *signs = magics + rows.stride;
+    const float low = *lows, high = *highs, power = *powers, magic = *magics, sign = *signs;
+    const float one_scale = at_least(*scale, least);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; i++) {
+        const float s = own_scales ? at_least(scale[i], least) : one_scale, v = load(x[i]) / s, g = load(grad[i]);
+        const bool inside = own_grids ? (v >= lows[i]) & (v <= highs[i]) : (v >= low) & (v <= high);
+        if constexpr (learned || again) {
+            const float r = own_grids ? round_to(v, lows[i], highs[i], powers[i], magics[i], signs[i])
+                                      : round_to(v, low, high, power, magic, sign);
+            const float part = g * (inside ? r - v : r);
+            if constexpr (learned && own_scales) sums[i] += part;
+            if constexpr (learned && !own_scales) sum += part;
+            if constexpr (again) store(out[i], r * s);
+        }
+        store(dx[i], inside ? g : 0.0f);
+    }
+    if constexpr (learned && !own_scales) *sums = sum;
+}
+
+/* Calls work(offset, size, group) for runs of elements that share a scale, or for neighbours of which each has its own,
+   cut where tasks end. Returns the bits that any of the calls gave. */
+template <typename Work>
+INLINE int32_t for_runs(int64_t outer, int64_t groups, int64_t inner, int threads, Work work) {
+    const int64_t size = outer * groups * inner, tasks = (size + CHUNK - 1) / CHUNK;
+    const int64_t run = inner == 1 ? groups : inner;
+    int32_t given = 0;
+#pragma omp parallel for num_threads(threads) if (tasks > 1) reduction(| : given)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t end = task + 1 < tasks ? (task + 1) * CHUNK : size;
+        for (int64_t a = task * CHUNK, b; a < end; a = b) {
+            b = (a / run + 1) * run < end ? (a / run + 1) * run : end;
+            given |= work(a, b - a, inner > 1 ? a / inner % groups : a % groups);
+        }
+    }
+    return given;
+}
+
+template <typename T>
+void round_all(const T *x, T *out, Scales scales, Rows rows, int64_t outer, int64_t groups, int64_t inner,
+               int threads) {
+    for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
+        if (inner > 1) round_run<false, false>(x + a, out + a, size, scales, rows, group);
+        else if (rows.step) round_run<true, true>(x + a, out + a, size, scales, rows, group);
+        else round_run<true, false>(x + a, out + a, size, scales, rows, group);
+        return 0;
+    });
+}
+
+/* The same values as codes: value = scale * step * (code - shift), both numbers exact. Returns whether there was a NaN,
+   which has no code. */
+template <bool own_scales, typename T>
+INLINE int32_t codes_run(const T *x, uint8_t *out, int64_t size, Scales scales, const float *row, int64_t group,
+                         float codes_of_one, float shift) {
+    const float *scale = scales.values + group;
+    const float least = scales.least, one_scale = at_least(*scale, least);
+    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+    int32_t missing = 0;
+#pragma omp simd reduction(| : missing)
+    for (int64_t i = 0; i < size; i++) {
+        const float s = own_scales ? at_least(scale[i], least) : one_scale, v = load(x[i]) / s;
+        out[i] = uint8_t(int32_t(round_to(v, low, high, power, magic, sign) * codes_of_one + shift));
+        missing |= v != v;
+    }
+    return missing;
+}
+
+template <typename T>
+int codes_all(const T *x, uint8_t *out, Scales scales, const float *row, float codes_of_one, float shift, int64_t outer,
+              int64_t groups, int64_t inner, int threads) {
+    return for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
+        return inner > 1 ? codes_run<false>(x + a, out + a, size, scales, row, group, codes_of_one, shift)
+                         : codes_run<true>(x + a, out + a, size, scales, row, group, codes_of_one, shift);
+    });
+}
+
+/* One scale for each run of `inner` elements: tasks are pieces of runs, or several short runs. */
+template <bool learned, bool again, typename T>
+void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows rows, int64_t outer,
+                       int64_t groups, int64_t inner, float *dscale, int threads) {
+    const int64_t runs = outer * groups, pieces = (inner + CHUNK - 1) / CHUNK;
+    const int64_t together = inner < CHUNK ? CHUNK / inner : 1;
+    std::vector<float> sums(learned ? runs * pieces : 0);
+#pragma omp parallel for num_threads(threads) if (runs * inner > CHUNK)
+    for (int64_t first = 0; first < runs * pieces; first += together) {
+        for (int64_t k = first; k < first + together && k < runs * pieces; k++) {
+            const int64_t a = k / pieces * inner + k % pieces * CHUNK, end = (k / pieces + 1) * inner;
+            const int64_t size = a + CHUNK < end ? CHUNK : end - a;
+            gradient_run<false, false, learned, again>(grad + a, x + a, dx + a, again ? out + a : out, size, scales,
+                                                       rows, k / pieces % groups, learned ? &sums[k] : nullptr);
+        }
+    }
+    if constexpr (learned) {
+        std::vector<double> totals(groups);
+        for (int64_t k = 0; k < runs * pieces; k++) totals[k / pieces % groups] += sums[k];
+        for (int64_t g = 0; g < groups; g++) dscale[g] = float(totals[g]);
+    }
+}
+
+/* Neighbours have scales of their own: tasks are a fixed number of slices of the outer axis. */
+template <bool learned, bool again, typename T>
+void gradients_of_columns(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows rows, int64_t outer,
+                          int64_t groups, float *dscale, int threads) {
+    const int64_t slices = outer < 16 ? outer : 16;
+    std::vector<float> sums(learned ? slices * groups : 0);
+#pragma omp parallel for num_threads(threads) if (outer * groups > CHUNK)
+    for (int64_t slice = 0; slice < slices; slice++) {
+        for (int64_t k = slice * outer / slices; k < (slice + 1) * outer / slices; k++) {
+            const int64_t a = k * groups;
+            float *own = learned ? &sums[slice * groups] : nullptr;
+            T *rounded = again ? out + a : out;
+            auto run = rows.step ? gradient_run<true, true, learned, again, T> : gradient_run<true, false, learned, again, T>;
+            run(grad + a, x + a, dx + a, rounded, groups, scales, rows, 0, own);
+        }
+    }
+    if constexpr (learned) {
+        for (int64_t g = 0; g < groups; g++) {
+            double total = 0;
+            for (int64_t slice = 0; slice < slices; slice++) total += sums[slice * groups + g];
+            dscale[g] = float(total);
+        }
+    }
+}
+
+template <bool learned, bool again, typename T>
+void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows rows, int64_t outer, int64_t groups,
+                   int64_t inner, float *dscale, int threads) {
+    if (inner == 1) gradients_of_columns<learned, again>(grad, x, dx, out, scales, rows, outer, groups, dscale, threads);
+    else gradients_of_runs<learned, again>(grad, x, dx, out, scales, rows, outer, groups, inner, dscale, threads);
+}
+
+/* Block formats: x seen as (outer, length, inner), blocks of `block` along the middle; the last may be shorter. */
+struct Blocks { int64_t outer, length, inner, block; };
+
+/* One float scale g of the tensor over block scales that are rounded themselves (nvfp4), or powers of two (MX). */
+struct BlockScales {
+    int64_t two_level, largest_exponent; // of the element format
+    float unit, largest_element;         // MX: the element's own step; nvfp4: what a block's maximum is mapped to
+    float scale_row[5];                  // nvfp4: the format of its block scales
+    float tensor_scale;
+};
+
+/* What a block's elements are divided by, and then multiplied by, twice. */
+struct Factors { float divisor, first, second; };
+
+/* largest: the bits of the block's largest magnitude; as integers, NaN is above infinity and that above the rest. */
+INLINE Factors factors_of(int32_t largest, const BlockScales &scales) {
+    const bool finite = largest < 0x7F800000;
+    if (scales.two_level) {
+        const float *n = scales.scale_row, g = scales.tensor_scale;
+        float b = round_to(from_bits(largest) / scales.largest_element / g, n[0], n[1], n[2], n[3], n[4]);
+        if (!finite) b = from_bits(0x7FC00000);
+        else if (!(b * g > 0)) b = 0; // an all-zero block, or a scale that underflowed
+        return {b * g == 0 ? from_bits(0x7F800000) : b * g, b, g};
+    }
+    int64_t exponent = (largest >> 23) - 127 - scales.largest_exponent;
+    exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
+    const float power = exponent == -127 ? from_bits(0x00400000) : from_bits(int32_t(exponent + 127) << 23);
+    const float scale = finite ? power * scales.unit : from_bits(0x7FC00000);
+    return {scale, scale, 1.0f};
+}
+
+constexpr int64_t LANES = 64; // blocks side by side that are worked on together, where they do not run along memory
+
+/* The largest magnitudes of `lanes` blocks that start at x and run along `inner`. */
+template <typename T>
+INLINE void largest_of(const T *x, int64_t size, int64_t inner, int64_t lanes, int32_t *largest) {
+    if (inner == 1) {
+        int32_t most = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < size; i++) {
+            const int32_t magnitude = bits(load(x[i])) & 0x7FFFFFFF;
+            most = magnitude > most ? magnitude : most;
+        }
+        *largest = most;
+        return;
+    }
+    for (int64_t l = 0; l < lanes; l++) largest[l] = 0;
+    for (int64_t k = 0; k < size; k++)
+#pragma omp simd
+        for (int64_t l = 0; l < lanes; l++) {
+            const int32_t magnitude = bits(load(x[k * inner + l])) & 0x7FFFFFFF;
+            largest[l] = magnitude > largest[l] ? magnitude : largest[l];
+        }
+}
+
+/* Calls work(offset, size, lanes) for every block, or for neighbouring ones together. */
+template <typename Work> void for_blocks(Blocks shape, int threads, Work work) {
+    const int64_t count = (shape.length + shape.block - 1) / shape.block;
+    const int64_t wide = (shape.inner + LANES - 1) / LANES, total = shape.outer * count * wide;
+    const int64_t elements = shape.outer * shape.length * shape.inner;
+#pragma omp parallel for num_threads(threads) if (elements > CHUNK)
+    for (int64_t t = 0; t < total; t++) {
+        const int64_t from = t % wide * LANES, k = t / wide % count * shape.block, outer = t / wide / count;
+        const int64_t lanes = from + LANES < shape.inner ? LANES : shape.inner - from;
+        const int64_t size = k + shape.block < shape.length ? shape.block : shape.length - k;
+        work((outer * shape.length + k) * shape.inner + from, size, lanes);
+    }
+}
+
+template <bool gradient, bool again, typename T>
+INLINE void one_block(const T *grad, const T *x, T *dx, T *out, int64_t size, Factors factors, const float *row) {
+    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+    const float divisor = factors.divisor, first = factors.first, second = factors.second;
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) {
+        const float v = load(x[i]) / divisor;
+        if constexpr (again) store(out[i], round_to(v, low, high, power, magic, sign) * first * second);
+        if constexpr (gradient) {
+            const float g = load(grad[i]);
+            store(dx[i], (v >= low) & (v <= high) ? g : 0.0f);
+        }
+    }
+}
+
+template <bool gradient, bool again, typename T>
+INLINE void across_blocks(const T *grad, const T *x, T *dx, T *out, int64_t lanes, const float *divisors,
+                          const float *firsts, float second, const float *row) {
+    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+#pragma omp simd
+    for (int64_t l = 0; l < lanes; l++) {
+        const float v = load(x[l]) / divisors[l];
+        if constexpr (again) store(out[l], round_to(v, low, high, power, magic, sign) * firsts[l] * second);
+        if constexpr (gradient) {
+            const float g = load(grad[l]);
+            store(dx[l], (v >= low) & (v <= high) ? g : 0.0f);
+        }
+    }
+}
+
+template <bool gradient, bool again, typename T>
+void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockScales scales, const float *row,
+                int threads) {
+    if (scales.two_level) {
+        int32_t most = 0;
+#pragma omp parallel for num_threads(threads) reduction(max : most)
+        for (int64_t o = 0; o < shape.outer; o++)
+            for_blocks({1, shape.length, shape.inner, shape.block}, 1, [&](int64_t a, int64_t size, int64_t lanes) {
+                int32_t largest[LANES];
+                largest_of(x + o * shape.length * shape.inner + a, size, shape.inner, lanes, largest);
+                for (int64_t l = 0; l < lanes; l++)
+                    if (largest[l] < 0x7F800000 && largest[l] > most) most = largest[l];
+            });
+        scales.tensor_scale = from_bits(most) / (scales.largest_element * scales.scale_row[1]);
+    }
+    for_blocks(shape, threads, [&](int64_t a, int64_t size, int64_t lanes) {
+        int32_t largest[LANES];
+        float divisors[LANES], firsts[LANES], second = 1;
+        largest_of(x + a, size, shape.inner, lanes, largest);
+        if (shape.inner == 1) {
+            one_block<gradient, again>(grad + a, x + a, dx + a, out + a, size, factors_of(*largest, scales), row);
+            return;
+        }
+        for (int64_t l = 0; l < lanes; l++) {
+            const Factors factors = factors_of(largest[l], scales);
+            divisors[l] = factors.divisor, firsts[l] = factors.first, second = factors.second;
+        }
+        for (int64_t k = a; k < a + size * shape.inner; k += shape.inner)
+            across_blocks<gradient, again>(grad + k, x + k, dx + k, out + k, lanes, divisors, firsts, second, row);
+    });
+}
+
+} // namespace
+
+#define EXPORT(name, T)                                                                                                \
+    extern "C" void round_##name(const T *x, T *out, const float *scale, float least, const float *numbers,           \
+                                 int64_t stride, int64_t step, int64_t outer, int64_t groups, int64_t inner,           \
+                                 int threads) {                                                                        \
+        round_all(x, out, {scale, least}, {numbers, stride, step}, outer, groups, inner, threads);                     \
+    }                                                                                                                  \
+    extern "C" void gradients_##name(const T *grad, const T *x, T *dx, T *out, float *dscale, const float *scale,      \
+                                     float least, const float *numbers, int64_t stride, int64_t step, int64_t outer,   \
+                                     int64_t groups, int64_t inner, int threads) {                                     \
+        auto run = dscale ? (out ? gradients_all<true, true, T> : gradients_all<true, false, T>)                       \
+                          : (out ? gradients_all<false, true, T> : gradients_all<false, false, T>);                    \
+        run(grad, x, dx, out, {scale, least}, {numbers, stride, step}, outer, groups, inner, dscale, threads);         \
+    }                                                                                                                  \
+    extern "C" void blocks_##name(const T *grad, const T *x, T *dx, T *out, int64_t outer, int64_t length,             \
+                                  int64_t inner, int64_t block, const float *row, int64_t two_level,                   \
+                                  int64_t largest_exponent, float unit, float largest_element,                         \
+                                  const float *scale_row, int threads) {                                               \
+        BlockScales scales = {two_level, largest_exponent, unit, largest_element, {}, 1};                              \
+        std::memcpy(scales.scale_row, scale_row, sizeof scales.scale_row);                                             \
+        auto run = !grad ? blocks_all<false, true, T> : (out ? blocks_all<true, true, T> : blocks_all<true, false, T>); \
+        run(grad, x, dx, out, {outer, length, inner, block}, scales, row, threads);                                    \
+    }
+
+extern "C" int codes_float32(const float *x, uint8_t *out, const float *scale, float least, const float *row,
+                             float codes_of_one, float shift, int64_t outer, int64_t groups, int64_t inner, int threads) {
+    return codes_all(x, out, {scale, least}, row, codes_of_one, shift, outer, groups, inner, threads);
+}
+
+EXPORT(float32, float)
+EXPORT(bfloat16, Bfloat16)
+#ifdef __FLT16_MAX__
+EXPORT(float16, _Float16)
+#endif

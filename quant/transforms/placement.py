@@ -1,0 +1,335 @@
+"""Placement: what is quantized besides the inputs and weights of layers, found by watching one forward pass.
+
+Norms, GELU and softmax compute in float between quantized inputs and outputs; residual additions add quantized
+tensors; products of activations (queries with keys, attention probabilities with values) multiply quantized ones;
+embeddings are rounded row by row. Each of these sites belongs to the quantized layer that was called last before it
+(the first layer, where there is none yet) and takes that layer's format, so that a search decides on both together.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quant.calls import Arguments, first_tensor, with_first_tensor
+from quant.convert import run_model
+from quant.errors import UserError
+from quant.modes import evaluating
+from quant.quant_module import TABLE, QuantModule
+from quant.quantizers.quantizer import Quantizer, QuantizerConfig
+from quant.transforms.graph import ADD, is_norm
+from quant.transforms.shortcut import Shortcut
+
+HIGH_PRECISION_OPS = ("gelu", "softmax", "layernorm")  # as in the flags, which know nothing of torch
+_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
+_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_TABLE = QuantizerConfig(range="dynamic", granularity="token", observer="minmax", symmetric=True)
+"""embeddings: a symmetric scale for each row, which is the weight's scale per channel"""
+_PLAIN_OBSERVER = {"avg_prune_minmax": "minmax"}
+"""Token-Wise Clipping is not for attention probabilities (arXiv 2209.13325)"""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which tensors are quantized besides inputs and weights of layers."""
+
+    high_precision_ops: Collection[str] = ()
+    """of `HIGH_PRECISION_OPS`: these compute in float, between quantized inputs and outputs"""
+    residual_adds: bool = False
+    """both inputs of every residual addition"""
+    products: bool = False
+    """both inputs of products between activations: queries, keys, attention probabilities, values"""
+    embeddings: bool = False
+    """embedding tables, with one scale a row, in the format of the first layer's weight"""
+
+    def __post_init__(self) -> None:
+        for op in self.high_precision_ops:
+            if op not in HIGH_PRECISION_OPS:
+                raise UserError(f"high_precision_ops: unknown {op!r}; choices: {', '.join(HIGH_PRECISION_OPS)}")
+
+    def __bool__(self) -> bool:
+        return bool(self.high_precision_ops) or self.residual_adds or self.products or self.embeddings
+
+
+def place_quantizers(
+    model: nn.Module, modules: Mapping[str, QuantModule], example: Any, placement: Placement
+) -> dict[str, str]:
+    """Quantize what `placement` names, in place, in the formats that the quantized layers have and are set to.
+
+    Args:
+        modules: the quantized layers of `model`, by name.
+        example: a batch that shows what is called.
+
+    Returns site -> layer that it belongs to, which is what `attach_quantizers` takes.
+    """
+    watching = _Placer(model, modules, placement)
+    try:
+        with torch.no_grad(), evaluating(model):
+            run_model(model, example)
+    finally:
+        watching.remove()
+    attach_quantizers(model, modules, watching.found)
+    return watching.found
+
+
+def attach_quantizers(model: nn.Module, modules: Mapping[str, QuantModule], sites: Mapping[str, str]) -> None:
+    """Quantize at these sites, as a saved model does. Their ranges come from calibration or from a state dict."""
+    if not sites:
+        return
+    for site, name in sites.items():
+        modules[name].place(f"{site}_quantizer", _quantizer(site, modules[name].input_quantizer))
+    # Past nn.Module's bookkeeping: as a child it would be one more step of an nn.Sequential.
+    model.__dict__["placer"] = _Placer(model, modules, sites=sites)
+
+
+def placed_sites(model: nn.Module) -> dict[str, str]:
+    """Site -> layer, for a file; empty where nothing was placed."""
+    placer = model.__dict__.get("placer")
+    return dict(placer.sites) if placer is not None else {}
+
+
+def _quantizer(site: str, beside: Quantizer) -> Quantizer:
+    """A new quantizer like the layer's own `beside`, with room for the same formats."""
+    config, op = beside.config, site.rpartition(":")[2]
+    if op == TABLE:
+        config = _TABLE
+    elif op == "probabilities":
+        config = replace(config, observer=_PLAIN_OBSERVER.get(config.observer, config.observer))
+    quantizer = Quantizer(config, device=beside.anchor.device)
+    for format in beside.prepared:
+        quantizer.prepare(format)
+    return quantizer
+
+
+class _Frame:
+    """A call of a module that is under way."""
+
+    def __init__(self, path: str, closed: bool) -> None:
+        self.path, self.closed = path, closed
+        self.calls: Counter[str] = Counter()
+
+
+class _Placer:
+    """Hooks in every module of a model: while it runs, tensors at the sites go through their quantizers.
+
+    Without `sites` it looks for them: `found` then names those of a placement.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, QuantModule],
+        placement: Placement | None = None,
+        sites: Mapping[str, str] | None = None,
+    ) -> None:
+        self.sites = dict(sites or {})
+        self.placement = placement
+        self.found: dict[str, str] = {}
+        self.owners = {site: modules[name] for site, name in self.sites.items()}
+        self.shortcuts = [module for module in model.modules() if isinstance(module, Shortcut)]
+        self.frames: list[_Frame] = []
+        self.mode = _Mode(self)
+        self.owner = ""
+        self.read: dict[int, weakref.ref[Tensor]] = {}
+        names = {module: name for name, module in modules.items()}
+        hooks = []
+        for dotted, module in model.named_modules():
+            if isinstance(module, Shortcut | Quantizer):
+                continue
+            path = dotted.replace(".", "/")  # sites become names of modules, which may hold no dot
+            leave: Any = partial(self.leave, path, _kind(module), names.get(module))  # type: ignore[call-overload]
+            hooks.append(module.register_forward_pre_hook(partial(self.enter, path, _kind(module)), with_kwargs=True))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
+        if placement is not None:  # what stays is copied with the model, and handles cannot be
+            self.hooks = hooks
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    # ------------------------------------------------------ modules
+
+    def enter(
+        self, path: str, kind: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        outer = bool(self.frames) and self.frames[-1].closed
+        if not self.frames:
+            self.mode.__enter__()
+        self.frames.append(_Frame(path, outer or kind != ""))
+        x = first_tensor(args, kwargs)
+        if outer or kind == "" or x is None:
+            return None
+        if self.placement is not None and kind in ("layer", "layernorm"):
+            self.read[id(x)] = weakref.ref(x)
+        return with_first_tensor(lambda read: self.pass_on(f"{path}:{kind}:in", read, kind), args, kwargs)
+
+    def leave(
+        self, path: str, kind: str, name: str | None, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Tensor | None:
+        if name is not None:
+            # What came before all layers belongs to the first that is called: see `quant.quantizers.prefix_cache`.
+            if not self.owner:
+                self.found = {site: owner or name for site, owner in self.found.items()}
+            self.owner = name
+        try:
+            outer = len(self.frames) > 1 and self.frames[-2].closed
+            if outer or kind == "" or not isinstance(output, Tensor):
+                return None
+            return self.pass_on(f"{path}:{kind}:{TABLE if kind == 'embedding' else 'out'}", output, kind)
+        finally:
+            self.frames.pop()
+            if not self.frames:
+                self.mode.__exit__(None, None, None)
+
+    # ------------------------------------------------------ functions
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """function(*args, **kwargs), with the tensors quantized that a site names."""
+        frame = self.frames[-1]
+        if frame.closed:
+            return function(*args, **kwargs)
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+        if function in ADD and len(args) == 2 and not kwargs and _alike(*args):
+            return self.add(frame, function, *args)
+        if function is F.gelu:
+            start = self.site(frame, "gelu")
+            made = function(self.pass_on(f"{start}:in", args[0], "gelu"), *args[1:], **kwargs)
+            return self.pass_on(f"{start}:out", made, "gelu")
+        if function in _SOFTMAX and args[0].is_floating_point():
+            start = self.site(frame, "softmax")
+            made = function(self.scores(f"{start}:in", args[0]), *args[1:], **kwargs)
+            return self.pass_on(f"{start}:probabilities", made, "softmax", tokens=made.dim() - 2)
+        if function in _MATMUL and not any(isinstance(arg, nn.Parameter) for arg in args):
+            start = self.site(frame, "product")
+            parts = [self.pass_on(f"{start}:{i}", arg, "product", _tokens_of(arg, i)) for i, arg in enumerate(args)]
+            return function(*parts, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            return self.attend(self.site(frame, "attention"), function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def site(self, frame: _Frame, op: str) -> str:
+        """Module and which of its calls of `op` this is."""
+        frame.calls[op] += 1
+        return f"{frame.path}:{op}{frame.calls[op]}"
+
+    def add(self, frame: _Frame, function: Any, left: Tensor, right: Tensor) -> Tensor:
+        start = self.site(frame, "add")
+        if self.placement is not None and not (self.was_read(left) or self.was_read(right)):
+            return function(left, right)
+        kept = left.clone() if function in _IN_PLACE else left  # a quantizer's backward pass looks at what it rounded
+        parts = [self.pass_on(f"{start}:{side}", x, "add") for side, x in (("left", kept), ("right", right))]
+        for shortcut in self.shortcuts:  # a migrated shortcut adds its gain later: to what is added here
+            for x, rounded in zip((left, right), parts, strict=True):
+                if shortcut.latest is not None and shortcut.latest.data_ptr() == x.data_ptr():
+                    shortcut.latest = rounded
+        if function in _IN_PLACE:
+            return left.copy_(torch.add(*parts))
+        return function(*parts)
+
+    def was_read(self, x: Tensor) -> bool:
+        """Whether a layer or norm has read x already in this pass: only then is x on a shortcut."""
+        known = self.read.get(id(x))
+        return known is not None and known() is x
+
+    def attend(self, start: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Scaled dot-product attention; in explicit steps where its inside is quantized."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        query, key, value = (
+            self.pass_on(f"{start}:{name}", given[name], "product", tokens=2) for name in ("query", "key", "value")
+        )
+        if not any(self.wants(f"{start}:{part}", "softmax") for part in ("scores", "probabilities")):
+            return function(query, key, value, **{name: given[name] for name in names[3:] if name in given})
+        if given.get("enable_gqa"):
+            repeat = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
+        scale = given.get("scale") or 1 / math.sqrt(query.shape[-1])
+        scores = self.scores(f"{start}:scores", query @ key.transpose(-2, -1) * scale)
+        mask = given.get("attn_mask")
+        if given.get("is_causal"):
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        made = torch.softmax(scores.float(), dim=-1).to(query)
+        if mask is not None:
+            made = torch.nan_to_num(made)  # a padded query that may look at nothing
+        made = self.pass_on(f"{start}:probabilities", made, "softmax", tokens=2)
+        return F.dropout(made, given.get("dropout_p", 0.0)) @ value
+
+    def scores(self, site: str, x: Tensor) -> Tensor:
+        """Quantized softmax inputs; entries that a mask has taken out stay out, and out of the range."""
+        if not self.wants(site, "softmax"):
+            return x
+        masked = x < torch.finfo(x.dtype).min / 4
+        return torch.where(masked, x, self.pass_on(site, x.masked_fill(masked, 0.0), "softmax", tokens=x.dim() - 2))
+
+    # ------------------------------------------------------ quantizers
+
+    def wants(self, site: str, op: str) -> bool:
+        """Whether `site` is quantized; while looking for sites, notes it if it will be."""
+        if self.placement is None:
+            return site in self.owners
+        placement, part = self.placement, site.rpartition(":")[2]
+        asked = {
+            "add": placement.residual_adds,
+            "product": placement.products,
+            "embedding": placement.embeddings and part == TABLE,
+            "softmax": "softmax" in placement.high_precision_ops or (placement.products and part == "probabilities"),
+        }
+        if asked.get(op, op in placement.high_precision_ops):
+            self.found.setdefault(site, self.owner)
+        return site in self.found
+
+    def pass_on(self, site: str, x: Tensor, op: str, tokens: int = 1) -> Tensor:
+        """x as the site has it: rounded, where that is quantized. tokens: the axis of x that tokens stand on."""
+        if not self.wants(site, op) or self.placement is not None:
+            return x
+        owner: Any = self.owners[site]
+        quantizer = owner.placed[f"{site}_quantizer"]
+        if owner.observing:
+            quantizer.observe(x.movedim(tokens, 1) if x.dim() > 2 else x)
+        return quantizer(x)
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, placer: _Placer) -> None:
+        super().__init__()
+        self.placer = placer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.placer.call(func, args, kwargs or {})
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module counts as; its inside is then its own affair. '': a module whose inside matters."""
+    if isinstance(module, QuantModule | nn.Linear | nn.Conv2d):
+        return "layer"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if is_norm(module) and not isinstance(module, nn.BatchNorm2d):
+        return "layernorm"
+    return "gelu" if "GELU" in type(module).__name__ and not any(module.children()) else ""
+
+
+def _alike(left: Any, right: Any) -> bool:
+    return (
+        isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape
+        and left.is_floating_point() and left.dim() >= 2
+    )  # fmt: skip
+
+
+def _tokens_of(x: Tensor, place: int) -> int:
+    """The axis of a product's factor that tokens stand on: keys come transposed, queries and values do not."""
+    return x.dim() - 1 if place == 1 and x.stride(-1) > x.stride(-2) else x.dim() - 2
