@@ -27,13 +27,13 @@ from torch import Tensor
 
 from benchmarks.quality import ROOT, common_flags, loss_at_the_end, rows, run, score
 from eval.flags import parse
-from trainer.search import Search
+from trainer.search.search_state import Search
 
 
 @contextmanager
 def start_entropy(share: float) -> Iterator[None]:
     """The policy starts with another share of a uniform one's entropy: a colder or hotter prior."""
-    with patch("trainer.sensitivity.PRIOR_ENTROPY", share):
+    with patch("trainer.search.sensitivity.PRIOR_ENTROPY", share):
         yield
 
 

@@ -26,11 +26,11 @@ from benchmarks.quality import parse_for_rows, searching
 from policy.allocators import MAX_EXHAUSTIVE
 from quant.convert import set_formats
 from quant.quantizers.prefix_cache import replayed
-from trainer.batch_norm import statistics_of_batch
-from trainer.contest import Contest
 from trainer.reinforce_trainer import ReinforceTrainer, Target
-from trainer.sensitivity import divergence
-from trainer.teacher import class_logits
+from trainer.search.selection import Contest
+from trainer.search.sensitivity import divergence
+from trainer.training.batch_norm import statistics_of_batch
+from trainer.training.distillation import class_logits
 
 AROUND, MOVES = 60, 4
 """assignments around the choice, and how many decisions of it they change at most"""

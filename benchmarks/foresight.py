@@ -23,11 +23,11 @@ from scipy.stats import spearmanr
 from benchmarks.contest import around
 from benchmarks.quality import parse_for_rows, searching
 from quant.convert import calibrate, set_formats
-from trainer.allocation import allocate
-from trainer.batch_norm import statistics_of_batch
 from trainer.reinforce_trainer import ReinforceTrainer
-from trainer.sensitivity import divergence
-from trainer.teacher import class_logits
+from trainer.search.baselines import allocate
+from trainer.search.sensitivity import divergence
+from trainer.training.batch_norm import statistics_of_batch
+from trainer.training.distillation import class_logits
 
 TEMPERATURES = (1.0, 4.0)
 

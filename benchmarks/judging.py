@@ -29,7 +29,7 @@ from policy.space import build_space
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.quant_utils import use_compiled
 from quant.quantizers.prefix_cache import replayed
-from trainer.sensitivity import divergence, measure_sensitivity
+from trainer.search.sensitivity import divergence, measure_sensitivity
 
 TEMPERATURES, POWERS = (1.0, 2.0, 4.0, 8.0), (1.0, 0.5)
 """what logits are divided by; of the mean over examples"""

@@ -41,7 +41,7 @@ from eval.run_trainer import evaluate, make_trainer
 from eval.tracking import tracked
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
-from trainer.checksums import numbered
+from trainer.training.checksums import numbered
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
     from quant.quant_module import QuantModule
@@ -120,8 +120,8 @@ def carry_out(
     plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, progress: RunProgress, started: float
 ) -> dict[str, Any]:
     """`run` of a plan, as it was `started` on the monotonic clock."""
-    from trainer.checkpoint import write_atomically, write_json
     from trainer.reinforce_trainer import TrainingDiverged
+    from trainer.training.checkpoint import write_atomically, write_json
 
     config, folder = plan.config, plan.config.run_folder
     if first_process():
@@ -162,8 +162,8 @@ def write_result(
 ) -> dict[str, Any]:
     """Evaluate the assignment that the model is in, and write all that `folder` keeps of it, the record last."""
     from cost.cost import assignment_to_json
-    from trainer.checkpoint import write_atomically, write_json
     from trainer.reinforce_trainer import TrainingDiverged
+    from trainer.training.checkpoint import write_atomically, write_json
 
     answers: dict[str, dict[str, list[Any]]] = {}
     assignment = final_assignment(plan, trainer)

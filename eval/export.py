@@ -43,7 +43,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
     Raises UserError if the folder exists, the format cannot hold the model, or the file is over the run's target.
     """
     from eval.export_card import model_card
-    from trainer.checkpoint import write_atomically, write_json
+    from trainer.training.checkpoint import write_atomically, write_json
 
     EXPORT_FORMATS[format].check_installed()
     with contextlib.ExitStack() as stack:

@@ -99,7 +99,7 @@ def write_packed(run: FinishedRun, folder: Path) -> Written:
     from eval.packed_model import PACKED
     from quant.export import packed_sizes
     from quant.export import write_packed as write
-    from trainer.quantization_file import QUANTIZATION
+    from trainer.training.quantization_file import QUANTIZATION
 
     saved = json.loads((run.folder / "model" / QUANTIZATION).read_text())
     extra = {"build": saved["build"], "num_labels": saved["num_labels"], "metrics": run.record["metrics"]}
@@ -196,7 +196,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from eval.saved_model import build_architecture, name_classes
     from quant.export.compressed_tensors import check_fused, export_compressed
     from quant.transforms.migration import added
-    from trainer.quantization_file import QUANTIZATION
+    from trainer.training.quantization_file import QUANTIZATION
 
     if (migration := added(run.model)).shortcuts or migration.divided:
         raise UserError(

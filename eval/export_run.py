@@ -55,7 +55,7 @@ class FinishedRun:
     def inputs(self) -> ModelInputs:
         """What goes into the model: as the run saved it, or found again from its data where it is an older one."""
         from eval.model_inputs import from_json, inputs_of
-        from trainer.quantization_file import QUANTIZATION
+        from trainer.training.quantization_file import QUANTIZATION
 
         saved = json.loads((self.folder / "model" / QUANTIZATION).read_text())
         known = saved.get("build", {}).get("inputs")

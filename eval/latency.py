@@ -178,7 +178,7 @@ def signature(module: Any) -> tuple[Any, ...]:
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The CSV with the columns `layer,weight_format,activation_format,ms`."""
-    from trainer.checkpoint import write_atomically
+    from trainer.training.checkpoint import write_atomically
 
     def write(temporary: str) -> None:
         with Path(temporary).open("w", newline="") as file:

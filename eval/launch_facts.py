@@ -91,8 +91,8 @@ def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
 def _passes(plan: Plan, steps: int) -> float:
     """Forward passes over a step's examples that a search takes beside training: rewards, sensitivities, contests."""
     from eval.run_plan import search_settings, search_space
-    from trainer.judging_trainer import LEAST_MEASURED
-    from trainer.search import Phases, examples_to_judge, examples_to_measure
+    from trainer.search.evaluator import LEAST_MEASURED
+    from trainer.search.search_state import Phases, examples_to_judge, examples_to_measure
 
     run, config, space = plan.config, search_settings(plan.config), search_space(plan)
     phases = Phases.of(config, steps)

@@ -129,7 +129,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def amend_record(config: RunConfig, record: dict[str, Any], note: str) -> dict[str, Any]:
     """`record` with one more note, on disk as well."""
-    from trainer.checkpoint import write_json
+    from trainer.training.checkpoint import write_json
 
     record = {**record, "notes": [*record.get("notes", ()), note]}
     write_json(config.run_folder / "result.json", record)
@@ -138,7 +138,7 @@ def amend_record(config: RunConfig, record: dict[str, Any], note: str) -> dict[s
 
 def record_failure(config: RunConfig, reason: str) -> None:
     """A result.json that says why there is no result, unless the run has written one itself."""
-    from trainer.checkpoint import write_json
+    from trainer.training.checkpoint import write_json
 
     path = config.run_folder / "result.json"
     if not path.exists():

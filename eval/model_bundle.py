@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eval.tasks import Kind
 from eval.vision_nets import ImageClassifier
 from quant.errors import UserError
-from trainer import checkpoint
+from trainer.training import checkpoint
 
 if TYPE_CHECKING:  # a second of imports that no image model needs
     from transformers import PreTrainedTokenizerBase

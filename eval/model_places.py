@@ -10,7 +10,7 @@ from typing import Any
 from eval import transformer_utils, vision_utils
 from eval.run_config import is_path
 from quant.errors import UserError
-from trainer.saved_files import QUANTIZATION
+from trainer.training.saved_files import QUANTIZATION
 
 SAYS_NOTHING = re.compile(r"(model|checkpoint|weights|best|last|final|output|export|saved)([-_ ]?\d+)?", re.IGNORECASE)
 """names of folders that many models have"""

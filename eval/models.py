@@ -9,7 +9,7 @@ from eval import transformer_utils, vision_utils
 from eval.model_places import description, is_folder, starting_model
 from eval.tasks import TASKS, Task, find_task
 from quant.errors import UserError
-from trainer.saved_files import WEIGHTS
+from trainer.training.saved_files import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,7 +13,7 @@ from eval.model_places import saved_model, starting_model
 from eval.run_config import RunConfig
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
-from trainer.saved_files import WEIGHTS
+from trainer.training.saved_files import WEIGHTS
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
     from cost.profile import LayerProfile
@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags m
     from eval.model_bundle import ModelBundle
     from eval.tasks import PreparedData, TaskData
     from policy.space import Partition, SearchSpace
-    from trainer.progress import Listener
-    from trainer.search import ReinforceConfig
+    from trainer.search.search_state import ReinforceConfig
+    from trainer.training.progress import Listener
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     from eval.models import build_model, recompute_activations
     from eval.tasks import load_task, prepare
     from quant.transforms.unfold import unfold
-    from trainer.progress import unheard
+    from trainer.training.progress import unheard
 
     check_phases(config)
     tell = tell or unheard
@@ -104,7 +104,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
 
 def check_phases(config: RunConfig) -> None:
     """UserError for a search that has no step to learn in."""
-    from trainer.search import Phases
+    from trainer.search.search_state import Phases
 
     if config.method == "search" and config.max_steps > 0:
         Phases.of(search_settings(config), config.max_steps)
@@ -112,7 +112,7 @@ def check_phases(config: RunConfig) -> None:
 
 def search_settings(config: RunConfig) -> ReinforceConfig:
     """The search flags as the trainer's configuration; what a flag leaves open, the recipe decides."""
-    from trainer.search import ReinforceConfig
+    from trainer.search.search_state import ReinforceConfig
 
     names = {field.name for field in fields(ReinforceConfig)}
     given = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
@@ -177,7 +177,7 @@ def budget(plan: Plan) -> float | None:
     from policy.allocators import MAX_EXHAUSTIVE
     from policy.budget import Budget
     from policy.solve import InfeasibleError
-    from trainer.search import resolve_target
+    from trainer.search.search_state import resolve_target
 
     config = plan.config
     if config.cost_target is None and config.target_bits is None:

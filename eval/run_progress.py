@@ -34,7 +34,7 @@ LEFT_OUT = ("grad_norm", "epoch", "_runtime", "_per_second", "learning_rate", "t
 
 
 class RunProgress:
-    """Hears how far a run is (`trainer.progress.Listener`) and shows it on `console`."""
+    """Hears how far a run is (`trainer.training.progress.Listener`) and shows it on `console`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

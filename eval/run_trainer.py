@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags m
     from eval.run_progress import RunProgress
     from quant.quant_module import QuantModule
     from trainer.reinforce_trainer import ReinforceTrainer
-    from trainer.teacher import Teacher
+    from trainer.training.distillation import Teacher
 
 SAVED_EVERY = 0.1
 """share of the run's steps between two checkpoints of --save_strategy steps, where --eval_steps gives no interval"""
@@ -123,7 +123,7 @@ def shown_on(progress: RunProgress) -> TrainerCallback:
 
 def float_teacher(plan: Plan) -> Teacher | None:
     """The float model as it comes, before its layers are replaced, where it teaches or a search judges by it."""
-    from trainer.teacher import Teacher
+    from trainer.training.distillation import Teacher
 
     share, data = teacher_share(plan), plan.data
     knows = plan.bundle.trained and data.kind in ("image", "text") and not data.task.regression
@@ -137,7 +137,7 @@ def teacher_share(plan: Plan) -> float:
     Where the flag leaves it open, it teaches where it helps: images that are cropped and mirrored, as it has not
     learned them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
     """
-    from trainer.teacher import SHARE
+    from trainer.training.distillation import SHARE
 
     config = plan.config
     if config.distill is not None:
@@ -204,7 +204,7 @@ def evaluate(
     two runs can then be compared example by example. 'classes' are the names by number.
     """
     from quant.convert import weights_kept
-    from trainer.progress import counted
+    from trainer.training.progress import counted
 
     metrics = {}
     judge = trainer.compute_metrics

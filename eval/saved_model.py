@@ -14,8 +14,8 @@ from eval.model_inputs import ModelInputs, to_json
 from eval.text_nets import CandidateScorer
 from quant.convert import Assignment
 from quant.errors import UserError
-from trainer.checkpoint import CheckpointError, load_tensors, save_weights, write_json
-from trainer.quantization_file import QUANTIZATION, migrate_again, quantize_again, write_quantization
+from trainer.training.checkpoint import CheckpointError, load_tensors, save_weights, write_json
+from trainer.training.quantization_file import QUANTIZATION, migrate_again, quantize_again, write_quantization
 
 if TYPE_CHECKING:
     from eval.model_bundle import ModelBundle

@@ -38,7 +38,7 @@ def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
 
     from policy.hessian import hessian_traces, top_eigenvalues
     from quant.convert import in_float
-    from trainer.allocation import effects
+    from trainer.search.baselines import effects
 
     space, modules = trainer.space, trainer.modules
     formats = [weight.name if weight == act else f"{weight}/{act}" for weight, act in space.decisions[0].choices]

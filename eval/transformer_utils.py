@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from eval.tasks import Task
 from quant.errors import UserError
-from trainer.saved_files import WEIGHTS
+from trainer.training.saved_files import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """The competitors of the search: assignments that are decided once, before any training.
 
-Each is a pure function of costs and measured effects; `trainer.allocation` makes the measurements. All give a choice,
-one index per decision, that fits the budget.
+Each is a pure function of costs and measured effects; `trainer.search.baselines` makes the measurements. All give a
+choice, one index per decision, that fits the budget.
 """
 
 from __future__ import annotations

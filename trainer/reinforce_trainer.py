@@ -29,24 +29,24 @@ from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule, Reach, runs_in
 from quant.quantizers.quantizer import Quantizer
 from quant.quantizers.reach import notes_on_reach, reach_of
-from trainer import checkpoint, checksums
-from trainer.allocation import allocate, effects, propose
-from trainer.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
-from trainer.contest import PROPOSALS, ROUNDS, Contest
-from trainer.drop import STEPS as HALVINGS
-from trainer.drop import cheapest_budget, cheapest_choice, limited
-from trainer.evidence import SAMPLES, additivity, all_if_affordable, certificate
-from trainer.history import History
-from trainer.judging_trainer import JudgingTrainer, quality, streams
-from trainer.phased_sampler import PhasedSampler
-from trainer.policy_pictures import show_policy
-from trainer.processes import mean_over_processes, of_first_process, share_buffers
-from trainer.progress import Listener, Passes, unheard
-from trainer.quantization_file import write_companions, write_quantization
-from trainer.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
-from trainer.search import Phases, ReinforceConfig, Search, resolve_target
-from trainer.sensitivity import believing_prior
-from trainer.teacher import Teacher, class_logits
+from trainer.search.baselines import allocate, effects, propose
+from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, certificate
+from trainer.search.evaluator import JudgingTrainer, quality, streams
+from trainer.search.quality_constraint import STEPS as HALVINGS
+from trainer.search.quality_constraint import cheapest_budget, cheapest_choice, limited
+from trainer.search.search_state import Phases, ReinforceConfig, Search, resolve_target
+from trainer.search.selection import PROPOSALS, ROUNDS, Contest
+from trainer.search.sensitivity import believing_prior
+from trainer.training import checkpoint, checksums
+from trainer.training.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
+from trainer.training.distillation import Teacher, class_logits
+from trainer.training.distributed import mean_over_processes, of_first_process, share_buffers
+from trainer.training.history import History
+from trainer.training.policy_plots import show_policy
+from trainer.training.progress import Listener, Passes, unheard
+from trainer.training.quantization_file import write_companions, write_quantization
+from trainer.training.sampler import PhasedSampler
+from trainer.training.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 

@@ -14,8 +14,8 @@ from eval.run_record import outcome
 from eval.run_trainer import float_teacher
 from eval.saved_model import load_model
 from quant.errors import UserError
-from trainer.checksums import numbered
-from trainer.teacher import SHARE
+from trainer.training.checksums import numbered
+from trainer.training.distillation import SHARE
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data of {SHARED.name}/ beside the checkout")

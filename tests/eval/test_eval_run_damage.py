@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from eval.eval_run import main, run
 from eval.flags import parse
 from quant.errors import UserError
-from trainer.checksums import flaw, numbered
+from trainer.training.checksums import flaw, numbered
 
 RUN = (
     "--task digits --model convnet --from_scratch --train_batch_size 64 --max_train_samples 128 --max_steps 10 "
@@ -108,7 +108,7 @@ def test_without_a_whole_checkpoint_the_run_starts_anew(stopped, whole):
 
 def test_another_models_checkpoint_is_not_gone_on_from(stopped, whole):
     """Its checksums may be right: somebody has copied the whole of it."""
-    from trainer.checksums import sealed
+    from trainer.training.checksums import sealed
 
     newest, _ = checkpoints(stopped)
     weights = newest / "model.safetensors"

@@ -8,7 +8,7 @@ from eval.flags import parse, parse_written, read_flags
 from eval.launch_grid import expand
 from eval.run_config import RUN_FILE, RunConfig
 from quant.errors import UserError
-from trainer.search import ReinforceConfig
+from trainer.search.search_state import ReinforceConfig
 
 RUN = ["--task", "digits", "--model", "convnet"]
 IGNORED = [

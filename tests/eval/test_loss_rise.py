@@ -11,7 +11,7 @@ from eval.launch_grid import look_up
 from eval.launch_progress import result_table
 from eval.run_progress import make_console
 from eval.run_record import outcome
-from trainer.history import History
+from trainer.training.history import History
 
 
 def history(folder, losses):

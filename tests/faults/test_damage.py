@@ -8,7 +8,7 @@ import sys
 import time
 
 from tests.faults.launches import PATIENCE, ROOT
-from trainer.checksums import flaw, numbered
+from trainer.training.checksums import flaw, numbered
 
 RUN = "--task digits --model convnet --from_scratch --method float --device cpu --report_to none --run_id one "
 RUN += "--train_batch_size 64 --max_train_samples 128 --max_steps 60"

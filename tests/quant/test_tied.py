@@ -15,8 +15,8 @@ from quant.convert import calibrate, get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.export.packed import packed_sizes, read_packed, restore, write_packed
 from quant.formats import FLOAT, parse_format
-from trainer.checkpoint import load_tensors, save_weights
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer
+from trainer.training.checkpoint import load_tensors, save_weights
 
 INT2, INT4, INT8 = map(parse_format, ("int2", "int4", "int8"))
 

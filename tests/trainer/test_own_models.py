@@ -16,9 +16,9 @@ from quant.calls import examples_of
 from quant.convert import get_formats
 from quant.errors import UserError
 from quant.formats import FLOAT
-from trainer.judging_trainer import quality, telling_reference
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer
-from trainer.teacher import Teacher, class_logits
+from trainer.search.evaluator import quality, telling_reference
+from trainer.training.distillation import Teacher, class_logits
 
 
 class Rows(torch.utils.data.Dataset):

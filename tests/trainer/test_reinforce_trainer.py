@@ -15,9 +15,9 @@ from quant.convert import get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
 from quant.quant_module import QuantModule
-from trainer.batch_norm import recalibrate_batch_norm
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer, TrainingDiverged, quality
-from trainer.teacher import TEMPERATURE, Teacher
+from trainer.training.batch_norm import recalibrate_batch_norm
+from trainer.training.distillation import TEMPERATURE, Teacher
 
 
 class Net(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trainer import checkpoint
-from trainer.checksums import forget_older, sealed
+from trainer.training import checkpoint
+from trainer.training.checksums import forget_older, sealed
 
 
 class PickleFreeTrainer(Trainer):

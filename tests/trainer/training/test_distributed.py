@@ -13,7 +13,7 @@ import transformers
 
 from eval.eval_run import run
 from eval.flags import parse
-from trainer.processes import mean_over_processes, of_first_process, own_share, share_buffers
+from trainer.training.distributed import mean_over_processes, of_first_process, own_share, share_buffers
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12

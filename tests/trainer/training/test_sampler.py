@@ -1,6 +1,6 @@
 import itertools
 
-from trainer.phased_sampler import PhasedSampler
+from trainer.training.sampler import PhasedSampler
 
 
 def epochs(sampler, count):

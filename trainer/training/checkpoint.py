@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.atomic import write_atomically, write_json
+from trainer.training.atomic import write_atomically, write_json
 
 _TENSOR = "$tensor"
 TIED = "tied"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.teacher import TEMPERATURE, Teacher
+from trainer.training.distillation import TEMPERATURE, Teacher
 
 
 class Linear(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from policy.budget import Budget
 from policy.solve import Table
-from trainer.contest import Choice, Contest
+from trainer.search.selection import Choice, Contest
 
 STEPS = 10
 """halvings of the range of costs: to a thousandth of it"""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.checkpoint import (
+from trainer.training.checkpoint import (
     CheckpointError,
     load_state,
     random_state,

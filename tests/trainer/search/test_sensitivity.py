@@ -11,9 +11,9 @@ from torch import nn
 from policy.space import build_space
 from quant.convert import calibrate, get_formats, in_float, quantize_model, set_formats
 from quant.formats import FLOAT, parse_format
-from trainer.allocation import effects
-from trainer.progress import unheard
-from trainer.sensitivity import divergence, fisher_effect, increase, measure_sensitivity
+from trainer.search.baselines import effects
+from trainer.search.sensitivity import divergence, fisher_effect, increase, measure_sensitivity
+from trainer.training.progress import unheard
 
 FORMATS = [parse_format(bits) for bits in (2, 4, 8)]
 

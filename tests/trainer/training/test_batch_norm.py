@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from trainer.batch_norm import LEAST_TELLING, recalibrate_batch_norm, statistics_of_batch
+from trainer.training.batch_norm import LEAST_TELLING, recalibrate_batch_norm, statistics_of_batch
 
 
 def test_batch_norm_is_recalibrated_to_the_plain_mean():

@@ -17,8 +17,8 @@ from quant.formats import FLOAT, parse_format
 from quant.quant_module import QuantModule
 from quant.transforms.migration import Migration, added, attach
 from quant.transforms.placement import attach_quantizers, placed_sites
-from trainer.checkpoint import write_json
-from trainer.saved_files import QUANTIZATION
+from trainer.training.checkpoint import write_json
+from trainer.training.saved_files import QUANTIZATION
 
 
 def write_quantization(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from policy.allocators import best_uniform, greedy, head_tail, least_harm, random_choice
 from policy.hessian import MOST_DRAWS, held_weights
 from policy.solve import InfeasibleError
-from trainer import sensitivity
-from trainer.processes import of_first_process
-from trainer.progress import Passes
+from trainer.search import sensitivity
+from trainer.training.distributed import of_first_process
+from trainer.training.progress import Passes
 
 if TYPE_CHECKING:
     from trainer.reinforce_trainer import ReinforceTrainer

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from policy.budget import Budget
-from trainer.contest import Contest
-from trainer.evidence import additivity, certificate
+from trainer.search.diagnostics import additivity, certificate
+from trainer.search.selection import Contest
 
 COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
 BUDGET = Budget((COSTS,), (20.0,))

@@ -23,13 +23,19 @@ from quant.errors import UserError
 from quant.modes import evaluating
 from quant.quant_module import QuantModule
 from quant.quantizers.prefix_cache import replayed
-from trainer.batch_norm import LEAST_TELLING, statistics_of_batch
-from trainer.pickle_free_trainer import PickleFreeTrainer
-from trainer.processes import mean_over_processes, own_share
-from trainer.progress import Listener, Passes, counted, unheard
-from trainer.search import LEAST_JUDGED, MOST_JUDGED, ReinforceConfig, examples_to_judge, examples_to_measure
-from trainer.sensitivity import Sensitivity, increase, measure_sensitivity
-from trainer.teacher import Teacher, class_logits, softened_divergence
+from trainer.search.search_state import (
+    LEAST_JUDGED,
+    MOST_JUDGED,
+    ReinforceConfig,
+    examples_to_judge,
+    examples_to_measure,
+)
+from trainer.search.sensitivity import Sensitivity, increase, measure_sensitivity
+from trainer.training.batch_norm import LEAST_TELLING, statistics_of_batch
+from trainer.training.distillation import Teacher, class_logits, softened_divergence
+from trainer.training.distributed import mean_over_processes, own_share
+from trainer.training.progress import Listener, Passes, counted, unheard
+from trainer.training.safetensors_trainer import PickleFreeTrainer
 
 LEAST_MEASURED = 32
 """examples that single formats are measured on: against float, effects are larger than between neighbours"""

@@ -7,8 +7,8 @@ from policy.budget import Budget
 from policy.space import build_space
 from quant.errors import UserError
 from quant.formats import parse_search_space
-from trainer.search import Phases, ReinforceConfig, Search, resolve_target
-from trainer.sensitivity import believing_prior
+from trainer.search.search_state import Phases, ReinforceConfig, Search, resolve_target
+from trainer.search.sensitivity import believing_prior
 
 NAMES = ["a", "b", "c", "d"]
 COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])

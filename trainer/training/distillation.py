@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quant.convert import run_model
 from quant.errors import UserError
-from trainer.sensitivity import divergence
+from trainer.search.sensitivity import divergence
 
 TEMPERATURE = 4.0
 """What logits are divided by: of what it was trained on, a teacher is so sure that nothing but the label is left at 1

@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.progress import Passes, counted
-from trainer.search import ReinforceConfig, examples_to_judge, examples_to_measure
+from trainer.search.search_state import ReinforceConfig, examples_to_judge, examples_to_measure
+from trainer.training.progress import Passes, counted
 
 
 def heard():

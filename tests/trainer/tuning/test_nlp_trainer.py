@@ -18,8 +18,8 @@ from transformers.trainer_callback import ExportableState
 
 from eval.saved_model import load_model
 from quant.errors import UserError
-from trainer.tuner import NLPTrainer, QuantizationConfig, metrics, objectives
-from trainer.tuning import OTHER, RECIPES, Measured, Recipe, Setting, tune
+from trainer.tuning.nlp_trainer import NLPTrainer, QuantizationConfig, metrics, objectives
+from trainer.tuning.strategy import OTHER, RECIPES, Measured, Recipe, Setting, tune
 
 LAYERS = {"a": "Linear", "b": "Linear", "c": "Conv1D", "d": "Linear"}
 STATIC, DYNAMIC = "PostTrainingStatic", "PostTrainingDynamic"
@@ -255,7 +255,7 @@ def test_an_unknown_objective_is_named():
 
 
 def test_nothing_accepted_says_what_was_best(caplog):
-    with caplog.at_level(logging.INFO, logger="trainer.tuning"):
+    with caplog.at_level(logging.INFO, logger="trainer.tuning.strategy"):
         best, trials = run(lambda setting: 0.6 if setting.wide else 0.5)
     assert best is None
     lines = [record.getMessage() for record in caplog.records]
@@ -446,7 +446,7 @@ def test_every_stage_is_reached_by_a_model_without_logits_and_with_a_rectified_n
     trainer = make_tiny(tmp_path)
     before, original = trainer.model, trainer.evaluate
     trainer.evaluate = lambda: {"eval_loss": original()["eval_loss"] if trainer.model is before else 9.0}
-    with caplog.at_level(logging.INFO, logger="trainer.tuning"):
+    with caplog.at_level(logging.INFO, logger="trainer.tuning.strategy"):
         assert trainer.quantize(loss_within(0.1, sampling_size=20)) is None
     tried = [record.getMessage() for record in caplog.records]
     assert not any("gamma_migration" in line for line in tried)

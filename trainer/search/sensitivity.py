@@ -20,8 +20,8 @@ from quant.formats import FLOAT
 from quant.modes import evaluating
 from quant.quant_module import QuantModule
 from quant.quantizers.prefix_cache import replayed
-from trainer.batch_norm import statistics_of_batch
-from trainer.progress import Listener, unheard
+from trainer.training.batch_norm import statistics_of_batch
+from trainer.training.progress import Listener, unheard
 
 Table = NDArray[np.float64]
 """(decisions, choices)"""

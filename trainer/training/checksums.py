@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.atomic import write_json
+from trainer.training.atomic import write_json
 
 CHECKSUMS = "checksums.json"
 INTERRUPTED = "its saving was interrupted"

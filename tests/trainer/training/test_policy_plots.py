@@ -10,7 +10,7 @@ from transformers.integrations import TensorBoardCallback
 
 from policy.space import build_space
 from quant.formats import parse_search_space
-from trainer.policy_pictures import CELL, TAG, legend, show_policy
+from trainer.training.policy_plots import CELL, TAG, legend, show_policy
 
 SPACE = build_space(["first", "last"], parse_search_space("2,4,e4m3"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trainer.atomic import write_atomically
+from trainer.training.atomic import write_atomically
 
 RISE = 3.0
 """times its start from which the end of a loss is far above it"""

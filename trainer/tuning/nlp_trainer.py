@@ -28,12 +28,22 @@ from quant.transforms.graph import find_groups
 from quant.transforms.migration import SmoothQuantConfig, fold, sound_groups
 from quant.transforms.token_clipping import output_loss, outputs
 from quant.transforms.unfold import unfold
-from trainer import metrics, objectives
-from trainer.checkpoint import save_weights
-from trainer.judging_trainer import streams
-from trainer.quantization_file import write_companions, write_quantization
 from trainer.reinforce_trainer import ReinforceTrainer, TrainingDiverged
-from trainer.tuning import PLAIN, RECIPES, Measured, QuantizationConfig, Recipe, Setting, Trial, check_metrics, tune
+from trainer.search.evaluator import streams
+from trainer.training.checkpoint import save_weights
+from trainer.training.quantization_file import write_companions, write_quantization
+from trainer.tuning import metrics, objectives
+from trainer.tuning.strategy import (
+    PLAIN,
+    RECIPES,
+    Measured,
+    QuantizationConfig,
+    Recipe,
+    Setting,
+    Trial,
+    check_metrics,
+    tune,
+)
 
 __all__ = ["NLPTrainer", "QuantizationConfig", "metrics", "objectives"]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from quant.convert import calibrate, quantize_model
 from quant.formats import parse_format
-from trainer.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
+from trainer.training.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 
 
 @pytest.fixture

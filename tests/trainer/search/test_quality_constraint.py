@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.budget import Budget
-from trainer.contest import Contest
-from trainer.drop import cheapest_budget, cheapest_choice
+from trainer.search.quality_constraint import cheapest_budget, cheapest_choice
+from trainer.search.selection import Contest
 
 COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
 WHOLE = Budget((COSTS,), (32.0,))

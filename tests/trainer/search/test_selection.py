@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from policy.budget import Budget
-from trainer.contest import Contest, standard_error
+from trainer.search.selection import Contest, standard_error
 
 COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
 BUDGET = Budget((COSTS,), (20.0,))

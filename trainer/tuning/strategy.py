@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar, get_args
 
 from quant.errors import UserError
-from trainer.metrics import Metric
-from trainer.objectives import Objective, performance
+from trainer.tuning.metrics import Metric
+from trainer.tuning.objectives import Objective, performance
 
 logger = logging.getLogger(__name__)
 

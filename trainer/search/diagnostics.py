@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from policy.allocators import MAX_EXHAUSTIVE, random_choice
-from trainer.contest import Choice, Contest, standard_error
+from trainer.search.selection import Choice, Contest, standard_error
 
 ALL_SHARE = 10
 """times the affordable judgements that may go into judging every assignment: a proof is worth more than a sample"""
