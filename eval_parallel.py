@@ -23,19 +23,19 @@ from pathlib import Path
 from rich.console import Console
 
 from eval.commands import again, command, installed
-from eval.flag_checks import refuse_link
-from eval.flags import INTERRUPTED, entry
-from eval.launch_facts import Facts, learn
-from eval.launch_grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
-from eval.launch_progress import Watch, note_lines, result_table, waiting, watching
-from eval.launch_ray import Share, check_request, disk_is_full, fit, join, ray_session
-from eval.launch_state import locked, read_launch, set_aside, write_launch
-from eval.launch_trial import TUNED, Runner
-from eval.launch_tuning import best, check_tuning, early_stopping, hyperparameter_search, tried
-from eval.plan_summary import print_plan
-from eval.run_config import COST_UNITS, TUNE_FOLDER, RunConfig
-from eval.run_progress import make_console
-from eval.run_record import outcome
+from eval.config.parser import INTERRUPTED, entry
+from eval.config.run_config import COST_UNITS, TUNE_FOLDER, RunConfig
+from eval.config.validation import refuse_link
+from eval.launch.estimates import Facts, learn
+from eval.launch.grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
+from eval.launch.hyperparameters import best, check_tuning, early_stopping, hyperparameter_search, tried
+from eval.launch.plan_summary import print_plan
+from eval.launch.progress import Watch, note_lines, result_table, waiting, watching
+from eval.launch.ray_cluster import Share, check_request, disk_is_full, fit, join, ray_session
+from eval.launch.state import locked, read_launch, set_aside, write_launch
+from eval.launch.trial import TUNED, Runner
+from eval.run.progress import make_console
+from eval.run.record import outcome
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:

@@ -32,7 +32,7 @@ def report() -> None:
 
 def export() -> None:
     """`mpq-export`: a finished run as a model for deployment."""
-    start("eval.export")
+    start("eval.export.__main__")
 
 
 def latency() -> None:
@@ -56,7 +56,7 @@ def start(module: str) -> None:
             )
             sys.exit(2)
     import_module("eval.commands").require_packages()
-    import_module("eval.flags").entry(import_module(module).main)
+    import_module("eval.config.parser").entry(import_module(module).main)
 
 
 def place_of(package: str) -> Path | None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality import ROOT, common_flags, loss_at_the_end, rows, run, score
-from eval.flags import parse
+from eval.config.parser import parse
 from trainer.search.search_state import Search
 
 
@@ -40,7 +40,7 @@ def start_entropy(share: float) -> Iterator[None]:
 @contextmanager
 def changed(**settings: Any) -> Iterator[None]:
     """Settings of the search that have no flag."""
-    from eval import run_trainer
+    from eval.run import trainer as run_trainer
 
     plain = run_trainer.search_settings
     with patch.object(run_trainer, "search_settings", lambda config: replace(plain(config), **settings)):

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cost.cost import compute_cost
 from cost.profile import profile_model
-from eval.coverage import searched_layers
+from eval.layers.coverage import searched_layers
 from eval.models import MODELS, published
 from quant.convert import find_layers
 from quant.formats import parse_format

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import encoder_folder
-from eval.export import export
-from eval.export_formats import EXPORT_FORMATS
-from eval.export_run import FinishedRun, finished_run
-from eval.flags import parse
+from eval.config.parser import parse
+from eval.export.__main__ import export
+from eval.export.finished_run import FinishedRun, finished_run
+from eval.export.formats import EXPORT_FORMATS
 from eval.latency import model_latencies
 from quant.errors import UserError
 

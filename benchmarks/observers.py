@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from eval.flags import parse
-from eval.run_plan import make_plan
-from eval.run_trainer import evaluate, make_trainer
+from eval.config.parser import parse
+from eval.run.plan import make_plan
+from eval.run.trainer import evaluate, make_trainer
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import IntFormat
 from quant.quantizers.observers import OBSERVERS

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.onnx_timing import latencies
+from eval.export.onnx_timing import latencies
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.export.onnx.export import trace, write_onnx
 from quant.formats import FLOAT, parse_format
@@ -24,7 +24,7 @@ PAIRS = {"int8": ("int8", "int8"), "int4": ("int4", "int4"), "int8 weights": ("i
 
 
 def resnet20() -> tuple[nn.Module, dict[str, Tensor]]:
-    from eval.vision_nets import CifarResNet
+    from eval.modeling.vision_nets import CifarResNet
 
     return CifarResNet(20, 10, 3), {"pixel_values": torch.randn(2, 3, 32, 32)}
 

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.flag_checks import gpu_count
-from eval.flags import parse
-from eval.report_paired import share_right
+from eval.config.parser import parse
+from eval.config.validation import gpu_count
+from eval.report.paired import share_right
 
 if TYPE_CHECKING:
     from trainer.reinforce_trainer import ReinforceTrainer
@@ -157,8 +157,8 @@ def common_flags(name: str, row: Row, shared: Path, output: Path) -> list[str]:
 
 def searching(name: str, shared: Path, output: Path, seed: int, run_id: str) -> ReinforceTrainer:
     """The trainer of a row's search, before its first step."""
-    from eval.run_plan import make_plan
-    from eval.run_trainer import make_trainer
+    from eval.run.plan import make_plan
+    from eval.run.trainer import make_trainer
 
     row = rows()[name]
     flags = [*common_flags(name, row, shared, output), *shlex.split(row.budget), "--search", "--quiet"]

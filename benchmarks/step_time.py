@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks.timing import ALLOCATOR, ratio, take_turns, with_allocator
-from eval.vision_nets import CifarResNet, ImageClassifier
+from eval.modeling.vision_nets import CifarResNet, ImageClassifier
 from policy.reinforce import Reinforce
 from policy.simple_policy import SimplePolicy
 from quant.convert import calibrate, quantize_model, set_formats, weights_kept

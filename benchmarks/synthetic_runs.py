@@ -32,8 +32,8 @@ STEPS = 120
 @cache
 def real_run(kind: str) -> Path:
     """The folder of a real run of KINDS; it is removed when this process ends."""
+    from eval.config.parser import parse
     from eval.eval_run import run
-    from eval.flags import parse
 
     root = tempfile.mkdtemp(prefix=f"{kind}-run-")
     atexit.register(shutil.rmtree, root, ignore_errors=True)

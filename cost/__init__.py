@@ -1,0 +1,24 @@
+"""What a model costs in each assignment of formats."""
+
+from typing import TYPE_CHECKING
+
+from quant.lazy import names_of
+
+if TYPE_CHECKING:
+    from cost.cost import compute_cost, memory_cost
+    from cost.profile import LayerProfile, profile_model
+
+__all__ = [
+    "LayerProfile",
+    "compute_cost",
+    "memory_cost",
+    "profile_model",
+]
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "cost.cost": ["compute_cost", "memory_cost"],
+        "cost.profile": ["LayerProfile", "profile_model"],
+    },
+)

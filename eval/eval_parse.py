@@ -20,19 +20,19 @@ if __name__ == "__main__":  # run as a file: its own folder stands first on the 
 from rich.console import Console
 from rich.text import Text
 
-from eval import report_tables as tables
 from eval.commands import command, example_of
-from eval.export_formats import writing
-from eval.flag_checks import check_can_be_made
-from eval.flags import entry
-from eval.report_labels import told_apart
-from eval.report_paired import read_answers
-from eval.report_records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
-from eval.report_summary import summary_rows
+from eval.config.parser import entry
+from eval.config.validation import check_can_be_made
+from eval.export.formats import writing
+from eval.report import tables
+from eval.report.labels import told_apart
+from eval.report.paired import read_answers
+from eval.report.records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
+from eval.report.summary import summary_rows
 from quant.errors import UserError
 
 if TYPE_CHECKING:  # loads matplotlib, which tables do without
-    from eval.report_canvas import Drawing
+    from eval.report.canvas import Drawing
 
 Sections: TypeAlias = "dict[str, list[Drawing]]"
 """heading -> the pictures below it"""
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     _print(tables.summary_table(rows, flags.per_run), rows, flags.format, console)
     sections: Sections = {}
     if not flags.no_plots:
-        from eval.report_pictures import pictures  # late: matplotlib takes a second to load
+        from eval.report.sections import pictures  # late: matplotlib takes a second to load
 
         sections = pictures(runs, groups, shown, histories)
     folder = _output_folder(flags)
@@ -175,7 +175,7 @@ def _write_files(
         written.append((what, folder / f"{what}.csv"))
         written[-1][1].write_text(tables.to_csv(rows))
     for name, drawings in sections.items():
-        from eval.report_canvas import write_png
+        from eval.report.canvas import write_png
 
         written.append((name.lower(), folder / f"{name.lower().replace(' ', '_')}.png"))
         write_png(drawings, written[-1][1])
@@ -185,7 +185,7 @@ def _write_files(
 def _page(
     summary: Sequence[tables.Row], every_run: Sequence[tables.Row], sections: Sections, excluded: Sequence[Excluded]
 ) -> str:
-    from eval.report_html import page
+    from eval.report.html import page
 
     shown = (tables.summary_table(summary), tables.summary_table(every_run, per_run=True))
     title = "Mixed-precision results: " + ", ".join(dict.fromkeys(row["task"] for row in every_run))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from eval.layer_roles import ancestors
+from eval.layers.roles import ancestors
 from quant.convert import find_layers
 from quant.errors import UserError
 

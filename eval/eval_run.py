@@ -26,19 +26,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from eval.export_reach import export_reach
-from eval.flags import entry, parse, to_yaml
-from eval.folder_lock import alone_in
-from eval.full_disk import is_full_disk
-from eval.launch_state import set_aside
-from eval.record_schema import LOSS_RISE, loss_rise
-from eval.report_records import Excluded, read_run
-from eval.run_config import GRID_FLAGS, RUN_FILE, RunConfig
-from eval.run_plan import Plan, make_plan
-from eval.run_progress import RunProgress, make_console
-from eval.run_record import RISEN, costs_of, describe, outcome
-from eval.run_trainer import evaluate, make_trainer
-from eval.tracking import tracked
+from eval.config.parser import entry, parse, to_yaml
+from eval.config.run_config import GRID_FLAGS, RUN_FILE, RunConfig
+from eval.export.reach import export_reach
+from eval.launch.state import set_aside
+from eval.report.records import Excluded, read_run
+from eval.run.full_disk import is_full_disk
+from eval.run.lock import alone_in
+from eval.run.plan import Plan, make_plan
+from eval.run.progress import RunProgress, make_console
+from eval.run.record import RISEN, costs_of, describe, outcome
+from eval.run.schema import LOSS_RISE, loss_rise
+from eval.run.tracking import tracked
+from eval.run.trainer import evaluate, make_trainer
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
 from trainer.training.checksums import numbered
@@ -232,7 +232,7 @@ def save_result(
     plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]], own: Path
 ) -> None:
     """The trained model, where a run keeps it and where --save_model_path wants it as well."""
-    from eval.model_inputs import inputs_of
+    from eval.modeling.inputs import inputs_of
     from eval.saved_model import save_model
 
     inputs = inputs_of(plan)
@@ -256,9 +256,9 @@ def make_way(config: RunConfig) -> None:
 
 def show_plan(config: RunConfig) -> int:
     """What --dry_run prints: as the launcher does."""
-    from eval.launch_facts import learn
-    from eval.plan_summary import print_plan
-    from eval.run_progress import make_console
+    from eval.launch.estimates import learn
+    from eval.launch.plan_summary import print_plan
+    from eval.run.progress import make_console
 
     runs = {config.run_name: config}
     print_plan(make_console(sys.stdout), runs, learn(runs, measure=True))

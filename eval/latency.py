@@ -21,16 +21,16 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eval.commands import command, example_of
-from eval.export_formats import ONNX_PACKAGES, ROUND_OUTPUTS, require, writing
-from eval.export_run import FinishedRun, finished_run
-from eval.flags import entry
-from eval.onnx_timing import REPEATS, latencies
+from eval.config.parser import entry
+from eval.export.finished_run import FinishedRun, finished_run
+from eval.export.formats import ONNX_PACKAGES, ROUND_OUTPUTS, require, writing
+from eval.export.onnx_timing import REPEATS, latencies
 from quant.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eval.report_tables import Column
+    from eval.report.tables import Column
     from quant.formats import Format
     from quant.quant_module import QuantModule
 
@@ -219,7 +219,7 @@ def print_latencies(run: FinishedRun, rows: Sequence[Mapping[str, Any]], model: 
     """The layers as a table, a column a pair of formats, and the whole model."""
     from rich.console import Console
 
-    from eval.report_tables import Column, Table, print_table
+    from eval.report.tables import Column, Table, print_table
 
     pairs = list(dict.fromkeys((row["weight_format"], row["activation_format"]) for row in rows))
     layers: dict[str, dict[str, Any]] = {}
@@ -237,7 +237,7 @@ def print_latencies(run: FinishedRun, rows: Sequence[Mapping[str, Any]], model: 
 
 
 def _milliseconds(pair: str) -> Column:
-    from eval.report_tables import Column
+    from eval.report.tables import Column
 
     return Column(f"{pair} [ms]", lambda row: f"{row[pair]:.4f}", pair)
 

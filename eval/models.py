@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import transformer_utils, vision_utils
-from eval.model_places import description, is_folder, starting_model
+from eval.modeling.places import description, is_folder, starting_model
 from eval.tasks import TASKS, Task, find_task
 from quant.errors import UserError
 from trainer.training.saved_files import WEIGHTS
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from eval.model_bundle import ModelBundle
+    from eval.modeling.bundle import ModelBundle
 
 MODELS: dict[str, str] = {
     **dict.fromkeys(transformer_utils.MODELS, "text"),
@@ -68,7 +68,7 @@ def build_from_run(subject: str, folder: Path, config: Any, task: Task, num_labe
 
     A head for another number of classes is new. Ranges that the run learned stay behind: they belong to its formats.
     """
-    from eval.model_bundle import copy_tensors, read_tensors
+    from eval.modeling.bundle import copy_tensors, read_tensors
 
     described = description(folder, subject)
     build, name = described["build"], getattr(config, "model", None)
@@ -109,8 +109,8 @@ def build_architecture(
     """
     import transformers
 
-    from eval.pretrained import write_as_saved
-    from eval.text_nets import CandidateScorer
+    from eval.modeling.pretrained import write_as_saved
+    from eval.modeling.text_nets import CandidateScorer
 
     known = TASKS.get(task, Task("image", ()))  # a local folder's task, which may be gone by now, has the defaults
     if not (folder / "config.json").is_file():
@@ -125,8 +125,8 @@ def recompute_activations(model: nn.Module) -> None:
 
     Raises UserError for a model whose library has no such switch.
     """
-    from eval.text_nets import CandidateScorer
-    from eval.vision_nets import ImageClassifier
+    from eval.modeling.text_nets import CandidateScorer
+    from eval.modeling.vision_nets import ImageClassifier
 
     inner: Any = model.model if isinstance(model, CandidateScorer) else model
     inner = inner.net if isinstance(inner, ImageClassifier) else inner

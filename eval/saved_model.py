@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from eval.model_inputs import ModelInputs, to_json
-from eval.text_nets import CandidateScorer
+from eval.modeling.inputs import ModelInputs, to_json
+from eval.modeling.text_nets import CandidateScorer
 from quant.convert import Assignment
 from quant.errors import UserError
 from trainer.training.checkpoint import CheckpointError, load_tensors, save_weights, write_json
 from trainer.training.quantization_file import QUANTIZATION, migrate_again, quantize_again, write_quantization
 
 if TYPE_CHECKING:
-    from eval.model_bundle import ModelBundle
-    from eval.run_config import RunConfig
+    from eval.config.run_config import RunConfig
+    from eval.modeling.bundle import ModelBundle
     from quant.quant_module import QuantModule
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from eval.flags import entry, parse, read_flags
+from eval.config.parser import entry, parse, read_flags
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def draw(names: Sequence[str], columns: Columns, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from eval.report_canvas import COLOURS, MARKERS, STYLE
+    from eval.report.canvas import COLOURS, MARKERS, STYLE
 
     kinds = [kind for kind in KINDS if any(title.split()[0] == kind for title in columns)]
     with rc_context(STYLE):
@@ -151,8 +151,8 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from eval.run_plan import make_plan
-    from eval.run_trainer import make_trainer
+    from eval.run.plan import make_plan
+    from eval.run.trainer import make_trainer
     from quant.convert import calibrate
 
     trainer, modules, _ = make_trainer(make_plan(config))

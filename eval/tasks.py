@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import EvalPrediction
 
-    from eval.data_files import Source
-    from eval.model_bundle import ModelBundle
-    from eval.model_inputs import Pixels
+    from eval.data.files import Source
+    from eval.modeling.bundle import ModelBundle
+    from eval.modeling.inputs import Pixels
 
 Kind = Literal["text", "image", "lm", "qa", "summary"]
 """what goes in and what comes out: classes of texts or images, the next token, a span of a text, a new text"""
@@ -98,7 +98,7 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        from eval.data_folder import folder_kind
+        from eval.data.folder import folder_kind
 
         kind = folder_kind(folder)
         metrics = TASKS["lm" if kind == "lm" else "sst2"].metrics
@@ -150,7 +150,7 @@ class TaskData:
         """The task's metrics of logits (N, classes) and labels (N,); of (N, length, 2) for `lm`, see `token_scores`."""
         import numpy as np
 
-        from eval.metrics import perplexity, score
+        from eval.data.metrics import perplexity, score
 
         logits, labels = (
             np.asarray(values[0] if isinstance(values, tuple) else values)
@@ -185,8 +185,8 @@ def load_task(config: Any) -> TaskData:
 
     Which rows a subset holds is part of the task: it depends on the sizes asked for, never on the run's seed.
     """
-    from eval.data_checks import check_split, read_labels, training_split, usable_splits, with_columns
-    from eval.data_files import read_splits
+    from eval.data.checks import check_split, read_labels, training_split, usable_splits, with_columns
+    from eval.data.files import read_splits
 
     task = find_task(config.task)
     splits, unread = read_splits(task, config)
@@ -217,18 +217,18 @@ def load_task(config: Any) -> TaskData:
 def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
     """`data` as inputs of `bundle.model`: tokens padded per batch, or normalised images."""
     if data.kind == "image":
-        from eval.task_vision import prepare_images
+        from eval.data.vision import prepare_images
 
         return prepare_images(data, bundle, config)
     if data.kind == "qa":
-        from eval.task_qa import prepare_questions
+        from eval.data.question_answering import prepare_questions
 
         return prepare_questions(data, bundle, config)
     if data.kind == "summary":
-        from eval.task_summary import prepare_summaries
+        from eval.data.summarization import prepare_summaries
 
         return prepare_summaries(data, bundle, config)
-    from eval.task_text import prepare_text
+    from eval.data.text import prepare_text
 
     return prepare_text(data, bundle, config)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from eval.model_bundle import ModelBundle
+    from eval.modeling.bundle import ModelBundle
 
 Built: TypeAlias = "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]"
 """model, tokenizer, notes"""
@@ -85,7 +85,7 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
 
 def build_saved(folder: Path, subject: str, task: Task, num_labels: int) -> ModelBundle:
     """The text model that a finished run saved in `folder`, with its own tokenizer, without its weights."""
-    from eval.pretrained import load_tokenizer, new_model, write_as_saved
+    from eval.modeling.pretrained import load_tokenizer, new_model, write_as_saved
 
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -111,9 +111,9 @@ def head_of(task: Task, num_labels: int) -> dict[str, Any]:
 
 def bundle_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, notes: list[str]) -> ModelBundle:
     """A model beside its tokenizer, each told of the other; `notes` are on weights that are new."""
-    from eval.model_bundle import ModelBundle
-    from eval.pretrained import check_vocabulary
-    from eval.text_nets import CandidateScorer
+    from eval.modeling.bundle import ModelBundle
+    from eval.modeling.pretrained import check_vocabulary
+    from eval.modeling.text_nets import CandidateScorer
 
     check_vocabulary(tokenizer, model)
     trained = not notes
@@ -136,8 +136,8 @@ def bundle_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
 
 def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[str]) -> Built:
     """A model with random weights, and a tokenizer trained on `corpus`."""
-    from eval.model_bundle import RANDOM_WEIGHTS
-    from eval.pretrained import new_model
+    from eval.modeling.bundle import RANDOM_WEIGHTS
+    from eval.modeling.pretrained import new_model
 
     settings = configuration(name)
     tokenizer = train_tokenizer(corpus, SCRATCH_VOCABULARY, getattr(settings, "type_vocab_size", 0) > 1)
@@ -155,7 +155,7 @@ def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[
 
 def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
     """A model with its weights and its own tokenizer."""
-    from eval.pretrained import load_pretrained, load_tokenizer
+    from eval.modeling.pretrained import load_pretrained, load_tokenizer
 
     name, path = str(getattr(config, "model", None) or ""), getattr(config, "model_path", None)
     folder = weights_folder(Path(path).expanduser(), name) if path else None
@@ -185,7 +185,7 @@ def configuration(source: str) -> PretrainedConfig:
     """The configuration of a name of `MODELS`, a folder or a Hub id."""
     import transformers
 
-    from eval.pretrained import from_anywhere
+    from eval.modeling.pretrained import from_anywhere
 
     if source in MODELS:
         known = MODELS[source]

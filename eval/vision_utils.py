@@ -12,7 +12,7 @@ from quant.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from eval.model_bundle import ModelBundle
+    from eval.modeling.bundle import ModelBundle
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ MODELS = (*HUB_MODELS, *ALIASES, *OWN)
 def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
     """The image model of `config`. A folder with its own configuration says itself what it is; other weights, read from
     safetensors, need `config.model` to say so."""
-    from eval.model_bundle import load_weights
+    from eval.modeling.bundle import load_weights
 
     name = str(getattr(config, "model", None) or "")
     path = Path(getattr(config, "model_path", None) or name).expanduser()
@@ -128,7 +128,7 @@ def build_named(name: str, task: Task, num_labels: int, size: int | None, scratc
     if name in OWN:
         return build_own(name, task, num_labels)
     if name.startswith(("timm:", "torchvision:")):
-        from eval.vision_libraries import build_timm, build_torchvision
+        from eval.modeling.vision_libraries import build_timm, build_torchvision
 
         library, _, name = name.partition(":")
         return {"timm": build_timm, "torchvision": build_torchvision}[library](name, num_labels, size, scratch)
@@ -139,8 +139,8 @@ def build_named(name: str, task: Task, num_labels: int, size: int | None, scratc
 
 def build_own(name: str, task: Task, num_labels: int) -> ModelBundle:
     """ResNet-20 and its like, or the small network for digits, with random weights."""
-    from eval.model_bundle import IMAGENET_MEAN, IMAGENET_STD, RANDOM_WEIGHTS, ModelBundle
-    from eval.vision_nets import CifarResNet, ConvNet
+    from eval.modeling.bundle import IMAGENET_MEAN, IMAGENET_STD, RANDOM_WEIGHTS, ModelBundle
+    from eval.modeling.vision_nets import CifarResNet, ConvNet
 
     cifar = name in CIFAR_RESNETS
     channels = task.channels
@@ -160,8 +160,8 @@ def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle
     """A model of transformers with random weights, from a name of `HUB_MODELS` or the configuration of a folder."""
     import transformers
 
-    from eval.model_bundle import RANDOM_WEIGHTS, ModelBundle
-    from eval.pretrained import from_anywhere, new_model
+    from eval.modeling.bundle import RANDOM_WEIGHTS, ModelBundle
+    from eval.modeling.pretrained import from_anywhere, new_model
 
     if source in HUB_MODELS:
         known = HUB_MODELS[source]
@@ -184,8 +184,8 @@ def build_pretrained(source: str, num_labels: int) -> ModelBundle:
     """A model of transformers with its weights; size, mean and std are those of its own image processor."""
     import transformers
 
-    from eval.model_bundle import ModelBundle
-    from eval.pretrained import from_anywhere, load_pretrained
+    from eval.modeling.bundle import ModelBundle
+    from eval.modeling.pretrained import from_anywhere, load_pretrained
 
     model, notes = load_pretrained(transformers.AutoModelForImageClassification, source, num_labels=num_labels)
     channels = getattr(model.config, "num_channels", 3)

@@ -1,0 +1,35 @@
+"""Number formats, and modules that can switch between them.
+
+from quant import calibrate, parse_format, quantize_model, set_formats
+"""
+
+from typing import TYPE_CHECKING
+
+from quant.lazy import names_of, renamed
+
+if TYPE_CHECKING:
+    from quant.convert import calibrate, quantize_model, set_formats
+    from quant.formats import Format, parse_format
+    from quant.quant_utils import fake_quantize
+    from quant.quantizers.quantizer import QuantizerConfig
+
+__all__ = [
+    "Format",
+    "QuantizerConfig",
+    "calibrate",
+    "fake_quantize",
+    "parse_format",
+    "quantize_model",
+    "set_formats",
+]
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "quant.convert": ["calibrate", "quantize_model", "set_formats"],
+        "quant.formats": ["Format", "parse_format"],
+        "quant.quant_utils": ["fake_quantize"],
+        "quant.quantizers.quantizer": ["QuantizerConfig"],
+    },
+)
+renamed({"quant.export_onnx": "quant.export.onnx.export", "quant.export_packed": "quant.export.packed"})

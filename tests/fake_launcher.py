@@ -36,8 +36,8 @@ def digest(config) -> float:
 
 def real_record(folder: Path) -> Path:
     """`result.json` of a small search that really ran in `folder`."""
+    from eval.config.parser import complete, read_flags
     from eval.eval_run import run
-    from eval.flags import complete, read_flags
 
     config = complete(read_flags([*SMALL.split(), "--output_root_dir", str(folder)]))
     run(config)
@@ -46,7 +46,7 @@ def real_record(folder: Path) -> Path:
 
 def run(config, on_step=None, patience=0.0, *, real, faults=()):
     """Stands in for `eval.eval_run.run`. real: a record that a real run wrote."""
-    from eval.flags import to_yaml
+    from eval.config.parser import to_yaml
     from quant.errors import UserError
 
     folder = config.run_folder
@@ -116,7 +116,7 @@ def replace(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     import eval_parallel
-    from eval.flags import entry
+    from eval.config.parser import entry
 
     wanted = tuple(os.environ.get("FAKE", "").split(","))  # of this process: the nodes of a cluster have their own
     if "real" in wanted:

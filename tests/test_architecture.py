@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ("quant", "cost", "policy", "trainer", "eval", "eval_parallel")
 """an import may only go to the left"""
-TORCH_FREE = ("quant.formats", "eval.flags", "eval.eval_run", "eval.eval_parse", "eval_parallel")
+TORCH_FREE = ("quant.formats", "eval.config.parser", "eval.eval_run", "eval.eval_parse", "eval_parallel")
 """flags are checked, and reports made, without the seconds that importing torch takes"""
 
 

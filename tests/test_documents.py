@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eval.commands import COMMANDS
-from eval.flags import make_parser, read_flags
+from eval.config.parser import make_parser, read_flags
 from tests.documents import DOCUMENTS, ROOT, inline_code, shell_lines
 
 FOREIGN = {

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_parallel
-from eval.flags import read_flags, to_yaml
-from eval.launch_facts import Facts
-from eval.launch_grid import Progress, by_name, expand, launch_folder, look_up
-from eval.launch_progress import Watch, last_entry, note_lines, result_table, watching
-from eval.launch_ray import check_request, clean, plan_share, ray_session
-from eval.launch_state import locked, read_launch, set_aside, write_launch
-from eval.launch_trial import Reporter, _run_within_memory, is_out_of_memory, objective, record_failure, with_settings
-from eval.launch_tuning import check_tuning, tried
-from eval.run_progress import duration, make_console
+from eval.config.parser import read_flags, to_yaml
+from eval.launch.estimates import Facts
+from eval.launch.grid import Progress, by_name, expand, launch_folder, look_up
+from eval.launch.hyperparameters import check_tuning, tried
+from eval.launch.progress import Watch, last_entry, note_lines, result_table, watching
+from eval.launch.ray_cluster import check_request, clean, plan_share, ray_session
+from eval.launch.state import locked, read_launch, set_aside, write_launch
+from eval.launch.trial import Reporter, _run_within_memory, is_out_of_memory, objective, record_failure, with_settings
+from eval.run.progress import duration, make_console
 from quant.errors import UserError
 
 RUN = ["--task", "digits", "--model", "resnet20"]
@@ -351,7 +351,7 @@ def test_only_memory_counts_as_out_of_memory():
 
 def test_tune_always_hears_the_same_keys(monkeypatch):
     heard = []
-    monkeypatch.setattr("eval.launch_trial.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("eval.launch.trial.REPORT_SECONDS", 0.0)
     reporter = Reporter(heard.append)
     reporter({"step": 1, "loss": 2.0})
     reporter({"step": 2, "loss": 1.0, "reward": 0.5, "quality": 0.6, "cost": 3.0, "entropy": 1.0})
@@ -409,7 +409,7 @@ def shown(table) -> str:
 
 def test_progress_shows_step_cost_target_and_time_left(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("eval.launch_progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("eval.launch.progress.time.monotonic", lambda: now[0])
     folders = {name: tmp_path / name for name in ("a", "b", "c")}
     for folder in folders.values():
         folder.mkdir()
@@ -449,7 +449,7 @@ def test_without_a_terminal_each_change_of_state_is_one_line(tmp_path, fake, mon
         f"{second}: failed: row 7 has no label",
     ]
     assert watch.news() == []
-    monkeypatch.setattr("eval.launch_progress.PLAIN_SECONDS", 60.0)
+    monkeypatch.setattr("eval.launch.progress.PLAIN_SECONDS", 60.0)
     watch._told.clear()
     file = io.StringIO()
     with watching(watch, make_console(file)):
@@ -467,7 +467,7 @@ def test_ray_starts_again_on_a_busy_machine_and_says_so_where_it_never_does(monk
         return SimpleNamespace(dashboard_url="127.0.0.1:8265")
 
     monkeypatch.setattr("ray.init", slow)
-    monkeypatch.setattr("eval.launch_ray.psutil.Process.children", lambda process, recursive: [])
+    monkeypatch.setattr("eval.launch.ray_cluster.psutil.Process.children", lambda process, recursive: [])
     limit = 2
     with ray_session(read_flags(RUN)) as dashboard:
         assert dashboard == "127.0.0.1:8265"

@@ -1,0 +1,1 @@
+"""Rounding, and products of rounded values: eager, compiled, in C++ and with oneDNN."""

@@ -3,8 +3,8 @@
 import shlex
 
 from benchmarks.demo import RUNS, STEPS
-from eval.flags import read_flags
-from eval.launch_grid import expand
+from eval.config.parser import read_flags
+from eval.launch.grid import expand
 
 
 def test_the_demo_asks_for_float_int4_int8_and_a_search_below_them(tmp_path, monkeypatch):

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from benchmarks.synthetic_runs import write_run
-from eval import report_tables as tables
 from eval.eval_parse import main
-from eval.record_schema import SCHEMA_VERSION
-from eval.report_records import Group, group_runs, read_runs
-from eval.report_summary import summary_rows
+from eval.report import tables
+from eval.report.records import Group, group_runs, read_runs
+from eval.report.summary import summary_rows
+from eval.run.schema import SCHEMA_VERSION
 from quant.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -386,8 +386,8 @@ def test_runs_as_a_file_and_as_a_module(tmp_path, command):
 
 
 def test_a_real_config_groups_by_what_changes_the_result(tmp_path, capsys):
-    """Settings come from eval.flags' own file: a flag renamed there must not split repetitions here."""
-    from eval.flags import RunConfig, to_yaml
+    """Settings come from eval.config.parser' own file: a flag renamed there must not split repetitions here."""
+    from eval.config.parser import RunConfig, to_yaml
 
     base = RunConfig(task="digits", model="convnet", method="uniform", bits="4")
     for seed in (0, 1):

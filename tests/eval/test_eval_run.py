@@ -7,11 +7,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from eval.config.parser import parse
 from eval.eval_run import main, run
-from eval.flags import parse
-from eval.run_plan import make_plan
-from eval.run_record import outcome
-from eval.run_trainer import float_teacher
+from eval.run.plan import make_plan
+from eval.run.record import outcome
+from eval.run.trainer import float_teacher
 from eval.saved_model import load_model
 from quant.errors import UserError
 from trainer.training.checksums import numbered

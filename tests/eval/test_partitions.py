@@ -7,11 +7,11 @@ import torch
 import transformers
 from torch import nn
 
-from eval.coverage import searched_layers
 from eval.eval_partitions import block_partition, check_partition
-from eval.layer_roles import layer_roles
+from eval.layers.coverage import searched_layers
+from eval.layers.roles import layer_roles
+from eval.modeling.vision_nets import CifarResNet, ImageClassifier
 from eval.transformer_utils import MODELS as TEXT_MODELS
-from eval.vision_nets import CifarResNet, ImageClassifier
 from eval.vision_utils import HUB_MODELS as IMAGE_MODELS
 from quant.errors import UserError
 

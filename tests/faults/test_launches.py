@@ -83,9 +83,9 @@ def test_a_real_run_that_was_killed_gives_the_record_of_an_undisturbed_one(tmp_p
 
     import torch
 
+    from eval.config.parser import read_flags
     from eval.eval_run import run
-    from eval.flags import read_flags
-    from eval.launch_grid import expand
+    from eval.launch.grid import expand
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

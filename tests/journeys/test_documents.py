@@ -50,8 +50,8 @@ RUNNER = """
 import importlib, json, sys
 from pathlib import Path
 from eval.eval_run import run
-from eval.launch_grid import expand
-from eval.launch_state import read_launch
+from eval.launch.grid import expand
+from eval.launch.state import read_launch
 from quant.errors import UserError
 for name, module, words in json.load(open(sys.argv[1])):
     print("$", name, module, *words, flush=True)

@@ -58,7 +58,7 @@ def test_exports_predict_what_the_run_predicted(launched, exports):
     import onnxruntime
     import torch
 
-    from eval.export_run import finished_run
+    from eval.export.finished_run import finished_run
     from eval.packed_model import load_packed
 
     folder = searched(launched[1])

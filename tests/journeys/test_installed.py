@@ -110,14 +110,14 @@ def test_every_documented_name_can_be_imported(installed, elsewhere, command):
     found = [node for block in blocks("python") for node in ast.walk(ast.parse(block.text))]
     lines = {ast.unparse(node) for node in found if isinstance(node, ast.Import | ast.ImportFrom)}
     assert any("eval.saved_model" in line for line in lines)
-    files = "from eval.report_html import page; from quant.native import SOURCE; assert SOURCE.is_file(), SOURCE"
+    files = "from eval.report.html import page; from quant.native import SOURCE; assert SOURCE.is_file(), SOURCE"
     command([installed / "python", "-P", "-c", "\n".join([*sorted(lines), files])], cwd=elsewhere, env=shell(installed))
 
 
 def test_an_editable_installation_runs_the_code_as_it_stands(source, tmp_path, elsewhere, command):
     programs = environment_of(tmp_path / "venv")
     uv("pip", "install", "--no-deps", "--python", programs / "python", "--editable", source)
-    line = "import eval.flags, policy.space, eval_parallel as it; print(it.__file__)"
+    line = "import eval.config.parser, policy.space, eval_parallel as it; print(it.__file__)"
     ended = command([programs / "python", "-P", "-c", line], cwd=elsewhere, env=shell(programs))
     assert Path(ended.last_line).parent == source
     ended = command([programs / "mpq-report", "nowhere"], cwd=elsewhere, env=shell(programs), code=2)

@@ -1,0 +1,1 @@
+"""Parts of a training run that know no search: checkpoints, sampling, distillation, history."""

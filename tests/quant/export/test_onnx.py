@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 
 import quant.export.onnx.export
-from eval.onnx_timing import session, settings_of
+from eval.export.onnx_timing import session, settings_of
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.errors import UserError
 from quant.export.onnx.export import export_onnx, onnx_sizes

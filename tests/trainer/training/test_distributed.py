@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
+from eval.config.parser import parse
 from eval.eval_run import run
-from eval.flags import parse
 from trainer.training.distributed import mean_over_processes, of_first_process, own_share, share_buffers
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""Flags, YAML files and their checks."""

@@ -1,0 +1,427 @@
+"""What one run is asked to do: every flag of the command line, once, with its default and its help text.
+
+Each class is one group of `--help` and of the README's table; `RunConfig` is all of them together. The same names are
+the keys of a YAML file. Nothing here imports torch: wrong flags must be refused in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import Field, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quant.formats import Format, parse_format, parse_search_space
+
+OBSERVERS = [
+    *("minmax", "percentile", "mse", "entropy", "avg_minmax", "avg_quantile"),
+    *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax", "mse_grid", "mse_histogram"),
+]
+LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
+"""the flags of a launch and of a run, in their folders"""
+TUNE_FOLDER = "tune"
+"""where a launch keeps Ray Tune's files, beside the runs'"""
+COST_UNITS = {"memory": "MiB", "compute": "GBOPs"}
+
+
+def flag(default: Any, help: str, **argparse: Any) -> Any:
+    """A field of the run with its help text; `argparse` holds what `add_argument` takes besides: choices, aliases..."""
+    return field(default=default, metadata={"help": help, **argparse})
+
+
+def switch(help: str) -> Any:
+    """An on/off flag whose default depends on the model, so that None has to stay apart from both."""
+    return flag(None, help, nargs="?", const=True)
+
+
+def name_of(entry: Field) -> str:
+    """The flag as the user types it."""
+    return f"--{entry.name}"
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    _argument_group_name = "Models and data"
+
+    task: str | None = flag(
+        None, "what to train on: a task's name, or a local folder with csv, json, parquet or images"
+    )
+    model: str | None = flag(
+        None, "model by name, Hub id, local folder, timm:NAME or torchvision:NAME", aliases=["--model_type"]
+    )
+    model_path: str | None = flag(None, "save_pretrained folder, finished run, or safetensors file beside --model")
+    from_scratch: bool = flag(False, "random weights from the model's configuration; needs no network")
+    data_dir: str | None = flag(None, "local folder in the Hub's layout instead of the Hub")
+    text_column: str | None = flag(None, "text column of a local folder's table")
+    label_column: str | None = flag(None, "label column of a local folder's table")
+    max_train_samples: int | None = flag(None, "use at most this many training examples")
+    max_eval_samples: int | None = flag(None, "use at most this many validation examples")
+    use_subset: bool = flag(False, "train on the share --subset_ratio of the training split")
+    subset_ratio: float = flag(0.1, "share of the training split that --use_subset keeps, in (0, 1]")
+    max_length: int = flag(128, "longest text, in tokens; of longer contexts, questions are asked piece by piece")
+    max_target_length: int = flag(128, "longest summary, in tokens")
+    num_beams: int | None = flag(None, "beams that summaries are searched with; default: the model's own")
+    image_size: int | None = flag(None, "side of the input image in pixels; default: the model's own")
+    cost_seq_len: int | None = flag(None, "tokens a text is charged for in the cost; default: --max_length")
+    augment: bool = flag(True, "crop and flip training images")
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    _argument_group_name = "Training"
+
+    num_train_epochs: float = flag(3.0, "passes over the training split")
+    max_steps: int = flag(-1, "optimizer steps, in place of epochs; -1: by epochs, 0: evaluate only")
+    learning_rate: float = flag(5e-5, "peak learning rate of the weights")
+    train_batch_size: int = flag(32, "examples in one training batch")
+    eval_batch_size: int = flag(32, "examples in one evaluation batch")
+    gradient_accumulation_steps: int = flag(1, "batches added up before an optimizer step")
+    optimizer: str = flag(
+        "adamw_torch", "optimizer of the weights; sgd has momentum 0.9", choices=["adamw_torch", "sgd"]
+    )
+    distill: float | None = flag(
+        None,
+        "share of the loss that pulls towards the float model's own class probabilities, in [0, 1]; default: 0.9 for "
+        "augmented images where the model comes trained, else 0",
+        nargs="?",
+        const=0.9,
+    )
+    fp16: bool = flag(False, "half precision autocast; needs a GPU")
+    bf16: bool = flag(False, "bfloat16 autocast, on GPU or CPU")
+    gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
+    channels_last: bool = flag(False, "images and convolutions with the channels innermost in memory")
+    num_workers: int = flag(0, "processes that load and augment the data; 0: the training process itself")
+    eval_steps: int | None = flag(None, "evaluate every so many steps; default: once, at the end")
+    log_steps: int = flag(10, "log every so many steps")
+    seed: int = flag(42, "seed of everything that is random")
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda"])
+    compile: str = flag(
+        "auto", "compile the quantizer where it pays: C++ on CPUs, torch.compile on GPUs", choices=["auto", "on", "off"]
+    )
+
+
+@dataclass(frozen=True)
+class SearchFlags:
+    _argument_group_name = "Search"
+
+    search: bool = flag(False, "search one format per layer")
+    block_search: str | None = flag(
+        None,
+        "search one format per block: by role (query, key...; tied across depth) or by depth (one transformer block)",
+        nargs="?",
+        const="role",
+        choices=["role", "depth"],
+    )
+    single_decision: bool = flag(False, "search one format for the whole model")
+    fuse_groups: bool = flag(
+        False, "layers that engines run in one format share a decision: query, key, value; gate, up; residual sums"
+    )
+    search_space: str = flag("4,8", "formats to choose from, e.g. 2,4,8 or int4,e2m1,e4m3")
+    weight_only_search: bool = flag(False, "search weight formats; activations stay in float")
+    separate_activations: bool = flag(False, "weights and activations of a layer may differ")
+    cost_type: str = flag("memory", "memory of the weights in MiB, or compute in GBOPs", choices=list(COST_UNITS))
+    cost_target: float | None = flag(None, "budget in the unit of --cost_type")
+    target_bits: str | None = flag(
+        None,
+        "budget as the cost of that many bits in every searched layer; default: the middle of the search space; "
+        "a comma list trains one model for several budgets, with a record each",
+    )
+    max_memory: float | None = flag(None, "hard limit on the weights' memory in MiB, beside or instead of a target")
+    max_compute: float | None = flag(None, "hard limit on the compute in GBOPs, beside or instead of a target")
+    max_latency: str | None = flag(
+        None,
+        "hard limit on the latency: CSV with your own measurements (layer,weight_format,activation_format,ms); "
+        "needs --latency_target",
+    )
+    max_drop: float | None = flag(
+        None,
+        "instead of a budget: the cheapest assignment whose held-out quality is within this of float, e.g. 0.01",
+    )
+    latency_target: float | None = flag(None, "largest sum of the layers' latencies in --max_latency, in ms")
+    cost_function: str = flag(
+        "tunas_abs",
+        "reward that joins quality and cost",
+        choices=["tunas_abs", "one_sided_tunas_abs", "soft_exponential", "hard_exponential"],
+    )
+    cost_beta: float = flag(1.0, "how hard the reward punishes cost")
+    charge_attention: bool = flag(False, "charge the products Q*K^T and A*V at the activation width")
+    delay_steps: int | None = flag(None, "steps before the policy learns; default: a quarter of the steps")
+    rl_learning_rate: float | None = flag(None, "learning rate of the policy; default: the recipe's")
+    max_entropy_beta: float | None = flag(None, "weight of the entropy term at its largest; default: the recipe's")
+    entropy_schedule_type: str = flag(
+        "cosine", "how that weight changes over the steps", choices=["linear", "cosine", "constant", "heaviside"]
+    )
+    reward_quality: str = flag(
+        "likelihood",
+        "quality in the reward: mean probability of the truth, or accuracy",
+        choices=["likelihood", "accuracy"],
+    )
+    reward_draws: int | None = flag(None, "assignments drawn for the reward at each step; default: the recipe's")
+    search_fraction: float = flag(0.1, "share of the training split held out for the reward")
+    policy_prior: str | None = flag(
+        None,
+        "where the policy starts: at the measured effect of each layer in each format, or uniform (none); "
+        "default: the recipe's",
+        choices=["measured", "none", "fisher", "hawq_v2"],
+    )
+    measure_share: float | None = flag(
+        None,
+        "most that measuring single formats before the first step may take, as a share of the training, in (0, 1]: "
+        "the fewer examples; default: a quarter",
+    )
+    settle_fraction: float | None = flag(
+        None, "last share of the steps, trained under the chosen assignment; default: the recipe's"
+    )
+    verify_retrain: bool = flag(
+        False, "train the chosen assignment once more, alone and from the float weights; its metrics join the record"
+    )
+    recipe: str = flag("default", "the search as we run it, or as published (FLIQS)", choices=["default", "fliqs"])
+
+
+@dataclass(frozen=True)
+class BaselineFlags:
+    _argument_group_name = "Baselines"
+
+    method: str | None = flag(
+        None,
+        "default: search with a search flag, uniform with a bits flag, else float; the rest are competitors of the "
+        "search, which choose the formats once, before training (uniform does so if no bits are given)",
+        choices=[
+            *("search", "uniform", "float", "measured", "random", "head_tail"),
+            *("fisher", "hawq_v2", "qbert", "greedy", "exhaustive"),
+        ],
+    )
+    bits: str | None = flag(None, "one format for all weights and activations: a bit width or a name, 0 = float")
+    weight_bits: str | None = flag(None, "one format for all weights")
+    activation_bits: str | None = flag(None, "one format for all activations")
+
+
+@dataclass(frozen=True)
+class QuantizationFlags:
+    _argument_group_name = "Quantization"
+
+    per_channel: bool = flag(True, "one weight scale per output channel")
+    per_token: bool = flag(False, "one activation scale per token")
+    act_per_channel: bool = flag(False, "one activation scale per input channel; no export holds it")
+    act_range_percentile: float = flag(0.0, "activation range: percentile of |x| in (0, 100]; 0 = min-max")
+    weight_range_percentile: float = flag(0.0, "weight range: percentile of |x| in (0, 100]; 0 = min-max")
+    observer: str | None = flag(
+        None,
+        "range estimator; default: mse for learned scales, minmax for fixed ranges",
+        choices=OBSERVERS,
+    )
+    weight_observer: str | None = flag(
+        None,
+        "range estimator of weights; default: --observer where it suits weights, else its default",
+        choices=OBSERVERS,
+    )
+    quantizer: str = flag(
+        "lsq", "fixed ranges, learned scales, or learned scales and offsets", choices=["fixed", "lsq", "lsq_plus"]
+    )
+    weight_quantizer: str | None = flag(
+        None,
+        "the same for weights; default: as --quantizer, lsq for lsq_plus",
+        choices=["fixed", "lsq", "lsq_plus"],
+    )
+    act_symmetric: bool = flag(False, "integer grid of activations without a zero point")
+    weight_symmetric: bool = flag(True, "integer grid of weights without a zero point")
+    reduce_range: bool = flag(
+        False, "int8 weights use 7 of their bits, for processors whose int8 products saturate (without VNNI)"
+    )
+    calibration_samples: int | None = flag(
+        None, "training examples that ranges are calibrated on; default: 8 training batches"
+    )
+    remove_padding: bool = flag(False, "leave padded tokens out of activation ranges")
+    high_precision_ops: str | None = flag(
+        None, "comma list of gelu, softmax, layernorm: they compute in float between quantized inputs and outputs"
+    )
+    quantize_residual_adds: bool = flag(False, "quantize both inputs of residual additions")
+    quantize_products: bool = flag(False, "quantize queries, keys, values and attention probabilities where multiplied")
+    quantize_embeddings: bool = flag(False, "quantize embedding tables, one scale a row")
+    gamma_migration: bool = flag(False, "move LayerNorm's gamma into the next layer (Outlier Suppression)")
+    smooth_quant: bool = flag(False, "move activation outliers into the weights (SmoothQuant)")
+    smooth_quant_alpha: str = flag(
+        "0.5", "how much is moved: a number in [0, 1], or the best for each layer: auto, auto:MIN:MAX:STEP"
+    )
+    smooth_quant_criterion: str = flag(
+        "mean",
+        "auto alpha: what layers that share an input take of their own best alphas",
+        choices=["mean", "min", "max"],
+    )
+    smooth_quant_samples: int = flag(32, "auto alpha: calibration examples that losses are measured on")
+
+
+@dataclass(frozen=True)
+class LayerFlags:
+    _argument_group_name = "Layers"
+
+    quantize_self_attention: bool = flag(True, "query, key and value")
+    quantize_self_output: bool = flag(True, "projection after the attention")
+    quantize_intermediate: bool = flag(True, "first layer of the feed-forward part")
+    quantize_output: bool = flag(True, "second layer of the feed-forward part")
+    quantize_pooler: bool | None = switch("pooler; default: off for text, on for vision")
+    quantize_classifier: bool | None = switch("classification head; default: off for text, on for vision")
+    include: str | None = flag(None, "quantize only layers whose name matches one of these globs (comma list)")
+    exclude: str | None = flag(None, "leave layers whose name matches one of these globs in float (comma list)")
+
+
+@dataclass(frozen=True)
+class LauncherFlags:
+    _argument_group_name = "Launcher"
+
+    models: str | None = flag(None, "comma list: one run for each model")
+    tasks: str | None = flag(None, "comma list: one run for each task")
+    methods: str | None = flag(
+        None, "comma list: one run for each method; uniform takes the whole bits of each target unless --bits is given"
+    )
+    targets: str | None = flag(None, "comma list of target bits: one run for each")
+    seeds: str | None = flag(None, "comma list: one run for each seed")
+    num_cpus: int | None = flag(None, "CPU cores to use in all; default: all of this machine")
+    num_gpus: int | None = flag(None, "GPUs to use in all; default: all of this machine")
+    cpus_per_trial: float | None = flag(None, "CPU cores of one run; default: its share when as many run as GPUs allow")
+    gpus_per_trial: float | None = flag(None, "GPUs (or a fraction of one) of one run; default: 1 where there are GPUs")
+    ray_address: str | None = flag(None, "join this Ray cluster instead of starting Ray on this machine")
+    resume: str | None = flag(None, "folder of an earlier launch (eval_run.py: run): finish what is missing in it")
+    dry_run: bool = flag(
+        False, "print what was found (files, classes, model), the runs, their costs and times, and stop"
+    )
+    asha: bool = flag(False, "stop hopeless runs early (ASHA)")
+    hpo: int | None = flag(
+        None, "try so many settings of cost_beta, rl_learning_rate and max_entropy_beta (Optuna)", nargs="?", const=16
+    )
+    cuda_visible_devices: str | None = flag(None, "GPUs that may be used, e.g. 0,1")
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    _argument_group_name = "Output"
+
+    output_root_dir: str = flag("output", "runs go to <output_root_dir>/<task>/<exp_name>/<run_id>")
+    exp_name: str = flag("default", "name of the experiment's folder")
+    run_id: str | None = flag(None, "name of the run's folder; default: <model>-<method>-<target>-s<seed>")
+    save_strategy: str = flag(
+        "epoch",
+        "when to write checkpoints; steps: every --eval_steps, or ten times in the run",
+        choices=["no", "steps", "epoch", "best"],
+    )
+    load_model_path: str | None = flag(
+        None,
+        "start from this finished run: its model, weights, tokenizer; or from a safetensors file beside --model",
+    )
+    save_model_path: str | None = flag(None, "write the final model here as well")
+    log_dir: str | None = flag(None, "TensorBoard events; default: in the run's folder")
+    report_to: str = flag("tensorboard", "where metrics go besides the files", choices=["tensorboard", "none", "wandb"])
+    config: str | None = flag(None, "YAML file with the same names as the flags; flags win over it")
+    quiet: bool = flag(False, "print the result only")
+
+
+GROUPS = (
+    DataFlags, TrainingFlags, SearchFlags, BaselineFlags, QuantizationFlags, LayerFlags, LauncherFlags, OutputFlags
+)  # fmt: skip
+GRID_FLAGS = {"models": "model", "tasks": "task", "methods": "method", "targets": "target_bits", "seeds": "seed"}
+"""Launcher flag -> the field it sets in each run of the grid."""
+
+
+@dataclass(frozen=True)
+class RunConfig(
+    OutputFlags, LauncherFlags, LayerFlags, QuantizationFlags, BaselineFlags, SearchFlags, TrainingFlags, DataFlags
+):
+    """One run. `parse` of `eval.config.parser` makes it from flags, `complete` fills in what follows from the rest."""
+
+    def updated(self, **values: Any) -> RunConfig:
+        """A copy with other values."""
+        return replace(self, **values)
+
+    @property
+    def searches(self) -> bool:
+        """Whether any flag turns the search on."""
+        return self.search or self.block_search is not None or self.single_decision
+
+    @property
+    def own_method(self) -> str:
+        """The method, or the one that the flags stand for."""
+        given = any(bits is not None for bits in (self.bits, self.weight_bits, self.activation_bits))
+        return self.method or ("search" if self.searches else "uniform" if given else "float")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the formats are chosen under a budget: by the search, or by a competitor of it."""
+        given = any(bits is not None for bits in (self.bits, self.weight_bits, self.activation_bits))
+        return self.method not in (None, "float", "uniform") or (self.method == "uniform" and not given)
+
+    @property
+    def partition(self) -> str:
+        """What shares one decision: 'layer', 'role', 'depth' or 'single'."""
+        return self.block_search or ("single" if self.single_decision else "layer")
+
+    @property
+    def search_formats(self) -> tuple[Format, ...]:
+        return parse_search_space(self.search_space)
+
+    @property
+    def uniform_formats(self) -> tuple[Format, Format]:
+        """(weights, activations) of a uniform run; float where nothing is said."""
+        weight, activation = (self.bits if own is None else own for own in (self.weight_bits, self.activation_bits))
+        return parse_format(weight or "float"), parse_format(activation or "float")
+
+    @property
+    def model_name(self) -> str:
+        """What the run's folder and tables call the model."""
+        from eval.modeling.places import model_name
+
+        return model_name(self)
+
+    @property
+    def task_name(self) -> str:
+        """The task's name, or the name of its local folder."""
+        return Path(str(self.task)).resolve().name if is_path(str(self.task)) else str(self.task)
+
+    @property
+    def budget(self) -> str | None:
+        """The target as a word of a run's name: '4.5b', '33.5MiB'; None without one."""
+        if self.cost_target is not None:
+            return f"{self.cost_target:g}{COST_UNITS[self.cost_type]}"
+        return None if self.target_bits is None else "-".join(f"{bits:g}" for bits in self.target_list) + "b"
+
+    @property
+    def target_list(self) -> tuple[float, ...]:
+        """The budgets of --target_bits, ascending; empty without one. ValueError for what is no number."""
+        return tuple(sorted(float(bits) for bits in (self.target_bits or "").split(",") if bits.strip()))
+
+    @property
+    def run_name(self) -> str:
+        """`run_id`, or a name made of model, method, target and seed: the same run always gets the same folder."""
+        if self.run_id is not None:
+            return self.run_id
+        method = str(self.method)
+        if self.chooses and self.partition != "layer":
+            method = f"{self.partition}_{method}"
+        formats = None
+        if self.method == "uniform" and not self.chooses:
+            formats = "-".join(dict.fromkeys(f.name for f in self.uniform_formats))
+        words = [self.model_name, method, "fused" if self.fuse_groups else None, formats, self.budget, f"s{self.seed}"]
+        return "-".join(safe_name(word) for word in words if word)
+
+    @property
+    def experiment_folder(self) -> Path:
+        return Path(self.output_root_dir).absolute() / safe_name(self.task_name) / self.exp_name
+
+    @property
+    def run_folder(self) -> Path:
+        return self.experiment_folder / self.run_name
+
+    @property
+    def smaller_targets(self) -> dict[float, Path]:
+        """The budgets of --target_bits but the largest -> where their records are: folders of the run's own."""
+        return {bits: self.run_folder / f"{bits:g}b" for bits in self.target_list[:-1]}
+
+
+def is_path(text: str) -> bool:
+    """Whether a model or task is meant as a local folder: it exists, or is written like one."""
+    return text.startswith(("/", "./", "../", "~")) or (os.sep in text and Path(text).is_dir()) or Path(text).is_dir()
+
+
+def safe_name(text: str) -> str:
+    """`text` as a part of a file name: 'org/model' becomes 'org--model'."""
+    return re.sub(r"[^\w.+-]", "_", text.replace("/", "--")).lstrip(".") or "_"

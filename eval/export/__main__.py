@@ -1,0 +1,266 @@
+"""A finished run as a model for deployment: `python -m eval.export RUN_DIR --format packed`.
+
+load the run -> write the model -> assert its budget on what was written -> read it back and evaluate it -> verdict
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before all that needs them
+    from eval.commands import require_packages
+
+    require_packages()
+
+import contextlib
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from eval.commands import command, example_of
+from eval.config.parser import entry
+from eval.config.validation import check_one_of
+from eval.export.finished_run import FinishedRun, finished_run
+from eval.export.formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written, writing
+from eval.modeling.inputs import to_json
+from quant.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EXPORT_VERSION = 1
+"""schema_version of the export.json beside an exported file, which is another thing than a run's record"""
+MIB = 2**20
+LOST = 0.01
+"""a metric that falls by more than this in the file is said to be lost: it is no rounding"""
+
+
+def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -> dict[str, Any]:
+    """Write `run` as `format` into `folder`, which appears whole or not at all; returns the verdict (export.json).
+
+    Raises UserError if the folder exists, the format cannot hold the model, or the file is over the run's target.
+    """
+    from eval.export.model_card import model_card
+    from trainer.training.checkpoint import write_atomically, write_json
+
+    EXPORT_FORMATS[format].check_installed()
+    with contextlib.ExitStack() as stack:
+        with writing("output_dir", folder):
+            if folder.exists():
+                raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(TemporaryDirectory(prefix=".export.", dir=folder.parent))
+            place = Path(temporary) / folder.name
+            place.mkdir()
+        if evaluate:
+            _ = run.plan  # whatever is wrong with the data is wrong before the work
+        with writing("output_dir", folder):
+            written = EXPORT_FORMATS[format].write(run, place)
+        verdict = describe(run, format, written, evaluate)
+        verdict["metrics"] = {
+            "record": run.record["metrics"],
+            "exported": evaluated(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
+        }
+        verdict["notes"] += lost(run.record, verdict["metrics"]["exported"] or {})
+        usage = written.usage or EXPORT_FORMATS[format].usage
+        assert usage is not None
+        card = model_card(run, verdict, folder, usage)
+        with writing("output_dir", folder):
+            write_json(place / "export.json", verdict)
+            write_atomically(place / "README.md", lambda path: Path(path).write_text(card))
+            place.rename(folder)
+    return verdict
+
+
+def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -> dict[str, Any]:
+    """The verdict without its metrics. Raises UserError if the exported weights or bit operations are over target."""
+    from cost.cost import cost_of_bits
+
+    record = run.record
+    chosen = {name: (layer.weight.bits, layer.activation.bits) for name, layer in written.layers.items()}
+    exported = {name: (layer.weight_bits, layer.activation_bits) for name, layer in written.layers.items()}
+    profiles = run.profiles(evaluated)
+    costs = {
+        name: cost_of_bits(profiles, [bits.get(profile.name, (16, 16)) for profile in profiles], record["cost_type"])
+        for name, bits in (("chosen", chosen), ("exported", exported))
+    }
+    memory = cost_of_bits(profiles, [exported.get(profile.name, (16, 16)) for profile in profiles], "memory") * MIB
+    if not math.isclose(costs["chosen"], record["cost"], rel_tol=1e-9):
+        raise UserError(
+            f"RUN_DIR {run.folder}: its saved model costs {costs['chosen']:.6g} {record['cost_unit']}, "
+            f"its record says {record['cost']:.6g}"
+        )
+    target = record["cost_target"]
+    # Both sums are exact; a target is allowed the rounding of its own last digit.
+    if target is not None and costs["exported"] > target * (1 + 1e-12):
+        widened = [name for name, layer in written.layers.items() if not layer.as_chosen]
+        widened = widened[:3] + ["..."] * (len(widened) > 3)
+        raise UserError(
+            f"--format {format}: the exported model costs {costs['exported']:.6g} {record['cost_unit']}, over the "
+            f"target of {target:.6g}, since {format} stores {', '.join(widened)} wider than chosen; "
+            "--format packed stores every format as it is, or search among those that it stores"
+        )
+    floats = [p.params for p in profiles if exported.get(p.name, (16, 16))[0] == 16]
+    file_bytes = sum(written.sizes.values())
+    return {
+        "schema_version": EXPORT_VERSION,
+        "format": format,
+        "task": record["task"],
+        "model": record["model"],
+        "run_id": record["run_id"],
+        "inputs": to_json(run.inputs),
+        "layers": {
+            name: {
+                "chosen": [layer.weight.name, layer.activation.name],
+                "exported": [layer.exported_weight, layer.exported_activation],
+                "bits": [layer.weight_bits, layer.activation_bits],
+                "as_chosen": layer.as_chosen,
+                "why": list(layer.why),
+            }
+            for name, layer in written.layers.items()
+        },
+        "cost": {"type": record["cost_type"], "unit": record["cost_unit"], "target": target, **costs},
+        "size": {
+            "float32_bytes": float_bytes(run.model),
+            "file_bytes": file_bytes,
+            "ratio": round(file_bytes / float_bytes(run.model), 4),
+            "parts": written.sizes,
+            "weights_by_cost": round(memory),
+            "weights_in_file": written.weight_bytes,
+            # Codes end at whole bytes, blocks at whole blocks, and float weights are stored in 32 bits, charged at 16.
+            "weights_beyond_cost": written.weight_bytes - round(memory),
+            "of_these_float32": sum(floats) * 2,
+        },
+        "measured": written.facts,
+        "notes": list(written.notes),
+    }
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the float32 checkpoint that the run's model would be: every tensor once, without any ranges."""
+    tensors = {
+        (tensor.data_ptr(), tensor.shape): tensor.numel()
+        for name, tensor in model.state_dict().items()
+        if "_quantizer." not in name
+    }
+    return 4 * sum(tensors.values())
+
+
+def evaluated(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]:
+    """Metrics of `model` on the run's evaluation splits, measured as the run measured its own."""
+    from transformers import PrinterCallback
+
+    from eval.run.trainer import evaluate, training_arguments
+    from trainer.reinforce_trainer import ReinforceTrainer
+
+    plan = run.plan
+    with TemporaryDirectory() as scratch:  # the Trainer wants an output folder
+        config = run.config.updated(
+            output_root_dir=scratch, log_dir=scratch, report_to="none", device="cpu", fp16=False
+        )
+        trainer = ReinforceTrainer(
+            model,
+            training_arguments(config.updated(quiet=True)),
+            data_collator=plan.prepared.data_collator,
+            compute_metrics=plan.compute_metrics,
+            preprocess_logits_for_metrics=plan.prepared.preprocess_logits,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return evaluate(trainer, plan)
+
+
+def print_verdict(verdict: dict[str, Any]) -> None:
+    """The verdict as a table, a row a layer, and its totals."""
+    from rich.console import Console
+
+    from eval.report.tables import Column, Table, print_table
+
+    rows = [{"layer": name, **layer} for name, layer in verdict["layers"].items()]
+    columns = [
+        Column("layer", lambda row: row["layer"]),
+        Column("chosen", lambda row: "/".join(row["chosen"])),
+        Column("exported", lambda row: "/".join(row["exported"])),
+        Column("bits", lambda row: "/".join(f"{bits:g}" for bits in row["bits"])),
+        Column("verdict", lambda row: "as chosen" if row["as_chosen"] else "; ".join(row["why"])),
+    ]
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=10_000)
+    print_table(Table(f"{verdict['run_id']} as {verdict['format']}", columns, rows), console)
+    console.print("\n".join(["", *summary(verdict)]), markup=False)
+
+
+def summary(verdict: dict[str, Any]) -> list[str]:
+    """The verdict's totals: cost, size and metrics, before and after, one line each."""
+    cost, size = verdict["cost"], verdict["size"]
+    target = "" if cost["target"] is None else f", target {cost['target']:.6g}"
+    lines = [
+        f"{cost['type']}: {cost['chosen']:.6g} {cost['unit']} chosen, {cost['exported']:.6g} exported{target}",
+        f"file: {size['file_bytes']:,} bytes, {size['ratio']:.3f} of float32 ({size['float32_bytes']:,})",
+    ]
+    for split, before in verdict["metrics"]["record"].items():
+        after = (verdict["metrics"]["exported"] or {}).get(split)
+        names = [name for name in before if name not in ("n", "loss")]
+        told = [
+            f"{name} {before[name]:.5g} -> {'not evaluated' if after is None else f'{after[name]:.5g}'}"
+            for name in names
+        ]
+        lines.append(f"{split}: {', '.join(told)} (n {before['n']})")
+    return [*lines, *verdict["notes"]]
+
+
+def lost(record: dict[str, Any], exported: dict[str, dict[str, float]]) -> list[str]:
+    """A line for each split on which the file falls short of its run by more than `LOST`, in the run's own metric."""
+    from eval.report.records import lower_is_better
+
+    name, lines = record["metric"], []
+    for split, metrics in exported.items():
+        before, after = record["metrics"][split][name], metrics[name]
+        worse = after / before - 1 if lower_is_better(name) else before - after
+        if not worse <= LOST:  # NaN is lost as well
+            lines.append(
+                f"warning: {split} {name} {before:.5g} -> {after:.5g}: the file does not compute what the run trained; "
+                "--format packed does"
+            )
+    return lines
+
+
+def _flags(argv: Sequence[str]) -> Namespace:
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    parser = Parser(
+        prog=command("mpq-export"),
+        description="A finished run as a model for deployment.",
+        allow_abbrev=False,
+        epilog=example_of("mpq-export", "output/digits/default/RUN --format onnx"),
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")
+    add("--format", required=True, help=f"what to write: {', '.join(EXPORT_FORMATS)}")
+    add("--output_dir", type=Path, help="where to write (default: RUN_DIR/export/FORMAT)")
+    add("--data_dir", help="where the run's data stands now")
+    add("--no_evaluate", action="store_true", help="do not read the export back and evaluate it")
+    add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export, print the verdict and where it is."""
+    flags = _flags(argv)
+    check_one_of("--format", flags.format, EXPORT_FORMATS)
+    if flags.round_outputs and flags.format != "onnx":
+        raise UserError(f"--round_outputs contradicts --format {flags.format}: it is for onnx alone")
+    run = replace(finished_run(flags.run, flags.data_dir), round_outputs=flags.round_outputs)
+    folder = flags.output_dir or flags.run / "export" / flags.format
+    verdict = export(run, flags.format, folder, evaluate=not flags.no_evaluate)
+    print_verdict(verdict)
+    print(f"export: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    entry(main)

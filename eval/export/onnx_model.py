@@ -1,0 +1,35 @@
+"""An ONNX file behind the interface of the model it came from, run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eval.export.onnx_timing import session
+
+
+class OnnxModel(nn.Module):
+    """Takes the run's inputs, and `labels` where a loss is wanted; returns {'logits', 'loss'}."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        """kind: 'image', 'text' or 'lm', which says how the loss is computed."""
+        super().__init__()
+        self.session = session(path)
+        self.kind = kind
+        self.names = [entry.name for entry in self.session.get_inputs()]
+
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+        feed = {name: inputs[name].cpu().numpy() for name in self.names}
+        logits = torch.from_numpy(np.asarray(self.session.run(None, feed)[0]))
+        return {"logits": logits} if labels is None else {"loss": self._loss(logits, labels), "logits": logits}
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.kind == "lm":
+            return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        if labels.is_floating_point():
+            return functional.mse_loss(logits.squeeze(-1), labels)
+        return functional.cross_entropy(logits, labels)

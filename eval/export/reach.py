@@ -1,0 +1,81 @@
+"""In which exports a finished run's formats stay as chosen: said at the end of the run, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from eval.export.formats import EXPORT_FORMATS
+from quant.errors import UserError
+from quant.formats import FLOAT, FloatFormat, Format
+
+if TYPE_CHECKING:
+    from eval.run.plan import Plan
+    from quant.quant_module import QuantModule
+
+WIDENED = "{} of {} layers"
+
+
+def export_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, str | None]:
+    """Export format -> why it cannot hold the formats that the layers are in; None: it holds every layer as chosen."""
+    if not modules:
+        return {}
+    from quant.transforms.placement import placed_sites
+
+    if placed_sites(plan.bundle.model):
+        return dict.fromkeys(EXPORT_FORMATS, "it has no place for what is quantized besides layers")
+    return {name: _why_not(name, plan, modules) for name in EXPORT_FORMATS}
+
+
+def _why_not(name: str, plan: Plan, modules: Mapping[str, QuantModule]) -> str | None:
+    try:
+        held = {"onnx": _onnx, "torchao": _torchao, "compressed-tensors": _compressed}.get(name, _all)(plan, modules)
+    except UserError as error:
+        return str(error).removeprefix(f"--format {name}: ")
+    return None if held == len(modules) else WIDENED.format(held, len(modules))
+
+
+def _all(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
+    return len(modules)  # packed: each weight in its own bits
+
+
+def _onnx(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
+    if plan.data.kind in ("qa", "summary"):
+        raise UserError(f"a {plan.data.kind} model has several outputs or writes")
+    if plan.config.per_token:
+        raise UserError("inputs have no fixed range under --per_token")
+    return sum(_onnx_holds(*module.formats) for module in modules.values())
+
+
+def _onnx_holds(weight: Format, activation: Format) -> bool:
+    """Whether ONNX has a type of its own for both formats of a layer; those of activations must be dequantized."""
+    from quant.export.onnx.layers import INT_STORAGE, input_storage, own_name, storage_of
+
+    integers = {storage.name for storage in INT_STORAGE}
+    held = storage_of(weight) if isinstance(weight, FloatFormat) else None
+    taken = input_storage(activation)
+    return (weight == FLOAT or weight.name in integers or (held is not None and own_name(held) == weight.name)) and (
+        activation == FLOAT or (taken is not None and own_name(taken) == activation.name)
+    )
+
+
+def _torchao(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
+    from quant.export.torchao import mismatch
+
+    return sum(mismatch(module) is None for module in modules.values())
+
+
+def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
+    from transformers import PreTrainedModel
+
+    from eval.layers.fused_groups import fused_groups
+    from quant.export.compressed_tensors import check_fused, mismatch
+    from quant.transforms.migration import added
+
+    if not isinstance(plan.bundle.model, PreTrainedModel):
+        raise UserError("it needs a model of transformers")
+    if (migration := added(plan.bundle.model)).shortcuts or migration.divided:
+        raise UserError("it has no place for the factors of --gamma_migration or --smooth_quant")
+    inputs = {name: x for name, x in plan.prepared.example_inputs.items() if name != "labels"}
+    check_fused(fused_groups(plan.bundle.model, modules, inputs).values(), modules)
+    return sum(mismatch(name, module) is None for name, module in modules.items())

@@ -1,0 +1,1 @@
+"""Many runs as trials of Ray Tune."""

@@ -1,0 +1,97 @@
+"""What --dry_run tells before any training: what was found as data, what the model is, and what is searched of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from eval.config.run_config import RunConfig
+from eval.launch.estimates import Facts
+from eval.launch.progress import plan_table
+from eval.run.progress import duration
+
+if TYPE_CHECKING:
+    from eval.data.files import Source
+    from eval.run.plan import Plan
+
+MOST_SHOWN = 20
+"""classes that are told by name"""
+
+
+def print_plan(console: Console, runs: Mapping[str, RunConfig], facts: Mapping[str, Facts]) -> None:
+    """The data and model of the runs, each once; a table of the runs; what is held out and left out; about the time."""
+    for found in dict.fromkeys(known.found for known in facts.values() if known.found):
+        console.print("\n".join(found) + "\n")
+    console.print(plan_table(runs, facts))
+    for outside in dict.fromkeys(known.outside_cost for known in facts.values() if known.outside_cost):
+        console.print(f"outside the cost: {outside}")
+    for held in dict.fromkeys(known.held_out for known in facts.values() if known.held_out):
+        console.print(f"held out: {held:,} training examples, on which a search judges until it has chosen")
+    seconds = sum(known.seconds or 0.0 for known in facts.values())
+    console.print(f"\n{len(runs)} runs, one at a time about {duration(seconds)} on this machine")
+
+
+def summary_of(plan: Plan) -> tuple[str, ...]:
+    """Lines that tell what the data and the model of a plan are."""
+    return (*data_lines(plan), *model_lines(plan))
+
+
+def data_lines(plan: Plan) -> list[str]:
+    """Where the rows of each split come from, their columns and classes, and what was done to them."""
+    data, config = plan.data, plan.config
+    task = data.task
+    lines = [f"data: {config.task}, {task.kind}"]
+    for name, rows in {"train": data.train, **data.validation}.items():
+        lines.append(f"  {name:<12}{len(rows):>9,} rows  {origin(data.sources[name], config)}")
+    columns = [f"{', '.join(data.columns)} (in)"]
+    if task.kind != "lm":
+        columns.append(f"{task.label} (truth)")
+    lines.append(f"  {'columns':<12}{' -> '.join(columns)}")
+    if data.label_names:
+        more = ", ..." if len(data.label_names) > MOST_SHOWN else ""
+        lines.append(f"  {'classes':<12}{data.num_labels}: {', '.join(data.label_names[:MOST_SHOWN])}{more}")
+    elif task.regression:
+        lines.append(f"  {'classes':<12}none: numbers, a regression")
+    lines.append(f"  {'metric':<12}{data.metric}")
+    return lines + [f"  note: {note}" for note in (*data.notes, *plan.prepared.notes)]
+
+
+def origin(source: Source, config: Any) -> str:
+    """The files that rows come from, the first by name; or the data set."""
+    if not source.files:
+        return f"{config.task} ({source.split})"
+    first, *others = source.files
+    return str(Path(first)) + (f" and {len(others):,} more" if others else "")
+
+
+def model_lines(plan: Plan) -> list[str]:
+    """The model's size, what of it is searched, and what its inputs are."""
+    model, inputs = plan.bundle.model, plan.prepared.pixels
+    total = sum(parameter.numel() for parameter in model.parameters())
+    searched = sum(profile.params for profile in plan.profiles)
+    kind = type(getattr(model, "net", getattr(model, "model", model))).__name__
+    lines = [
+        f"model: {plan.config.model_name}, {kind}, {total:,} weights",
+        f"  {'layers':<12}{len(plan.layers)}, with {searched:,} weights ({percent(searched, total)} of the model)",
+    ]
+    if inputs is None:
+        taken = f"at most {min(plan.config.max_length, plan.bundle.max_length)} tokens"
+    else:
+        taken = f"{inputs.channels} x {inputs.size} x {inputs.size}, {colours(inputs.mean, inputs.std)}"
+    lines.append(f"  {'input':<12}{taken}")
+    return lines + [f"  note: {note}" for note in plan.bundle.notes]
+
+
+def colours(mean: Sequence[float], std: Sequence[float]) -> str:
+    """'mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225'."""
+    first, second = (", ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    return f"mean {first}, std {second}"
+
+
+def percent(part: int, whole: int) -> str:
+    """A share, rounded down: 99.9 % are not all."""
+    return f"{math.floor(1000 * part / whole) / 10:g} %"

@@ -1,0 +1,105 @@
+"""What `build_model` returns, and the weights of a plain network read from a safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from eval.modeling.vision_nets import ImageClassifier
+from eval.tasks import Kind
+from quant.errors import UserError
+from trainer.training import checkpoint
+
+if TYPE_CHECKING:  # a second of imports that no image model needs
+    from transformers import PreTrainedTokenizerBase
+
+RANDOM_WEIGHTS = "random weights"
+"""how the note on a model begins of which nothing was read"""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class ModelBundle:
+    """A model that takes the Trainer's inputs (tokens or `pixel_values`, and `labels`), and what its inputs must be."""
+
+    model: nn.Module
+    kind: Kind
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_length: int = 512
+    """most tokens the model has positions for"""
+    image_size: int | None = None
+    """side of the input in pixels; None: any, so the data's own"""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    in_channels: int = 3
+    crop_fraction: float = 0.875
+    """share of the resized image's side that the model sees"""
+    resample: int = 2
+    """PIL's number of the resizing filter: 2 bilinear, 3 bicubic"""
+    notes: list[str] = field(default_factory=list)
+    trained: bool = False
+    """whether every weight was read from somewhere, the head's included"""
+    name: str | None = None
+    """what builds a network that has no config.json, where the run did not say so itself: it started from another"""
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """How images become its inputs: what is saved beside an image model and `with_pixels` reads."""
+        return {name: getattr(self, name) for name in PIXELS}
+
+    def with_pixels(self, saved: Mapping[str, Any]) -> None:
+        """Prepare images as `pixels` of another bundle says."""
+        for name in PIXELS:
+            value = saved.get(name, getattr(self, name))
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+
+
+PIXELS = ("mean", "std", "crop_fraction", "resample")
+
+
+def load_weights(model: nn.Module, path: Path) -> list[str]:
+    """Copy the tensors of a safetensors file (or of `model.safetensors` in a folder) into `model`, by name.
+
+    A head for another number of classes keeps its new weights, which is said in the notes returned; anything else that
+    is missing, left over or of another shape is an error.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--model_path {path}: no such file, or no model.safetensors in that folder")
+    return copy_tensors(model, read_tensors(file, f"--model_path {path}"), f"--model_path {path}")
+
+
+def read_tensors(file: Path, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError that names `source`, a flag and its value, if it is none."""
+    try:
+        return checkpoint.read_tensors(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{source}: {file.name} is cut short or not safetensors: {error}") from None
+
+
+def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> list[str]:
+    """`load_weights` of tensors already read; `source`, a flag and its value, is what an error names."""
+    if isinstance(model, ImageClassifier) and not any(name.startswith("net.") for name in tensors):
+        model = model.net  # a file of the library's own, which knows nothing of our wrapper
+    own = model.state_dict()
+    head = last_layer(model)
+    resized = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    wrong = [name for name in resized if name.rpartition(".")[0] != head]
+    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
+    extra = [name for name in tensors if name not in own]
+    for problem, names in (("has no", missing), ("does not know", extra), ("has another shape of", wrong)):
+        if names:
+            subject = "the model" if problem == "does not know" else "the file"
+            raise UserError(f"{source}: {subject} {problem} {', '.join(names[:3])} ({len(names)} in all)")
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in resized}, strict=False)
+    return [f"head {head} resized to {own[name].shape[0]} classes" for name in resized[:1]]
+
+
+def last_layer(model: nn.Module) -> str:
+    """Name of the last Linear or Conv2d: the head of a plain network."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]

@@ -1,0 +1,128 @@
+"""What goes into a run's model and what its outputs mean, for those who have the model and not the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from eval.modeling.places import description, starting_model
+from eval.tasks import Kind, TaskData
+
+if TYPE_CHECKING:
+    from eval.config.run_config import RunConfig
+    from eval.modeling.bundle import ModelBundle
+    from eval.run.plan import Plan
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an image becomes an input: its shorter side resized to `side`, the middle `window` of that normalised as
+    (x / 255 - mean) / std and enlarged to `size`."""
+
+    side: int
+    window: int
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+    """PIL's number of the resizing filter"""
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Of one run."""
+
+    kind: Kind
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+    """names of the classes in the order of the outputs; none where the outputs are no classes"""
+    regression: bool = False
+    candidates: int = 0
+    max_length: int | None = None
+    """most tokens of a text"""
+    max_target_length: int | None = None
+    """most tokens of a summary"""
+    pixels: Pixels | None = None
+
+
+def inputs_of(plan: Plan) -> ModelInputs:
+    """What the run of `plan` feeds its model."""
+    task, config = plan.data.task, plan.config
+    image = task.kind == "image"
+    return ModelInputs(
+        kind=task.kind,
+        columns=plan.data.columns,
+        classes=tuple(plan.data.label_names),
+        regression=task.regression,
+        candidates=task.candidates,
+        max_length=None if image else min(config.max_length, plan.bundle.max_length),
+        max_target_length=config.max_target_length if task.kind == "summary" else None,
+        pixels=plan.prepared.pixels,
+    )
+
+
+def to_json(inputs: ModelInputs) -> dict[str, Any]:
+    """`inputs` as a saved model keeps them."""
+    return asdict(inputs)
+
+
+def from_json(saved: Mapping[str, Any]) -> ModelInputs:
+    """The inverse of `to_json`, from what JSON has made of it."""
+    pixels = saved["pixels"]
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    if pixels is not None:
+        pixels = Pixels(**{**pixels, "mean": tuple(pixels["mean"]), "std": tuple(pixels["std"])})
+    return ModelInputs(**{**values, "pixels": pixels})
+
+
+def agree_on_classes(data: TaskData, bundle: ModelBundle, config: RunConfig) -> TaskData:
+    """The data with its classes in the model's order, whose configuration gets their names.
+
+    A trained head that knows classes of these names has an order of its own: 'negative' need not be its first output.
+    """
+    if not data.label_names or data.task.candidates:
+        return data
+    settings = getattr(bundle.model, "config", None)
+    known = dict(getattr(settings, "id2label", None) or {})
+    own = run_classes(config) or tuple(known[number] for number in sorted(known))
+    if bundle.trained:
+        data = in_order(data, own)
+    if settings is not None:
+        settings.id2label = dict(enumerate(data.label_names))
+        settings.label2id = {name: number for number, name in enumerate(data.label_names)}
+    return data
+
+
+def run_classes(config: RunConfig) -> tuple[str, ...]:
+    """The classes of the run whose model this one starts from; none where there is no such run, or it had none."""
+    start = starting_model(config)
+    if start is None:
+        return ()
+    subject, folder = start
+    return tuple(description(folder, subject)["build"].get("inputs", {}).get("classes", ()))
+
+
+def in_order(data: TaskData, names: tuple[str, ...]) -> TaskData:
+    """The data with its class numbers in the order of `names`, if these are its classes, in capitals or not."""
+    import numpy as np
+
+    place = {str(name).casefold(): number for number, name in enumerate(names)}
+    keys = [name.casefold() for name in data.label_names]
+    if keys == list(place) or set(keys) != set(place) or len(keys) != len(names):
+        return data
+    order = np.array([place[key] for key in keys])
+
+    def renumbered(split: Any) -> Any:
+        numbers = order[np.asarray(split[data.task.label][:])]
+        return split.remove_columns(data.task.label).add_column(data.task.label, numbers)
+
+    called = [data.label_names[keys.index(key)] for key in place]
+    return replace(
+        data,
+        train=renumbered(data.train),
+        validation={name: renumbered(split) for name, split in data.validation.items()},
+        label_names=called,
+        notes=[*data.notes, f"classes in the order of the model's outputs: {', '.join(called[:10])}"],
+    )

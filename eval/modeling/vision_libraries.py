@@ -1,0 +1,93 @@
+"""Image models of timm and torchvision behind the Trainer's interface."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torchvision
+from torchvision.transforms import InterpolationMode
+
+from eval.modeling.bundle import RANDOM_WEIGHTS, ModelBundle
+from eval.modeling.pretrained import hub_file
+from eval.modeling.vision_nets import ImageClassifier
+from quant.errors import UserError
+
+FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+"""PIL's numbers of the resizing filters; `random` in a timm configuration stands for any"""
+AUXILIARY = ("googlenet", "inception_v3")
+"""torchvision's networks with heads that only training uses: built without them"""
+
+
+def build_timm(name: str, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
+    """A model of timm, with the safetensors weights of its Hub repository unless `scratch`."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"--model timm:{name}: needs the package timm (pip install timm)") from error
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("timm", name, timm.list_models())
+    settings = timm.get_pretrained_cfg(name)
+    overlay: dict[str, Any] = {}
+    if not scratch:
+        if settings is None or not settings.hf_hub_id:
+            raise UserError(f"--model timm:{name}: has no weights on the Hub; give --from_scratch or --model_path FILE")
+        overlay = {"file": hub_file(settings.hf_hub_id, "model.safetensors")}
+    options: dict[str, Any] = {"img_size": size} if size and settings and settings.fixed_input_size else {}
+    net = timm.create_model(
+        name,
+        pretrained=not scratch,
+        pretrained_cfg_overlay=overlay,
+        num_classes=num_labels,
+        **options,
+    )
+    facts = timm.data.resolve_model_data_config(net)
+    notes = [RANDOM_WEIGHTS] if scratch else []
+    if settings and not scratch and settings.num_classes != num_labels:
+        notes = [f"head {settings.classifier} resized to {num_labels} classes"]
+    return ModelBundle(
+        ImageClassifier(net),
+        "image",
+        image_size=facts["input_size"][-1],
+        mean=facts["mean"],
+        std=facts["std"],
+        in_channels=facts["input_size"][0],
+        crop_fraction=facts["crop_pct"],
+        resample=FILTERS.get(facts["interpolation"], FILTERS["bicubic"]),
+        notes=notes,
+        trained=not notes,
+    )
+
+
+def build_torchvision(name: str, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
+    """A model of torchvision with random weights: it publishes its own as pickles, which are not read here."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise unknown("torchvision", name, known)
+    if not scratch:
+        raise UserError(
+            f"--model torchvision:{name}: its published weights are pickles, which are not read; "
+            "give --from_scratch, --model_path FILE.safetensors, or the same model as timm:NAME"
+        )
+    options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+    facts = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    if size and "vit_" in name:
+        options["image_size"] = size
+    net = torchvision.models.get_model(name, num_classes=num_labels, **options)
+    return ModelBundle(
+        ImageClassifier(net),
+        "image",
+        image_size=facts.crop_size[0],
+        mean=tuple(facts.mean),
+        std=tuple(facts.std),
+        crop_fraction=facts.crop_size[0] / facts.resize_size[0],
+        resample=FILTERS["bicubic" if facts.interpolation == InterpolationMode.BICUBIC else "bilinear"],
+        notes=[RANDOM_WEIGHTS],
+    )
+
+
+def unknown(library: str, name: str, known: Iterable[str]) -> UserError:
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    return UserError(f"--model {library}:{name}: {library} has no such model{hint}")

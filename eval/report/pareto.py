@@ -1,0 +1,95 @@
+"""Which runs no other run beats in both cost and quality, and how much a method's front covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from eval.report.records import Group, lower_is_better
+
+Point: TypeAlias = tuple[float, float]
+"""(cost, quality)"""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The runs that share one plot: one task, model and cost type."""
+
+    task: str
+    model: str
+    metric: str
+    cost_type: str
+    cost_unit: str
+    groups: tuple[Group, ...]
+    left_out: int
+    """runs that do not know their cost of this type"""
+
+    @property
+    def lower_is_better(self) -> bool:
+        return lower_is_better(self.metric)
+
+    @cached_property
+    def log_cost(self) -> bool:
+        """Costs over three octaves are drawn on a logarithmic axis."""
+        costs = [cost for points in self.points.values() for cost, _ in points]
+        return min(costs) > 0 and max(costs) / min(costs) >= 8
+
+    @cached_property
+    def points(self) -> dict[str, list[Point]]:
+        """Method -> mean cost and quality of each of its groups."""
+        points: dict[str, list[Point]] = {}
+        for group in self.groups:
+            mean = (group.cost(self.cost_type)[0], group.quality[0])
+            points.setdefault(group.record["method"], []).append(mean)
+        return dict(sorted(points.items()))
+
+    def hypervolume(self, method: str) -> float | None:
+        """Share of the box between all runs' best and worst corner that `method` dominates, on the axes as drawn."""
+        every = [self._oriented(point) for points in self.points.values() for point in points]
+        return hypervolume([self._oriented(point) for point in self.points[method]], every)
+
+    def front(self, method: str) -> list[Point]:
+        """The points of `method` that no other of its points beats, by rising cost."""
+        return [point for point, _ in pareto_front([(p, self._oriented(p)) for p in self.points[method]])]
+
+    def _oriented(self, point: Point) -> Point:
+        """A point where more is better and costs are as drawn."""
+        cost, quality = point
+        return math.log(cost) if self.log_cost else cost, -quality if self.lower_is_better else quality
+
+
+def panels(groups: Sequence[Group]) -> list[Panel]:
+    """One panel for each task, model and cost type that has a target; without targets, for each type."""
+    found = []
+    for task, model, metric in dict.fromkeys(tuple(g.record[k] for k in ("task", "model", "metric")) for g in groups):
+        own = [g for g in groups if (g.record["task"], g.record["model"], g.record["metric"]) == (task, model, metric)]
+        aimed = [g for g in own if g.record["cost_target"] is not None] or own
+        for cost_type, unit in dict.fromkeys((g.record["cost_type"], g.record["cost_unit"]) for g in aimed):
+            shown = tuple(group for group in own if group.has_cost(cost_type))
+            left_out = sum(len(group.runs) for group in own) - sum(len(group.runs) for group in shown)
+            found.append(Panel(task, model, metric, cost_type, unit, shown, left_out))
+    return found
+
+
+def pareto_front(points: Sequence[tuple[Point, Point]]) -> list[tuple[Point, Point]]:
+    """Of (anything, (cost, quality)) pairs those that no other beats (less cost, more quality), by rising cost."""
+    front: list[tuple[Point, Point]] = []
+    for pair in sorted(points, key=lambda pair: (pair[1][0], -pair[1][1])):
+        if not front or pair[1][1] > front[-1][1][1]:
+            front.append(pair)
+    return front
+
+
+def hypervolume(points: Sequence[Point], box: Sequence[Point]) -> float | None:
+    """Share that `points` dominate of the bounding box of `box`; None where that box has no area."""
+    low, high = min(cost for cost, _ in box), max(cost for cost, _ in box)
+    worst, best = min(quality for _, quality in box), max(quality for _, quality in box)
+    if low == high or worst == best:
+        return None
+    front = [point for point, _ in pareto_front([(p, p) for p in points])]
+    ends = [*(cost for cost, _ in front[1:]), high]
+    area = sum((end - cost) * (quality - worst) for (cost, quality), end in zip(front, ends, strict=True))
+    return area / ((high - low) * (best - worst))

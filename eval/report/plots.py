@@ -1,0 +1,328 @@
+"""Pictures of runs. Each is a `Drawing`, which a file (PNG) and the page (SVG) show alike."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from eval.report.canvas import COLOURS, INK, WIDTH, Canvas, Drawing, FormatStyle, method_style
+from eval.report.pareto import Panel
+from eval.report.records import Run, sort_formats
+
+
+def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
+    """One point a run, the mean over its seeds, each method's front; `methods`: the whole report's, for the colours."""
+    spread = any(len(group.runs) > 1 for group in panel.groups)
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        handles = []
+        for method in panel.points:
+            colour, marker = method_style(method, methods)
+            for group in (g for g in panel.groups if g.record["method"] == method):
+                several = len(group.runs) > 1
+                xy = [(run.costs[panel.cost_type], run.quality) for run in group.runs]
+                size, alpha = (4, 0.55) if several else (6, 0.9)
+                axes.plot(*zip(*xy, strict=True), marker, color=colour, ms=size, alpha=alpha, mew=0)
+                if several:
+                    mean = (group.cost(panel.cost_type)[0], group.quality[0])
+                    axes.plot(*mean, marker, color=colour, ms=7, mec=INK, mew=0.8)
+            if len(front := panel.front(method)) > 1:
+                axes.plot(*zip(*front, strict=True), color=colour, lw=1, drawstyle="steps-post")
+            volume = panel.hypervolume(method)
+            name = method if volume is None else f"{method} (hypervolume {volume:.3f})"
+            handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=1, label=name))
+        if panel.left_out:
+            handles.append(Line2D([], [], ls="", label=f"not shown, cost unknown: {panel.left_out}"))
+        axes.set_xlabel(
+            f"{panel.cost_type} cost of the searched layers [{panel.cost_unit}]"
+            + (", log scale" if panel.log_cost else "")
+        )
+        axes.set_ylabel(f"{panel.metric} (validation)" + (", lower is better" if panel.lower_is_better else ""))
+        axes.margins(0.08)
+        if panel.log_cost:
+            _log_axis(axes)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        canvas.legend(handles=handles, loc="outside lower left", ncols=2)
+
+    what = "One point a run" + ("; outlined: the mean over its seeds. " if spread else ". ")
+    what += "Line: the front of the means. " if spread else "Line: the front. "
+    what += "Hypervolume: the share that it dominates of the box between the best and the worst of all runs."
+    title = f"{panel.task} · {panel.model}: {panel.metric} against {panel.cost_type}"
+    return Drawing(title, what, (WIDTH, 3.6), draw)
+
+
+def layer_formats(run: Run, palette: Mapping[str, FormatStyle]) -> Drawing:
+    """A bar for each layer, as long as its format has bits; two bars where weights and activations differ."""
+    assignment: dict[str, Sequence[str]] = run.record["assignment"]
+    sides = ("weights", "activations") if any(w != a for w, a in assignment.values()) else ("weights",)
+    layers = short_names(list(assignment))
+    present = sort_formats(name for pair in assignment.values() for name in pair[: len(sides)])
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        height = 0.8 / len(sides)
+        for side in range(len(sides)):
+            for index, pair in enumerate(assignment.values()):
+                style = palette[pair[side]]
+                offset = (side - (len(sides) - 1) / 2) * height
+                axes.barh(index + offset, style.bits, height, color=style.colour, hatch=style.hatch, ec=INK, lw=0.4)
+        axes.set_yticks(range(len(layers)), layers)
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        axes.set_xlabel("bits" + (" (upper bar weights, lower bar activations)" if len(sides) > 1 else ""))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        _format_legend(canvas, present, palette)
+
+    what = "Format of each layer, the first layer on top."
+    return Drawing(f"{_where(run)}: {run.label}", what, (WIDTH, 1.1 + 0.19 * len(layers)), draw)
+
+
+def all_formats(runs: Sequence[Run], side: int, palette: Mapping[str, FormatStyle]) -> Drawing:
+    """Runs of one task and model under each other, a column for each layer; `side` 0: weights, 1: activations."""
+    layers = list(dict.fromkeys(name for run in runs for name in run.record["assignment"]))
+    present = sort_formats(pair[side] for run in runs for pair in run.record["assignment"].values())
+    labels = [_wrapped(run.label, 45) for run in runs]
+    codes = np.full((len(runs), len(layers)), np.nan)
+    for row, run in enumerate(runs):
+        for name, pair in run.record["assignment"].items():
+            codes[row, layers.index(name)] = present.index(pair[side])
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        colours = ListedColormap([palette[name].colour for name in present])
+        shape = (0.5, len(layers) + 0.5, len(runs) - 0.5, -0.5)
+        axes.imshow(
+            codes, colours, aspect="auto", extent=shape, vmin=-0.5, vmax=len(present) - 0.5, interpolation="none"
+        )
+        axes.set_yticks(range(len(runs)), labels, fontsize=6.5)
+        axes.set_xlabel("layer, counted from the input")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(False)
+        _format_legend(canvas, present, palette, hatched=False)
+
+    what = ("weights", "activations")[side]
+    size = (WIDTH, 1.2 + (0.04 + 0.11 * _most_lines(labels)) * len(runs))
+    return Drawing(
+        f"{_where(runs[0])}: formats of the {what}, run by run", "A row a run, a column a layer.", size, draw
+    )
+
+
+def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Probability of each choice in each decision over the steps; None if the run recorded none.
+
+    It ends where the choice was made: from there on, nothing changes.
+    """
+    recorded = [line for line in history if line.get("probabilities")]
+    learning = sum(line.get("phase") != "settle" for line in recorded)
+    kept = recorded[: learning + 1]
+    if len(kept) < 2:
+        return None
+    steps = np.array([line["step"] for line in kept], dtype=float)
+    values = np.array([line["probabilities"] for line in kept])  # (times, decisions, choices)
+    panels = _by_format(values, run.record["search_space"] or [])
+    decisions = _decision_names(run, values.shape[1])
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    middles = (steps[1:] + steps[:-1]) / 2
+    edges = np.concatenate([[steps[0]], middles, [steps[-1]]])
+
+    def draw(canvas: Canvas) -> None:
+        grid = canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (name, shares) in zip(grid.flat, panels.items(), strict=False):
+            rows_at = np.arange(len(decisions) + 1) - 0.5
+            image = axes.pcolormesh(edges, rows_at, shares.T, cmap="cividis", vmin=0, vmax=1)
+            image.set_rasterized(True)
+            axes.set_title(name)
+            axes.grid(False)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=2))
+            axes.tick_params(axis="y", labelsize=6, length=0)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        grid[0, 0].set_yticks(range(len(decisions)), decisions)
+        grid[0, 0].invert_yaxis()
+        canvas.supxlabel("step", fontsize=8.5)
+        canvas.colorbar(
+            image, ax=grid, label="probability", shrink=min(1.0, 2.5 / (rows * len(decisions) * 0.16)), aspect=15
+        )
+
+    what = "A panel a format, a row a decision: what the policy believed at each step, until the choice was made."
+    size = (WIDTH, 1.0 + rows * (0.35 + 0.13 * len(decisions)))
+    return Drawing(f"{_where(run)}: policy of {run.label}", what, size, draw)
+
+
+def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]) -> Drawing | None:
+    """Loss, reward, quality, cost and entropy over the steps, thin as recorded and thick as a running mean.
+
+    All runs are of one cost type. What none of them recorded has no panel (only a search has rewards); None: nothing.
+    """
+    labels = [_wrapped(run.label, 75) for run in runs]
+    kind, unit = (runs[0].record[name] for name in ("cost_type", "cost_unit"))
+    measures = {
+        "loss": "loss",
+        "reward": "reward",
+        "quality": "quality",
+        "cost": f"{kind} cost [{unit}]",
+        "entropy": "entropy [nat]",
+    }
+    known = {name: [series(history, name) for history in histories] for name in measures}
+    shown = [name for name, lines in known.items() if any(len(values) for _, values in lines)]
+    rows = [shown[i : i + 2] for i in range(0, len(shown), 2)]
+    if not rows:
+        return None
+
+    def draw(canvas: Canvas) -> None:
+        mosaic: list[Any] = [row if len(row) == 2 else row * 2 for row in rows]
+        grid = canvas.subplot_mosaic(mosaic, sharex=True)
+        for name in shown:
+            axes = grid[name]
+            for index, (run, (steps, values)) in enumerate(zip(runs, known[name], strict=True)):
+                colour, dash = _line(index)
+                if not len(values):
+                    continue
+                axes.plot(steps, values, color=colour, lw=0.5, alpha=0.3)
+                axes.plot(steps, running_mean(values), dash, color=colour, lw=1.3)
+                if name == "cost" and run.record["cost_target"] is not None:
+                    axes.axhline(run.record["cost_target"], color=colour, lw=0.8, ls=(0, (4, 3)))
+            axes.set_title(measures[name], loc="left")
+        for name in rows[-1]:
+            grid[name].set_xlabel("step")
+        lines = [(label, *_line(index)) for index, label in enumerate(labels)]
+        handles = [Line2D([], [], color=colour, ls=dash, label=label) for label, colour, dash in lines]
+        canvas.legend(handles=handles, loc="outside lower left", ncols=1)
+
+    what = "Thick: running mean over a twentieth of the steps. Cost: of the searched layers; dashed level: the target."
+    size = (WIDTH, 1.4 * len(rows) + (0.04 + 0.12 * _most_lines(labels)) * len(runs))
+    return Drawing(f"{_where(runs[0])}: the course of the training ({kind})", what, size, draw)
+
+
+def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Cost and quality of every assignment that the search drew; None if the run recorded none.
+
+    A step's "draws" are [cost, quality] each; without them its "cost" and "quality" are the means over its draws.
+    """
+    points = np.array(
+        [
+            (line["step"], cost, quality)
+            for line in history
+            if line.get("quality") is not None
+            for cost, quality in line.get("draws") or [(line["cost"], line["quality"])]
+        ]
+    )
+    single = all(line.get("draws") for line in history if line.get("quality") is not None)
+    if not len(points):
+        return None
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        dots = axes.scatter(points[:, 1], points[:, 2], c=points[:, 0], cmap="cividis", s=10, linewidths=0.3)
+        dots.set_edgecolor(INK)  # shows the darkest dots on a dark page as well
+        canvas.colorbar(dots, ax=axes, label="step")
+        axes.set_xlabel(f"{run.record['cost_type']} cost of the searched layers [{run.record['cost_unit']}]")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_ylabel("quality (held-out batch)")
+        lines = {"target": (run.record["cost_target"], "--"), "chosen": (run.record["cost"], "-")}
+        for name, (cost, dash) in lines.items():
+            if cost is not None:
+                axes.axvline(cost, color=COLOURS[1], ls=dash, lw=1, label=f"{name}: {cost:.4g}")
+        canvas.legend(loc="outside lower left", ncols=2)
+
+    dot = "an assignment that the search drew" if single else "the mean over the draws of a step"
+    what = f"Each dot {dot}, coloured by when."
+    return Drawing(f"{_where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw)
+
+
+def _wrapped(label: str, width: int) -> str:
+    """A run's label over as many lines as it needs, broken between its parts alone."""
+    space = "\N{NO-BREAK SPACE}"
+    parts = label.replace(" ", space).split(f"{space}·{space}")
+    return textwrap.fill(f"{space}· ".join(parts), width)
+
+
+def _most_lines(texts: Sequence[str]) -> int:
+    return max(text.count("\n") + 1 for text in texts)
+
+
+def _line(index: int) -> tuple[str, str]:
+    """(colour, dashes) of the index-th line: no two of the first 24 are the same."""
+    return COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS) % 3]
+
+
+def series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of one measure where it was recorded."""
+    known = [(line["step"], line[name]) for line in history if line.get(name) is not None]
+    return np.array([step for step, _ in known]), np.array([value for _, value in known])
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred mean over a twentieth of the values, over fewer at both ends."""
+    window = np.ones(2 * max(1, len(values) // 40) + 1)
+    counts = np.convolve(np.ones(len(values)), window)
+    half = len(window) // 2
+    return (np.convolve(values, window) / counts)[half : half + len(values)]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Layer names without the dotted prefix that all of them share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
+
+
+def _where(run: Run) -> str:
+    return f"{run.record['task']} · {run.record['model']}"
+
+
+def _decision_names(run: Run, count: int) -> list[str]:
+    """Names of the policy's rows: the record's decisions, else its layers where there are as many, else numbers."""
+    names = list(run.record.get("decisions") or run.record["assignment"])
+    return short_names(names) if len(names) == count else [f"decision {i}" for i in range(count)]
+
+
+def _by_format(values: np.ndarray, formats: Sequence[str]) -> dict[str, np.ndarray]:
+    """Format -> its probability (times, decisions), from the (times, decisions, choices) of a policy.
+
+    Where a choice is a pair, weights and activations are told apart and each is summed over the other.
+    """
+    count = values.shape[-1]
+    if count == len(formats) ** 2:
+        pairs = values.reshape(*values.shape[:2], len(formats), len(formats))
+        sides = {"w": pairs.sum(-1), "a": pairs.sum(-2)}
+        return {f"{side} {name}": shares[..., i] for side, shares in sides.items() for i, name in enumerate(formats)}
+    names = formats if len(formats) == count else [f"choice {i}" for i in range(count)]
+    return {name: values[..., i] for i, name in enumerate(names)}
+
+
+def _log_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _format_legend(
+    canvas: Canvas, names: Sequence[str], palette: Mapping[str, FormatStyle], hatched: bool = True
+) -> None:
+    handles = [
+        Patch(
+            facecolor=palette[name].colour,
+            hatch=palette[name].hatch if hatched else None,
+            edgecolor=INK,
+            linewidth=0.4,
+            label=f"{name} ({palette[name].bits:g} bits)" if name == "float" else name,
+        )
+        for name in names
+    ]
+    canvas.legend(handles=handles, loc="outside lower left", ncols=min(len(names), 6), handlelength=1.2)

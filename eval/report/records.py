@@ -1,0 +1,319 @@
+"""Run folders read back: which of them are results, which are not and why, and which belong together.
+
+Everything a report shows comes from here. A folder whose record is missing, damaged, foreign, repeated or not finite
+becomes an `Excluded` with its reason and never reaches a mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from eval.config.run_config import (
+    LAUNCH_FILE,
+    RUN_FILE,
+    TUNE_FOLDER,
+    DataFlags,
+    LauncherFlags,
+    OutputFlags,
+    TrainingFlags,
+)
+from eval.run.schema import FIELDS, NUMBER, SCHEMA_VERSION
+from quant.errors import UserError
+from quant.formats import parse_format
+
+T = TypeVar("T")
+
+RUN_FILES = frozenset({"result.json", RUN_FILE, "history.jsonl"})
+"""a folder with any of these is a run"""
+INNER_FOLDERS = {
+    **dict.fromkeys(RUN_FILES, frozenset({"model", "plots", "tensorboard", "checkpoints", "retrained"})),
+    LAUNCH_FILE: frozenset({TUNE_FOLDER}),
+}
+"""file -> what stands beside it and holds no runs of ours: Ray Tune's result.json is another thing"""
+PLACE_SETTINGS = frozenset(
+    {entry.name for group in (LauncherFlags, OutputFlags) for entry in fields(group)} - {"load_model_path"}
+    | {"seed", "data_dir", "device", "log_steps"}
+)
+"""settings that say where and how a run was made: runs that differ in these alone are repetitions of one another"""
+TRAINING_SETTINGS = frozenset(
+    {entry.name for group in (DataFlags, TrainingFlags) for entry in fields(group)} | {"load_model_path"}
+)
+"""settings that the quality of a float model may rest on; the others say what is quantized, and how"""
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A folder or file that is not counted, and why."""
+
+    path: Path
+    reason: str
+
+
+class DamagedFile(UserError):
+    """A file beside a record that cannot be read. Its run counts without it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.excluded = Excluded(path, f"{reason}; its run counts without it")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished, valid run."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """the run's config.yaml without PLACE_SETTINGS"""
+    details: tuple[str, ...] = ()
+    """what its label needs besides, to be told from those of other runs"""
+
+    @property
+    def quality(self) -> float:
+        """The main metric on the evaluated split, or on the first of several."""
+        return float(_evaluated(self.record["metrics"])[self.record["metric"]])
+
+    @property
+    def float_quality(self) -> float | None:
+        """The main metric of the float model, where the run knew it."""
+        return _evaluated(self.record.get("float_metrics") or {}).get(self.record["metric"])
+
+    @property
+    def feasible(self) -> bool | None:
+        """Whether the cost is within the target; None without one."""
+        target = self.record["cost_target"]
+        return None if target is None else self.record["cost"] <= target * (1 + 1e-9)
+
+    @cached_property
+    def costs(self) -> Mapping[str, float]:
+        """Cost type -> cost [MiB or GBOPs]: the run's own type, and those it noted besides."""
+        noted = {name: float(cost) for name, cost in self.record["costs"].items() if isinstance(cost, NUMBER)}
+        return {self.record["cost_type"]: float(self.record["cost"]), **noted}
+
+    @cached_property
+    def formats(self) -> str:
+        """What the run chose from, or the formats it was given: "int2,int4,int8" or "w int4 a int8"."""
+        if self.record["search_space"]:
+            return ",".join(self.record["search_space"])
+        pairs = [tuple(pair) for pair in self.record["assignment"].values()]
+        weights, activations = (",".join(sort_formats({pair[side] for pair in pairs})) for side in (0, 1))
+        return weights if weights == activations else f"w {weights} a {activations}"
+
+    @property
+    def name(self) -> str:
+        """Method, and its target or formats."""
+        target = self.record["cost_target"]
+        aim = self.formats if target is None else f"≤ {target:.4g} {self.record['cost_unit']}"
+        return f"{self.record['method']} {aim}"
+
+    @property
+    def label(self) -> str:
+        """A short name: method, its target or formats, what differs besides, seed."""
+        return " · ".join([self.name, *self.details, f"seed {self.record['seed']}"])
+
+    @cached_property
+    def key(self) -> tuple[str, ...]:
+        """Equal for runs that differ in nothing but the seed and the place they ran."""
+        shown = (self.record[name] for name in ("task", "model", "method", "metric", "cost_type", "cost_target"))
+        return (*map(str, shown), self.formats, json.dumps(self.settings, sort_keys=True, default=str))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of history.jsonl; a last one that was cut off in mid-write is left out. Raises DamagedFile."""
+        path = self.folder / "history.jsonl"
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DamagedFile(path, f"not readable: {error.strerror}") from None
+        steps = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                step = json.loads(line)
+            except ValueError:  # no JSON, or no text
+                if line.endswith(b"\n"):
+                    raise DamagedFile(path, f"damaged: line {number} is not JSON") from None
+                continue
+            if not isinstance(step, dict) or not isinstance(step.get("step"), NUMBER):
+                raise DamagedFile(path, f"damaged: line {number} has no step")
+            steps.append(step)
+        return steps
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration over its seeds."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The first run's record, for what all of them share."""
+        return self.runs[0].record
+
+    @property
+    def quality(self) -> tuple[float, float | None]:
+        return mean_sd([run.quality for run in self.runs])
+
+    def has_cost(self, cost_type: str) -> bool:
+        """Whether all its runs know their cost of that type."""
+        return all(cost_type in run.costs for run in self.runs)
+
+    def cost(self, cost_type: str) -> tuple[float, float | None]:
+        return mean_sd([run.costs[cost_type] for run in self.runs])
+
+
+def shown_runs(groups: Sequence[Group], max_runs: int) -> list[Run]:
+    """The runs that get pictures of their own: the first seed of so many searched configurations."""
+    return [group.runs[0] for group in groups if group.record["search_space"]][:max_runs]
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None with a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def sort_formats(names: Iterable[str]) -> list[str]:
+    """Format names by their bits, then by name."""
+    return sorted(set(names), key=lambda name: (parse_format(name).bits, name))
+
+
+def _evaluated(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The measures of one split out of {split: measures}; measures without a split as they are."""
+    return next((value for value in metrics.values() if isinstance(value, dict)), metrics)
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in LOWER_IS_BETTER
+
+
+def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[Excluded]]:
+    """Every run below `roots`, by path, and what was left out. Raises UserError for a folder that is not there."""
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"DIR: no folder {root}")
+    runs: list[Run] = []
+    excluded: list[Excluded] = []
+    seen: dict[tuple[str, ...], Run] = {}
+    for folder in sorted({folder.resolve(): folder for root in roots for folder in _run_folders(root)}.values()):
+        found = read_run(folder)
+        if isinstance(found, Excluded):
+            excluded.append(found)
+        elif twin := seen.get((*found.key, str(found.record["seed"]))):
+            same = "the same result" if twin.quality == found.quality else "another result"
+            excluded.append(Excluded(folder, f"duplicate: same settings, seed and {same} as {twin.folder}"))
+        else:
+            seen[(*found.key, str(found.record["seed"]))] = found
+            runs.append(found)
+    return runs, excluded
+
+
+def read_run(folder: Path) -> Run | Excluded:
+    """The run in `folder`, or why it does not count."""
+    path = folder / "result.json"
+    if not path.exists():
+        return Excluded(folder, "unfinished: no result.json")
+    try:
+        record = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return Excluded(path, f"truncated or damaged: {error}")
+    except OSError as error:
+        return Excluded(path, f"not readable: {error.strerror}")
+    if reason := _wrong(record):
+        return Excluded(path, reason)
+    try:
+        return Run(folder, record, _settings(folder / RUN_FILE))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        return Excluded(folder / RUN_FILE, "damaged: not a YAML mapping")
+
+
+def read_each(runs: Iterable[Run], read: Callable[[Run], T]) -> tuple[dict[Path, T], list[Excluded]]:
+    """Folder -> what `read` makes of a file of its run, and the files that are damaged."""
+    found: dict[Path, T] = {}
+    damaged = []
+    for run in runs:
+        try:
+            found[run.folder] = read(run)
+        except DamagedFile as error:
+            damaged.append(error.excluded)
+    return found, damaged
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Repetitions brought together, sorted by task, model and cost."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.key, []).append(run)
+    found = [Group(tuple(sorted(members, key=lambda run: run.record["seed"]))) for members in groups.values()]
+    return sorted(found, key=lambda g: (g.record["task"], g.record["model"], g.cost(g.record["cost_type"])[0]))
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    for folder, names, files in os.walk(root):
+        inner = frozenset().union(*(INNER_FOLDERS.get(file, ()) for file in files))
+        names[:] = [name for name in names if name not in inner]
+        if RUN_FILES & set(files):
+            yield Path(folder)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+    settings = yaml.load(path.read_text(), Loader=loader) or {}
+    return {name: value for name, value in settings.items() if name not in PLACE_SETTINGS}
+
+
+def _wrong(record: Any) -> str | None:
+    """Why a parsed result.json does not count; None if it does."""
+    if not isinstance(record, dict) or "schema_version" not in record:
+        return "foreign: not a result record (no schema_version)"
+    if record["schema_version"] != SCHEMA_VERSION:
+        return f"foreign: schema_version {record['schema_version']}, this program reads {SCHEMA_VERSION}"
+    if record.get("status") != "finished":
+        return f"failed: {record.get('reason') or record.get('status')}"
+    for name, types in FIELDS.items():
+        if not isinstance(record.get(name), types):
+            return f"incomplete: {name} is {json.dumps(record.get(name))}"
+    if not isinstance(value := _evaluated(record["metrics"]).get(record["metric"]), NUMBER):
+        return f"incomplete: the metric {record['metric']} is {json.dumps(value)}"
+    for name in _not_finite(record):
+        return f"not finite: {name}"
+    return _wrong_formats(record)
+
+
+def _wrong_formats(record: dict[str, Any]) -> str | None:
+    pairs = list(record["assignment"].values())
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return "incomplete: assignment holds something other than [weight format, activation format]"
+    for name in {name for pair in pairs for name in pair} | set(record["search_space"] or ()):
+        try:
+            parse_format(name)
+        except ValueError as error:
+            return f"foreign: {error}"
+    return None
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the numbers in a JSON value that are NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}"
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{index}]")

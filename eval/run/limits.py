@@ -1,0 +1,81 @@
+"""Hard limits beside the target: --max_memory, --max_compute, and --max_latency from the user's own measurements."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.config.run_config import RunConfig
+from quant.errors import UserError
+from quant.formats import Format, parse_format
+
+if TYPE_CHECKING:  # wrong flags must not wait for torch
+    from cost.profile import LayerProfile
+    from policy.budget import Limit
+
+COLUMNS = ("layer", "weight_format", "activation_format", "ms")
+LIMIT_FLAGS = {"memory": "--max_memory", "compute": "--max_compute", "latency": "--latency_target"}
+"""what is limited -> the flag that says how far"""
+
+
+def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit]:
+    """The limits that the flags set. Raises UserError for a latency table that lacks something or cannot be read."""
+    from cost.cost import COSTS, UNITS
+    from policy.budget import Limit
+
+    limits = []
+    by_name = {profile.name: profile for profile in profiles}
+    for name, value in (("memory", config.max_memory), ("compute", config.max_compute)):
+        if value is not None:
+            cost = COSTS[name]  # type: ignore[index]
+            limits.append(
+                Limit(
+                    name,
+                    UNITS[name],  # type: ignore[index]
+                    value,
+                    lambda layer, pair, cost=cost: cost([by_name[layer]], {layer: pair}),  # type: ignore[misc]
+                )
+            )
+    if config.max_latency is not None:
+        assert config.latency_target is not None
+        measured = read_latencies(Path(config.max_latency))
+
+        def latency(layer: str, pair: tuple[Format, Format]) -> float:
+            if (layer, *pair) not in measured:
+                formats = f"{pair[0]}/{pair[1]}"
+                raise UserError(f"--max_latency {config.max_latency}: no line for {layer} in {formats}; measure it")
+            return measured[layer, *pair]
+
+        limits.append(Limit("latency", "ms", config.latency_target, latency))
+    return limits
+
+
+def read_latencies(path: Path) -> dict[tuple[str, Format, Format], float]:
+    """(layer, weight format, activation format) -> milliseconds, from a CSV with COLUMNS. Nothing is interpolated.
+
+    Raises UserError, naming file, line and value, for anything else.
+    """
+    flag = f"--max_latency {path}"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{flag}: not readable as CSV: {error}") from None
+    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        raise UserError(f"{flag}: column {missing[0]} is missing; columns: {', '.join(COLUMNS)}")
+    latencies: dict[tuple[str, Format, Format], float] = {}
+    for number, row in enumerate(rows, start=2):
+        try:
+            key = row["layer"], parse_format(row["weight_format"] or ""), parse_format(row["activation_format"] or "")
+            value = float(row["ms"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{flag}: line {number}: {error}") from None
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{flag}: line {number}: ms must be a finite number >= 0, got {row['ms']}")
+        if key in latencies:
+            raise UserError(f"{flag}: line {number}: {row['layer']} in {key[1]}/{key[2]} stands there twice")
+        latencies[key] = value
+    return latencies

@@ -1,0 +1,228 @@
+"""What a run works on: its data, model, layers and budget, loaded and checked before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.config.effects import check_kind
+from eval.config.run_config import RunConfig
+from eval.modeling.places import saved_model, starting_model
+from eval.run.limits import LIMIT_FLAGS, limits_of
+from quant.errors import UserError
+from quant.formats import FLOAT, Format
+from trainer.training.saved_files import WEIGHTS
+
+if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+    from cost.profile import LayerProfile
+    from eval.eval_partitions import Blocks
+    from eval.modeling.bundle import ModelBundle
+    from eval.tasks import PreparedData, TaskData
+    from policy.space import Partition, SearchSpace
+    from trainer.search.search_state import ReinforceConfig
+    from trainer.training.progress import Listener
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """What a run works on, after everything that can be wrong with it was checked and before anything is trained."""
+
+    config: RunConfig
+    data: TaskData
+    bundle: ModelBundle
+    prepared: PreparedData
+    layers: list[str]
+    profiles: list[LayerProfile]
+    fused: Blocks = field(default_factory=dict)
+    """with --fuse_groups: the finest partition that divides no fused group"""
+
+    @property
+    def compute_metrics(self) -> Any:
+        """The Trainer's own metrics; None, the loss alone, where metrics need a split's texts: see `evaluate`."""
+        own = self.prepared.judges or self.prepared.writer
+        return None if own else self.data.compute_metrics
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats that layers may take, float left out."""
+        config = self.config
+        wanted = config.search_formats if config.chooses else config.uniform_formats
+        return tuple(dict.fromkeys(format for format in wanted if format != FLOAT))
+
+
+def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
+    """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong.
+
+    `tell` hears what is being done.
+    """
+    from cost.profile import profile_model
+    from eval.layers.coverage import searched_layers
+    from eval.layers.fused_groups import fused_groups
+    from eval.modeling.inputs import agree_on_classes
+    from eval.models import build_model, recompute_activations
+    from eval.tasks import load_task, prepare
+    from quant.transforms.unfold import unfold
+    from trainer.training.progress import unheard
+
+    check_phases(config)
+    tell = tell or unheard
+    tell("reading data")
+    data = load_task(config)
+    check_kind(config, data.kind)
+    trains_tokenizer = config.from_scratch and data.kind != "image" and starting_model(config) is None
+    corpus = data.corpus() if trains_tokenizer else None
+    tell("building the model")
+    bundle = build_model(config, data.num_labels, corpus)
+    if config.gradient_checkpointing:
+        recompute_activations(bundle.model)
+    if config.channels_last:
+        import torch
+
+        bundle.model.to(memory_format=torch.channels_last)  # convolutions pass it on to what they compute
+    if config.load_model_path is not None and saved_model(config.load_model_path) is None:
+        start_from(bundle, config)
+    log_notes(bundle, config)
+    if not bundle.trained:
+        _refuse_untrained(config)
+    data = agree_on_classes(data, bundle, config)
+    tell("preparing data")
+    prepared = prepare(data, bundle, config)
+    tell("looking at the layers")
+    unfold(bundle.model)
+    layers = searched_layers(bundle.model, data.kind, config)
+    profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
+    plan = Plan(config, data, bundle, prepared, layers, profiles)
+    if config.fuse_groups:
+        plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
+    budget(plan)
+    return plan
+
+
+def check_phases(config: RunConfig) -> None:
+    """UserError for a search that has no step to learn in."""
+    from trainer.search.search_state import Phases
+
+    if config.method == "search" and config.max_steps > 0:
+        Phases.of(search_settings(config), config.max_steps)
+
+
+def search_settings(config: RunConfig) -> ReinforceConfig:
+    """The search flags as the trainer's configuration; what a flag leaves open, the recipe decides."""
+    from trainer.search.search_state import ReinforceConfig
+
+    names = {field.name for field in fields(ReinforceConfig)}
+    given = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if config.target_list:
+        given["target_bits"] = config.target_list if len(config.target_list) > 1 else config.target_list[0]
+    return ReinforceConfig.fliqs(**given) if config.recipe == "fliqs" else ReinforceConfig(**given)
+
+
+def _refuse_untrained(config: RunConfig) -> None:
+    """UserError for what only makes sense with a trained model: all of its weights, the head's included."""
+    reasons = {"max_drop": "counts from what the float model scores", "distill": "has the float model teach"}
+    for flag, why in reasons.items():
+        if value := getattr(config, flag):
+            raise UserError(
+                f"--{flag} {value:g}: {why}, and this one's weights are not all trained: train it with --method float, "
+                "then start from it with --load_model_path RUN"
+            )
+
+
+def start_from(bundle: ModelBundle, config: RunConfig) -> None:
+    """Copy the weights of --load_model_path where that is no run's: a safetensors file, or a folder with one.
+
+    UserError for text models whose tokenizer was just trained: the weights are for the words of another one.
+    """
+    from eval.modeling.bundle import copy_tensors, read_tensors
+
+    path = Path(str(config.load_model_path)).expanduser()
+    subject = f"--load_model_path {config.load_model_path}"
+    file = path if path.is_file() else path / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{subject}: holds no {WEIGHTS}")
+    if config.from_scratch and bundle.tokenizer is not None:
+        raise UserError(
+            f"{subject}: is no finished run, so its tokenizer is not known, and --from_scratch trains another one; "
+            "give the run's folder, or a save_pretrained folder as --model_path"
+        )
+    # Weights now come from the file; what the builder had to say of its own is no longer true.
+    bundle.notes = copy_tensors(bundle.model, read_tensors(file, subject), subject)
+    bundle.trained = not bundle.notes
+
+
+def log_notes(bundle: ModelBundle, config: RunConfig) -> None:
+    """Log what of the model is not as it was read; a warning where nothing was read and nobody said so."""
+    from eval.modeling.bundle import RANDOM_WEIGHTS
+
+    for note in bundle.notes:
+        if note.startswith(RANDOM_WEIGHTS) and not config.from_scratch:
+            logger.warning(
+                f"--model {config.model}: {note}; --model_path or --load_model_path give trained ones, "
+                "--from_scratch says that none are meant"
+            )
+        else:
+            logger.info(f"model: {note}")
+
+
+def budget(plan: Plan) -> float | None:
+    """The run's target (its largest) in its cost's unit; None without one. UserError, with the range, if none fits it.
+
+    So it does if no assignment meets the target and every limit together.
+    """
+    from cost.cost import UNITS
+    from policy.allocators import MAX_EXHAUSTIVE
+    from policy.budget import Budget
+    from policy.solve import InfeasibleError
+    from trainer.search.search_state import resolve_target
+
+    config = plan.config
+    if config.cost_target is None and config.target_bits is None:
+        return None
+    cost_type: Any = config.cost_type
+    space, limits, own = search_space(plan), limits_of(config, plan.profiles), (cost_type, config.cost_target)
+    # Without a target, a limit on the run's own cost has become it.
+    flag = next((LIMIT_FLAGS[one.name] for one in limits if (one.name, one.value) == own), "--cost_target")
+    targets = [
+        resolve_target(space, plan.profiles, cost_type, config.cost_target, bits, flag)
+        for bits in config.target_list or (None,)
+    ]
+    if config.method == "exhaustive" and (size := space.num_choices**space.num_decisions) > MAX_EXHAUSTIVE:
+        raise UserError(f"--method exhaustive: {size:.3g} assignments are too many to try, at most {MAX_EXHAUSTIVE}")
+    if limits:
+        table = space.cost_table(plan.profiles, cost_type)
+        try:
+            Budget.of(space, table, targets[0], limits).solve(-table)
+        except InfeasibleError as error:
+            asked = [(flag if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
+            asked += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
+            told = [
+                f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g}{', not even alone' * (value < low)})"
+                for (flag, value, unit), (low, high) in zip(asked, error.ranges, strict=True)
+            ]
+            raise UserError(f"no assignment meets all limits: {', '.join(dict.fromkeys(told))}") from None
+    return targets[-1]
+
+
+def search_space(plan: Plan) -> SearchSpace:
+    """What the flags let a search decide."""
+    from cost.profile import tied_in
+    from policy.space import build_space
+
+    config = plan.config
+    activations = config.weight_only_search, config.separate_activations
+    return build_space(plan.layers, config.search_formats, partition(plan), *activations, tied_in(plan.profiles))
+
+
+def partition(plan: Plan) -> Partition:
+    """Which layers share a decision, as the flags say."""
+    from eval.eval_partitions import block_partition
+    from eval.layers.fused_groups import merge
+
+    if plan.config.partition in ("role", "depth"):
+        blocks = block_partition(plan.bundle.model, plan.layers, plan.config.partition)
+        return merge(blocks, plan.fused.values())
+    return plan.fused or plan.config.partition  # type: ignore[return-value]

@@ -1,0 +1,102 @@
+"""Post-training quantization as the flags of a run ask for it: quantizers, migrations, clipping of tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from eval.config.quant_yaml import alpha_settings
+from quant.formats import FLOAT, Format, IntFormat
+from quant.quantizers.quantizer import QuantizerConfig
+from quant.transforms.migration import SmoothQuantConfig, fold
+from quant.transforms.placement import Placement, place_quantizers
+from quant.transforms.token_clipping import clip_tokens
+
+if TYPE_CHECKING:
+    from eval.config.run_config import RunConfig
+    from eval.run.plan import Plan
+    from trainer.reinforce_trainer import ReinforceTrainer
+
+FOR_WEIGHTS = ("minmax", "mse", "mse_fast", "mse_grid", "lsq_plus")
+"""observers that --observer means for weights too: the others average over batches, or count on a bell's shape"""
+
+
+def quantizer_configs(config: RunConfig) -> tuple[QuantizerConfig, QuantizerConfig]:
+    """(weight, activation) quantizers of the flags."""
+    learned = config.quantizer != "fixed"
+    # Learned scales start where the squared error is least; a percentile that the user names goes first.
+    observer = config.observer or ("mse" if learned else "minmax")
+    weight_learned = (config.weight_quantizer or config.quantizer) != "fixed"
+    own = config.weight_observer or (
+        observer if config.observer in FOR_WEIGHTS else "mse" if weight_learned else "minmax"
+    )
+    ranges: Literal["learned", "dynamic", "calibrated"]
+    ranges = "learned" if weight_learned else "dynamic" if own == "minmax" else "calibrated"
+    weight = QuantizerConfig(
+        range=ranges,
+        granularity="channel" if config.per_channel else "tensor",
+        observer=own,
+        percentile=config.weight_range_percentile,
+        symmetric=config.weight_symmetric,
+        learned_offset=config.weight_quantizer == "lsq_plus",
+        reduce_range=config.reduce_range,
+    )
+    activation = QuantizerConfig(
+        range="dynamic" if config.per_token else "learned" if learned else "calibrated",
+        granularity="token" if config.per_token else "channel" if config.act_per_channel else "tensor",
+        observer="minmax" if config.per_token else observer,
+        percentile=config.act_range_percentile,
+        symmetric=config.act_symmetric,
+        learned_offset=config.quantizer == "lsq_plus" and not config.per_token,
+        ignore_padding=config.remove_padding,
+    )
+    return weight, activation
+
+
+def migrate_outliers(plan: Plan, trainer: ReinforceTrainer) -> None:
+    """Fold what --gamma_migration and --smooth_quant ask for, once, into the float model of a run."""
+    config = plan.config
+    if not (config.gamma_migration or config.smooth_quant):
+        return
+    smooth = SmoothQuantConfig(
+        **alpha_settings(config.smooth_quant_alpha),
+        shared_criterion=config.smooth_quant_criterion,  # type: ignore[arg-type]
+        n_samples=config.smooth_quant_samples,
+    )
+    weight, activation = (FLOAT, FLOAT) if config.chooses else config.uniform_formats
+    fold(
+        trainer.model,
+        next(iter(trainer.calibration_batches())),
+        trainer.calibration_batches,
+        plan.layers,
+        gamma=config.gamma_migration,
+        smooth=smooth if config.smooth_quant else None,
+        formats=tuple(IntFormat(8) if f == FLOAT else f for f in (weight, activation)),  # type: ignore[arg-type]
+    )
+
+
+def place_around_layers(plan: Plan, trainer: ReinforceTrainer) -> None:
+    """Quantize what the flags name besides layers: after migrations, before ranges are looked for."""
+    config = plan.config
+    placement = Placement(
+        [op.strip() for op in (config.high_precision_ops or "").split(",") if op.strip()],
+        residual_adds=config.quantize_residual_adds,
+        products=config.quantize_products,
+        embeddings=config.quantize_embeddings,
+    )
+    if placement and trainer.modules:
+        place_quantizers(trainer.model, trainer.modules, next(iter(trainer.calibration_batches())), placement)
+
+
+def clips_tokens(config: RunConfig) -> bool:
+    """Whether the run looks for the ratio of Token-Wise Clipping."""
+    return config.observer == "avg_prune_minmax" and not config.per_token
+
+
+def clip_outlier_tokens(plan: Plan, trainer: ReinforceTrainer) -> None:
+    """Token-Wise Clipping in every format that activations may take; its fine stage where nothing is trained after."""
+    config = plan.config
+    formats: list[Format] = [*(plan.formats if config.chooses else [config.uniform_formats[1]])]
+    batches = list(trainer.calibration_batches())
+    for format in formats:
+        if format.scaled:
+            clip_tokens(trainer.model, trainer.modules, batches, format, fine=config.max_steps == 0)

@@ -1,0 +1,54 @@
+"""Weights & Biases, for who asks for it: `--report_to wandb`, offline with WANDB_MODE=offline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from eval.commands import python
+from quant.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.config.run_config import RunConfig
+
+PROJECT = "mixed-precision-search"
+"""where runs go unless WANDB_PROJECT says otherwise"""
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Raises UserError where `--report_to wandb` has no package, or would stop to ask for a key."""
+    if config.report_to != "wandb":
+        return
+    found = find_spec("wandb")
+    if found is None or found.origin is None:  # a folder `wandb`, as it leaves one behind, is no package
+        raise UserError(f"--report_to wandb: the package is not installed: {python()} -m pip install wandb")
+    if os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        if not wandb.login(prompt=False):
+            raise UserError("--report_to wandb: no key found: wandb login, or set WANDB_MODE=offline")
+
+
+@contextmanager
+def tracked(config: RunConfig) -> Iterator[None]:
+    """Within, what the Trainer logs goes to a W&B run of this run's name and flags, its files into the run's folder."""
+    if config.report_to != "wandb":
+        yield
+        return
+    import wandb
+
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    with wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=config.run_name,
+        group=config.exp_name,
+        dir=config.run_folder,
+        mode=os.environ.get("WANDB_MODE"),  # type: ignore[arg-type]  # as it is now, not as it was at the first import
+        config={entry.name: getattr(config, entry.name) for entry in fields(config)},
+    ):
+        yield

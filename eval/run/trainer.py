@@ -1,0 +1,235 @@
+"""The trainer of a run, made of its plan and its flags, and what it scores."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.config.run_config import RunConfig
+from eval.run.limits import limits_of
+from eval.run.plan import Plan, partition, search_settings
+from quant.formats import Format
+
+if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+    from transformers import TrainerCallback
+
+    from eval.run.progress import RunProgress
+    from quant.quant_module import QuantModule
+    from trainer.reinforce_trainer import ReinforceTrainer
+    from trainer.training.distillation import Teacher
+
+SAVED_EVERY = 0.1
+"""share of the run's steps between two checkpoints of --save_strategy steps, where --eval_steps gives no interval"""
+COMPILE_ABOVE = 1e8
+"""activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
+
+
+def make_trainer(
+    plan: Plan,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    assignment: dict[str, tuple[Format, Format]] | None = None,
+    progress: RunProgress | None = None,
+) -> tuple[ReinforceTrainer, dict[str, QuantModule], dict[str, Any] | None]:
+    """The trainer of the run, its quantized layers, and what the float model scores where it comes trained.
+
+    With an `assignment`, that is trained and nothing is chosen. `progress` shows how far it is, and what is logged.
+    """
+    from transformers import PrinterCallback
+    from transformers.trainer_utils import set_seed
+
+    from eval.run.ptq import (
+        clip_outlier_tokens,
+        clips_tokens,
+        migrate_outliers,
+        place_around_layers,
+        quantizer_configs,
+    )
+    from eval.tasks import hold_out, not_augmented
+    from quant.convert import quantize_model
+    from quant.quant_utils import use_compiled
+    from trainer.reinforce_trainer import ReinforceTrainer
+
+    config, prepared = plan.config, plan.prepared
+    set_seed(config.seed)
+    chooses = config.chooses and assignment is None
+    train = prepared.train
+    held_rows: list[int] = []
+    if chooses and config.method == "search":
+        held_rows = hold_out(train, config.search_fraction, config.seed)
+    judged_on = not_augmented(train.select(held_rows) if held_rows else train) if chooses else None
+    modules: dict[str, QuantModule] = {}
+    teacher = float_teacher(plan)
+    if plan.formats:
+        weight, activation = quantizer_configs(config)
+        modules = quantize_model(
+            plan.bundle.model, include=plan.layers, formats=plan.formats, weight=weight, activation=activation
+        )
+    if plan.formats and not config.chooses:
+        assignment = dict.fromkeys(plan.layers, config.uniform_formats)
+    arguments = training_arguments(config)
+    if config.save_strategy == "best":
+        arguments.metric_for_best_model, arguments.greater_is_better = f"{next(iter(prepared.validation))}_loss", False
+    use_compiled(compile_mode(plan, len(train) - len(held_rows)), arguments.device)
+    trainer = ReinforceTrainer(
+        plan.bundle.model,
+        arguments,
+        search=search_settings(config) if chooses else None,
+        search_space=config.search_formats,
+        partition=partition(plan) if chooses else "layer",
+        weight_only_search=config.weight_only_search,
+        separate_activations=config.separate_activations,
+        assignment=assignment,
+        modules=modules,
+        profiles=plan.profiles,
+        train_dataset=train,
+        search_dataset=judged_on,
+        search_rows=held_rows,
+        limits=limits_of(config, plan.profiles) if chooses else (),
+        teacher=teacher,
+        eval_dataset=prepared.validation,
+        data_collator=prepared.data_collator,
+        compute_metrics=plan.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits,
+        history=config.run_folder / "history.jsonl",
+        on_step=on_step,
+        calibration_samples=config.calibration_samples,
+        after_calibration=partial(clip_outlier_tokens, plan) if plan.formats and clips_tokens(config) else None,
+        on_progress=progress,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if progress is not None:
+        trainer.add_callback(shown_on(progress))
+    migrate_outliers(plan, trainer)
+    place_around_layers(plan, trainer)
+    known = plan.bundle.trained and config.method != "float"
+    return trainer, modules, evaluate(trainer, plan) if known else None
+
+
+def shown_on(progress: RunProgress) -> TrainerCallback:
+    """What the Trainer logs, as lines of `progress`."""
+    from transformers import TrainerCallback
+
+    class Shown(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+            if state.is_world_process_zero:
+                progress.log(logs or {})
+
+    return Shown()
+
+
+def float_teacher(plan: Plan) -> Teacher | None:
+    """The float model as it comes, before its layers are replaced, where it teaches or a search judges by it."""
+    from trainer.training.distillation import Teacher
+
+    share, data = teacher_share(plan), plan.data
+    knows = plan.bundle.trained and data.kind in ("image", "text") and not data.task.regression
+    judges = knows and plan.config.method in ("search", "exhaustive") and search_settings(plan.config).contest
+    return Teacher(copy.deepcopy(plan.bundle.model), share) if share or judges else None
+
+
+def teacher_share(plan: Plan) -> float:
+    """The share of the loss that the float model's answers have, in [0, 1]; 0: it does not teach.
+
+    Where the flag leaves it open, it teaches where it helps: images that are cropped and mirrored, as it has not
+    learned them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
+    """
+    from trainer.training.distillation import SHARE
+
+    config = plan.config
+    if config.distill is not None:
+        return config.distill
+    unseen = plan.data.kind == "image" and plan.data.task.augmented and config.augment
+    quantizes = config.method != "float" and config.recipe != "fliqs" and config.max_steps != 0
+    return SHARE if unseen and quantizes and plan.bundle.trained else 0.0
+
+
+def training_arguments(config: RunConfig) -> Any:
+    """The flags as transformers' TrainingArguments."""
+    import torch
+    from transformers import TrainingArguments
+
+    folder = config.run_folder
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.log_dir or folder / "tensorboard").absolute())
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.train_batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        optim=config.optimizer,
+        optim_args="momentum=0.9" if config.optimizer == "sgd" else None,
+        seed=config.seed,
+        data_seed=config.seed,
+        fp16=config.fp16,
+        bf16=config.bf16,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        logging_steps=config.log_steps,
+        save_strategy=config.save_strategy,
+        save_steps=config.eval_steps or SAVED_EVERY,
+        save_total_limit=2,  # the older one is there for when the newer is damaged
+        report_to=config.report_to,
+        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),  # else the Trainer looks for a GPU's bfloat16
+        ddp_find_unused_parameters=True,  # each format has scales of its own, of which a step uses one
+        remove_unused_columns=False,
+        dataloader_num_workers=config.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        disable_tqdm=True,  # `eval.run.progress` shows how far the run is
+    )
+
+
+def compile_mode(plan: Plan, examples: int) -> Any:
+    """'auto' compiles where the run is long enough to win back the time that compiling takes."""
+    config = plan.config
+    if config.compile != "auto" or not plan.formats:
+        return config.compile if plan.formats else "off"
+    batches = -(-examples // (config.train_batch_size * config.gradient_accumulation_steps))
+    steps = config.max_steps if config.max_steps >= 0 else config.num_train_epochs * batches
+    elements = sum(p.positions * p.channels for p in plan.profiles) * config.train_batch_size
+    return "auto" if elements * steps > COMPILE_ABOVE else "off"
+
+
+def evaluate(
+    trainer: ReinforceTrainer, plan: Plan, answers: dict[str, dict[str, list[Any]]] | None = None
+) -> dict[str, dict[str, float]]:
+    """Metrics of every labelled evaluation split, by split: the task's own, 'loss' and 'n' (examples).
+
+    Where there are classes, `answers` gets each split's 'predicted' and 'label', one number an example in its order:
+    two runs can then be compared example by example. 'classes' are the names by number.
+    """
+    from quant.convert import weights_kept
+    from trainer.training.progress import counted
+
+    metrics = {}
+    judge = trainer.compute_metrics
+    for name, split in plan.prepared.validation.items():
+        if name in plan.prepared.judges:
+            trainer.compute_metrics = plan.prepared.judges[name]
+        elif judge is not None and answers is not None:
+            trainer.compute_metrics = lambda seen, name=name: _noting(seen, plan, name, answers) or judge(seen)  # type: ignore
+        told = trainer.evaluate(split, metric_key_prefix=name)
+        own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
+        kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
+        if plan.prepared.writer is not None:
+            with weights_kept(trainer.modules):
+                size = -(-len(split) // trainer.args.per_device_eval_batch_size)
+                batches = counted(trainer.batches_of(split), size, f"writing answers for {name}", trainer.tell)
+                kept |= plan.prepared.writer(name, trainer.model, batches)
+        metrics[name] = {**kept, "n": len(plan.data.validation[name] if name in plan.prepared.judges else split)}
+    trainer.compute_metrics = judge
+    return metrics
+
+
+def _noting(seen: Any, plan: Plan, name: str, answers: dict[str, dict[str, list[Any]]]) -> None:
+    """Note the answers of a split with classes: logits (examples, classes) and whole-numbered labels (examples,)."""
+    logits = seen.predictions[0] if isinstance(seen.predictions, tuple) else seen.predictions
+    labels = seen.label_ids
+    if getattr(logits, "ndim", 0) == 2 and getattr(labels, "ndim", 0) == 1 and labels.dtype.kind in "iu":
+        answers[name] = {"predicted": logits.argmax(1).tolist(), "label": labels.tolist()}
+        answers[name]["classes"] = list(plan.data.label_names)

@@ -1,0 +1,57 @@
+import pytest
+
+from eval import eval_run
+from eval.config.parser import parse
+from eval.launch import estimates as launch_facts
+from eval.run import trainer as run_trainer
+from quant.errors import UserError
+
+RUN = ["--task", "digits", "--model", "convnet", "--max_steps", "80", "--train_batch_size", "32"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"),
+    [
+        (["--bits", "4"], 80.0),
+        # 10 of the 80 steps reward two draws on a quarter of a batch. Five layers x 2 formats are judged on
+        # 3 * 80 * 32 / 8 / 10 = 96 examples, as are 10 neighbours and 40 others; a judged pass takes 0.6 of one, a pass
+        # a third of a step.
+        (["--search", "--search_space", "4,8", "--target_bits", "5"], 80 + (10 * 2 / 4 + 0.6 * 60 * 96 / 32) / 3),
+        (["--search", "--recipe", "fliqs", "--search_space", "4,8", "--target_bits", "5"], 80 + 60 / 3),
+    ],
+)
+def test_a_search_takes_longer_by_the_passes_that_it_makes(monkeypatch, flags, seconds):
+    monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
+    run = parse([*RUN, *flags])
+    assert launch_facts.learn({"a": run}, measure=True)["a"].seconds == pytest.approx(seconds)
+
+
+def test_a_teacher_takes_a_pass_more_at_every_step(monkeypatch):
+    monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
+    monkeypatch.setattr(run_trainer, "teacher_share", lambda plan: 0.9)
+    run = parse([*RUN, "--bits", "4"])
+    assert launch_facts.learn({run.run_name: run}, measure=True)[run.run_name].seconds == pytest.approx(
+        80 * (1 + 1 / 3)
+    )
+
+
+def test_a_run_that_shares_its_plan_is_checked_all_the_same():
+    runs = {name: parse([*RUN, "--max_steps", "2", *flags]) for name, flags in (("a", []), ("b", ["--search"]))}
+    with pytest.raises(UserError, match=r"2 steps .* of which the last 2 settle"):
+        launch_facts.learn(runs)
+
+
+def test_what_was_found_is_told_of_data_and_model(tmp_path, capsys):
+    rows = [f"text {n},{('yes', 'no', '7')[n % 3]}" for n in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["said,meant", *rows]))
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    flags = ["--task", str(tmp_path), "--text_column", "said", "--label_column", "meant", "--model", "bert-tiny"]
+    flags += ["--from_scratch", "--search", "--max_steps", "40", "--max_length", "16", "--dry_run"]
+    assert eval_run.main([*flags, "--output_root_dir", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in told.splitlines()]
+    assert f"train 36 rows {tmp_path / 'train.csv'}" in lines and "classes 3: 7, no, yes" in lines
+    assert f"validation 4 rows {tmp_path / 'train.csv'}" in lines and "columns said (in) -> meant (truth)" in lines
+    assert "note: not read: notes.csv" in lines and "input at most 16 tokens" in lines
+    assert any(line.startswith("layers 12, with 393,216 weights (") for line in lines)
+    assert "held out: 4 training examples" in told and not (tmp_path / "out").exists()

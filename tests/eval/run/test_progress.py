@@ -1,0 +1,64 @@
+"""How far a run is, as lines, as a moving line and as a file that another process reads."""
+
+import io
+import json
+import re
+
+from rich.console import Console
+
+from eval.run import progress as run_progress
+from eval.run.progress import RunProgress, describe, make_console, read_progress
+
+
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run_progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_phase_is_told_of_when_it_begins_when_its_time_is_known_and_at_intervals(monkeypatch):
+    now, file = clock(monkeypatch), io.StringIO()
+    progress = RunProgress(make_console(file))
+    with progress.shown():
+        progress("measuring", 0, 36, "36 layers in 2 formats on 32 examples")
+        for layer in range(1, 37):
+            now[0] += 2
+            progress("measuring", layer, 36, f"layer {layer} of 36")
+        progress("evaluating", 0, 4)
+    assert file.getvalue().splitlines() == [
+        "measuring: 36 layers in 2 formats on 32 examples",
+        "measuring: layer 3 of 36, about 66 s left",
+        "measuring: layer 13 of 36, about 46 s left",
+        "measuring: layer 23 of 36, about 26 s left",
+        "measuring: layer 33 of 36, about 6 s left",
+        "evaluating",
+    ]
+
+
+def test_a_terminal_shows_one_line_that_moves_and_what_is_logged_above_it(monkeypatch):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80)
+    progress = RunProgress(console)
+    with progress.shown():
+        progress("training", 3, 60, "search")
+        progress.log({"loss": 2.25, "search/cost": 0.5, "grad_norm": 1.0, "epoch": 0.5})
+        assert progress._live is not None
+    assert "step 3/60 search:  loss 2.25  cost 0.5" in re.sub("\\x1b\\[[0-9;]*m", "", file.getvalue())
+    assert "grad_norm" not in file.getvalue() and progress._live is None
+
+
+def test_the_file_is_whole_at_every_moment_and_goes_with_the_run(monkeypatch, tmp_path):
+    now = clock(monkeypatch)
+    progress = RunProgress(make_console(io.StringIO(), quiet=True))
+    with progress.shown():
+        progress("calibrating", 0, 8)
+        assert read_progress(tmp_path) == {}
+        progress.keep_in(tmp_path)
+        now[0] += 4
+        progress("calibrating", 4, 8, "batch 4 of 8")
+        state = read_progress(tmp_path)
+        assert state == {"phase": "calibrating", "done": 4, "total": 8, "what": "batch 4 of 8", "seconds_left": 4.0}
+        assert describe(**state) == "calibrating: batch 4 of 8, about 4 s left"
+        assert json.loads((tmp_path / "progress.json").read_text()) == state
+        assert read_progress(tmp_path, since=4e9) == {}
+    assert not list(tmp_path.iterdir())
