@@ -1,4 +1,4 @@
-"""The command line: flags and a YAML file become a checked `RunConfig`. `python -m eval.config.parser` prints all flags.
+"""The command line: flags and a YAML file become a checked `RunConfig`; `python -m eval.config.parser` prints them.
 
 Torch is never imported here, and transformers only for its argument parser (about a second).
 """
