@@ -164,7 +164,7 @@ class PreparedData:
     """A model's inputs. Items are dicts of tensors or lists; `data_collator` makes a batch of them."""
 
     train: Any
-    """map-style dataset with `labels`; `hold_out` names the rows that a search keeps apart"""
+    """map-style dataset with `labels`; `trainer.training.sampler.hold_out` picks the rows of the search"""
     validation: dict[str, Any]
     data_collator: Any
     example_inputs: dict[str, torch.Tensor]
@@ -231,31 +231,6 @@ def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
     from eval.data.text import prepare_text
 
     return prepare_text(data, bundle, config)
-
-
-def hold_out(train: Any, fraction: float, seed: int) -> list[int]:
-    """The rows of prepared training data that feed the reward, the classes in proportion.
-
-    At least one row is left on both sides; UserError when there are too few rows for that.
-    """
-    import numpy as np
-    from sklearn.model_selection import train_test_split
-
-    labels = train.labels.tolist() if hasattr(train, "labels") else _labels(train)
-    size = max(1, round(len(train) * fraction))
-    if not 0 < fraction < 1 or size >= len(train):
-        raise UserError(f"--search_fraction {fraction}: needs a share in (0, 1) that leaves some of {len(train)} rows")
-    strata = None
-    if all(isinstance(label, int) for label in labels):  # classes: not values, not the tokens of a language model
-        counts = np.unique(labels, return_counts=True)[1]
-        if counts.min() >= 2 and len(counts) <= min(size, len(train) - size):
-            strata = labels
-    _, held = train_test_split(np.arange(len(train)), test_size=size, random_state=seed, stratify=strata)
-    return sorted(held.tolist())
-
-
-def _labels(train: Any) -> list[Any]:
-    return train["labels"][:] if "labels" in train.column_names else [None] * len(train)  # spans have two
 
 
 def not_augmented(data: Any) -> Any:

@@ -45,7 +45,7 @@ from trainer.training.history import History
 from trainer.training.policy_plots import show_policy
 from trainer.training.progress import Listener, Passes, unheard
 from trainer.training.quantization_file import write_companions, write_quantization
-from trainer.training.sampler import PhasedSampler
+from trainer.training.sampler import PhasedSampler, hold_out
 from trainer.training.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
@@ -57,6 +57,8 @@ SEARCH_MEASURES = ("reward", "quality", "cost", "entropy")
 FLUSH_STEPS = 10
 """steps between writes of the history: losses are read from the device then, not at every step"""
 RECALIBRATING = "calibrating the chosen formats"
+SEARCH_FRACTION = 0.1
+"""share of the training rows that a search without a `search_dataset` holds out"""
 PROBABILITY_STEPS = 10
 """steps between records of the policy's probabilities"""
 
@@ -133,14 +135,19 @@ class ReinforceTrainer(JudgingTrainer):
             raise UserError(
                 f"train_dataset needs a length and rows by index, got a stream ({kind}): gather it in a list"
             )
+        if search is not None and train_dataset is None:
+            raise UserError("a search needs a train_dataset: it calibrates, measures and trains on it")
         formats = parse_search_space(search_space) if isinstance(search_space, str) else tuple(search_space)
+        if wrong := [entry for entry in formats if not isinstance(entry, Format)]:
+            text = ",".join(map(str, formats))
+            raise UserError(f"search_space holds {wrong[0]!r}, which is no Format: pass search_space={text!r}")
         if search is not None and modules is None:
             modules = quantize_model(model, formats=formats)
         self.modules = dict(modules or {})
         check_tied(self.modules, assignment or {})
         searching = search is not None and search.method == "search"
         if searching and search_dataset is None:
-            search_rows = _hold_out(len(train_dataset), args.seed)  # type: ignore[arg-type]
+            search_rows = hold_out(train_dataset, SEARCH_FRACTION, args.seed)
             search_dataset = Subset(train_dataset, search_rows)  # type: ignore[arg-type]
         args.logging_nan_inf_filter = False  # it would let a diverged run end normally
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer_arguments)
@@ -753,9 +760,3 @@ class ReinforceTrainer(JudgingTrainer):
 
 def _each(bits: float | tuple[float, ...] | None) -> tuple[float | None, ...]:
     return bits if isinstance(bits, tuple) else (bits,)
-
-
-def _hold_out(size: int, seed: int, fraction: float = 0.1) -> list[int]:
-    """A random tenth of `size` rows."""
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[: max(1, round(size * fraction))])

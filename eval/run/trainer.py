@@ -48,10 +48,11 @@ def make_trainer(
         place_around_layers,
         quantizer_configs,
     )
-    from eval.tasks import hold_out, not_augmented
+    from eval.tasks import not_augmented
     from quant.convert import quantize_model
     from quant.quant_utils import use_compiled
     from trainer.reinforce_trainer import ReinforceTrainer
+    from trainer.training.sampler import hold_out
 
     config, prepared = plan.config, plan.prepared
     set_seed(config.seed)

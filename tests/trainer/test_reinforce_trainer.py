@@ -18,6 +18,7 @@ from quant.quant_module import QuantModule
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer, TrainingDiverged, quality
 from trainer.training.batch_norm import recalibrate_batch_norm
 from trainer.training.distillation import TEMPERATURE, Teacher
+from trainer.training.sampler import hold_out
 
 
 class Net(nn.Module):
@@ -113,6 +114,23 @@ def test_a_search_ends_within_its_budget_and_in_its_assignment(tmp_path):
         assert (sum(costs) / 2, sum(qualities) / 2) == pytest.approx((entry["cost"], entry["quality"]), rel=1e-12)
     assert [entry["phase"] for entry in rewarded] == ["search"] * 3
     assert all(0 < entry["quality"] <= 1 for entry in rewarded)
+
+
+def test_a_search_holds_out_the_rows_that_the_command_line_would(tmp_path):
+    assert make(tmp_path).search_rows == hold_out(Data(), 0.1, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search_space": [2, 4, 8]}, r"search_space holds 2, .*search_space='2,4,8'"),
+        ({"train_dataset": None}, "a search needs a train_dataset"),
+    ],
+    ids=["bits", "no data"],
+)
+def test_wrong_arguments_are_one_clear_line(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("recipe", ["default", "fliqs"])

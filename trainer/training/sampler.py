@@ -1,11 +1,55 @@
-"""Which training rows a step sees: the held-out ones stay out until the policy no longer needs them."""
+"""Which training rows a step sees: rows held out for the search are added back once the assignment is chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+from quant.errors import UserError
+
+
+def hold_out(dataset: Any, fraction: float, seed: int) -> list[int]:
+    """Pick the training rows that the search keeps for itself, stratified by class where there are classes.
+
+    Classes are the integers of `dataset.labels`, or of the column "labels" of a `datasets.Dataset`. Splits without such
+    labels (values, token sequences, unknown) and splits too small to hold every class are plain random ones.
+
+    Args:
+        dataset: map-style training data.
+        fraction: share of the rows to hold out, in (0, 1).
+        seed: seed of the split.
+
+    Returns:
+        The sorted indices of the held-out rows: at least one, and fewer than all.
+
+    Raises:
+        UserError: if no row would be left on one of the two sides.
+    """
+    from sklearn.model_selection import train_test_split
+
+    rows = len(dataset)
+    size = max(1, round(rows * fraction))
+    if not 0 < fraction < 1 or size >= rows:
+        raise UserError(f"--search_fraction {fraction}: needs a share in (0, 1) that leaves some of {rows} rows")
+    labels = _labels(dataset)
+    strata = None
+    if len(labels) == rows and all(isinstance(label, int) for label in labels):
+        counts = np.unique(labels, return_counts=True)[1]
+        if counts.min() >= 2 and len(counts) <= min(size, rows - size):
+            strata = labels
+    _, held_out = train_test_split(np.arange(rows), test_size=size, random_state=seed, stratify=strata)
+    return sorted(held_out.tolist())
+
+
+def _labels(dataset: Any) -> list[Any]:
+    labels = getattr(dataset, "labels", None)
+    if labels is None and "labels" in (getattr(dataset, "column_names", None) or ()):
+        labels = dataset["labels"][:]
+    return list(labels or ()) if labels is None or isinstance(labels, list) else np.asarray(labels).tolist()
 
 
 class PhasedSampler(Sampler[int]):

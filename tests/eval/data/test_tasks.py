@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from eval.models import build_model
-from eval.tasks import TASKS, hold_out, load_task, not_augmented, prepare, task_kind
+from eval.tasks import TASKS, load_task, not_augmented, prepare, task_kind
 from quant.errors import UserError
+from trainer.training.sampler import hold_out
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"

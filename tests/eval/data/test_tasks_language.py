@@ -11,8 +11,9 @@ from transformers import GPT2Config
 
 from eval.data.text import PadCollator, token_scores
 from eval.models import build_architecture, build_model
-from eval.tasks import hold_out, load_task, prepare
+from eval.tasks import load_task, prepare
 from quant.errors import UserError
+from trainer.training.sampler import hold_out
 
 LINES = [f"the {who} sees {number} hills and {number + 1} rivers" for who in ("cat", "dog") for number in range(40)]
 
