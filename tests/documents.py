@@ -1,4 +1,4 @@
-"""What README and docs tell users to type: the fenced blocks of our documents, and the command lines in them."""
+"""Reads README.md, CONTRIBUTING.md and docs/: their fenced blocks, command lines, inline code, headings and links."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ def _blocks(document: Path) -> Iterator[Block]:
     text = document.read_text()
     for found in BLOCK.finditer(text):
         yield Block(document, text.count("\n", 0, found.start()) + 2, found["language"], found["text"])
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors of a document: its headings as GitHub and MkDocs make names of them."""
+    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+def links(document: Path) -> list[str]:
+    """Targets of the links and pictures of a document."""
+    return re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", document.read_text()))
 
 
 @dataclass(frozen=True)

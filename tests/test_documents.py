@@ -1,14 +1,19 @@
-"""What our documents name is there: files, flags, make targets, modules. tests/journeys run their lines."""
+"""Checks that what the documents name exists: files, links, flags, make targets, modules.
 
+tests/journeys/test_documents.py runs their commands and programs.
+"""
+
+import ast
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eval.commands import COMMANDS
 from eval.config.parser import make_parser, read_flags
-from tests.documents import DOCUMENTS, ROOT, inline_code, shell_lines
+from tests.documents import DOCUMENTS, ROOT, blocks, headings, inline_code, links, shell_lines
 
 FOREIGN = {
     "--help": "all of ours",
@@ -31,8 +36,14 @@ def flags_of(file: Path) -> set[str]:
     return set(re.findall(r'"(--\w+)"', file.read_text()))
 
 
+def file_of_module(name: str) -> Path:
+    """What `python -m name` runs."""
+    path = ROOT / name.replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def test_every_flag_in_a_document_is_one():
-    ours = flags_of_a_run().union(*(flags_of(path) for path in (ROOT / "eval").glob("*.py")))
+    ours = flags_of_a_run().union(*(flags_of(path) for path in (ROOT / "eval").rglob("*.py")))
     ours |= set().union(*(flags_of(path) for path in (ROOT / "benchmarks").glob("*.py")))
     for document in DOCUMENTS:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()):
@@ -47,13 +58,30 @@ def test_every_command_line_has_flags_of_its_own_command(line):
     places = [at for at, word in enumerate(words) if word.endswith(LAUNCHES)]
     if places:
         given = [word for word in words[places[0] + 1 :] if word != "..."]
-        assert read_flags(given).task or "--config" in given or "--resume" in given
+        assert {"--config", "--resume", "--help"} & set(given) or read_flags(given).task
     for name, script in COMMANDS.items():
         if not {name, script[-1]} & set(words) or name in ("mpq-search", "mpq-run"):
             continue
-        known = flags_of(ROOT / script[0] if script[0] != "-m" else ROOT / f"{script[1].replace('.', '/')}.py")
+        known = flags_of(ROOT / script[0] if script[0] != "-m" else file_of_module(script[1]))
         known |= flags_of_a_run() if name == "mpq-sensitivity" else {"--help"}
         assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_the_kubernetes_job_starts_a_launch_of_ours():
+    (manifest,) = (block for block in blocks("yaml") if block.text.startswith("apiVersion"))
+    command = yaml.safe_load(manifest.text)["spec"]["entrypoint"].split()
+    assert command[0] == "python" and command[1].endswith("/eval_parallel.py")
+    assert read_flags(command[2:]).task == "mrpc"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_relative_link_leads_to_a_file_and_a_heading(document):
+    for link in links(document):
+        if not link.startswith(("http:", "https:")):
+            path, _, anchor = link.partition("#")
+            target = (document.parent / path).resolve() if path else document
+            assert target.exists(), f"{document.name}: {link}"
+            assert not anchor or anchor in headings(target), f"{document.name}: {link}"
 
 
 def looks_like_a_file_of_ours(text: str) -> bool:
@@ -75,6 +103,41 @@ def test_every_file_in_a_document_exists():
     assert checked > 20
 
 
+def test_every_path_in_the_texts_for_developers_exists():
+    """Also where a path is a part of a table's cell or of a picture."""
+    found = 0
+    for document in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        for path in re.findall(r"(?<![\w/.])(?:[a-z_]+/)+(?:[\w.-]+\.\w+)?", document.read_text()):
+            folder, _, _ = path.partition("/")
+            if (ROOT / folder).is_dir():
+                assert (ROOT / path).exists(), f"{document.name}: {path}"
+                found += 1
+    assert found > 60
+
+
+def messages() -> str:
+    """Every string of the packages, with placeholders cut out: what an error message is made of."""
+    parts = []
+    for path in (
+        file for name in ("quant", "cost", "policy", "trainer", "eval") for file in (ROOT / name).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts.append(node.value)
+    return "\n".join([*parts, (ROOT / "mpq_commands.py").read_text()])
+
+
+def test_troubleshooting_quotes_messages_that_there_are():
+    ours = messages()
+    lines = (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+    quoted = [code for line in lines if line.startswith("| ") for code in re.findall("`([^`]+)`", line.split(" | ")[0])]
+    assert len(quoted) > 90
+    for part in (part.strip() for code in quoted for part in code.split("...")):
+        assert part in ours, part
+
+
 WRITTEN_BY_RUNS = {"README.md"}
 """also a file that our commands write"""
 
@@ -85,6 +148,6 @@ def test_every_make_target_and_module_in_a_document_exists():
         text = document.read_text()
         for target in re.findall(r"(?:`|^ *)make ([a-z][\w-]*)", text, re.MULTILINE):
             assert target in targets, f"{document.name}: make {target}"
-        for module in re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)+)", text):
-            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{document.name}: {module}"
+        for module in re.findall(r"python -m ([a-z_]+(?:\.[a-z_0-9]+)+)", text):
+            assert file_of_module(module).is_file(), f"{document.name}: {module}"
     assert subprocess.run(["make", "-n", "help"], cwd=ROOT, capture_output=True, check=False).returncode == 0

@@ -268,10 +268,10 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
 
 
 def markdown_table() -> str:
-    """All flags, grouped, as the README shows them."""
+    """All flags as Markdown tables, one for each group: the content of docs/flags.md."""
     lines = []
     for group in GROUPS:
-        lines += [f"**{group._argument_group_name}**", "", "| flag | default | meaning |", "|---|---|---|"]
+        lines += [f"## {group._argument_group_name}", "", "| flag | default | meaning |", "|---|---|---|"]
         for f in fields(group):
             names = ", ".join(f"`{name}`" for name in (name_of(f), *f.metadata.get("aliases", ())))
             names += f" / `--no_{f.name}`" if f.default is True else ""

@@ -1,6 +1,6 @@
 """What one run is asked to do: every flag of the command line, once, with its default and its help text.
 
-Each class is one group of `--help` and of the README's table; `RunConfig` is all of them together. The same names are
+Each class is one group of `--help` and of docs/flags.md; `RunConfig` is all of them together. The same names are
 the keys of a YAML file. Nothing here imports torch: wrong flags must be refused in seconds.
 """
 

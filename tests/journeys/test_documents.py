@@ -33,10 +33,13 @@ NOT_RUN = {
 OWN_JOURNEY = {"docs/own-data.md": "test_own_data*.py"}
 """documents whose lines run in a journey of their own"""
 OWN_FOLDER = "reviews"
-"""a user's own table, as README names it"""
+"""a user's own table, as the quickstart names it"""
 FEW = "--max_steps 6 --max_train_samples 32 --max_eval_samples 16 --train_batch_size 8 --eval_batch_size 8"
 HERE = "--device cpu --report_to none --save_strategy no --quiet"
-SMALLER = {"resnet50": "--model resnet18 --image_size 32 --policy_prior none"}
+SMALLER = {
+    "resnet50": "--model resnet18 --image_size 32 --policy_prior none",
+    "HuggingFaceTB/SmolLM2-135M": "--model CONFIGS/llama --max_length 32",
+}
 MODELS = {"bert": "--model bert-tiny", "roberta": "--model CONFIGS/roberta", "bart": "--model CONFIGS/bart"}
 """of a configuration -> the family's smallest, from scratch"""
 READY = {
@@ -45,7 +48,8 @@ READY = {
     "RUN_DIR/model": "--task digits --model convnet --from_scratch --bits 8",
 }
 """what users have, by where the documents expect it -> the run that makes it"""
-MODULES = {"eval_parse.py": "eval.eval_parse", "mpq-report": "eval.eval_parse"}
+REPORTS = ("eval_parse.py", "mpq-report")
+MODULES = {"eval.export": "eval.export.__main__"}
 RUNNER = """
 import importlib, json, sys
 from pathlib import Path
@@ -104,10 +108,11 @@ def answers(folder: Path) -> None:
 
 
 def configurations(folder: Path) -> None:
-    from transformers import BartConfig, RobertaConfig
+    from transformers import BartConfig, LlamaConfig, RobertaConfig
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     RobertaConfig(**sizes, max_position_embeddings=514).save_pretrained(folder / "roberta")
+    LlamaConfig(**sizes, max_position_embeddings=64).save_pretrained(folder / "llama")
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     sides = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 1024}
     BartConfig(**layers, **sides).save_pretrained(folder / "bart")
@@ -135,17 +140,18 @@ def steps(name: str, words: list[str]) -> tuple[str, str, list[str]]:
 def job(line: Line) -> tuple[str, str, list[str]] | None:
     """(name, module, words) of a documented line; None where it is not run. Fails for a line of no known kind."""
     words = list(line.words)
-    if words[0].split("=")[0] in NOT_RUN or words[0] in NOT_RUN:
+    if words[0].split("=")[0] in NOT_RUN or words[0] in NOT_RUN or "--help" in words:
         return None
     for at, word in enumerate(words):
         if word.endswith(("eval_parallel.py", "eval_run.py", "mpq-search", "mpq-run")):
             return None if "--ray_address" in words else steps(line.name, words[at + 1 :])
-        if word.endswith(tuple(MODULES)):
-            return line.name, next(name for end, name in MODULES.items() if word.endswith(end)), words[at + 1 :]
+        if word.endswith(REPORTS):
+            return line.name, "eval.eval_parse", words[at + 1 :]
         if word == "-m" and words[at + 1].startswith(("eval.", "policy.")):
-            return line.name, words[at + 1], words[at + 2 :]
+            return line.name, MODULES.get(words[at + 1], words[at + 1]), words[at + 2 :]
         if word.startswith("mpq-"):
-            return line.name, f"eval.{word.removeprefix('mpq-')}", words[at + 1 :]
+            module = f"eval.{word.removeprefix('mpq-')}"
+            return line.name, MODULES.get(module, module), words[at + 1 :]
     pytest.fail(f"{line.name}: {shlex.join(words)}: say in NOT_RUN why this is not run, or run it")
 
 
@@ -172,6 +178,7 @@ def place(tmp_path_factory) -> Path:
     for split in ("train", "validation"):
         table(folder / f"DATA/mrpc/{split}.csv", "sentence1", "sentence2")
         table(folder / OWN_FOLDER / f"{split}.csv", "text")
+        table(folder / f"DATA/text/{split}.csv", "text")
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     images(folder / "DATA/cifar10", classes)
     images(folder / "DATA/imagenet-1k", ["n01440764", "n01443537"])
@@ -199,14 +206,18 @@ def lines(place) -> str:
     jobs[-1] = ("RUN_DIR", "launch", jobs[-1][2][:-2])
     jobs.append(("FINE_TUNED", "published", ["FINE_TUNED"]))  # as save_pretrained leaves it, not as a run of ours
     own = tuple(OWN_JOURNEY)
-    jobs += filter(None, (job(line) for line in shell_lines() if not line.name.startswith(own)))
+    found = filter(None, (job(line) for line in shell_lines() if not line.name.startswith(own)))
+    once: dict[tuple[str, ...], tuple[str, str, list[str]]] = {}
+    for name, module, words in found:
+        once.setdefault((module, *words), (name, module, words))
+    jobs += once.values()
     (place / "jobs.json").write_text(json.dumps(jobs))
     return python(place, "-c", RUNNER, "jobs.json")
 
 
 def test_every_line_of_the_documents_runs(lines):
     assert lines.strip().endswith("all of them")
-    assert lines.count("$ README.md") >= 10
+    assert lines.count("$ README.md") + lines.count("$ docs/") >= 15
 
 
 def test_documents_with_a_journey_of_their_own_have_it():
@@ -220,16 +231,38 @@ def test_every_configuration_runs(place):
     assert python(place, "-c", RUNNER, "configs.json").count("$ configs/") == len(jobs) >= 16
 
 
+READER = """
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from transformers import TrainingArguments
+settings = {"per_device_train_batch_size": 64, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no"}
+images, digits = load_digits(return_X_y=True)
+rows = [{"x": torch.tensor(image / 16).float(), "labels": int(digit)} for image, digit in zip(images, digits)]
+train, validation, batches = rows[:1400], rows[1400:], [{"x": torch.rand(64, 64)}]
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(64, 32), nn.ReLU()), nn.Linear(32, 10)
+    def forward(self, x, labels=None):
+        logits = self.head(self.body(x))
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+"""
+"""a reader's own program, reader.py"""
 GIVEN = {
-    "quantize_model(model": "model, batches = Net(), [test]\nmodel.head = nn.Linear(10, 10)",
+    "quantize_model(model": "from reader import Net as Own, batches\nmodel = Own()",
     "NLPTrainer(model": (
-        "model, validation = Net(), rows[1400:]\n"
-        "arguments = TrainingArguments('out', max_steps=5, **settings)\n"
+        "from reader import *\nmodel, arguments = Net(), TrainingArguments('out', max_steps=5, **settings)\n"
         "compute_metrics = lambda told: {'f1': float((told.predictions.argmax(1) == told.label_ids).mean())}"
     ),
-    'load_packed("RUN_DIR': "images = torch.rand(2, 1, 8, 8)",
+    'load_packed("RUN_DIR': "import torch\nimages = torch.rand(2, 1, 8, 8)",
 }
 """what a block shows -> the names that it takes from the reader's own program"""
+EACH = """
+import runpy, sys
+for name in sys.argv[1:]:
+    runpy.run_path(name, run_name="__main__")
+"""
 
 
 def rewritten(block: Block) -> str:
@@ -243,8 +276,9 @@ def test_every_python_block_runs(place, lines):
     """Those of a document one after the other, as a reader would try them."""
     found = [block for block in blocks("python") if not block.name.startswith(tuple(OWN_JOURNEY))]
     by_document = {block.document: [other for other in found if other.document == block.document] for block in found}
-    for document, own in by_document.items():
-        script = place / f"{document.stem}_blocks.py"
+    (place / "reader.py").write_text(READER)
+    scripts = {place / f"{document.stem}_blocks.py": own for document, own in by_document.items()}
+    for script, own in scripts.items():
         script.write_text("\n\n".join(map(rewritten, own)))
-        told = python(place, script.name)
-        assert all(block.name in told for block in own)
+    told = python(place, "-c", EACH, *(script.name for script in scripts))
+    assert len(scripts) > 3 and all(block.name in told for block in found)

@@ -109,8 +109,10 @@ def test_what_is_wrong_is_one_line_of_every_command(installed, elsewhere, comman
 def test_every_documented_name_can_be_imported(installed, elsewhere, command):
     found = [node for block in blocks("python") for node in ast.walk(ast.parse(block.text))]
     lines = {ast.unparse(node) for node in found if isinstance(node, ast.Import | ast.ImportFrom)}
-    assert any("eval.saved_model" in line for line in lines)
-    files = "from eval.report.html import page; from quant.native import SOURCE; assert SOURCE.is_file(), SOURCE"
+    assert "from eval import load_model" in lines
+    files = (
+        "from eval.report.html import page; from quant.kernels.native import SOURCE; assert SOURCE.is_file(), SOURCE"
+    )
     command([installed / "python", "-P", "-c", "\n".join([*sorted(lines), files])], cwd=elsewhere, env=shell(installed))
 
 
