@@ -25,7 +25,9 @@ from eval.config.parser import entry
 from eval.config.validation import check_can_be_made
 from eval.export.formats import writing
 from eval.report import tables
+from eval.report.findings import Finding, findings
 from eval.report.labels import told_apart
+from eval.report.layers import read_sensitivities
 from eval.report.paired import read_answers
 from eval.report.records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
 from eval.report.summary import summary_rows
@@ -66,12 +68,14 @@ def main(argv: Sequence[str]) -> int:
     if not flags.no_plots:
         from eval.report.sections import pictures  # late: matplotlib takes a second to load
 
-        sections = pictures(runs, groups, shown, histories)
+        sensitivities, damaged_tables = read_each(runs, lambda run: read_sensitivities(run.folder))
+        excluded += damaged_tables
+        sections = pictures(runs, groups, shown, histories, sensitivities)
     folder = _output_folder(flags)
     with writing("output_dir", folder):
         written = _write_files(folder, summary, every_run, sections)
     if flags.html:
-        page = _page(summary, every_run, sections, excluded)
+        page = _page(findings(groups, answers), summary, every_run, sections, excluded)
         with writing("html", flags.html):
             flags.html.parent.mkdir(parents=True, exist_ok=True)
             flags.html.write_text(page)
@@ -183,13 +187,17 @@ def _write_files(
 
 
 def _page(
-    summary: Sequence[tables.Row], every_run: Sequence[tables.Row], sections: Sections, excluded: Sequence[Excluded]
+    found: Sequence[Finding],
+    summary: Sequence[tables.Row],
+    every_run: Sequence[tables.Row],
+    sections: Sections,
+    excluded: Sequence[Excluded],
 ) -> str:
     from eval.report.html import page
 
     shown = (tables.summary_table(summary), tables.summary_table(every_run, per_run=True))
     title = "Mixed-precision results: " + ", ".join(dict.fromkeys(row["task"] for row in every_run))
-    return page(title, *shown, sections, excluded)
+    return page(title, found, *shown, sections, excluded)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,6 +65,10 @@ class Drawing:
     size: tuple[float, float]
     """width and height in inches"""
     draw: Callable[[Canvas], None]
+    where: str = ""
+    """task and model that it shows"""
+    figure: Callable[[], Mapping[str, Any]] | None = None
+    """makes the interactive counterpart, as plotly.js takes it; None where there is none"""
 
 
 def write_png(drawings: Sequence[Drawing], path: Path) -> None:

@@ -32,6 +32,15 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, details=apart[run.folder]) if apart[run.folder] else run for run in runs]
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Layer names without the dotted prefix that all of them share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
+
+
 def _details(facts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """For each of `facts` the texts that tell it from others: no name in them that adds nothing."""
     texts = {name: [_text(name, own.get(name)) for own in facts] for name in differing(facts)}

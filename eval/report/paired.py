@@ -7,7 +7,7 @@ error of having evaluated on a sample; with several seeds, their answers are ave
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.report.records import DamagedFile
+from eval.report.records import DamagedFile, Group
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def mean_answers(answers: Sequence[Answers | None]) -> Answers | None:
     if len(known) < len(answers) or len({answer.examples for answer in known}) != 1:
         return None
     return Answers(known[0].examples, np.mean([answer.right for answer in known], axis=0))
+
+
+def group_answers(group: Group, answers: Mapping[Path, Answers | None]) -> Answers | None:
+    """Answers of a configuration averaged over its runs; None as for `mean_answers`."""
+    return mean_answers([answers.get(run.folder) for run in group.runs])
 
 
 def share_right(folders: Sequence[Path]) -> NDArray[np.float64] | None:

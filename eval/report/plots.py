@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,13 +17,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from eval.report.canvas import COLOURS, INK, WIDTH, Canvas, Drawing, FormatStyle, method_style
+from eval.report import interactive
+from eval.report.canvas import COLOURS, INK, MARKERS, WIDTH, Canvas, Drawing, FormatStyle, method_style
+from eval.report.labels import short_names
+from eval.report.layers import NOT_MEASURED, Sensitivities
 from eval.report.pareto import Panel
 from eval.report.records import Run, sort_formats
 
 
 def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
-    """One point a run, the mean over its seeds, each method's front; `methods`: the whole report's, for the colours."""
+    """One point per run, the means over seeds, and each method's front.
+
+    Args:
+        panel: The runs that share the plot.
+        methods: All methods of the report, since colours go by their order.
+    """
     spread = any(len(group.runs) > 1 for group in panel.groups)
 
     def draw(canvas: Canvas) -> None:
@@ -55,14 +66,16 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         canvas.legend(handles=handles, loc="outside lower left", ncols=2)
 
-    what = "One point a run" + ("; outlined: the mean over its seeds. " if spread else ". ")
+    what = "One point per run" + ("; outlined: the mean over its seeds. " if spread else ". ")
     what += "Line: the front of the means. " if spread else "Line: the front. "
-    what += "Hypervolume: the share that it dominates of the box between the best and the worst of all runs."
+    what += "Hypervolume: share of the box between the best and the worst of all runs that the front dominates."
+    what += f" Not shown, since their cost is unknown: {panel.left_out}." if panel.left_out else ""
     title = f"{panel.task} · {panel.model}: {panel.metric} against {panel.cost_type}"
-    return Drawing(title, what, (WIDTH, 3.6), draw)
+    figure = partial(interactive.front, panel, methods)
+    return Drawing(title, what, (WIDTH, 3.6), draw, f"{panel.task} · {panel.model}", figure)
 
 
-def layer_formats(run: Run, palette: Mapping[str, FormatStyle]) -> Drawing:
+def layer_formats(run: Run, palette: Mapping[str, FormatStyle], sensitivities: Sensitivities = NOT_MEASURED) -> Drawing:
     """A bar for each layer, as long as its format has bits; two bars where weights and activations differ."""
     assignment: dict[str, Sequence[str]] = run.record["assignment"]
     sides = ("weights", "activations") if any(w != a for w, a in assignment.values()) else ("weights",)
@@ -85,10 +98,16 @@ def layer_formats(run: Run, palette: Mapping[str, FormatStyle]) -> Drawing:
         _format_legend(canvas, present, palette)
 
     what = "Format of each layer, the first layer on top."
-    return Drawing(f"{_where(run)}: {run.label}", what, (WIDTH, 1.1 + 0.19 * len(layers)), draw)
+    figure = partial(interactive.layer_bars, run, sensitivities, palette)
+    return Drawing(f"{_where(run)}: {run.label}", what, (WIDTH, 1.1 + 0.19 * len(layers)), draw, _where(run), figure)
 
 
-def all_formats(runs: Sequence[Run], side: int, palette: Mapping[str, FormatStyle]) -> Drawing:
+def all_formats(
+    runs: Sequence[Run],
+    side: int,
+    palette: Mapping[str, FormatStyle],
+    found: Mapping[Path, Sensitivities] = MappingProxyType({}),
+) -> Drawing:
     """Runs of one task and model under each other, a column for each layer; `side` 0: weights, 1: activations."""
     layers = list(dict.fromkeys(name for run in runs for name in run.record["assignment"]))
     present = sort_formats(pair[side] for run in runs for pair in run.record["assignment"].values())
@@ -113,9 +132,9 @@ def all_formats(runs: Sequence[Run], side: int, palette: Mapping[str, FormatStyl
 
     what = ("weights", "activations")[side]
     size = (WIDTH, 1.2 + (0.04 + 0.11 * _most_lines(labels)) * len(runs))
-    return Drawing(
-        f"{_where(runs[0])}: formats of the {what}, run by run", "A row a run, a column a layer.", size, draw
-    )
+    figure = partial(interactive.format_map, runs, side, found, present, palette)
+    title = f"{_where(runs[0])}: formats of the {what}, run by run"
+    return Drawing(title, "One row per run, one column per layer.", size, draw, _where(runs[0]), figure)
 
 
 def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -156,9 +175,10 @@ def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
             image, ax=grid, label="probability", shrink=min(1.0, 2.5 / (rows * len(decisions) * 0.16)), aspect=15
         )
 
-    what = "A panel a format, a row a decision: what the policy believed at each step, until the choice was made."
+    what = "One panel per format, one row per decision: its probability at each step, until the choice was made."
     size = (WIDTH, 1.0 + rows * (0.35 + 0.13 * len(decisions)))
-    return Drawing(f"{_where(run)}: policy of {run.label}", what, size, draw)
+    figure = partial(interactive.policy_maps, panels, steps, decisions)
+    return Drawing(f"{_where(run)}: policy of {run.label}", what, size, draw, _where(run), figure)
 
 
 def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]) -> Drawing | None:
@@ -203,7 +223,14 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
 
     what = "Thick: running mean over a twentieth of the steps. Cost: of the searched layers; dashed level: the target."
     size = (WIDTH, 1.4 * len(rows) + (0.04 + 0.12 * _most_lines(labels)) * len(runs))
-    return Drawing(f"{_where(runs[0])}: the course of the training ({kind})", what, size, draw)
+    smooth = {
+        measures[name]: [(steps, running_mean(values) if len(values) else values) for steps, values in known[name]]
+        for name in shown
+    }
+    levels = {measures["cost"]: [run.record["cost_target"] for run in runs]}
+    figure = partial(interactive.course, [run.label for run in runs], smooth, levels)
+    title = f"{_where(runs[0])}: the course of the training ({kind})"
+    return Drawing(title, what, size, draw, _where(runs[0]), figure)
 
 
 def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -239,7 +266,36 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
 
     dot = "an assignment that the search drew" if single else "the mean over the draws of a step"
     what = f"Each dot {dot}, coloured by when."
-    return Drawing(f"{_where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw)
+    figure = partial(interactive.draws, points, run.record)
+    return Drawing(f"{_where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw, _where(run), figure)
+
+
+def sensitivities(kind: str, runs: Sequence[Run], found: Mapping[Path, Sensitivities]) -> Drawing:
+    """One row of marks per layer and run: how sensitive it is in each format, on a logarithmic axis.
+
+    Args:
+        kind: The measurement, such as "measured" or "fisher".
+        runs: Runs of one task and model that have it.
+        found: Run folder -> its sensitivities.
+    """
+    layers = short_names(list(dict.fromkeys(name for run in runs for name in run.record["assignment"])))
+    figure = interactive.sensitivity_marks(kind, runs, found)
+    labels = [_wrapped(trace["meta"], 75) for trace in figure["data"]]
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for number, (trace, label) in enumerate(zip(figure["data"], labels, strict=True)):
+            colour, marker = trace["marker"]["color"], MARKERS[number % len(MARKERS)]
+            axes.plot(trace["y"], trace["x"], marker, color=colour, ms=3.5, label=label)
+        axes.set_xscale("log")
+        axes.set_xlabel(figure["layout"]["yaxis"]["title"]["text"])
+        axes.set_yticks(range(len(layers)), layers)
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        canvas.legend(loc="outside lower left", ncols=1)
+
+    what = "What quantizing one layer alone does to the outputs. Filled: the format that the run chose."
+    size = (WIDTH, 1.2 + 0.19 * len(layers) + (0.04 + 0.12 * _most_lines(labels)) * len(labels))
+    return Drawing(f"{_where(runs[0])}: sensitivities ({kind})", what, size, draw, _where(runs[0]), lambda: figure)
 
 
 def _wrapped(label: str, width: int) -> str:
@@ -270,15 +326,6 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     counts = np.convolve(np.ones(len(values)), window)
     half = len(window) // 2
     return (np.convolve(values, window) / counts)[half : half + len(values)]
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Layer names without the dotted prefix that all of them share."""
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
 
 
 def _where(run: Run) -> str:

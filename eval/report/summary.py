@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from eval.report.labels import differing
-from eval.report.paired import Answers, half_width, mean_answers
+from eval.report.paired import Answers, group_answers, half_width
 from eval.report.records import TRAINING_SETTINGS, Group, Run, mean_sd
 from eval.run.outcome import file_sizes
 from eval.run.schema import loss_rise
@@ -103,11 +103,11 @@ def _against_best(groups: Sequence[Group], answers: Mapping[Path, Answers | None
     found = [dict.fromkeys(("minus_best", "minus_best_half_width", "formats_of_best")) for _ in groups]
     for numbers in rivals.values():
         best = max(numbers, key=lambda number: groups[number].quality[0])
-        of_best = _answers(groups[best], answers)
+        of_best = group_answers(groups[best], answers)
         apart = {
             number: own.right - of_best.right
             for number in numbers
-            if of_best and (own := _answers(groups[number], answers)) and own.examples == of_best.examples
+            if of_best and (own := group_answers(groups[number], answers)) and own.examples == of_best.examples
         }
         for number in apart if len(apart) > 1 else ():
             found[number] = {
@@ -116,10 +116,6 @@ def _against_best(groups: Sequence[Group], answers: Mapping[Path, Answers | None
                 "formats_of_best": _assignments(groups[number]) == _assignments(groups[best]),
             }
     return found
-
-
-def _answers(group: Group, answers: Mapping[Path, Answers | None]) -> Answers | None:
-    return mean_answers([answers.get(run.folder) for run in group.runs])
 
 
 def _assignments(group: Group) -> set[str]:
