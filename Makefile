@@ -12,7 +12,7 @@ INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pyth
 # One thread a worker: two workers share the cores better than one process that waits for its own threads.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-journeys test-faults extras check bench bench-quality clean help
+.PHONY: install demo test test-journeys test-faults extras check docs bench bench-quality clean help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,13 +31,17 @@ test-journeys: $(STAMP) ## what users do, end to end, with real processes (10 mi
 test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (4 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/faults
 
-extras: $(STAMP) ## what exports, latencies, wandb and the peers of the benchmarks need besides
-	$(INSTALL) --editable ".[dev,export,tracking,bench]"
+extras: $(STAMP) ## what exports, latencies, wandb, the site and the peers of the benchmarks need besides
+	$(INSTALL) --editable ".[dev,export,tracking,bench,docs]"
 
 check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## README's pages as one searchable site: site/index.html
+	$(INSTALL) --editable ".[dev,docs]"
+	$(BIN)/python -m mkdocs build --strict
 
 bench: extras ## rounding over clone(), steps and memory over float training, peers, a report, the launcher's overhead
 	$(BIN)/python -m benchmarks.kernels
@@ -52,7 +56,7 @@ bench-quality: $(STAMP) ## the search and its competitors at one budget, over se
 	$(BIN)/python -m benchmarks.budgets --shared ../shared
 
 clean: ## remove the virtual environment, the runs and every cache
-	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) output site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Written last: an interrupted installation is taken up again by the next call.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def headings(document: Path) -> set[str]:
 def links(document: Path) -> list[str]:
     """Targets of the links and pictures of a document."""
     return re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", document.read_text()))
+
+
+def notebooks() -> dict[Path, list[str]]:
+    """The programs of each notebook, cell by cell."""
+    found = {path: json.loads(path.read_text()) for path in sorted((ROOT / "docs").rglob("*.ipynb"))}
+    return {
+        path: ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+        for path, book in found.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ tests/journeys/test_documents.py runs their commands and programs.
 """
 
 import ast
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import yaml
 
 from eval.commands import COMMANDS
 from eval.config.parser import make_parser, read_flags
-from tests.documents import DOCUMENTS, ROOT, blocks, headings, inline_code, links, shell_lines
+from tests.documents import DOCUMENTS, ROOT, blocks, headings, inline_code, links, notebooks, shell_lines
 
 FOREIGN = {
     "--help": "all of ours",
@@ -82,6 +84,30 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(document):
             target = (document.parent / path).resolve() if path else document
             assert target.exists(), f"{document.name}: {link}"
             assert not anchor or anchor in headings(target), f"{document.name}: {link}"
+
+
+def test_notebooks_are_kept_without_outputs():
+    found = [path for path in (ROOT / "docs").rglob("*.ipynb")]
+    assert len(found) >= 2
+    for path in found:
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), path.name
+
+
+def test_the_site_holds_every_page_and_loads_nothing_from_a_network(tmp_path):
+    pytest.importorskip("material", reason="the extra 'docs' is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in DOCUMENTS[2:] + list(notebooks())]
+    index = json.loads((tmp_path / "search" / "search_index.json").read_text())
+    searched = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    for page in (*pages, Path("benchmarks/RESULTS.html"), Path("CONTRIBUTING.html")):
+        html = (tmp_path / page).read_text()
+        assert not re.findall(r"<(?:script|link|img|iframe)[^>]*https?://[^>]*>", html), page
+        assert str(page) in searched
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [str(path) for path in DOCUMENTS[2:] if f"{path.relative_to(ROOT / 'docs')}\n" not in navigation]
 
 
 def looks_like_a_file_of_ours(text: str) -> bool:

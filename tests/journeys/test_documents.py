@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.documents import ROOT, Block, Line, blocks, shell_lines
+from tests.documents import ROOT, Block, Line, blocks, notebooks, shell_lines
 from tests.journeys.conftest import environment
 
 NOT_RUN = {
@@ -272,7 +272,7 @@ def rewritten(block: Block) -> str:
     )
 
 
-def test_every_python_block_runs(place, lines):
+def test_every_python_block_and_notebook_runs(place, lines):
     """Those of a document one after the other, as a reader would try them."""
     found = [block for block in blocks("python") if not block.name.startswith(tuple(OWN_JOURNEY))]
     by_document = {block.document: [other for other in found if other.document == block.document] for block in found}
@@ -280,5 +280,10 @@ def test_every_python_block_runs(place, lines):
     scripts = {place / f"{document.stem}_blocks.py": own for document, own in by_document.items()}
     for script, own in scripts.items():
         script.write_text("\n\n".join(map(rewritten, own)))
+    for notebook, cells in notebooks().items():
+        script = place / f"{notebook.stem.replace('-', '_')}_notebook.py"
+        script.write_text("\n\n".join([*cells, f"print({notebook.name!r}, 'ran')"]))
+        scripts[script] = []
     told = python(place, "-c", EACH, *(script.name for script in scripts))
-    assert len(scripts) > 3 and all(block.name in told for block in found)
+    assert len(by_document) > 3 and all(block.name in told for block in found)
+    assert all(f"{notebook.name} ran" in told for notebook in notebooks())

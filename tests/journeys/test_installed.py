@@ -129,6 +129,6 @@ def test_an_editable_installation_runs_the_code_as_it_stands(source, tmp_path, e
 def test_all_that_it_depends_on_is_to_be_had(source, tmp_path):
     """In an environment that knows nothing: what would be installed, at the tested versions, extras and all."""
     uv("venv", "--python", sys.executable, tmp_path / "bare")
-    python, everything = tmp_path / "bare" / "bin" / "python", f"{source}[export,tracking,bench,dev]"
+    python, everything = tmp_path / "bare" / "bin" / "python", f"{source}[export,tracking,bench,docs,dev]"
     told = uv("pip", "install", "--dry-run", "--python", python, "-c", source / "requirements.txt", everything)
     assert "torch==2" in told and "onnxruntime==" in told and "mpq-search" in told
