@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.quality import parse_for_rows, searching
 from policy.allocators import MAX_EXHAUSTIVE
 from quant.convert import set_formats
-from quant.quantizers.prefix_cache import replayed
+from quant.quantizers.prefix_cache import prefix_cached
 from trainer.reinforce_trainer import ReinforceTrainer, Target
 from trainer.search.selection import Contest
 from trainer.search.sensitivity import divergence
@@ -93,10 +93,10 @@ def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answer
     own, teacher, labels = [], [], []
     for batch in trainer.batches_of(trainer.search_dataset):
         answers = []
-        with statistics_of_batch(trainer.model, batch), replayed(trainer.modules) as replay:
+        with statistics_of_batch(trainer.model, batch), prefix_cached(trainer.modules) as cache:
             for choice in choices:
                 set_formats(trainer.modules, trainer.space.assignment(choice))
-                replay.restart()
+                cache.restart()
                 answers.append(class_logits(trainer.model(**batch), batch))
         own.append(torch.stack(answers))  # type: ignore[arg-type]
         with statistics_of_batch(trainer.teacher.model, batch):

@@ -28,7 +28,7 @@ from policy.budget import Budget
 from policy.space import build_space
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.quant_utils import use_compiled
-from quant.quantizers.prefix_cache import replayed
+from quant.quantizers.prefix_cache import prefix_cached
 from trainer.search.sensitivity import divergence, measure_sensitivity
 
 TEMPERATURES, POWERS = (1.0, 2.0, 4.0, 8.0), (1.0, 0.5)
@@ -61,10 +61,10 @@ def played_back(name: str, rounds: int) -> str:
     @torch.no_grad()
     def from_the_difference() -> list[Tensor]:
         found = []
-        with replayed(modules) as replay:
+        with prefix_cached(modules) as cache:
             for choice in choices:
                 set_formats(modules, space.assignment(choice))
-                replay.restart()
+                cache.restart()
                 found.append(model(**batch)["logits"])
         return found
 

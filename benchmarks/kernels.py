@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import ratio, take_turns, with_allocator
 from quant.formats import parse_format
-from quant.quant_utils import fake_quantize, fake_quantize_row, rounding_row, use_compiled
+from quant.quant_utils import fake_quantize, fake_quantize_with_params, rounding_params, use_compiled
 from quant.quantizers.quantizer import Quantizer, QuantizerConfig
 
 FLOORS = {"forward": 1.0, "forward+backward": 2.5}
@@ -26,14 +26,14 @@ FLOORS = {"forward": 1.0, "forward+backward": 2.5}
 def roundings(x: Tensor, format_name: str = "int4") -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
     """What is timed, by granularity: the rounding of x, and its learned scales."""
     format = parse_format(format_name)
-    row = rounding_row(format, device=x.device)
+    row = rounding_params(format, device=x.device)
     whole = nn.Parameter(x.float().abs().mean() / 4)
     channels = nn.Parameter(x.float().abs().mean(dim=1, keepdim=True) / 4)
     token = Quantizer(QuantizerConfig(range="dynamic", granularity="token", observer="minmax"), device=x.device)
     token.set_format(format)
     plain: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
-        "per tensor": (lambda x: fake_quantize_row(x, whole, row), [whole]),
-        "per channel": (lambda x: fake_quantize_row(x, channels, row), [channels]),
+        "per tensor": (lambda x: fake_quantize_with_params(x, whole, row), [whole]),
+        "per channel": (lambda x: fake_quantize_with_params(x, channels, row), [channels]),
         "per token": (token, []),
     }
     for name in ("mxfp8", "mxfp4", "mxint8", "nvfp4"):

@@ -32,7 +32,7 @@ from benchmarks.timing import ALLOCATOR, ratio, take_turns, with_allocator
 from eval.modeling.vision_nets import CifarResNet, ImageClassifier
 from policy.reinforce import Reinforce
 from policy.simple_policy import SimplePolicy
-from quant.convert import calibrate, quantize_model, set_formats, weights_kept
+from quant.convert import calibrate, quantize_model, rounded_weights_cached, set_formats
 from quant.formats import IntFormat
 from quant.quant_utils import use_compiled
 
@@ -126,7 +126,7 @@ def make_step(
         optimizer.zero_grad()
         if method == "reward":
             model.eval()
-            with torch.inference_mode(), weights_kept(modules):
+            with torch.inference_mode(), rounded_weights_cached(modules):
                 choices, qualities = zip(*(reward() for _ in range(REWARD_DRAWS)), strict=True)
             model.train()
             learner.step(torch.stack(choices), torch.stack(qualities), 0)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from quant.analysis.tied import tied_groups, tied_layers
 from quant.convert import find_layers, run_model
-from quant.modes import evaluating
+from quant.module_utils import evaluating
 from quant.quant_experts import ExpertLinear
-from quant.tied import tied_groups, tied_layers
 from quant.transforms.unfold import unfold
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]

@@ -109,7 +109,7 @@ def layer_calls(run: FinishedRun, modules: Mapping[str, QuantModule]) -> dict[st
     """What each layer is called with, call by call, when the model runs one example."""
     import torch
 
-    from quant.calls import first_tensor
+    from quant.module_utils import first_tensor
 
     calls: dict[str, list[Tensor]] = {name: [] for name in modules}
 

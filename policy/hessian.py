@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 
 from quant.errors import UserError
-from quant.modes import evaluating
+from quant.module_utils import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar tensor, the mean loss of the batch"""

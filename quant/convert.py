@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from quant.analysis.float_share import float_share
+from quant.analysis.reach import note_reach
+from quant.analysis.tied import differing, share_quantizers, tied_layers
 from quant.errors import NotFiniteError, UserError
-from quant.float_share import float_share
 from quant.formats import FLOAT, Format
-from quant.modes import evaluating
+from quant.module_utils import evaluating
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
 from quant.quant_experts import ExpertLinear, QuantExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
-from quant.quant_module import KeptWeight, QuantModule
+from quant.quant_module import QuantModule
 from quant.quantizers.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
-from quant.quantizers.reach import note_reach
-from quant.tied import differing, share_quantizers, tied_layers
+from quant.quantizers.weight_cache import RoundedWeightCache
 from quant.transforms.unfold import UnfoldedAttention, unfold
 
 logger = logging.getLogger(__name__)
@@ -292,18 +293,18 @@ def in_float(modules: Mapping[str, QuantModule]) -> Iterator[None]:
 
 
 @contextmanager
-def weights_kept(modules: Mapping[str, QuantModule]) -> Iterator[None]:
+def rounded_weights_cached(modules: Mapping[str, QuantModule]) -> Iterator[None]:
     """Within, forward passes without gradients round each weight once, not once a batch; the same values, bit by bit.
 
     Weights may change within, through the optimizer or `load_state_dict`, but not through `.data`.
     """
     for module in modules.values():
-        module.kept_weight = KeptWeight()
+        module.rounded_weight_cache = RoundedWeightCache()
     try:
         yield
     finally:
         for module in modules.values():
-            module.kept_weight = None
+            module.rounded_weight_cache = None
 
 
 def calibrate(
@@ -318,7 +319,7 @@ def calibrate(
         batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
         learned: also reset the learned scales, which is how they start; False leaves them as trained.
 
-    A layer that no batch reaches runs in float as far as it has to from then on, see `quant.quantizers.reach`.
+    A layer that no batch reaches runs in float as far as it has to from then on, see `quant.analysis.reach`.
 
     Raises UserError if there is no batch, NotFiniteError for a layer whose weight or input holds NaN or infinity.
     """

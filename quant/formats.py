@@ -1,7 +1,7 @@
-"""Number formats: what they are called, which values they hold, how many bits they cost.
+"""Number formats: their names, their values and the bits that they cost.
 
-The only place a format is defined. It imports no torch, so that flags can be checked in milliseconds.
-Source: specs of OCP MX v1.0 (block formats, FP8/FP6/FP4), IEEE 754 (fp16), bfloat16, NVIDIA NVFP4.
+The only place where formats are defined. It does not import torch, so that flags are checked in milliseconds.
+Sources: OCP MX v1.0 (block formats, FP8, FP6, FP4), IEEE 754 (fp16), bfloat16, NVIDIA NVFP4.
 """
 
 from __future__ import annotations
@@ -17,45 +17,48 @@ IntGrid: TypeAlias = Literal["narrow", "full", "unsigned"]
 
 @dataclass(frozen=True)
 class Rounding:
-    """The five numbers that make one rounding kernel serve every format (see `quant_utils.round_to_grid`)."""
+    """Five numbers that describe a grid, so that one kernel rounds to every format (`kernels.eager.round_to_grid`)."""
 
     low: float
-    """smallest value of the grid, before the scale"""
+    """Smallest value of the grid, before the scale."""
     high: float
-    """largest value of the grid, before the scale"""
+    """Largest value of the grid, before the scale."""
     smallest_power: float
-    """power of two under which the step no longer shrinks"""
+    """Power of two below which the step between values no longer shrinks."""
     magic: float
-    """1.5 * 2^(23 - mantissa): adding it to a value in [1, 2) rounds that value to the mantissa's step"""
+    """1.5 * 2^(23 - mantissa): adding it to a value in [1, 2) rounds the value to the mantissa's step."""
     keep_sign: float
-    """1: a negative value that rounds to zero gives -0.0; 0: it gives +0.0"""
+    """1: negative values that round to zero become -0.0; 0: they become +0.0."""
 
 
 @dataclass(frozen=True)
 class ByteGrid:
-    """Codes of one byte for a grid's values, before the scale: value = step * (code - zero_point), exact."""
+    """One-byte codes of a grid: value before the scale = step * (code - zero_point), exactly."""
 
     step: float
     zero_point: int
-    """for unsigned codes, from 0 on"""
+    """Zero point of unsigned codes, 0..255."""
     signed: bool
-    """whether -128..127 hold them too, with the zero point 0"""
+    """Whether int8 codes with zero point 0 hold the values as well."""
 
 
 @dataclass(frozen=True)
 class FloatOff:
-    """Not quantized. It costs 16 bits, what the model would be stored and run in."""
+    """Not quantized. Costs 16 bits: the model would be stored and run in a 16-bit type."""
 
     @property
     def name(self) -> str:
+        """Name that `parse_format` reads."""
         return "float"
 
     @property
     def bits(self) -> float:
+        """Bits that a value costs."""
         return 16
 
     @property
     def scaled(self) -> bool:
+        """False: there is no grid to stretch."""
         return False
 
     def __str__(self) -> str:
@@ -74,10 +77,12 @@ class IntFormat:
 
     @property
     def name(self) -> str:
+        """Name that `parse_format` reads."""
         return f"int{self.width}"
 
     @property
     def bits(self) -> float:
+        """Bits that a value costs."""
         return self.width
 
     @property
@@ -87,24 +92,29 @@ class IntFormat:
 
     @property
     def smallest_normal(self) -> float:
+        """Smallest positive value: the step of the grid."""
         return 1.0
 
     @property
     def smallest_subnormal(self) -> float:
+        """Smallest positive value: the step of the grid."""
         return 1.0
 
     @property
     def scaled(self) -> bool:
-        """True: the grid is stretched to the tensor by a scale."""
+        """True: a scale stretches the grid to the tensor's range."""
         return True
 
     def bounds(self, grid: IntGrid = "narrow") -> tuple[int, int]:
-        """Smallest and largest code of the grid."""
+        """Return the smallest and the largest code of the grid."""
         half = 2 ** (self.width - 1)
         return {"narrow": (1 - half, half - 1), "full": (-half, half - 1), "unsigned": (0, 2 * half - 1)}[grid]
 
     def rounding(self, grid: IntGrid = "narrow") -> Rounding:
-        """Step 1 everywhere: the smallest power lies above every code, also after a zero point moved the bounds."""
+        """Return the numbers to round with.
+
+        The smallest power lies above every code, also after a zero point has moved the bounds, so that the step is 1.
+        """
         mantissa = self.width + 1
         low, high = self.bounds(grid)
         return Rounding(low, high, 2.0**mantissa, 1.5 * 2.0 ** (23 - mantissa), 0.0)
@@ -120,7 +130,7 @@ class FloatFormat:
     exponent: int
     mantissa: int
     reserved: int = 0
-    """magnitude codes at the top that mean infinity or NaN: 0 for e2m1, 1 for e4m3 (FN), 4 for e5m2"""
+    """Number of largest magnitude codes that mean infinity or NaN: 0 for e2m1, 1 for e4m3 (FN), 4 for e5m2."""
 
     def __post_init__(self) -> None:
         if not (1 <= self.exponent <= 8 and self.mantissa >= 1 and self.exponent + self.mantissa <= 15):
@@ -131,14 +141,17 @@ class FloatFormat:
 
     @property
     def name(self) -> str:
+        """Name that `parse_format` reads."""
         return _WIDE_NAMES.get((self.exponent, self.mantissa, self.reserved), f"e{self.exponent}m{self.mantissa}")
 
     @property
     def bits(self) -> float:
+        """Bits that a value costs."""
         return 1 + self.exponent + self.mantissa
 
     @property
     def bias(self) -> int:
+        """Bias of the exponent field, as in IEEE 754."""
         return int(2 ** (self.exponent - 1) - 1)
 
     @cached_property
@@ -153,24 +166,27 @@ class FloatFormat:
 
     @cached_property
     def qmax(self) -> float:
+        """Largest value."""
         exponent, fraction = divmod(2 ** (self.exponent + self.mantissa) - 1 - self.reserved, 2**self.mantissa)
         return (2**self.mantissa + fraction) * 2.0 ** (exponent - self.bias - self.mantissa)
 
     @property
     def smallest_normal(self) -> float:
+        """Smallest positive value with a leading one."""
         return 2.0**self.emin
 
     @property
     def smallest_subnormal(self) -> float:
+        """Smallest positive value: the step of the grid around zero."""
         return 2.0 ** (self.emin - self.mantissa)
 
     @property
     def scaled(self) -> bool:
-        """False: wide enough to be used as a plain cast (bf16, fp16, 8 exponent bits), the scale stays 1."""
+        """Whether a scale stretches the grid; bf16, fp16 and 8 exponent bits are wide enough for a plain cast."""
         return self.exponent < 8 and self.name != "fp16"
 
     def rounding(self, grid: IntGrid = "narrow") -> Rounding:
-        """Minifloats are symmetric: `grid` makes no difference."""
+        """Return the numbers to round with; minifloats are symmetric, so `grid` makes no difference."""
         return Rounding(-self.qmax, self.qmax, 2.0**self.emin, 1.5 * 2.0 ** (23 - self.mantissa), 1.0)
 
     def __str__(self) -> str:
@@ -179,7 +195,7 @@ class FloatFormat:
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Elements that share a scale in blocks along the reduction axis."""
+    """Elements that share a scale in blocks along the reduction axis; the last block may be shorter."""
 
     name: str
     element: IntFormat | FloatFormat
@@ -188,29 +204,32 @@ class BlockFormat:
 
     @property
     def bits(self) -> float:
-        """Effective bits: the element's plus its share of the block's scale."""
+        """Effective bits: those of the element, plus its share of the block's scale."""
         return self.element.bits + self.scale_bits / self.block_size
 
     @property
     def qmax(self) -> float:
+        """Largest value of the elements."""
         return self.element.qmax
 
     @property
     def smallest_normal(self) -> float:
+        """Smallest normal value of the elements."""
         return self.element.smallest_normal
 
     @property
     def smallest_subnormal(self) -> float:
+        """Smallest positive value of the elements."""
         return self.element.smallest_subnormal
 
     @property
     def scaled(self) -> bool:
-        """False: the scales follow from the tensor's own blocks."""
+        """False: block scales are computed from the tensor at every use, none is kept."""
         return False
 
     @property
     def two_level(self) -> bool:
-        """nvfp4: e4m3 block scales under one float scale a tensor. MX: powers of two alone."""
+        """True for nvfp4: e4m3 block scales under one float scale per tensor. False for MX: powers of two alone."""
         return self.name == "nvfp4"
 
     def __str__(self) -> str:
@@ -220,15 +239,18 @@ class BlockFormat:
 Format: TypeAlias = FloatOff | IntFormat | FloatFormat | BlockFormat
 
 FLOAT = FloatOff()
-_E4M3, _E5M2, _E3M2, _E2M1 = FloatFormat(4, 3, 1), FloatFormat(5, 2, 4), FloatFormat(3, 2), FloatFormat(2, 1)
+E4M3 = FloatFormat(4, 3, 1)
+NVFP4_SCALE = E4M3
+"""Format of nvfp4's block scales."""
+_E5M2, _E3M2, _E2M1 = FloatFormat(5, 2, 4), FloatFormat(3, 2), FloatFormat(2, 1)
 _WIDE_NAMES = {(8, 7, 128): "bf16", (5, 10, 1024): "fp16"}
 _NAMED: dict[str, Format] = {
     "float": FLOAT,
-    "fp8": _E4M3,
+    "fp8": E4M3,
     "fp4": _E2M1,
     "bf16": FloatFormat(8, 7, 128),
     "fp16": FloatFormat(5, 10, 1024),
-    "mxfp8": BlockFormat("mxfp8", _E4M3, 32),
+    "mxfp8": BlockFormat("mxfp8", E4M3, 32),
     "mxfp6": BlockFormat("mxfp6", _E3M2, 32),
     "mxfp4": BlockFormat("mxfp4", _E2M1, 32),
     "mxint8": BlockFormat("mxint8", IntFormat(8), 32),
@@ -237,8 +259,27 @@ _NAMED: dict[str, Format] = {
 _RESERVED_CODES = {(4, 3): 1, (5, 2): 4}
 
 
+def mx_element(format: BlockFormat) -> tuple[int, float]:
+    """Return the exponent of an MX element's largest value, and the element's step.
+
+    mxint8's elements are whole numbers of 1/64 (OCP MX v1.0, section 5.3.4); of minifloats the step is part of the
+    format.
+    """
+    element = format.element
+    return (0, 2.0**-6) if isinstance(element, IntFormat) else (element.emax, 1.0)
+
+
 def byte_grid(format: IntFormat | FloatFormat, low: float, high: float) -> ByteGrid | None:
-    """The codes of the format's values from low to high, multiples of its smallest; None: a byte is too short."""
+    """Return one-byte codes for the values of a format.
+
+    Args:
+        format: The format; all its values are multiples of its smallest positive one.
+        low: Smallest value of the grid, before the scale.
+        high: Largest value of the grid, before the scale.
+
+    Returns:
+        The codes, or None if 256 are too few or `low` is positive.
+    """
     step = format.smallest_subnormal
     if (high - low) / step > 255 or low > 0:
         return None
@@ -249,13 +290,21 @@ CHOICES = (
     "int2..int8, int16, e4m3 (fp8), e5m2, e3m2, e2m3, e2m1 (fp4), any eXmY, "
     "mxfp8, mxfp6, mxfp4, mxint8, nvfp4, bf16, fp16, float (0)"
 )
-"""What the message about a wrong name lists."""
+"""Choices that the message about an unknown name lists."""
 
 
 def parse_format(name: str | int) -> Format:
-    """The format called `name`: 'int4', '4' or 4, 'e4m3' or 'fp8', 'mxfp4', 'float' or 0.
+    """Return the format of a name.
 
-    Raises ValueError, naming the value and the choices, for anything else.
+    Args:
+        name: For example 'int4', '4' or 4; 'e4m3' or 'fp8'; 'mxfp4'; 'float', '0' or 0. Case and outer spaces are
+            ignored.
+
+    Returns:
+        The format; equal names give equal formats.
+
+    Raises:
+        ValueError: For any other name; the message holds the value and the choices.
     """
     text = str(name).strip().lower()
     if text in _NAMED:
@@ -269,7 +318,7 @@ def parse_format(name: str | int) -> Format:
                 return IntFormat(width)
         if match := re.fullmatch(r"e(\d)m(\d{1,2})", text):
             exponent, mantissa = int(match[1]), int(match[2])
-            # The widest exponent reserves its top code: 2^128 does not fit the float32 that every kernel computes in.
+            # With 8 exponent bits the top code is reserved: 2^128 exceeds float32, which every kernel computes in.
             reserved = 2**mantissa if exponent == 8 else _RESERVED_CODES.get((exponent, mantissa), 0)
             return FloatFormat(exponent, mantissa, reserved)
     except ValueError as error:
@@ -278,9 +327,10 @@ def parse_format(name: str | int) -> Format:
 
 
 def parse_search_space(text: str) -> tuple[Format, ...]:
-    """The formats of a comma-separated list such as '2,4,8' or 'int4,e2m1,e4m3', in the order given.
+    """Return the formats of a comma-separated list such as '2,4,8' or 'int4,e2m1,e4m3', in the order given.
 
-    Raises ValueError for an empty entry, an unknown name, a format named twice or fewer than two formats.
+    Raises:
+        ValueError: For an empty entry, an unknown name, a format named twice, or fewer than two formats.
     """
     names = text.split(",")
     if any(not name.strip() for name in names):

@@ -1,6 +1,6 @@
-"""fake_quantize and its gradient: the only way to round values, for modules, calibration and tests alike.
+"""fake_quantize and its gradient: the only implementation of rounding, for modules, calibration and tests alike.
 
-All arithmetic is float32, whatever the input's dtype; the result has the input's dtype and memory layout. The
+All arithmetic is float32, whatever the dtype of the input; the result has the input's dtype and memory layout. The
 arithmetic itself is in `quant.kernels.eager`, that of block formats in `quant.kernels.block_formats`.
 """
 
@@ -14,45 +14,46 @@ from torch import Tensor, nn
 
 from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat, IntGrid
 from quant.kernels.block_formats import FakeQuantizeBlocks
-from quant.kernels.eager import kernels, round_to_grid, rounding_row, use_compiled
+from quant.kernels.dispatch import kernels, use_compiled
+from quant.kernels.eager import Operands, round_to_grid, rounding_params
 
 __all__ = [
     "MIN_LEARNED_SCALE",
     "fake_quantize",
-    "fake_quantize_row",
+    "fake_quantize_with_params",
     "least_scale",
     "lsq_gradient_scale",
     "round_to_grid",
-    "rounding_row",
+    "rounding_params",
     "scale_from_range",
     "use_compiled",
 ]
 
 MIN_LEARNED_SCALE = 1e-8
-"""a learned scale is used as at least this, so that no optimizer step can turn the grid over"""
+"""Lower bound applied to learned scales, so that no optimizer step can mirror the grid."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Rounds forward; backward with the scale and row of its own forward, whatever the module uses by then."""
+    """Fake quantization; the backward pass uses the scale and parameters of its own forward, not the current ones."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, row: Tensor, gradient_scale: float) -> Tensor:
-        ctx.save_for_backward(x, scale, row)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, params: Tensor, gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, scale, params)
         ctx.gradient_scale = gradient_scale
-        # Without autograd's view of it: a view may not be changed in place.
-        return kernels().round(x, scale, row, least_scale(scale)).data
+        # .data: autograd forbids in-place changes of a view.
+        return kernels().round(Operands(x, scale, params, least_scale(scale))).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, scale, row = ctx.saved_tensors
-        learned = ctx.needs_input_grad[1]
-        dx, dscale, _ = kernels().gradients(grads[0], x, scale, row, least_scale(scale), learned=learned)
+        x, scale, params = ctx.saved_tensors
+        on = Operands(x, scale, params, least_scale(scale))
+        dx, dscale, _ = kernels().gradients(grads[0], on, learned=ctx.needs_input_grad[1])
         return dx, None if dscale is None else dscale * ctx.gradient_scale, None, None
 
 
 def least_scale(scale: Tensor) -> float:
-    """What a learned scale (also once frozen, hence the type) is used as at least; 0: a given one, used as it is."""
+    """Return the lower bound applied to a scale: MIN_LEARNED_SCALE for learned ones, frozen or not, else 0 (none)."""
     return MIN_LEARNED_SCALE if scale.requires_grad or isinstance(scale, nn.Parameter) else 0.0
 
 
@@ -66,19 +67,25 @@ def fake_quantize(
     dim: int | None = -1,
     gradient_scale: float = 1.0,
 ) -> Tensor:
-    """`x` rounded to `format` on the grid stretched by `scale`: same shape, dtype and memory order; x is not changed.
+    """Round x to the values of a format.
 
-    Integers: (clamp(rne(x / scale) + zero_point, qmin, qmax) - zero_point) * scale. Minifloats: the nearest
-    value of the format times scale, saturating. specs: OCP MX v1.0 for the block formats, which take no scale.
+    Integers: (clamp(rne(x / scale) + zero_point, qmin, qmax) - zero_point) * scale, where rne rounds ties to even.
+    Minifloats: the nearest value of the format, times scale, saturating. Block formats: OCP MX v1.0, NVIDIA NVFP4.
 
     Args:
-        x: any floating dtype, any shape.
-        scale: float32, broadcasting to x, positive; None is 1. With requires_grad it gets the LSQ gradient.
-        zero_point: integers in any dtype, broadcasting with scale; integer formats only.
-        grid: codes of an integer format; default 'narrow', with a zero point 'full'.
-        dim: the reduction axis, along which block formats form their blocks; None: all axes but the first, flattened
+        x: Any floating dtype and shape; not changed.
+        format: The format.
+        scale: float32, broadcasting to x, positive; None is 1. Receives the LSQ gradient (arXiv 1902.08153) if it
+            requires gradients. Block formats compute their scales from x and take none.
+        zero_point: Whole numbers in any dtype, broadcasting with scale; integer formats only.
+        grid: Codes of an integer format; default 'narrow', with a zero point 'full'.
+        dim: Reduction axis, along which block formats form their blocks; None: all axes but the first, flattened
             (a convolution's weight sums over channels and kernel positions).
-        gradient_scale: factor on the gradient of scale, see `lsq_gradient_scale`.
+        gradient_scale: Factor on the gradient of scale, see `lsq_gradient_scale`.
+
+    Returns:
+        A new tensor with x's shape, dtype and memory order. Its gradient passes straight through to x within the
+        clipping range, and is 0 outside.
     """
     if isinstance(format, FloatOff) or x.numel() == 0:
         return x.clone()
@@ -88,34 +95,53 @@ def fake_quantize(
     shift = None
     if zero_point is not None:
         factor, shift = torch.broadcast_tensors(factor, torch.as_tensor(zero_point, device=x.device))
-    return fake_quantize_row(x, factor, rounding_row(format, shift, grid, x.device), gradient_scale)
+    return fake_quantize_with_params(x, factor, rounding_params(format, shift, grid, x.device), gradient_scale)
 
 
-def fake_quantize_row(x: Tensor, scale: Tensor, row: Tensor, gradient_scale: float = 1.0) -> Tensor:
-    """`fake_quantize` with the format as its `rounding_row`, a tensor: what the modules call."""
-    return _FakeQuantize.apply(x, scale, row, gradient_scale)
+def fake_quantize_with_params(x: Tensor, scale: Tensor, params: Tensor, gradient_scale: float = 1.0) -> Tensor:
+    """Round x as `fake_quantize` does, with the format given as a tensor; the modules call this.
+
+    Args:
+        x: Any floating dtype and shape.
+        scale: float32, broadcasting to x.
+        params: float32 (5,) or (5, *scale.shape), from `rounding_params`.
+        gradient_scale: Factor on the gradient of scale.
+
+    Returns:
+        A new tensor with x's shape, dtype and memory order.
+    """
+    return _FakeQuantize.apply(x, scale, params, gradient_scale)
 
 
 def lsq_gradient_scale(elements: int, largest_code: float) -> float:
-    """1 / sqrt(N * Qp) of LSQ (arXiv 1902.08153, section 2.2): N elements share the scale, the batch not counted."""
+    """Return LSQ's factor on the gradient of a scale, 1 / sqrt(N * Qp) (arXiv 1902.08153, section 2.2).
+
+    Args:
+        elements: N, the number of elements that share the scale, the batch not counted.
+        largest_code: Qp, the largest magnitude of the grid.
+    """
     return 1.0 / math.sqrt(max(elements, 1) * largest_code)
 
 
 def scale_from_range(
     low: Tensor, high: Tensor, format: IntFormat | FloatFormat, symmetric: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale, and zero point for an asymmetric integer grid, that spread `format` over low..high.
+    """Return the scale and zero point that map a format to the range low..high.
 
     Args:
-        low, high: float32, any equal shape; the range is widened to hold 0.
-        symmetric: integers: scale = absmax / (2^(k-1) - 1) and no zero point. Minifloats are always symmetric.
+        low: float32, any shape; values above 0 count as 0.
+        high: float32 of the same shape; values below 0 count as 0.
+        format: The format.
+        symmetric: For integers: scale = absmax / (2^(k-1) - 1), without a zero point. Minifloats are always symmetric.
 
-    Returns float32 scale > 0 and float32 zero point (integers in -2^(k-1)..2^(k-1)-1) of low's shape.
+    Returns:
+        float32 scale > 0 and float32 zero point (whole numbers in -2^(k-1)..2^(k-1)-1, None if symmetric), of low's
+        shape.
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     if not format.scaled:
         return torch.ones_like(low), None
-    # Divided by tensors: a GPU multiplies by the rounded reciprocal of a Python number.
+    # Divide by tensors: a GPU would multiply by the rounded reciprocal of a Python number.
     if symmetric or isinstance(format, FloatFormat):
         return (torch.maximum(-low, high) / torch.full_like(low, format.qmax)).clamp(min=_TINY), None
     qmin, qmax = format.bounds("full")

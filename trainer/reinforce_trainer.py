@@ -22,13 +22,21 @@ from cost.profile import LayerProfile, profile_model, tied_in
 from policy.budget import Budget, Limit
 from policy.solve import Table
 from policy.space import Partition, SearchSpace, build_space
-from quant.convert import Assignment, calibrate, check_tied, in_float, quantize_model, set_formats, weights_kept
+from quant.analysis.float_share import FloatShare, float_share
+from quant.analysis.reach import notes_on_reach, reach_of
+from quant.convert import (
+    Assignment,
+    calibrate,
+    check_tied,
+    in_float,
+    quantize_model,
+    rounded_weights_cached,
+    set_formats,
+)
 from quant.errors import NotFiniteError, UserError
-from quant.float_share import FloatShare, float_share
 from quant.formats import Format, parse_search_space
 from quant.quant_module import QuantModule, Reach, runs_in
 from quant.quantizers.quantizer import Quantizer
-from quant.quantizers.reach import notes_on_reach, reach_of
 from trainer.search.baselines import allocate, effects, propose
 from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, certificate
 from trainer.search.evaluator import JudgingTrainer, quality, streams
@@ -642,7 +650,7 @@ class ReinforceTrainer(JudgingTrainer):
         loader = args[0] if args else kwargs["dataloader"]
         self._evaluated, self._to_evaluate = 0, len(loader) if has_length(loader) else None
         self.tell("evaluating", 0, self._to_evaluate)
-        with weights_kept(self.modules):
+        with rounded_weights_cached(self.modules):
             return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:

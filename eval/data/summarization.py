@@ -13,7 +13,7 @@ from eval.data.metrics import rouge
 from eval.data.text import PadCollator, encoded_texts, example_tokens, text_tokenizer
 from eval.modeling.bundle import ModelBundle
 from eval.tasks import PreparedData, TaskData
-from quant.modes import evaluating
+from quant.module_utils import evaluating
 
 
 @dataclass(frozen=True)

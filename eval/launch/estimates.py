@@ -71,7 +71,7 @@ def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Fac
 def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
     from eval.run.plan import budget, check_phases, search_space
     from eval.run.trainer import teacher_share
-    from quant.float_share import float_share
+    from quant.analysis.float_share import float_share
 
     run = plan.config
     check_phases(run)

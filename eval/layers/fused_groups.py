@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from eval.eval_partitions import Blocks
 from policy.space import merge
-from quant.calls import first_tensor
 from quant.convert import find_layers, run_model
-from quant.modes import evaluating
+from quant.module_utils import evaluating, first_tensor
 
 
 def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: Any) -> Blocks:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The part of the record that is known before training."""
-    from quant.float_share import float_share
+    from quant.analysis.float_share import float_share
 
     config = plan.config
     return {
@@ -97,7 +97,7 @@ def costs_of(
 
 def layer_notes(plan: Plan) -> list[str]:
     """What a reader of the cost must know: matrices that it leaves out, layers that were never called."""
-    from quant.float_share import float_share
+    from quant.analysis.float_share import float_share
 
     outside = float_share(plan.bundle.model, plan.layers)
     notes = [f"outside the cost: {outside}"] if outside.left else []

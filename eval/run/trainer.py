@@ -204,7 +204,7 @@ def evaluate(
     Where there are classes, `answers` gets each split's 'predicted' and 'label', one number an example in its order:
     two runs can then be compared example by example. 'classes' are the names by number.
     """
-    from quant.convert import weights_kept
+    from quant.convert import rounded_weights_cached
     from trainer.training.progress import counted
 
     metrics = {}
@@ -218,7 +218,7 @@ def evaluate(
         own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
         kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
         if plan.prepared.writer is not None:
-            with weights_kept(trainer.modules):
+            with rounded_weights_cached(trainer.modules):
                 size = -(-len(split) // trainer.args.per_device_eval_batch_size)
                 batches = counted(trainer.batches_of(split), size, f"writing answers for {name}", trainer.tell)
                 kept |= plan.prepared.writer(name, trainer.model, batches)

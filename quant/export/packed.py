@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quant.analysis.tied import stored_with
 from quant.convert import describe_quantizers, in_float, quantize_as_described
 from quant.errors import UserError
 from quant.export.bit_packing import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
@@ -36,9 +37,8 @@ from quant.export.weights import (
 )
 from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
 from quant.quant_module import QuantModule
-from quant.quantizers.quant_params import Grid
+from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer, Rounder
-from quant.tied import stored_with
 from quant.transforms.computed_weights import fold_weight, sources
 from quant.transforms.placement import placed_sites
 from quant.transforms.unfold import layer_state
@@ -179,11 +179,11 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
             taken |= {f"{name}.{key}" for key in own if key.startswith("weight.")}
         module.set_formats(weight_format, activation_format)
         if "input.scale" in own:
-            grid = module.input_quantizer.grids[activation_format.name]
-            assert isinstance(grid, Grid)
-            grid.set(own["input.scale"], own.get("input.zero_point"))
-            if grid.offset is not None:
-                grid.offset.data.copy_(own["input.offset"])
+            params = module.input_quantizer.grids[activation_format.name]
+            assert isinstance(params, QuantParams)
+            params.set(own["input.scale"], own.get("input.zero_point"))
+            if params.offset is not None:
+                params.offset.data.copy_(own["input.offset"])
             taken |= {f"{name}.{key}" for key in own if key.startswith("input.")}
     rest = {name: value for name, value in tensors.items() if name not in taken}
     rest |= {alias: rest[name] for alias, name in description["tied"].items()}

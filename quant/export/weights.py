@@ -15,7 +15,7 @@ from quant.kernels.block_formats import round_blocks
 from quant.kernels.eager import round_to_grid
 from quant.quant_module import QuantModule
 from quant.quant_utils import MIN_LEARNED_SCALE
-from quant.quantizers.quant_params import Grid
+from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer
 from quant.transforms.computed_weights import weight_of
 
@@ -74,16 +74,16 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
         rows = to_rows(weight, quantizer.reduction_dim)
         return RoundedWeight(format, *round_blocks(rows, format))
     rounder = quantizer.rounding(weight)
-    assert rounder is not None and rounder.scale is not None and rounder.row is not None
+    assert rounder is not None and rounder.scale is not None and rounder.rounding_params is not None
     if rounder.offset is not None:
         raise UserError(f"layer {name}: its weight has a learned offset (LSQ+), which no export holds")
     scale = used_scale(rounder.scale)
-    elements = round_to_grid(weight.float() / scale, rounder.row)
+    elements = round_to_grid(weight.float() / scale, rounder.rounding_params)
     zero_point = None
     if isinstance(format, IntFormat) and not quantizer.config.symmetric:
         used = quantizer.used_range(format)
         assert isinstance(used, IntFormat)
-        zero_point = (used.bounds("full")[0] - rounder.row[0]).reshape(scale.shape)
+        zero_point = (used.bounds("full")[0] - rounder.rounding_params[0]).reshape(scale.shape)
     return RoundedWeight(format, elements, scale.detach(), zero_point=zero_point)
 
 
@@ -131,27 +131,27 @@ def static_range(name: str, module: QuantModule) -> StaticRange | None:
         return None
     if not format.scaled:
         return StaticRange(format, 1.0, 0, -format.qmax, format.qmax)
-    grid = _fixed_grid(quantizer)
-    if grid is None:
+    params = _fixed_params(quantizer)
+    if params is None:
         return None
-    if not grid.is_ready:
+    if not params.is_ready:
         raise UserError(f"layer {name}: its {format} inputs were never calibrated: call quant.convert.calibrate first")
-    if grid.scale.numel() > 1:
+    if params.scale.numel() > 1:
         raise UserError(
             f"layer {name}: its inputs have a scale for each channel (--act_per_channel), which no export holds"
         )
-    grid.keep_positive()
-    zero_point = int(grid.zero_point) if grid.moved else 0
-    low, high = grid.row[:2].flatten().tolist()
-    offset = None if grid.offset is None else float(grid.offset.detach())
-    return StaticRange(format, float(used_scale(grid.scale)), zero_point, low, high, offset)
+    params.keep_positive()
+    zero_point = int(params.zero_point) if params.moved else 0
+    low, high = params.rounding_params[:2].flatten().tolist()
+    offset = None if params.offset is None else float(params.offset.detach())
+    return StaticRange(format, float(used_scale(params.scale)), zero_point, low, high, offset)
 
 
-def _fixed_grid(quantizer: Quantizer) -> Grid | None:
+def _fixed_params(quantizer: Quantizer) -> QuantParams | None:
     """The grid that calibration chooses for the format set now; None where there is nothing to choose."""
     format = quantizer.format
     fixed = isinstance(format, IntFormat | FloatFormat) and format.scaled and quantizer.config.range != "dynamic"
-    return cast(Grid, quantizer.grids[format.name]) if fixed else None
+    return cast(QuantParams, quantizer.grids[format.name]) if fixed else None
 
 
 def never_called(modules: Mapping[str, QuantModule]) -> dict[str, QuantModule]:
@@ -160,7 +160,9 @@ def never_called(modules: Mapping[str, QuantModule]) -> dict[str, QuantModule]:
     Whatever reads their weights past them reads these in float.
     """
     inputs = {name: module.input_quantizer for name, module in modules.items()}
-    reached = {name: any(cast(Grid, grid).is_ready for grid in own.grids.values()) for name, own in inputs.items()}
+    reached = {
+        name: any(cast(QuantParams, params).is_ready for params in own.grids.values()) for name, own in inputs.items()
+    }
     if not any(reached.values()):
         return {}
-    return {name: modules[name] for name, own in inputs.items() if _fixed_grid(own) is not None and not reached[name]}
+    return {name: modules[name] for name, own in inputs.items() if _fixed_params(own) is not None and not reached[name]}

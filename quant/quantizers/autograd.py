@@ -1,9 +1,9 @@
-"""A quantized layer as one step of autograd: rounding, the layer's arithmetic, and the gradients of both.
+"""A quantized layer as a single autograd function: rounding, the layer's arithmetic, and the gradients of both.
 
-Taken apart, the backward pass would round every input twice more: for the layer's own gradient, which needs the rounded
-input, and for the scale's. Here the gradient for the rounded input comes first, which needs only the weight; then one
-pass over the input makes the gradients for input and scale, and the rounded input for the weight's gradient. Rounded
-weights are made again, too: keeping them took as long and more memory (benchmarks/SPEED.md).
+As separate functions, the backward pass would round every input twice more: for the layer's gradient, which needs the
+rounded input, and for the scale's gradient. Here the gradient w.r.t. the rounded input comes first, which needs only
+the weight; then a single pass over the input gives the gradients w.r.t. input and scale, and the rounded input for the
+weight's gradient. Weights are rounded again as well: storing them took as long and more memory (benchmarks/SPEED.md).
 """
 
 from __future__ import annotations
@@ -20,27 +20,57 @@ from quant.quantizers.quantizer import Rounder
 
 
 class Differentiable(ByteLayer, Protocol):
-    """A layer that says how its arithmetic is differentiated."""
+    """A layer that implements the gradients of its arithmetic."""
 
     bias: Any
-    """a tensor or None"""
+    """A tensor or None."""
 
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
-        """What the float layer computes."""
+        """Return the float layer's output."""
 
     def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        """Of `compute`, a new tensor; of `input` only shape and memory order count."""
+        """Return the gradient of `compute` w.r.t. the input.
+
+        Args:
+            grad: Gradient w.r.t. the output, with the output's shape.
+            input: The input; only its shape and memory order matter.
+            weight: The rounded weight.
+
+        Returns:
+            A new tensor with the input's shape.
+        """
 
     def parameter_gradients(
         self, grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of `compute`, for weight and bias where wanted; of `weight` only the shape counts."""
+        """Return the gradients of `compute` w.r.t. weight and bias.
+
+        Args:
+            grad: Gradient w.r.t. the output, with the output's shape.
+            input: The rounded input.
+            weight: The weight; only its shape matters.
+            wanted: Whether to compute the gradient w.r.t. (weight, bias).
+
+        Returns:
+            (gradient w.r.t. weight, gradient w.r.t. bias); None where not wanted.
+        """
 
 
-def run(
+def run_quantized(
     layer: Differentiable, x: Tensor, weight: Tensor, x_rounder: Rounder | None, w_rounder: Rounder | None
 ) -> Tensor:
-    """layer.compute on the rounded x and weight. A rounder must be `plain`; None leaves its tensor as it is."""
+    """Return layer.compute on the rounded input and weight, with gradients.
+
+    Args:
+        layer: The layer.
+        x: The layer's input.
+        weight: The layer's weight.
+        x_rounder: Rounds x; `plain`, or None to leave x as it is.
+        w_rounder: Rounds the weight; `plain`, or None to leave it as it is.
+
+    Returns:
+        The layer's output.
+    """
     scales = (None if rounder is None else rounder.scale for rounder in (x_rounder, w_rounder))
     return _QuantizedLayer.apply(x, weight, layer.bias, *scales, layer, x_rounder, w_rounder)
 
@@ -69,13 +99,13 @@ class _QuantizedLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return *_differentiable_gradients(ctx, grads[0]), None, None, None
-        x, weight, _, x_scale, w_scale = ctx.saved_tensors  # raises where one was changed in place since
+        x, weight, _, x_scale, w_scale = ctx.saved_tensors  # raises if one was changed in place meanwhile
         (x_rounder, w_rounder), layer, grad = ctx.rounders, ctx.layer, grads[0]
         needs_x, needs_weight, needs_bias, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:5]
         needs_weight = needs_weight or needs_w_scale
         dx = dx_scale = dw = db = dw_scale = None
         x_again: Tensor | None = x if x_rounder is None else None
-        # Under autocast the layer has computed in the type of its output.
+        # Under autocast the layer has computed in the dtype of its output.
         w_again = _rounded(w_rounder, weight).to(grad.dtype) if needs_x or needs_x_scale else None
         if needs_x:
             assert w_again is not None
@@ -97,11 +127,12 @@ class _QuantizedLayer(torch.autograd.Function):
 def _scale_gradient_of_data(
     layer: Differentiable, grad: Tensor, x: Tensor, weight: Tensor, w_rounded: Tensor, rounder: Rounder, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the input's scale where the input itself needs none, and the rounded input.
+    """Return the gradient w.r.t. the input's scale when the input itself needs none, and the rounded input.
 
-    It is <g, d> with g the gradient for the rounded input and d that of its values by the scale: (q - x/s) inside, q
-    outside. The layer is linear in both arguments, so <g, d> is <gradient for the weight at input d, weight> too: for a
-    network's first convolution that takes a fifth of the time of g, which nobody else asks for.
+    The gradient is <g, d>, with g the gradient w.r.t. the rounded input and d the derivative of the rounded input by
+    the scale: q - x/s inside the range, q outside. The layer is linear in both arguments, so <g, d> equals <gradient
+    w.r.t. the weight at input d, weight>. For the first convolution of a network this takes a fifth of the time of g,
+    which is needed for nothing else.
     """
     inside, _, rounded = rounder.gradients(x.clone(), x, scale, False, again=True)  # x where it is not clipped, else 0
     assert rounded is not None
@@ -116,7 +147,7 @@ def _rounded(rounder: Rounder | None, x: Tensor) -> Tensor:
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """The gradients by autograd itself, for a backward pass that will be differentiated again."""
+    """Return the gradients through autograd, for a backward pass that will itself be differentiated."""
     inputs = ctx.saved_tensors
     wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
     x, weight = (

@@ -1,39 +1,45 @@
-"""Replay: forward passes over one batch that differ in formats alone do not run again what comes before the difference.
+"""PrefixCache: forward passes over one batch that differ only in formats share all layers before the first difference.
 
-Judging thousands of assignments is what a search spends its time on beside training, and most of them differ from
-another one in a single layer.
+A search evaluates thousands of assignments, most of which differ from another one in a single layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from quant.formats import Format
 
-if TYPE_CHECKING:
-    from quant.quant_module import QuantModule
+
+class CachedLayer(Protocol):
+    """A quantized layer, as far as the cache is concerned."""
+
+    prefix_cache: PrefixCache | None
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """(weight format, activation format) that the layer runs in."""
 
 
 class Call(NamedTuple):
-    """What a layer returned, at one place of the pass."""
+    """One call of a layer in a forward pass, and its output."""
 
-    layer: QuantModule
+    layer: CachedLayer
     formats: tuple[Format, Format]
     output: Tensor
     version: int
-    """of `output`, which an activation in place raises: such an output is computed again"""
+    """`output._version`, which an in-place activation raises: such an output is computed again."""
 
 
-class Replay:
-    """The quantized layers' calls in the last forward pass, in order.
+class PrefixCache:
+    """The calls of quantized layers in the last forward pass, in order.
 
-    As long as every call of a pass meets the layer and the formats of the last pass, its input is the same, and so is
-    its output. From the first difference on, layers run. Keeps the outputs of one pass alive.
+    As long as each call of a pass meets the layer and the formats of the last pass, its input is the same, and so is
+    its output. From the first difference on, layers run. The outputs of one pass are kept alive.
     """
 
     def __init__(self) -> None:
@@ -41,16 +47,25 @@ class Replay:
         self.position = 0
 
     def restart(self) -> None:
-        """Before each forward pass."""
+        """Start a forward pass; call this before each."""
         self.position = 0
 
-    def output(self, layer: QuantModule, compute: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """What the layer returns for the input, played back or computed."""
-        if torch.is_inference_mode_enabled():  # its tensors do not tell whether they were changed in place
+    def output(self, layer: CachedLayer, compute: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """Return the output of the next call of the pass.
+
+        Args:
+            layer: The layer that is called.
+            compute: The layer's forward.
+            input: The layer's input, any shape.
+
+        Returns:
+            The cached output if it is still valid, else compute(input).
+        """
+        if torch.is_inference_mode_enabled():  # its tensors do not record in-place changes
             return compute(input)
         last = self.calls[self.position] if self.position < len(self.calls) else None
         if last is None or last.layer is not layer or last.formats != layer.formats:
-            del self.calls[self.position :]  # whatever follows had another input
+            del self.calls[self.position :]  # all later calls had another input
             last = None
         if last is None or last.output._version != last.version:
             output = compute(input)
@@ -61,16 +76,22 @@ class Replay:
 
 
 @contextmanager
-def replayed(modules: Mapping[str, QuantModule]) -> Iterator[Replay]:
-    """Within, forward passes over ONE batch in eval mode, without gradients, play back what they have in common.
+def prefix_cached(modules: Mapping[str, CachedLayer]) -> Iterator[PrefixCache]:
+    """Within, forward passes over ONE batch in eval mode, without gradients, reuse their common prefix.
 
-    Nothing but formats may change from pass to pass. Call `restart` before each.
+    Only formats may change between passes. Call `restart` before each pass.
+
+    Args:
+        modules: The quantized layers, by name.
+
+    Yields:
+        The cache.
     """
-    replay = Replay()
+    cache = PrefixCache()
     for module in modules.values():
-        module.replay = replay
+        module.prefix_cache = cache
     try:
-        yield replay
+        yield cache
     finally:
         for module in modules.values():
-            module.replay = None
+            module.prefix_cache = None

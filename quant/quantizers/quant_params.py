@@ -1,4 +1,4 @@
-"""Grid: what a quantizer keeps for one format: scale, zero point and the row of numbers that rounds with them."""
+"""QuantParams: scale and zero point of one tensor in one format, and the rounding parameters that follow from them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import FloatFormat, IntFormat, IntGrid, byte_grid
-from quant.quant_utils import rounding_row
-from quant.quantizers.learned_scales import keep_positive, know, watch
+from quant.quant_utils import rounding_params
+from quant.quantizers.learned_scales import keep_positive, remember, watch
 
 
-class Grid(nn.Module):
-    """Scale, zero point and rounding row of one tensor in one format."""
+class QuantParams(nn.Module):
+    """Scale, zero point or offset, and rounding parameters of one tensor in one format.
+
+    Args:
+        format: The format.
+        shape: Shape of the scale, broadcasting to the tensor.
+        learned: Whether the scale is a parameter (LSQ, arXiv 1902.08153).
+        symmetric: Integers: whether the grid is symmetric around 0.
+        device: Device of the tensors.
+        learned_offset: Asymmetric integers: learn an offset of the tensor (LSQ+, arXiv 2004.09576) in place of a zero
+            point.
+    """
 
     scale: Tensor
+    """float32, positive; a parameter if learned."""
     zero_point: Tensor
+    """float32 whole numbers of the scale's shape; exists only if `moved`."""
     ready: Tensor
-    row: Tensor
+    """bool 0-d: whether a range has been set; part of the state dict."""
+    rounding_params: Tensor
+    """See `quant.kernels.eager.rounding_params`."""
     known_scale: Tensor
-    """a learned scale when it was last seen, positive: see `learned_scales`"""
+    """Last positive value of a learned scale, see `learned_scales`."""
     known_version: int
 
     def __init__(
@@ -38,7 +52,7 @@ class Grid(nn.Module):
         self.format = format
         asymmetric = isinstance(format, IntFormat) and not symmetric
         self.moved = asymmetric and not learned_offset
-        """whether a zero point moves the grid; a learned offset moves the tensor instead"""
+        """Whether a zero point moves the grid; a learned offset moves the tensor instead."""
         scale = torch.ones(shape, device=device)
         self.learned = learned
         if learned:
@@ -55,12 +69,18 @@ class Grid(nn.Module):
         self._refresh()
 
     def keep_positive(self) -> None:
-        """Before the scale is used: a learned one may have been set to anything since."""
+        """Correct a learned scale that other code may have set to any value; call before the scale is used."""
         if self.learned and not torch.compiler.is_compiling():
             keep_positive(self)
 
     @torch.no_grad()
     def set(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Set the range.
+
+        Args:
+            scale: float32 with as many entries as this scale, positive.
+            zero_point: Whole numbers of the same shape; None keeps the zero point or offset.
+        """
         self.scale.copy_(scale.view_as(self.scale))
         if self.moved and zero_point is not None:
             self.zero_point.copy_(zero_point.view_as(self.zero_point))
@@ -70,37 +90,37 @@ class Grid(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
-        """After scale and zero point were given.
+        """Derive all else from scale and zero point.
 
-        The row is a new tensor, never an update in place, since a backward may still hold the old one.
+        The rounding parameters are a new tensor, not updated in place: a backward pass may still hold the old one.
         """
-        with torch.inference_mode(False):  # a backward cannot hold what inference mode makes
+        with torch.inference_mode(False):  # a backward pass cannot hold tensors of inference mode
             codes: IntGrid = "narrow" if self.offset is None else "full"
             zero_point = self.zero_point if self.moved else None
-            row = rounding_row(self.format, zero_point, None if self.moved else codes, self.scale.device)
-        self.register_buffer("row", row, persistent=False)
-        # As Python values too: reading a buffer at every forward would stall a GPU.
+            params = rounding_params(self.format, zero_point, None if self.moved else codes, self.scale.device)
+        self.register_buffer("rounding_params", params, persistent=False)
+        # Kept as Python values as well: reading a buffer at every forward pass would stall a GPU.
         self.is_ready = not self.ready.is_meta and bool(self.ready)
-        self.largest_code = float(row[:2].abs().max()) if self.is_ready else math.nan
-        shared = self.is_ready and row.numel() == len(row) and self.offset is None
-        self.bytes = byte_grid(self.format, float(row[0]), float(row[1])) if shared else None
-        """how the values are held in bytes; None where they are not, channels differ, or an offset moves them"""
+        self.largest_code = float(params[:2].abs().max()) if self.is_ready else math.nan
+        shared = self.is_ready and params.numel() == len(params) and self.offset is None
+        self.bytes = byte_grid(self.format, float(params[0]), float(params[1])) if shared else None
+        """One-byte codes of the values; None if they do not fit, channels differ, or an offset moves them."""
         if self.learned:
-            know(self)
+            remember(self)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.keep_positive()
         super()._save_to_state_dict(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, whose scale is another parameter."""
+        """Restore a copy, whose scale is another parameter."""
         super().__setstate__(state)
         if self.learned:
-            self.known_version = -2  # of no tensor
+            self.known_version = -2  # matches no tensor
             watch(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves between devices, but keeps its float32 values when the model goes to half precision."""
+        """Move between devices, but stay float32 when the model is cast to half precision."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -109,6 +129,6 @@ class Grid(nn.Module):
         return super()._apply(move, recurse)
 
 
-def _refresh_loaded(grid: Grid, keys: Any) -> None:
-    """After `load_state_dict`. Not a lambda: models that hold one can neither be pickled nor sent to a process."""
-    grid._refresh()
+def _refresh_loaded(params: QuantParams, keys: Any) -> None:
+    """Run after `load_state_dict`. Not a lambda: models that hold one can be neither pickled nor sent to a process."""
+    params._refresh()

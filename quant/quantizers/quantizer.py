@@ -1,4 +1,4 @@
-"""Quantizer: one tensor's format, scale and zero point: dynamic, calibrated or learned."""
+"""Quantizer: rounds one tensor to a format, with dynamic, calibrated or learned scales."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from quant.formats import FLOAT, BlockFormat, ByteGrid, FloatFormat, FloatOff, Format, IntFormat, parse_format
 from quant.kernels.block_formats import block_gradients, round_in_blocks
-from quant.kernels.eager import kernels
+from quant.kernels.dispatch import kernels
+from quant.kernels.eager import Gradients, Operands
 from quant.kernels.emulation import emulate, emulate_grid
-from quant.modes import recorded
+from quant.module_utils import is_tracing
 from quant.quant_utils import (
     MIN_LEARNED_SCALE,
     fake_quantize,
-    fake_quantize_row,
+    fake_quantize_with_params,
     least_scale,
     lsq_gradient_scale,
-    rounding_row,
+    rounding_params,
     scale_from_range,
 )
 from quant.quantizers.observers import (
@@ -33,32 +34,33 @@ from quant.quantizers.observers import (
     percentile_observer,
     token_observer,
 )
-from quant.quantizers.quant_params import Grid
+from quant.quantizers.quant_params import QuantParams
 from quant.validation import check_choices
 
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """How the scale of one tensor is found."""
+    """How the scales of one tensor are chosen."""
 
     range: Literal["dynamic", "calibrated", "learned"] = "learned"
-    """dynamic: from the tensor itself at every use. calibrated: fixed by `calibrate`. learned: LSQ, from there on"""
+    """dynamic: from the tensor at every use. calibrated: fixed by `calibrate`. learned: calibrated, then trained
+    (LSQ)."""
     granularity: Literal["tensor", "channel", "token"] = "tensor"
-    """what shares a scale: the whole tensor, a channel (of weights an output channel, of activations an input channel),
-    or the features of one token (activations)"""
+    """What shares a scale: the whole tensor, a channel (weights: an output channel; activations: an input channel), or
+    the features of one token (activations only)."""
     observer: str = "mse"
-    """range estimator, a name of `OBSERVERS`; percentile > 0 replaces it"""
+    """Range estimator, a name of `OBSERVERS`; percentile > 0 replaces it."""
     percentile: float = 0.0
-    """percentile of |x| in (0, 100] at which the range is clipped; 0: use the observer"""
+    """Percentile of |x| in (0, 100] at which the range is clipped; 0: use the observer."""
     symmetric: bool = True
-    """integers: a symmetric grid; False moves the grid by a zero point (unsigned after ReLU)"""
+    """Integers: a symmetric grid; False moves the grid by a zero point (unsigned after ReLU)."""
     learned_offset: bool = False
-    """LSQ+: an asymmetric integer grid is moved by a learned number instead of a zero point; range 'learned' only"""
+    """LSQ+: a learned offset replaces the zero point of an asymmetric integer grid; range 'learned' only."""
     reduce_range: bool = False
-    """weights: int8 uses 7 of its bits, so that processors without VNNI, whose sums of two int8 products saturate at 16
-    bits, compute them right (ONNX Runtime calls it reduce_range too)"""
+    """Weights: int8 uses only 7 bits. On processors without VNNI, the sum of two int8 products saturates at 16 bits; 7
+    bits avoid this (ONNX Runtime's reduce_range)."""
     ignore_padding: bool = False
-    """activations: leave out the tokens that a batch's `attention_mask` says are padding"""
+    """Activations: leave out padding tokens, according to a batch's `attention_mask`."""
 
     def __post_init__(self) -> None:
         if self.observer not in OBSERVERS:
@@ -81,7 +83,7 @@ class QuantizerConfig:
 
     @property
     def estimator(self) -> Observer:
-        """What watches the tensor and chooses its range."""
+        """The observer that chooses the tensor's range."""
         return percentile_observer(self.percentile) if self.percentile else OBSERVERS[self.observer]
 
 
@@ -90,13 +92,14 @@ ACTIVATION = QuantizerConfig(symmetric=False)
 
 
 class Quantizer(nn.Module):
-    """Rounds one tensor to the format it is set to; formats change at every step without a new module or graph.
+    """Rounds one tensor to the format it is set to; formats can change at every step without a new module or graph.
 
     Args:
-        config: how scales are found.
-        shape: of the scale, broadcasting to the tensor: () for per tensor, (C, 1, 1, 1) for a Conv2d's weight.
-        reduction_dim: axis along which block formats form their blocks, None: all but the first, flattened.
-        batched: an axis before all others is the batch (activations), which LSQ's gradient scale does not count.
+        config: How scales are chosen.
+        shape: Shape of the scale, broadcasting to the tensor: () per tensor, (C, 1, 1, 1) for a Conv2d's weight.
+        reduction_dim: Axis along which block formats form their blocks; None: all but the first, flattened.
+        batched: Whether the first axis is the batch (activations), which LSQ's gradient scale does not count.
+        device: Device of the scales.
     """
 
     anchor: Tensor
@@ -114,43 +117,44 @@ class Quantizer(nn.Module):
         self.shape = shape
         self.reduction_dim = reduction_dim
         self.batched = batched
-        self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)  # where new scales belong
+        self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)  # device of new scales
         self.format: Format = FLOAT
         self.grids = nn.ModuleDict()
+        """Format name -> its `QuantParams`. The name `grids` is part of the keys of saved state dicts."""
         self.prepared: set[Format] = set()
         self.observation: Any = None
-        """what the observer has seen so far"""
+        """What the observer has seen so far."""
         self.saw_finite: Tensor | bool = True
-        """whether all of that is finite: bool 0-d on the device of what was seen, since reading it stalls a GPU"""
+        """Whether all of that is finite: bool 0-d, on the device of the data because reading it would stall a GPU."""
         self.token_quantiles: dict[str, float] = {}
-        """'avg_prune_minmax': name of a format -> quantile of the token bounds at which it clips, see `clip_tokens`"""
+        """For 'avg_prune_minmax': format name -> quantile of the token bounds to clip at, see `clip_tokens`."""
         self.real_tokens: tuple[Tensor, ...] = ()
-        """bool (B, T) of each sequence that is read: False for tokens to leave out of what is observed, (B, T, ...)"""
+        """Masks, bool (B, T), False for padding; observed tensors (B, T, ...) leave padding out."""
 
     def prepare(self, format: Format) -> None:
-        """Make room for the scale of `format`. Learned scales must exist before the optimizer does."""
+        """Create the scale of a format. Learned scales must exist before the optimizer is created."""
         self.prepared.add(format)
         if not format.scaled or self.config.range == "dynamic" or format.name in self.grids:
             return
         assert isinstance(format, IntFormat | FloatFormat)
         learned, symmetric = self.config.range == "learned", self.config.symmetric
         with torch.inference_mode(False):
-            self.grids[format.name] = Grid(
+            self.grids[format.name] = QuantParams(
                 self.used_range(format), self.shape, learned, symmetric, self.anchor.device, self.config.learned_offset
             )
 
     def used_range(self, format: IntFormat | FloatFormat) -> IntFormat | FloatFormat:
-        """The format whose codes are used of `format`: of int8 those of int7 under `reduce_range`."""
+        """Return the format whose grid is used: int7 for int8 with `reduce_range`, else the format itself."""
         return IntFormat(7) if self.config.reduce_range and format == IntFormat(8) else format
 
     def set_format(self, format: Format) -> None:
         """Round to `format` from now on."""
         if format not in self.prepared:
             self.prepare(format)
-        self.__dict__["format"] = format  # past nn.Module's bookkeeping: this runs for every layer at every step
+        self.__dict__["format"] = format  # faster than nn.Module.__setattr__; runs for every layer at every step
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Makes room for the formats that are loaded: a freshly quantized model takes what a trained one saved."""
+        """Create the scales of all formats in the state dict, so that a newly quantized model loads a trained one."""
         start = f"{prefix}grids."
         for key in state_dict:
             if key.startswith(start):
@@ -160,7 +164,7 @@ class Quantizer(nn.Module):
     # ------------------------------------------------------ calibration
 
     def observe(self, x: Tensor) -> None:
-        """Add x to what `finish_calibration` will choose ranges from."""
+        """Add a tensor, any floating dtype, to the data that `finish_calibration` chooses ranges from."""
         if not self.grids:
             return
         x = without_padding(x, self.real_tokens)
@@ -169,48 +173,55 @@ class Quantizer(nn.Module):
             self.saw_finite = all_finite(x) & self.saw_finite
 
     def forget(self) -> None:
-        """Start observing anew."""
+        """Discard what was observed."""
         self.observation, self.saw_finite = None, True
 
     def finish_calibration(self, only: Format | None = None, again: bool = True) -> None:
-        """Set the scale of every prepared format (or of `only`) from what was observed, and forget that.
+        """Set the scales from what was observed, and discard that.
 
-        again: also where there is a scale already.
+        Args:
+            only: The format to set; None: all prepared formats.
+            again: Whether to replace scales that were already set.
         """
-        for name, grid in self.grids.items():
-            if (only is None or name == only.name) and (again or not cast(Grid, grid).is_ready):
+        for name, params in self.grids.items():
+            if (only is None or name == only.name) and (again or not cast(QuantParams, params).is_ready):
                 clipped = token_observer(self.token_quantiles[name]) if name in self.token_quantiles else None
                 self.set_ranges(clipped or self.estimator, parse_format(name))
         self.forget()
 
     @torch.no_grad()
     def set_ranges(self, estimate: RangeEstimator, format: Format) -> None:
-        """Set the scale of a prepared format to what `estimate` makes of the observation, if there is one."""
+        """Set the scale of a prepared format; does nothing if nothing was observed.
+
+        Args:
+            estimate: Chooses the range from the observation.
+            format: The format.
+        """
         if self.observation is None or format.name not in self.grids:
             return
-        grid = cast(Grid, self.grids[format.name])
-        low, high = estimate(self.observation, grid.format, self.config.symmetric)
-        scale, zero_point = scale_from_range(low, high, grid.format, self.config.symmetric)
-        grid.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
+        params = cast(QuantParams, self.grids[format.name])
+        low, high = estimate(self.observation, params.format, self.config.symmetric)
+        scale, zero_point = scale_from_range(low, high, params.format, self.config.symmetric)
+        params.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
 
     @property
     def estimator(self) -> Observer:
-        """What watches the tensor and chooses its range: of weights, which have no batch, the whole of them."""
+        """The observer that chooses the tensor's range; for weights it sees all values, not a sample."""
         observer = self.config.estimator
         return observer if self.batched else on_weights(observer, guarded=not self.config.percentile)
 
     def _see(self, x: Tensor, before: Any) -> Any:
-        """What the observer keeps of x, on top of what it kept before."""
+        """Return the observer's state after x, given its state before."""
         observer = self.estimator
         return observer.see(self._tokens(x) if observer.per_token else self._grouped(x), before)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """x as (tokens, features); the features of a convolution's position are its channels."""
+        """Reshape x to (tokens, features); of a convolution's input, the features of a position are its channels."""
         rows = x if self.reduction_dim is None else x.movedim(self.reduction_dim, -1)
         return rows.reshape(-1, rows.shape[-1])
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """x as (groups, values), one group for each scale."""
+        """Reshape x to (groups, values), one group per scale."""
         if math.prod(self.shape) == 1:
             return x.reshape(1, -1)
         axes = [d - len(self.shape) for d, size in enumerate(self.shape) if size > 1]
@@ -220,45 +231,55 @@ class Quantizer(nn.Module):
 
     @property
     def bytes(self) -> ByteGrid | None:
-        """How values of the format set now are held in bytes, None where they are not."""
-        return cast(Grid, self.grids[self.format.name]).bytes if self.format.name in self.grids else None
+        """Byte codes of the current format, or None if there are none."""
+        return cast(QuantParams, self.grids[self.format.name]).bytes if self.format.name in self.grids else None
 
-    def grid_tensors(self) -> list[Tensor]:
-        """What is held of the format set now: everything but x that the rounding depends on."""
+    def rounding_tensors(self) -> list[Tensor]:
+        """Return all tensors, other than x, that rounding to the current format depends on."""
         if self.format.name not in self.grids:
             return []
-        grid = self.grids[self.format.name]
-        return [*grid.parameters(), *grid.buffers()]
+        params = self.grids[self.format.name]
+        return [*params.parameters(), *params.buffers()]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x rounded: same shape and dtype. Raises RuntimeError in eval mode if the format was never calibrated."""
+        """Round x to the current format.
+
+        Args:
+            x: Any floating dtype; the scale broadcasts to it.
+
+        Returns:
+            A tensor with x's shape and dtype.
+
+        Raises:
+            RuntimeError: In eval mode, if activation ranges of the format were never calibrated.
+        """
         rounding = self.rounding(x)
         return x if rounding is None else rounding(x)
 
     def rounding(self, x: Tensor) -> Rounder | None:
-        """What rounds x now, with the scale of this moment; None in float."""
+        """Return what rounds x with the current format and scale; None in float. Raises as `forward` does."""
         format = self.format
         if isinstance(format, FloatOff) or x.numel() == 0:
             return None
         if isinstance(format, BlockFormat):
             return Rounder(format=format, dim=self.reduction_dim)
         if not format.scaled or self.config.range == "dynamic":
-            scale, row = self._dynamic(x, format)
-            return Rounder(scale=scale, row=row)
-        grid = cast(Grid, self.grids[format.name])
-        if not grid.is_ready:
+            scale, rounding_params = self._dynamic(x, format)
+            return Rounder(scale, rounding_params)
+        params = cast(QuantParams, self.grids[format.name])
+        if not params.is_ready:
             if self.observation is not None:
-                return None  # in the middle of the calibration that will find its scale
+                return None  # calibration is under way and will set the scale
             self._calibrate_on(x, format)
-        grid.keep_positive()
-        gradient = lsq_gradient_scale(self._elements(x) // grid.scale.numel(), grid.largest_code)
-        # A sum over channels of inputs with a scale each is no sum of integers.
-        bytes = grid.bytes if grid.scale.numel() == 1 or not self.batched else None
-        return Rounder(scale=grid.scale, row=grid.row, gradient_scale=gradient, offset=grid.offset, bytes=bytes)
+        params.keep_positive()
+        gradient = lsq_gradient_scale(self._elements(x) // params.scale.numel(), params.largest_code)
+        # With a scale per input channel, the sum over channels is not a sum of integers.
+        bytes = params.bytes if params.scale.numel() == 1 or not self.batched else None
+        return Rounder(params.scale, params.rounding_params, gradient, offset=params.offset, bytes=bytes)
 
     def _elements(self, x: Tensor) -> int:
-        """Of one example."""
-        alone = self.reduction_dim is not None and x.dim() + self.reduction_dim <= 0  # an example without a batch axis
+        """Number of elements of one example."""
+        alone = self.reduction_dim is not None and x.dim() + self.reduction_dim <= 0  # an example without batch axis
         return x.numel() // x.shape[0] if self.batched and not alone else x.numel()
 
     def _calibrate_on(self, x: Tensor, format: Format) -> None:
@@ -272,9 +293,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _dynamic(self, x: Tensor, format: IntFormat | FloatFormat) -> tuple[Tensor, Tensor]:
-        """Scale and row from x itself."""
+        """Return scale and rounding parameters computed from x."""
         if not format.scaled:
-            return torch.ones((), device=x.device), rounding_row(format, device=x.device)
+            return torch.ones((), device=x.device), rounding_params(format, device=x.device)
         format = self.used_range(format)
         shape = list(self.shape)
         if self.config.granularity == "token":
@@ -287,94 +308,111 @@ class Quantizer(nn.Module):
         low, high = self.estimator(seen, format, self.config.symmetric)
         scale, zero_point = scale_from_range(low, high, format, self.config.symmetric)
         zero_point = None if zero_point is None else zero_point.view(shape)
-        return scale.view(shape), rounding_row(format, zero_point, device=x.device)
+        return scale.view(shape), rounding_params(format, zero_point, device=x.device)
 
     def extra_repr(self) -> str:
+        """Describe the quantizer in the printed model."""
         return f"format={self.format}, range={self.config.range}, granularity={self.config.granularity}"
 
 
 @dataclass(frozen=True)
 class Rounder:
-    """One tensor's rounding as decided at one moment; calling it again gives the same values."""
+    """The rounding of one tensor, as decided at one moment; calling it again gives the same values."""
 
     scale: Tensor | None = None
-    row: Tensor | None = None
+    rounding_params: Tensor | None = None
     gradient_scale: float = 1.0
     format: Format = FLOAT
     dim: int | None = -1
     offset: Tensor | None = None
-    """LSQ+'s beta: what the middle of the grid stands at"""
+    """LSQ+'s beta: the tensor is rounded relative to it."""
     bytes: ByteGrid | None = None
-    """how the rounded values are held in bytes, where they fit"""
+    """Byte codes of the rounded values, if they fit."""
 
     @property
     def plain(self) -> bool:
-        """Whether it is a rounding and nothing else, whose `gradients` are known."""
+        """Whether `values` and `gradients` apply: there is no learned offset."""
         return self.offset is None
 
     def recordable(self, x: Tensor) -> Tensor:
-        """The same values for finite x, in operations that torch.export and torch.jit.trace record; no gradients."""
-        if self.row is None or self.scale is None:
+        """Round a finite x in operations that torch.export and torch.jit.trace record, without gradients."""
+        if self.rounding_params is None or self.scale is None:
             assert isinstance(self.format, BlockFormat)
             return emulate(x, self.format, self.dim).to(x.dtype)
         scale = self.scale.clamp(min=least_scale(self.scale))
         centred = x.float() if self.offset is None else x.float() - self.offset
-        rounded = emulate_grid(centred / scale, self.row) * scale
+        rounded = emulate_grid(centred / scale, self.rounding_params) * scale
         return (rounded if self.offset is None else rounded + self.offset).to(x.dtype)
 
     def values(self, x: Tensor) -> Tensor:
-        """If plain: the same as calling it, past autograd."""
-        if self.row is None or self.scale is None:
+        """Round x outside of autograd. Requires `plain`."""
+        if self.rounding_params is None or self.scale is None:
             assert isinstance(self.format, BlockFormat)
             return round_in_blocks(x, self.format, self.dim)
-        return kernels().round(x, self.scale, self.row, least_scale(self.scale))
+        return kernels().round(self._operands(x, self.scale))
 
     def codes(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """If plain: x as codes of `bytes`, uint8 or int8; None where x holds NaN or the kernels do not know."""
-        assert self.bytes is not None and self.scale is not None and self.row is not None
-        return kernels().codes(x, self.scale, self.row, least_scale(self.scale), self.bytes, dtype)
+        """Round x to codes of `bytes`, uint8 or int8; None if x holds NaN. Requires `bytes`."""
+        assert self.bytes is not None and self.scale is not None
+        return kernels().codes(self._operands(x, self.scale), self.bytes, dtype)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, scale: Tensor | None, learned: bool, again: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """If plain: for x and, if learned, for scale, from the gradient of what it gave; and that `again` if asked.
+        self, grad: Tensor, x: Tensor, scale: Tensor | None, learned: bool = False, *, again: bool = False
+    ) -> Gradients:
+        """Return the gradients w.r.t. x and, if learned, the scale. Requires `plain`.
 
-        `grad` may be overwritten. scale: the one of the forward pass, as autograd has saved it.
+        Args:
+            grad: Gradient w.r.t. the rounded x, with x's shape; may be overwritten.
+            x: The unrounded tensor.
+            scale: The scale of the forward pass, as autograd has saved it.
+            learned: Whether to compute the scale's gradient.
+            again: Whether to also return the rounded x.
         """
-        if self.row is None or scale is None:
+        if self.rounding_params is None or scale is None:
             assert isinstance(self.format, BlockFormat)
             dx, rounded = block_gradients(grad, x, self.format, self.dim, again=again, reuse=True)
-            return dx, None, rounded
-        dx, dscale, rounded = kernels().gradients(
-            grad, x, scale, self.row, least_scale(scale), learned=learned, again=again, reuse=True
-        )
-        return dx, None if dscale is None else dscale * self.gradient_scale, rounded
+            return Gradients(dx, None, rounded)
+        found = kernels().gradients(grad, self._operands(x, scale), learned=learned, again=again, reuse=True)
+        return found if found.scale is None else found._replace(scale=found.scale * self.gradient_scale)
+
+    def _operands(self, x: Tensor, scale: Tensor) -> Operands:
+        assert self.rounding_params is not None
+        return Operands(x, scale, self.rounding_params, least_scale(scale))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if recorded():
+        """Round x, any floating dtype and shape, with gradients."""
+        if is_tracing():
             return self.recordable(x)
-        if self.row is None or self.scale is None:
+        if self.rounding_params is None or self.scale is None:
             return fake_quantize(x, self.format, dim=self.dim)
         if self.offset is None:
-            return fake_quantize_row(x, self.scale, self.row, self.gradient_scale)
-        # The offset's gradient is what autograd makes of this: all of g, less what passes inside the range.
+            return fake_quantize_with_params(x, self.scale, self.rounding_params, self.gradient_scale)
+        # Autograd derives the offset's gradient from this: the whole gradient minus what passes within the range.
         offset = _with_gradient_scaled(self.offset, self.gradient_scale)
-        moved = fake_quantize_row(x.float() - offset, self.scale, self.row, self.gradient_scale)
+        moved = fake_quantize_with_params(x.float() - offset, self.scale, self.rounding_params, self.gradient_scale)
         return (moved + offset).to(x.dtype)
 
 
 def _with_gradient_scaled(offset: Tensor, factor: float) -> Tensor:
-    """The same values, whose gradient is multiplied: LSQ+ (arXiv 2004.09576) scales those of offsets as of scales."""
+    """Return the same values with a scaled gradient: LSQ+ (arXiv 2004.09576) scales an offset's as a scale's."""
     return offset.detach() + (offset - offset.detach()) * factor
 
 
 def all_finite(x: Tensor) -> Tensor:
-    """Whether x holds neither NaN nor infinity, bool 0-d: both show in its extrema, which take one pass and no copy."""
+    """Return bool 0-d: whether x is free of NaN and infinity. Both show in the extrema: one pass, and no copy."""
     return torch.stack(x.detach().aminmax()).isfinite().all()
 
 
 def without_padding(x: Tensor, masks: Iterable[Tensor]) -> Tensor:
-    """The tokens of x where the mask (B, T) of its shape is true: (tokens, ...). x itself where no mask fits."""
+    """Drop padding.
+
+    Args:
+        x: (B, T, ...) or (B * T, features).
+        masks: bool (B, T) each, False for padding; the first that fits x's shape is used.
+
+    Returns:
+        The other tokens, (tokens, ...); x itself if no mask fits.
+    """
     for real in masks:
         if x.dim() >= 3 and x.shape[:2] == real.shape:
             return x[real]

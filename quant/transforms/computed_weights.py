@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from quant.modes import evaluating
+from quant.module_utils import evaluating
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from quant.calls import first_tensor
 from quant.convert import run_model
-from quant.modes import evaluating
+from quant.module_utils import evaluating, first_tensor
 from quant.transforms.shortcut import Shortcut
 
 LAYERS = (nn.Linear, nn.Conv2d, Conv1D)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quant.calls import Arguments, examples_of, first_tensor, with_first_tensor
 from quant.convert import run_model
 from quant.errors import UserError
 from quant.formats import FloatFormat, Format, IntFormat
-from quant.modes import evaluating
+from quant.module_utils import Arguments, evaluating, examples_of, first_tensor, replace_first_tensor
 from quant.quant_utils import fake_quantize, scale_from_range
 from quant.transforms.graph import Group, find_groups, outputs, scaled_parameters
 from quant.transforms.shortcut import Shortcut, add_shortcut
@@ -94,7 +93,7 @@ def _divide_input(layer: nn.Module, g: Tensor) -> None:
 
 
 def _read_divided(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    return with_first_tensor(lambda x: x / layer.input_divisor.to(x), args, kwargs)
+    return replace_first_tensor(lambda x: x / layer.input_divisor.to(x), args, kwargs)
 
 
 # ------------------------------------------------------ saved and loaded

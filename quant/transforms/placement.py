@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.calls import Arguments, first_tensor, with_first_tensor
 from quant.convert import run_model
 from quant.errors import UserError
-from quant.modes import evaluating
+from quant.module_utils import Arguments, evaluating, first_tensor, replace_first_tensor
 from quant.quant_module import TABLE, QuantModule
 from quant.quantizers.quantizer import Quantizer, QuantizerConfig
 from quant.transforms.graph import ADD, is_norm
@@ -172,7 +171,7 @@ class _Placer:
             return None
         if self.placement is not None and kind in ("layer", "layernorm"):
             self.read[id(x)] = weakref.ref(x)
-        return with_first_tensor(lambda read: self.pass_on(f"{path}:{kind}:in", read, kind), args, kwargs)
+        return replace_first_tensor(lambda read: self.pass_on(f"{path}:{kind}:in", read, kind), args, kwargs)
 
     def leave(
         self, path: str, kind: str, name: str | None, module: nn.Module, args: tuple[Any, ...], output: Any

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.calls import Arguments, first_tensor, with_first_tensor
+from quant.module_utils import Arguments, first_tensor, replace_first_tensor
 
 
 class Shortcut(nn.Module):
@@ -45,4 +45,4 @@ def add_shortcut(norm: nn.Module, reader: nn.Module) -> Shortcut:
 
 
 def _add_through_shortcut(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    return with_first_tensor(norm.shortcut, args, kwargs)
+    return replace_first_tensor(norm.shortcut, args, kwargs)

@@ -5,14 +5,14 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-import quant.kernels.eager.eager
-import quant.kernels.eager.native
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import quant.kernels.dispatch
+import quant.kernels.native
 from quant.formats import FLOAT, IntFormat, parse_format
-from quant.quant_utils import fake_quantize, rounding_row, scale_from_range, use_compiled
+from quant.quant_utils import fake_quantize, rounding_params, scale_from_range, use_compiled
 from tests.quant.oracles import (
     DTYPES,
     MINIFLOATS,
@@ -212,7 +212,7 @@ def test_float_is_a_copy_and_one_grid_formats_only_have_a_row():
     assert torch.equal(out, x) and out.data_ptr() != x.data_ptr()
     for name in ("float", "mxfp4"):
         with pytest.raises(ValueError, match=name):
-            rounding_row(parse_format(name))
+            rounding_params(parse_format(name))
 
 
 @settings(deadline=None, max_examples=60)
@@ -308,8 +308,8 @@ def test_without_a_compiler_auto_says_so_once_and_on_raises(message, compiler, m
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: compiling_fails)
-    monkeypatch.setattr(quant.native, "library", compiling_fails)
-    caches = quant.kernels.eager._inductor, quant.kernels.native.NativeKernels.load
+    monkeypatch.setattr(quant.kernels.native, "library", compiling_fails)
+    caches = quant.kernels.dispatch._inductor, quant.kernels.native.NativeKernels.load
     try:
         for cache in caches:
             cache.cache_clear()
@@ -319,7 +319,7 @@ def test_without_a_compiler_auto_says_so_once_and_on_raises(message, compiler, m
         assert (message.partition("\n")[0] or "RuntimeError") in caplog.text
         with pytest.raises(RuntimeError, match="--compile on"):
             use_compiled("on", compiler=compiler)
-        assert quant.kernels.eager.kernels() is quant.kernels.eager.EAGER
+        assert quant.kernels.dispatch.kernels() is quant.kernels.eager.EAGER
     finally:
         for cache in caches:
             cache.cache_clear()
@@ -329,7 +329,7 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("MPQ_CACHE_DIR", str(tmp_path))
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main() { return nonsense; }")
-    monkeypatch.setattr(quant.native, "SOURCE", broken)
+    monkeypatch.setattr(quant.kernels.native, "SOURCE", broken)
     with pytest.raises(RuntimeError, match=r"broken\.cpp.*error.*nonsense"):
         quant.kernels.native.library.__wrapped__()
     assert list(tmp_path.iterdir()) == [broken]

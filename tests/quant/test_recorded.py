@@ -6,7 +6,7 @@ from torch import nn
 
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import parse_format
-from quant.kernels.eager import _constant_row, round_to_grid, rounding_row
+from quant.kernels.eager import _cached_params, round_to_grid, rounding_params
 from quant.kernels.emulation import emulate_grid
 from quant.quantizers.quantizer import QuantizerConfig
 
@@ -28,7 +28,7 @@ def quantized(name, **activation):
 @pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "inference"])
 def test_exported_and_traced_models_give_the_same_values(name, gradients):
     model, x = quantized(name)
-    _constant_row.cache_clear()
+    _cached_params.cache_clear()
     with torch.set_grad_enabled(gradients):
         axes = ({0: torch.export.Dim.AUTO},)
         exported = torch.export.export(model, (torch.randn_like(x),), dynamic_shapes=axes).run_decompositions().module()
@@ -37,7 +37,7 @@ def test_exported_and_traced_models_give_the_same_values(name, gradients):
             assert torch.equal(exported(rows), model(rows)) or name == "nvfp4"  # decomposed divisions may round twice
             torch.testing.assert_close(exported(rows), model(rows), atol=1e-6, rtol=1e-5)
         assert torch.equal(traced(x), model(x))
-    assert isinstance(rounding_row(parse_format("int8")).sum().item(), float)  # what was made while recording is gone
+    assert isinstance(rounding_params(parse_format("int8")).sum().item(), float)  # no tensor of a trace is cached
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_other_ranges_are_recorded_too(activation):
 
 @pytest.mark.parametrize("name", ["int2", "int8", "int16", "e4m3", "e2m1", "e8m7", "e3m1"])
 def test_the_grid_without_bits_is_the_grid(name):
-    row = rounding_row(parse_format(name))
+    row = rounding_params(parse_format(name))
     powers = 2.0 ** torch.arange(-126, 127)
     near = torch.cat(
         [powers, torch.nextafter(powers, torch.tensor(0.0)), 1.5 * powers, torch.linspace(-500, 500, 4001)]

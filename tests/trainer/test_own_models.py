@@ -12,10 +12,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from cost.cost import COSTS
 from eval.saved_model import load_model
-from quant.calls import examples_of
 from quant.convert import get_formats
 from quant.errors import UserError
 from quant.formats import FLOAT
+from quant.module_utils import examples_of
 from trainer.reinforce_trainer import ReinforceConfig, ReinforceTrainer
 from trainer.search.evaluator import quality, telling_reference
 from trainer.training.distillation import Teacher, class_logits

@@ -18,11 +18,11 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from policy.space import SearchSpace
-from quant.convert import in_float, set_formats, weights_kept
+from quant.convert import in_float, rounded_weights_cached, set_formats
 from quant.errors import UserError
-from quant.modes import evaluating
+from quant.module_utils import evaluating
 from quant.quant_module import QuantModule
-from quant.quantizers.prefix_cache import replayed
+from quant.quantizers.prefix_cache import prefix_cached
 from trainer.search.search_state import (
     LEAST_JUDGED,
     MOST_JUDGED,
@@ -160,12 +160,12 @@ class JudgingTrainer(PickleFreeTrainer):
         # Sorted, each choice shares with the one before it all layers up to the first that differs.
         order = sorted(range(len(choices)), key=lambda row: tuple(choices[row]))
         for column, batch in enumerate(batches):
-            with evaluating(self.model), statistics_of_batch(self.model, batch), replayed(self.modules) as replay:
+            with evaluating(self.model), statistics_of_batch(self.model, batch), prefix_cached(self.modules) as cache:
                 known = self._known(batch)
                 for row in order:
                     if in_formats:
                         set_formats(self.modules, self.space.assignment(choices[row]))
-                    replay.restart()
+                    cache.restart()
                     with self.compute_loss_context_manager():
                         loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
                         logits = class_logits(outputs, batch)
@@ -189,7 +189,7 @@ class JudgingTrainer(PickleFreeTrainer):
         indices = own_share(self._permutation(self.search_dataset, salt=2 + step)[:size])
         batch = self._batch(self.search_dataset, indices)
         measured = []
-        kept = weights_kept(self.modules)  # for draws that agree on a layer
+        kept = rounded_weights_cached(self.modules)  # for draws that agree on a layer
         with evaluating(self.model), statistics_of_batch(self.model, batch), kept:
             for choice in choices:
                 set_formats(self.modules, self.space.assignment(choice.tolist()))

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from policy.budget import Budget
 from policy.hessian import hessian_traces, top_eigenvalues
 from policy.space import SearchSpace
-from quant.calls import examples_of
 from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
-from quant.modes import evaluating
+from quant.module_utils import evaluating, examples_of
 from quant.quant_module import QuantModule
-from quant.quantizers.prefix_cache import replayed
+from quant.quantizers.prefix_cache import prefix_cached
 from trainer.training.batch_norm import statistics_of_batch
 from trainer.training.progress import Listener, unheard
 
@@ -73,12 +72,12 @@ def measure_sensitivity(
     with evaluating(model):
         for number, batch in enumerate(batches):
             effects: list[list[Tensor]] = [[] for _ in space.decisions]
-            with in_float(modules), statistics_of_batch(model, batch), replayed(modules) as replay:
+            with in_float(modules), statistics_of_batch(model, batch), prefix_cached(modules) as cache:
                 reference = look(model, batch)
                 for d, decision in enumerate(space.decisions):
                     for formats in decision.choices:
                         set_formats(modules, dict.fromkeys(decision.layers, formats))
-                        replay.restart()
+                        cache.restart()
                         effects[d].append(compare(reference, look(model, batch)).view(-1))
                     set_formats(modules, dict.fromkeys(decision.layers, (FLOAT, FLOAT)))
                     of_batches = f", batch {number + 1} of {len(batches)}" if len(batches) > 1 else ""

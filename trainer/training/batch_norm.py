@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quant.calls import examples_of
 from quant.convert import run_model
-from quant.modes import evaluating
+from quant.module_utils import evaluating, examples_of
 
 LEAST_TELLING = 8
 """examples of a batch whose own statistics say more of it than averages from other formats"""

@@ -18,12 +18,12 @@ from transformers.trainer_callback import ExportableState
 
 from cost.cost import compute_cost, memory_cost
 from cost.profile import profile_model
+from quant.analysis.tied import tied_layers
 from quant.convert import calibrate, find_layers, get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, Format, IntFormat
 from quant.quant_module import QuantModule
 from quant.quantizers.quantizer import QuantizerConfig
-from quant.tied import tied_layers
 from quant.transforms.graph import find_groups
 from quant.transforms.migration import SmoothQuantConfig, fold, sound_groups
 from quant.transforms.token_clipping import output_loss, outputs

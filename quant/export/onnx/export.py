@@ -23,6 +23,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from quant.analysis.tied import stored_with
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict, left_in_float
 from quant.export.onnx.integer_ops import round_outputs
@@ -31,11 +32,10 @@ from quant.export.onnx.nodes import DOMAIN, Replacement, layer_of
 from quant.export.weights import never_called, static_range
 from quant.formats import BlockFormat
 from quant.kernels.emulation import emulate
-from quant.modes import evaluating
+from quant.module_utils import evaluating
 from quant.quant_experts import ExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
-from quant.tied import stored_with
 from quant.transforms.computed_weights import norm_hook, weight_of
 
 OPSET = 21

@@ -35,11 +35,16 @@ class Codes:
 def to_codes(quantizer: Quantizer, x: Tensor) -> Codes:
     """x in the integer format that `quantizer` is set to. Raises ValueError for any other format."""
     rounder = quantizer.rounding(x)
-    if not isinstance(quantizer.format, IntFormat) or rounder is None or rounder.row is None or rounder.scale is None:
+    if (
+        not isinstance(quantizer.format, IntFormat)
+        or rounder is None
+        or rounder.rounding_params is None
+        or rounder.scale is None
+    ):
         raise ValueError(f"only integer formats run in integers, got {quantizer.format}")
     if rounder.offset is not None:
         raise ValueError("a learned offset is no zero point: it does not run in integers")
-    low, high = rounder.row[0], rounder.row[1]
+    low, high = rounder.rounding_params[0], rounder.rounding_params[1]
     steps = torch.round(x.detach() / rounder.scale.detach()).clamp(low, high).long()
     lowest = quantizer.format.bounds("full")[0]
     zero_point = torch.zeros_like(low) if quantizer.config.symmetric else lowest - low

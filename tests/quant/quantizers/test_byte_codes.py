@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quant.convert import calibrate, from_float, quantize_model, set_formats, weights_kept
+from quant.convert import calibrate, from_float, quantize_model, rounded_weights_cached, set_formats
 from quant.formats import IntFormat, byte_grid, parse_format
 from quant.kernels import onednn
-from quant.kernels.eager import kernels
+from quant.kernels.dispatch import kernels
 from quant.quant_utils import use_compiled
 from quant.quantizers import byte_codes
 from quant.quantizers.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
@@ -324,9 +324,9 @@ def test_a_kept_weight_is_packed_once_until_something_changes(codes, monkeypatch
     calibrate(model, layers, [x])
     set_formats(layers, dict.fromkeys(layers, (int4, int8)))
     model.eval()
-    with torch.inference_mode(), weights_kept(layers):
+    with torch.inference_mode(), rounded_weights_cached(layers):
         first, again = model(x), model(x)
-        assert copy.deepcopy(layers["0"]).kept_weight.value is None
+        assert copy.deepcopy(layers["0"]).rounded_weight_cache.value is None
         assert len(packed) == 3 and torch.equal(first, again)
         set_formats({"2": layers["2"]}, {"2": (int8, int8)})
         assert not torch.equal(model(x), first) and len(packed) == 4

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from quant.convert import calibrate, quantize_model, set_formats, weights_kept
+from quant.convert import calibrate, quantize_model, rounded_weights_cached, set_formats
 from quant.formats import FLOAT, parse_format
 from quant.quant_module import QuantModule
-from quant.quantizers.prefix_cache import replayed
+from quant.quantizers.prefix_cache import prefix_cached
 
 INT2, INT4, INT8 = (parse_format(bits) for bits in (2, 4, 8))
 
@@ -55,10 +55,10 @@ def test_the_same_outputs_in_any_order_of_assignments(quantized):
         for choice in choices:
             set_formats(layers, choice)
             plain.append(model(batch))
-        with replayed(layers) as replay:
+        with prefix_cached(layers) as cache:
             for choice, wanted in zip(choices, plain, strict=True):
                 set_formats(layers, choice)
-                replay.restart()
+                cache.restart()
                 assert torch.equal(model(batch), wanted)
 
 
@@ -66,10 +66,10 @@ def test_layers_before_the_first_difference_do_not_run(quantized, computed):
     model, layers, batch = quantized
     first, shared, last = (layers[name] for name in ("first", "shared", "last"))
     ran = []
-    with torch.no_grad(), replayed(layers) as replay:
+    with torch.no_grad(), prefix_cached(layers) as cache:
         for choice in [(INT4, INT4, INT4), (INT4, INT4, INT2), (INT4, INT8, INT2), (INT4, INT8, INT2)]:
             set_formats(layers, assignment(*choice))
-            replay.restart()
+            cache.restart()
             model(batch)
             ran.append(computed.copy())
             computed.clear()
@@ -79,11 +79,11 @@ def test_layers_before_the_first_difference_do_not_run(quantized, computed):
 
 def test_afterwards_and_in_inference_mode_every_layer_runs(quantized, computed):
     model, layers, batch = quantized
-    with torch.inference_mode(), replayed(layers) as replay:
+    with torch.inference_mode(), prefix_cached(layers) as cache:
         for _ in range(2):
-            replay.restart()
+            cache.restart()
             model(batch)
-    with weights_kept(layers):
+    with rounded_weights_cached(layers):
         model(batch)
     assert len(computed) == 3 * 4
-    assert all(layer.replay is None for layer in layers.values())
+    assert all(layer.prefix_cache is None for layer in layers.values())

@@ -293,13 +293,13 @@ def test_scales_stay_the_same_float32_values_when_the_model_changes_precision(ra
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert after[key].dtype == value.dtype and torch.equal(after[key], value)
-    assert all(grid.row.dtype == torch.float32 for grid in quantizer.grids.values())
+    assert all(grid.rounding_params.dtype == torch.float32 for grid in quantizer.grids.values())
 
 
 def test_to_another_device():
     quantizer = trained().to("meta")
     assert all(tensor.is_meta for tensor in quantizer.state_dict().values())
-    assert quantizer.grids["int8"].row.is_meta
+    assert quantizer.grids["int8"].rounding_params.is_meta
     quantizer.set_format(IntFormat(3))
     assert quantizer.grids["int3"].scale.is_meta
 

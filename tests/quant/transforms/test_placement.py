@@ -11,7 +11,7 @@ from torch import nn
 from quant.convert import calibrate, in_float, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, IntFormat
-from quant.quantizers.prefix_cache import replayed
+from quant.quantizers.prefix_cache import prefix_cached
 from quant.quantizers.quantizer import QuantizerConfig
 from quant.transforms.graph import find_groups
 from quant.transforms.migration import gamma_migration
@@ -233,13 +233,13 @@ def test_a_pass_played_back_knows_whose_formats_changed():
     model = bert()
     modules = quantized(model)
     names = list(modules)
-    with torch.no_grad(), replayed(modules) as replay:
+    with torch.no_grad(), prefix_cached(modules) as cache:
         for name in [*names, names[0]]:
             set_formats(modules, {**dict.fromkeys(modules, (FLOAT, FLOAT)), name: (INT8, INT8)})
-            replay.restart()
+            cache.restart()
             again = model(**text()).logits
             for module in modules.values():
-                module.replay = None
+                module.prefix_cache = None
             assert torch.equal(again, run(model)), name
             for module in modules.values():
-                module.replay = replay
+                module.prefix_cache = cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.quantizers.quant_params import Grid
+from quant.quantizers.quant_params import QuantParams
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def float_share(model: nn.Module, layers: Collection[str]) -> FloatShare:
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """(name, module that holds it, parameter); what quantizers have learned is none of the model's weights."""
     for prefix, module in model.named_modules():
-        if not isinstance(module, Grid):
+        if not isinstance(module, QuantParams):
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.dim() > 1 and name.rpartition(".")[2] != "bias":  # those of experts are a matrix
                     yield name, module, parameter

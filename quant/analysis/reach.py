@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from quant.quant_module import QuantModule, Reach
-from quant.quantizers.quant_params import Grid
+from quant.quantizers.quant_params import QuantParams
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class _Reads(TorchFunctionMode):
 
 def _has_range(module: QuantModule) -> bool:
     """Whether training or an earlier calibration has reached the layer."""
-    return any(cast(Grid, grid).is_ready for grid in module.input_quantizer.grids.values())
+    return any(cast(QuantParams, params).is_ready for params in module.input_quantizer.grids.values())
 
 
 def reach_of(modules: Mapping[str, QuantModule]) -> dict[str, Reach]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant.convert import calibrate, quantize_model, set_formats, weights_kept
+from quant.convert import calibrate, quantize_model, rounded_weights_cached, set_formats
 from quant.formats import FLOAT, parse_format
 from quant.quantizers.quantizer import Quantizer, QuantizerConfig
 
@@ -37,11 +37,11 @@ def test_the_same_values_from_one_rounding(model, counted, kind, format):
     with torch.no_grad():
         wanted = [model(batch(seed)) for seed in range(3)]
         counted.clear()
-        with weights_kept(layers):
+        with rounded_weights_cached(layers):
             got = [model(batch(seed)) for seed in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
     assert len(counted) == len(layers), "once a layer, for three batches"
-    assert all(layer.kept_weight is None for layer in layers.values())
+    assert all(layer.rounded_weight_cache is None for layer in layers.values())
 
 
 def changes():
@@ -76,7 +76,7 @@ def test_every_change_is_seen(model, change):
     layers = quantize_model(model, formats=[INT4, INT8])
     calibrate(model, layers, [batch()])
     set_formats(layers, dict.fromkeys(layers, (INT4, FLOAT)))
-    with torch.no_grad(), weights_kept(layers):
+    with torch.no_grad(), rounded_weights_cached(layers):
         before = model(batch())
         change(model, layers)
         kept = model(batch())
@@ -92,7 +92,7 @@ def test_gradients_flow_as_ever(model):
     model(batch()).sum().backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    with weights_kept(layers):
+    with rounded_weights_cached(layers):
         model(batch()).sum().backward()
     got = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from quant.analysis.float_share import float_share
 from quant.convert import quantize_model
-from quant.float_share import float_share
 from quant.formats import parse_format
 
 

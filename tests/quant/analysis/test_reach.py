@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from quant.analysis.reach import notes_on_reach, reach_of
 from quant.convert import calibrate, get_formats, in_float, quantize_model, set_formats
 from quant.formats import FLOAT, parse_format
 from quant.quantizers.quantizer import QuantizerConfig
-from quant.quantizers.reach import notes_on_reach, reach_of
 
 INT4, BF16, MXFP8 = map(parse_format, ("int4", "bf16", "mxfp8"))
 
