@@ -1,7 +1,8 @@
-"""From a float model to one whose layers can switch formats, in place, for any nn.Module."""
+"""Convert the layers of any nn.Module, in place, to layers whose formats can be switched; calibrate them."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -41,23 +42,30 @@ QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     Conv1D: QuantConv1D,
     ExpertLinear: QuantExpertLinear,
 }
-"""float layer -> quantized layer; subclasses of the float layer are covered by the same entry"""
+"""Float layer -> quantized layer; an entry also covers subclasses of the float layer."""
 
 Assignment = Mapping[str, tuple[Format, Format]]
-"""layer name -> (weight format, activation format)"""
+"""Layer name -> (weight format, activation format)."""
 
 
 def find_layers(
     model: nn.Module, include: Collection[str] | None = None, exclude: Collection[str] | None = None
 ) -> dict[str, nn.Module]:
-    """The layers of `model` that can be quantized, by dotted name, in module order, each once.
+    """Find the layers that can be quantized.
+
+    The weights of attention and experts are layers only after `quant.transforms.unfold`, which `quantize_model` and
+    `cost.profile.profile_model` call first.
 
     Args:
-        include: globs over layer names; None is all but adapters, see `adapter_layers`.
-        exclude: globs over layer names to leave out; it wins over include.
+        model: Any model.
+        include: Globs over layer names; None: all layers but those of adapters, see `adapter_layers`.
+        exclude: Globs over layer names to leave out; takes precedence over include.
 
-    Raises UserError for a glob that matches no layer. Attention and experts have layers only once they are taken apart,
-    see `quant.transforms.unfold`: `quantize_model` and `cost.profile.profile_model` do so first.
+    Returns:
+        The layers by dotted name, in module order, each once.
+
+    Raises:
+        UserError: For a glob that matches no layer.
     """
     known: tuple[type[nn.Module], ...] = tuple(QUANTIZED)
     hidden = _hidden(model)
@@ -78,10 +86,17 @@ def find_layers(
 
 
 def adapter_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of these layers that belong to a LoRA adapter: `lora_A` and `lora_B` of one module, or inside them.
+    """Select the layers of LoRA adapters: `lora_A` and `lora_B` of the same module, and layers inside them.
 
-    Adapters are small, are trained on top of a frozen layer, and are merged into it or swapped: they stay in float
-    unless asked for.
+    Adapters are small, are trained on top of a frozen layer and are later merged or swapped, so they stay in float
+    unless the user includes them.
+
+    Args:
+        model: The model.
+        names: Layer names to select from.
+
+    Returns:
+        The adapters' layers among the names.
     """
     pairs = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "lora_B")]
     parts = tuple(f"{name}.{part}".lstrip(".") for name in pairs for part in ("lora_A", "lora_B"))
@@ -89,7 +104,7 @@ def adapter_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _warn_of_float(model: nn.Module, layers: Collection[str], exclude: Collection[str]) -> None:
-    """Of weights that no layer holds which can be quantized; the user knows of those that `exclude` names."""
+    """Warn about weights that stay in float although the user has not excluded them."""
     adapters = adapter_layers(model, dict(model.named_modules()))
     adapters = [name for name in adapters if "weight" in model.get_submodule(name)._parameters]
     if adapters:
@@ -103,7 +118,7 @@ def _warn_of_float(model: nn.Module, layers: Collection[str], exclude: Collectio
 
 
 def _hidden(model: nn.Module) -> set[str]:
-    """Layers whose weights are read past them: within attention that cannot be taken apart."""
+    """Names of layers that are never called: those in attention modules that cannot be unfolded."""
     return {
         f"{name}.out_proj".lstrip(".")
         for name, module in model.named_modules()
@@ -118,10 +133,19 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def from_float(
     layer: nn.Module, weight: QuantizerConfig = WEIGHT, activation: QuantizerConfig = ACTIVATION
 ) -> QuantModule:
-    """A quantized layer that shares the float layer's parameters, hooks and settings; in float until `set_formats`."""
+    """Convert one layer; it runs in float until `set_formats`.
+
+    Args:
+        layer: A layer whose class, or a base class of it, is in `QUANTIZED`.
+        weight: How the weight's scales are computed.
+        activation: How the input's scales are computed.
+
+    Returns:
+        A quantized layer that shares the float layer's parameters, buffers, hooks and settings.
+    """
     float_class: Any = type(layer)
     module = _blank(float_class)
-    # Copying the state, rather than constructing, keeps what subclasses of Conv2d and Linear add to it.
+    # The state is copied, not constructed anew, to keep what subclasses of Conv2d and Linear add to it.
     module.__dict__.update(layer.__dict__)
     for registry in ("_parameters", "_buffers", "_modules"):
         module.__dict__[registry] = dict(layer.__dict__[registry])
@@ -148,12 +172,12 @@ def _quant_class(float_class: Any) -> type[QuantModule]:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """How a user's pickle names a class that was made here, and that no module holds: by what it was made of."""
+    """Let users pickle an instance of a dynamic class: by its float class, since no module holds the class itself."""
     return _blank, (self.own,), self.__getstate__()
 
 
 def _compute_with_own_forward(self: Any, input: Tensor, weight: Tensor) -> Tensor:
-    """`compute` for a layer that brings its own forward: that forward runs, and reads the rounded weight."""
+    """`compute` for a float class with a forward of its own: runs that forward, which reads the rounded weight."""
     self.__dict__["rounded_weight"] = weight
     try:
         return self.own.forward(self, input)
@@ -162,7 +186,7 @@ def _compute_with_own_forward(self: Any, input: Tensor, weight: Tensor) -> Tenso
 
 
 class _RoundedWeight:
-    """The attribute `weight` of such a layer: rounded within `compute`, else the layer's own, however it holds it."""
+    """Descriptor for `weight` of such a class: the rounded weight within `compute`, else the layer's own."""
 
     def __init__(self, float_class: type[nn.Module]) -> None:
         self.parametrized = getattr(float_class, "weight", None)  # the property of torch's parametrizations
@@ -193,17 +217,24 @@ def quantize_model(
     weight: QuantizerConfig = WEIGHT,
     activation: QuantizerConfig = ACTIVATION,
 ) -> dict[str, QuantModule]:
-    """Replace the layers of any model, in place, by layers whose formats can be switched. They start in float.
+    """Replace the layers of any model, in place, by layers whose formats can be switched; they start in float.
 
-    Attention and experts that read several weights at once are taken apart before, see `quant.transforms.unfold`.
+    Attention and experts that read several weights at once are unfolded first, see `quant.transforms.unfold`. Layers
+    that share a weight share the quantizer that rounds it.
 
     Args:
-        include, exclude: globs over layer names, see `find_layers`.
-        formats: the formats that will be used. Their learned scales then exist, for an optimizer made afterwards.
-        weight, activation: how scales are found.
+        model: The model; changed in place.
+        include: Globs over layer names, see `find_layers`.
+        exclude: Globs over layer names, see `find_layers`.
+        formats: Formats that will be used. Their learned scales are created now, before the optimizer is.
+        weight: How weights' scales are computed.
+        activation: How activations' scales are computed.
 
-    Layers that share a weight share the quantizer that rounds it. Returns the quantized layers by name. Raises
-    UserError if there is nothing to quantize.
+    Returns:
+        The quantized layers by name.
+
+    Raises:
+        UserError: If there is nothing to quantize, or a layer cannot be replaced.
     """
     layers = find_layers(unfold(model), include, exclude)
     if not layers:
@@ -228,7 +259,7 @@ def quantize_model(
                 parent._modules[name] = replacement[child]
     share_quantizers(model)
     if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-        # Its inference fast path reads the weights past the layers, and would run them in float.
+        # Its inference fast path reads the weights without calling the layers, and would run them in float.
         torch.backends.mha.set_fastpath_enabled(False)
     for module in quantized.values():
         for format in formats:
@@ -238,7 +269,14 @@ def quantize_model(
 
 
 def describe_quantizers(modules: Mapping[str, QuantModule]) -> dict[str, Any]:
-    """How scales are found, as JSON: `weight` and `activation` of the first layer, `others` that differ by name."""
+    """Return the quantizers' configurations as JSON values.
+
+    Args:
+        modules: The quantized layers, by name.
+
+    Returns:
+        `weight` and `activation` of the first layer; `others`: name -> the same, for layers that differ from it.
+    """
     own = {
         name: {"weight": asdict(m.weight_quantizer.config), "activation": asdict(m.input_quantizer.config)}
         for name, m in modules.items()
@@ -250,7 +288,17 @@ def describe_quantizers(modules: Mapping[str, QuantModule]) -> dict[str, Any]:
 def quantize_as_described(
     model: nn.Module, layers: Iterable[str], described: Mapping[str, Any], formats: Iterable[Format] = ()
 ) -> dict[str, QuantModule]:
-    """Quantize these layers of a float model, in place, as `describe_quantizers` told of another one."""
+    """Quantize layers of a float model, in place, with the configurations that `describe_quantizers` returned.
+
+    Args:
+        model: The float model; changed in place.
+        layers: Names of the layers.
+        described: What `describe_quantizers` returned for another model with these layers.
+        formats: Formats that will be used.
+
+    Returns:
+        The quantized layers by name.
+    """
     others, formats = described.get("others", {}), list(formats)
     made: dict[str, QuantModule] = {}
     for name in layers:
@@ -261,29 +309,47 @@ def quantize_as_described(
 
 
 def set_formats(modules: Mapping[str, QuantModule], assignment: Assignment) -> None:
-    """Switch the layers named in the assignment to its formats. Raises KeyError for a layer that is not there.
+    """Switch the layers that an assignment names to its formats.
 
-    Layers that share a weight share its format: where they are given different ones, the last counts.
+    Layers that share a weight share its format; if the assignment has several for it, the last one wins.
+
+    Args:
+        modules: The quantized layers, by name.
+        assignment: Layer name -> (weight format, activation format); other layers keep their formats.
+
+    Raises:
+        UserError: For a layer that is not in `modules`; no format is changed then.
     """
+    if unknown := next((name for name in assignment if name not in modules), None):
+        close = difflib.get_close_matches(unknown, modules, n=3) or list(modules)[:3]
+        raise UserError(f"unknown layer {unknown!r}; similar names: {', '.join(close)}")
     for name, (weight, activation) in assignment.items():
         modules[name].set_formats(weight, activation)
 
 
 def check_tied(modules: Mapping[str, nn.Module], assignment: Assignment) -> None:
-    """Raises UserError for layers that share a weight and are given different formats for it."""
+    """Check that an assignment has a single format for each weight.
+
+    Args:
+        modules: The layers, by name.
+        assignment: Layer name -> (weight format, activation format).
+
+    Raises:
+        UserError: If layers that share a weight have different weight formats.
+    """
     if names := differing(tied_layers(modules), {name: weight for name, (weight, _) in assignment.items()}):
-        told = " and ".join(f"{name} ({assignment[name][0]})" for name in names)
-        raise UserError(f"layers {told} share one weight, which has one format")
+        layers = " and ".join(f"{name} ({assignment[name][0]})" for name in names)
+        raise UserError(f"layers {layers} share one weight, which has one format")
 
 
 def get_formats(modules: Mapping[str, QuantModule]) -> dict[str, tuple[Format, Format]]:
-    """The assignment as set now."""
+    """Return the formats in use: layer name -> (weight format, activation format)."""
     return {name: module.formats for name, module in modules.items()}
 
 
 @contextmanager
 def in_float(modules: Mapping[str, QuantModule]) -> Iterator[None]:
-    """Within, every layer runs in float; the formats come back after."""
+    """Within, every layer runs in float; restores the formats on exit."""
     before = get_formats(modules)
     set_formats(modules, dict.fromkeys(modules, (FLOAT, FLOAT)))
     try:
@@ -294,9 +360,9 @@ def in_float(modules: Mapping[str, QuantModule]) -> Iterator[None]:
 
 @contextmanager
 def rounded_weights_cached(modules: Mapping[str, QuantModule]) -> Iterator[None]:
-    """Within, forward passes without gradients round each weight once, not once a batch; the same values, bit by bit.
+    """Within, forward passes without gradients round each weight once, not once per batch; results are bit-identical.
 
-    Weights may change within, through the optimizer or `load_state_dict`, but not through `.data`.
+    Weights may change within, through an optimizer or `load_state_dict`, but not through `.data`.
     """
     for module in modules.values():
         module.rounded_weight_cache = RoundedWeightCache()
@@ -312,16 +378,19 @@ def calibrate(
 ) -> None:
     """Choose the ranges of every prepared format from batches of data.
 
-    The layers run in the formats they are set to: float at first; recalibrated under an assignment, what each layer
-    sees under it. The model runs in eval mode, its mode comes back after.
+    The model runs in eval mode, with its layers in their current formats: float at first; to recalibrate under an
+    assignment, set its formats before. Layers that no batch reaches stay in float from then on, as far as necessary:
+    see `quant.analysis.reach`.
 
     Args:
-        batches: what the model takes: a mapping (keyword arguments), a tuple (positional ones) or a tensor.
-        learned: also reset the learned scales, which is how they start; False leaves them as trained.
+        model: The quantized model.
+        modules: Its quantized layers, by name.
+        batches: Inputs of the model: mappings (keyword arguments), tuples (positional arguments) or tensors.
+        learned: Whether to reset learned scales, too; False keeps their trained values.
 
-    A layer that no batch reaches runs in float as far as it has to from then on, see `quant.analysis.reach`.
-
-    Raises UserError if there is no batch, NotFiniteError for a layer whose weight or input holds NaN or infinity.
+    Raises:
+        UserError: If there is no batch.
+        NotFiniteError: If the weight or the input of a layer holds NaN or infinity.
     """
     for name, module in modules.items():
         if module.weight_quantizer.grids and not all_finite(module.weight):
@@ -336,7 +405,7 @@ def calibrate(
 
 
 def _keeping(first: list[Any], batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, of which `first` gets the first."""
+    """Yield the batches, and append the first one to `first`."""
     for batch in batches:
         if not first:
             first.append(batch)
@@ -350,9 +419,16 @@ def _evaluate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches: Iterable[Any]) -> None:
-    """Show every layer's input to its quantizer, in eval mode: what `calibrate` chooses activation ranges from.
+    """Let the activation quantizers observe their tensors, in eval mode, as `calibrate` does before it sets ranges.
 
-    Raises UserError if there is no batch, NotFiniteError for a layer whose input holds NaN or infinity.
+    Args:
+        model: The quantized model.
+        modules: Its quantized layers, by name.
+        batches: Inputs of the model, see `calibrate`.
+
+    Raises:
+        UserError: If there is no batch.
+        NotFiniteError: If the input of a layer holds NaN or infinity.
     """
     quantizers = [quantizer for module in modules.values() for quantizer in module.activation_quantizers]
     unpadded = [quantizer for quantizer in quantizers if quantizer.config.ignore_padding]
@@ -375,7 +451,7 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
             quantizer.real_tokens = ()
     if empty:
         raise UserError("the calibration set is empty: ranges need at least one batch of training data")
-    for name, module in modules.items():  # the first of them is where it began
+    for name, module in modules.items():  # in order: NaN spreads from the first layer that has it
         if not all(quantizer.saw_finite for quantizer in module.activation_quantizers):
             for quantizer in quantizers:
                 quantizer.forget()
@@ -385,9 +461,10 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
 
 
 def _with_masks(model: nn.Module, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """The batch, and which tokens of the sequences in it are real: bool (B, T) each, told apart by their shapes.
+    """Return the batch, and masks, bool (B, T), of the tokens that are not padding, for encoder and decoder.
 
-    Where what a decoder writes is as long as what the encoder reads, the latter gets one more token of padding.
+    Layers are matched with masks by shape. If the encoder's sequences are as long as the decoder's, the encoder's get
+    one more token of padding.
     """
     real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if real is None:
@@ -405,14 +482,22 @@ def _with_masks(model: nn.Module, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
-    """model(batch), however the batch is packed."""
+    """Call the model on a batch.
+
+    Args:
+        model: The model.
+        batch: A mapping (keyword arguments), a tuple or list (positional arguments), or a single argument.
+
+    Returns:
+        What the model returns.
+    """
     if isinstance(batch, Mapping):
         return model(**_understood(model, batch))
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def _understood(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The batch without labels that `forward` has no place for: a loss function beside the model takes those."""
+    """Drop labels that `forward` does not accept: a loss function outside the model uses them."""
     if "labels" not in batch or _takes_labels(getattr(model.forward, "__func__", model.forward)):
         return batch
     return {name: value for name, value in batch.items() if name != "labels"}

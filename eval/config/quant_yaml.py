@@ -21,6 +21,7 @@ from typing import Any
 
 from quant.errors import UserError
 from quant.formats import parse_format
+from quant.validation import HIGH_PRECISION_OPS
 
 OBSERVERS = {
     "MinMaxObserver": "minmax",
@@ -56,7 +57,6 @@ REMOVE_PADDING, CALIBRATE = True, 256
 """what is_remove_padding and calibrate are where the file leaves them out"""
 CHANNEL_FLAGS = {"a_qconfig": "act_per_channel", "w_qconfig": "per_channel"}
 """section -> flag that ch_axis 0 sets"""
-HIGH_PRECISION_OPS = ("gelu", "softmax", "layernorm")
 PLACED = ("quantize_residual_adds", "quantize_products", "quantize_embeddings")
 """keys that are called as the flags are"""
 AUTO_ALPHA = {"alpha_min": 0.3, "alpha_max": 0.7, "alpha_step": 0.05, "shared_criterion": "mean", "n_samples": 32}

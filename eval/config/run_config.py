@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from quant.formats import Format, parse_format, parse_search_space
+from quant.validation import OBSERVER_NAMES
 
-OBSERVERS = [
-    *("minmax", "percentile", "mse", "entropy", "avg_minmax", "avg_quantile"),
-    *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax", "mse_grid", "mse_histogram"),
-]
 LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
 """the flags of a launch and of a run, in their folders"""
 TUNE_FOLDER = "tune"
@@ -209,12 +206,12 @@ class QuantizationFlags:
     observer: str | None = flag(
         None,
         "range estimator; default: mse for learned scales, minmax for fixed ranges",
-        choices=OBSERVERS,
+        choices=list(OBSERVER_NAMES),
     )
     weight_observer: str | None = flag(
         None,
         "range estimator of weights; default: --observer where it suits weights, else its default",
-        choices=OBSERVERS,
+        choices=list(OBSERVER_NAMES),
     )
     quantizer: str = flag(
         "lsq", "fixed ranges, learned scales, or learned scales and offsets", choices=["fixed", "lsq", "lsq_plus"]

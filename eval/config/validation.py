@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from eval.config.effects import check_effects
-from eval.config.quant_yaml import HIGH_PRECISION_OPS, PLACED, alpha_settings
+from eval.config.quant_yaml import PLACED, alpha_settings
 from eval.config.run_config import TUNE_FOLDER, RunConfig, is_path, name_of
 from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
 from quant.errors import UserError
 from quant.formats import parse_format, parse_search_space
+from quant.validation import HIGH_PRECISION_OPS
 
 _POSITIVE = "(0, inf)"
 _NOT_NEGATIVE = "[0, inf)"

@@ -28,8 +28,8 @@ from quant.quant_module import TABLE, QuantModule
 from quant.quantizers.quantizer import Quantizer, QuantizerConfig
 from quant.transforms.graph import ADD, is_norm
 from quant.transforms.shortcut import Shortcut
+from quant.validation import HIGH_PRECISION_OPS
 
-HIGH_PRECISION_OPS = ("gelu", "softmax", "layernorm")  # as in the flags, which know nothing of torch
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}

@@ -455,7 +455,7 @@ def test_an_assignment_sets_what_it_names_and_refuses_unknown_layers():
     modules = quantize_model(small())
     set_formats(modules, {"4": INT2})
     assert get_formats(modules) == {"0": (FLOAT, FLOAT), "4": INT2}
-    with pytest.raises(KeyError, match="5"):
+    with pytest.raises(UserError, match=r"unknown layer .5.; similar names: 0, 4"):
         set_formats(modules, {"5": INT2})
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.quant.integers import accumulate, add, grid_of, look_up, run_in_integers, to_codes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quant.convert import calibrate, from_float, set_formats
 from quant.formats import IntFormat, parse_format
 from quant.quantizers.quantizer import Quantizer, QuantizerConfig
+from tests.quant.export.integers import accumulate, add, grid_of, look_up, run_in_integers, to_codes
 
 
 def problem(kind, symmetric, granularity, bits):
