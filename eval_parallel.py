@@ -29,7 +29,7 @@ from eval.config.validation import refuse_link
 from eval.launch.estimates import Facts, learn
 from eval.launch.grid import Progress, by_name, expand, experiment_folders, launch_folder, look_up
 from eval.launch.hyperparameters import best, check_tuning, early_stopping, hyperparameter_search, tried
-from eval.launch.plan_summary import print_plan
+from eval.launch.plan_table import print_plan
 from eval.launch.progress import Watch, note_lines, result_table, waiting, watching
 from eval.launch.ray_cluster import Share, check_request, disk_is_full, fit, join, ray_session
 from eval.launch.state import locked, read_launch, set_aside, write_launch

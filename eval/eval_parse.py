@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.text import Text
 
 from eval.commands import command, example_of
+from eval.config.files import writing
 from eval.config.parser import entry
 from eval.config.validation import check_can_be_made
-from eval.export.formats import writing
 from eval.report import tables
 from eval.report.findings import Finding, findings
 from eval.report.labels import told_apart

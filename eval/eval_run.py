@@ -232,7 +232,7 @@ def save_result(
     plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]], own: Path
 ) -> None:
     """The trained model, where a run keeps it and where --save_model_path wants it as well."""
-    from eval.modeling.inputs import inputs_of
+    from eval.run.plan import inputs_of
     from eval.saved_model import save_model
 
     inputs = inputs_of(plan)
@@ -257,7 +257,7 @@ def make_way(config: RunConfig) -> None:
 def show_plan(config: RunConfig) -> int:
     """What --dry_run prints: as the launcher does."""
     from eval.launch.estimates import learn
-    from eval.launch.plan_summary import print_plan
+    from eval.launch.plan_table import print_plan
     from eval.run.progress import make_console
 
     runs = {config.run_name: config}

@@ -21,9 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eval.commands import command, example_of
+from eval.config.files import require, writing
 from eval.config.parser import entry
 from eval.export.finished_run import FinishedRun, finished_run
-from eval.export.formats import ONNX_PACKAGES, ROUND_OUTPUTS, require, writing
+from eval.export.formats import ONNX_PACKAGES, ROUND_OUTPUTS
+from eval.export.onnx_inputs import example, examples, write_float
 from eval.export.onnx_timing import REPEATS, latencies
 from quant.errors import UserError
 
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("layer", "weight_format", "activation_format", "ms")
 TABLE = "latency.csv"
-CALIBRATION, CALIBRATION_BATCH = 128, 32
 
 
 def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> list[dict[str, Any]]:
@@ -131,34 +132,6 @@ def layer_calls(run: FinishedRun, modules: Mapping[str, QuantModule]) -> dict[st
     return calls
 
 
-def example(run: FinishedRun) -> dict[str, Tensor]:
-    """One example of the run's data, as the model takes it, without its label."""
-    return {name: x for name, x in run.plan.prepared.example_inputs.items() if name != "labels"}
-
-
-def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
-    """Batches of training examples that --round_outputs finds its ranges on; none without it.
-
-    Raises UserError if there is nothing to round.
-    """
-    from eval.tasks import not_augmented
-    from quant.export.onnx.layers import narrow
-    from quant.quant_conv2d import QuantConv2d
-
-    if not run.round_outputs:
-        return []
-    if not any(isinstance(module, QuantConv2d) and all(map(narrow, module.formats)) for module in run.modules.values()):
-        raise UserError("--round_outputs: no convolution of this run has weights and inputs in integers of 2 to 8 bits")
-    prepared = run.plan.prepared
-    rows = not_augmented(prepared.train)
-    batches = []
-    for start in range(0, min(CALIBRATION, len(rows)), CALIBRATION_BATCH):
-        taken = [rows[place] for place in range(start, min(start + CALIBRATION_BATCH, len(rows)))]
-        batch = prepared.data_collator(taken)
-        batches.append({name: x for name, x in batch.items() if name != "labels"})
-    return batches
-
-
 def alone(module: QuantModule, x: Tensor) -> Any:
     """The trace of a model that is this layer."""
     from torch import nn
@@ -201,18 +174,6 @@ def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
         write_float(run, traced, plain)
         (own, floats), *_ = latencies([((chosen, plain), inputs)], repeats, threads)
         return {"chosen": own, "float": floats}
-
-
-def write_float(run: FinishedRun, traced: Any, path: Path) -> None:
-    """The run's model without any format, as ONNX; `traced` is its trace in the formats it has."""
-    from quant.convert import in_float
-    from quant.export.onnx.export import trace, write_onnx
-    from quant.formats import BlockFormat
-
-    blocks = any(isinstance(module.formats[1], BlockFormat) for module in run.modules.values())
-    with in_float(run.modules):
-        # Blocks of activations are in the trace itself.
-        write_onnx(path, trace(run.model, run.modules, example(run)) if blocks else traced, run.modules)
 
 
 def print_latencies(run: FinishedRun, rows: Sequence[Mapping[str, Any]], model: Mapping[str, float]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import transformer_utils, vision_utils
+from eval.data.loading import find_task
 from eval.modeling.places import description, is_folder, starting_model
-from eval.tasks import TASKS, Task, find_task
+from eval.tasks import TASKS, Task
 from quant.errors import UserError
 from trainer.training.saved_files import WEIGHTS
 

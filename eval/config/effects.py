@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from eval.config.files import is_path
 from eval.config.quant_yaml import PLACED
-from eval.config.run_config import RunConfig, is_path
+from eval.config.run_config import RunConfig
 from quant.errors import UserError
 from quant.formats import FLOAT
 

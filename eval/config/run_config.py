@@ -6,12 +6,12 @@ the keys of a YAML file. Nothing here imports torch: wrong flags must be refused
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from eval.config.files import is_path
 from quant.formats import Format, parse_format, parse_search_space
 from quant.validation import OBSERVER_NAMES
 
@@ -412,11 +412,6 @@ class RunConfig(
     def smaller_targets(self) -> dict[float, Path]:
         """The budgets of --target_bits but the largest -> where their records are: folders of the run's own."""
         return {bits: self.run_folder / f"{bits:g}b" for bits in self.target_list[:-1]}
-
-
-def is_path(text: str) -> bool:
-    """Whether a model or task is meant as a local folder: it exists, or is written like one."""
-    return text.startswith(("/", "./", "../", "~")) or (os.sep in text and Path(text).is_dir()) or Path(text).is_dir()
 
 
 def safe_name(text: str) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from eval.config.effects import check_effects
+from eval.config.files import is_path
 from eval.config.quant_yaml import PLACED, alpha_settings
-from eval.config.run_config import TUNE_FOLDER, RunConfig, is_path, name_of
+from eval.config.run_config import TUNE_FOLDER, RunConfig, name_of
 from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
 from quant.errors import UserError

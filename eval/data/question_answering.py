@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.data.dataset import PreparedData, TaskData
 from eval.data.metrics import exact_match, token_f1
 from eval.data.text import PadCollator, example_tokens, text_tokenizer
 from eval.modeling.bundle import ModelBundle
-from eval.tasks import PreparedData, TaskData
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eval.data.dataset import PreparedData, TaskData
 from eval.data.metrics import rouge
 from eval.data.text import PadCollator, encoded_texts, example_tokens, text_tokenizer
 from eval.modeling.bundle import ModelBundle
-from eval.tasks import PreparedData, TaskData
 from quant.module_utils import evaluating
 
 

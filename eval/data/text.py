@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from eval.data.dataset import PreparedData, TaskData
 from eval.modeling.bundle import ModelBundle
-from eval.tasks import PreparedData, TaskData
 from quant.errors import UserError
 
 IGNORED = -100

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from eval.data.dataset import PreparedData, TaskData
 from eval.data.files import Source
-from eval.modeling.bundle import ModelBundle
-from eval.modeling.inputs import Pixels
-from eval.tasks import PreparedData, TaskData
+from eval.modeling.bundle import ModelBundle, Pixels
 from quant.errors import UserError
 
 MEMORY_LIMIT = 2**30

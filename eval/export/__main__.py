@@ -20,10 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eval.commands import command, example_of
+from eval.config.files import writing
 from eval.config.parser import entry
 from eval.config.validation import check_one_of
 from eval.export.finished_run import FinishedRun, finished_run
-from eval.export.formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written, writing
+from eval.export.formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written
 from eval.modeling.inputs import to_json
 from quant.errors import UserError
 
@@ -175,6 +176,7 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     """The verdict as a table, a row a layer, and its totals."""
     from rich.console import Console
 
+    from eval.export.model_card import summary
     from eval.report.tables import Column, Table, print_table
 
     rows = [{"layer": name, **layer} for name, layer in verdict["layers"].items()]
@@ -190,25 +192,6 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         console = Console(highlight=False, width=10_000)
     print_table(Table(f"{verdict['run_id']} as {verdict['format']}", columns, rows), console)
     console.print("\n".join(["", *summary(verdict)]), markup=False)
-
-
-def summary(verdict: dict[str, Any]) -> list[str]:
-    """The verdict's totals: cost, size and metrics, before and after, one line each."""
-    cost, size = verdict["cost"], verdict["size"]
-    target = "" if cost["target"] is None else f", target {cost['target']:.6g}"
-    lines = [
-        f"{cost['type']}: {cost['chosen']:.6g} {cost['unit']} chosen, {cost['exported']:.6g} exported{target}",
-        f"file: {size['file_bytes']:,} bytes, {size['ratio']:.3f} of float32 ({size['float32_bytes']:,})",
-    ]
-    for split, before in verdict["metrics"]["record"].items():
-        after = (verdict["metrics"]["exported"] or {}).get(split)
-        names = [name for name in before if name not in ("n", "loss")]
-        told = [
-            f"{name} {before[name]:.5g} -> {'not evaluated' if after is None else f'{after[name]:.5g}'}"
-            for name in names
-        ]
-        lines.append(f"{split}: {', '.join(told)} (n {before['n']})")
-    return [*lines, *verdict["notes"]]
 
 
 def lost(record: dict[str, Any], exported: dict[str, dict[str, float]]) -> list[str]:

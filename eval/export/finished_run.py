@@ -54,7 +54,8 @@ class FinishedRun:
     @cached_property
     def inputs(self) -> ModelInputs:
         """What goes into the model: as the run saved it, or found again from its data where it is an older one."""
-        from eval.modeling.inputs import from_json, inputs_of
+        from eval.modeling.inputs import from_json
+        from eval.run.plan import inputs_of
         from trainer.training.quantization_file import QUANTIZATION
 
         saved = json.loads((self.folder / "model" / QUANTIZATION).read_text())

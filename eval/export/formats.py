@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.commands import python
+from eval.config.files import require
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,23 +67,6 @@ class ExportFormat:
         require(*self.needs)
 
 
-@contextmanager
-def writing(flag: str, path: Path) -> Iterator[None]:
-    """Within, what the file system refuses (a full disk, a folder that others own) is an error that names `path`."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--{flag} {path}: cannot be written: {error}") from None
-
-
-def require(*packages: str) -> None:
-    """Raises UserError if one of these extras is not installed."""
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise UserError(f"{missing[0]} is not installed: {python()} -m pip install {' '.join(missing)}")
-
-
 def copy_side_files(run: FinishedRun, folder: Path) -> None:
     """Configuration and tokenizer of a model of transformers."""
     for name in SIDE_FILES:
@@ -122,8 +103,8 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def write_onnx(run: FinishedRun, folder: Path) -> Written:
+    from eval.export.onnx_inputs import example, examples, write_float
     from eval.export.onnx_timing import latencies
-    from eval.latency import example, examples, write_float
     from quant.export.onnx.export import onnx_sizes, trace
     from quant.export.onnx.export import write_onnx as write
 
@@ -191,7 +172,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
 
     from transformers import PreTrainedModel
 
-    from eval.latency import example
+    from eval.export.onnx_inputs import example
     from eval.layers.fused_groups import fused_groups
     from eval.saved_model import build_architecture, name_classes
     from quant.export.compressed_tensors import check_fused, export_compressed

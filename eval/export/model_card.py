@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eval.export.finished_run import FinishedRun
     from eval.export.formats import Usage
-    from eval.modeling.inputs import ModelInputs, Pixels
+    from eval.modeling.bundle import Pixels
+    from eval.modeling.inputs import ModelInputs
 
 FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "Hamming"}
 """PIL's resizing filters by their numbers"""
@@ -21,7 +22,6 @@ MOST_NAMED = 1000
 
 def model_card(run: FinishedRun, verdict: dict[str, Any], folder: Path, usage: Usage) -> str:
     """README.md of the export folder, Markdown."""
-    from eval.export.__main__ import summary
 
     record = run.record
     layers = verdict["layers"].values()
@@ -198,3 +198,22 @@ def text_program(inputs: ModelInputs, usage: Usage) -> list[str]:
         "print(*texts, float(logits[0, 0]))" if inputs.regression else
         "print(*texts, classes[int(logits[0].argmax())])",
     ]  # fmt: skip
+
+
+def summary(verdict: dict[str, Any]) -> list[str]:
+    """The verdict's totals: cost, size and metrics, before and after, one line each."""
+    cost, size = verdict["cost"], verdict["size"]
+    target = "" if cost["target"] is None else f", target {cost['target']:.6g}"
+    lines = [
+        f"{cost['type']}: {cost['chosen']:.6g} {cost['unit']} chosen, {cost['exported']:.6g} exported{target}",
+        f"file: {size['file_bytes']:,} bytes, {size['ratio']:.3f} of float32 ({size['float32_bytes']:,})",
+    ]
+    for split, before in verdict["metrics"]["record"].items():
+        after = (verdict["metrics"]["exported"] or {}).get(split)
+        names = [name for name in before if name not in ("n", "loss")]
+        told = [
+            f"{name} {before[name]:.5g} -> {'not evaluated' if after is None else f'{after[name]:.5g}'}"
+            for name in names
+        ]
+        lines.append(f"{split}: {', '.join(told)} (n {before['n']})")
+    return [*lines, *verdict["notes"]]

@@ -51,8 +51,8 @@ def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Fac
 
     Runs that differ in training and search flags alone share one look at data and model.
     """
-    from eval.launch.plan_summary import summary_of
     from eval.run.plan import make_plan
+    from eval.run.plan_summary import summary_of
 
     facts: dict[str, Facts] = {}
     plans: dict[Any, tuple[Plan, float | None]] = {}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.config.effects import without_idle
+from eval.config.files import is_path
 from eval.config.parser import complete, read_values, read_yaml
 from eval.config.quant_yaml import PLACED
-from eval.config.run_config import GRID_FLAGS, RUN_FILE, LauncherFlags, RunConfig, is_path
+from eval.config.run_config import GRID_FLAGS, RUN_FILE, LauncherFlags, RunConfig
 from eval.report.records import PLACE_SETTINGS, Excluded, Run, read_run
 from quant.errors import UserError
 from quant.formats import parse_search_space

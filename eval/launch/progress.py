@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from eval.config.run_config import COST_UNITS, RunConfig
 from eval.launch.estimates import Facts
 from eval.launch.grid import Progress
 from eval.report.records import Excluded, Run, read_run
@@ -265,19 +264,3 @@ def _result(run: Run) -> list[str]:
         "" if sizes is None else f"{number(sizes[0])} MiB",
         duration(record["wall_seconds"]),
     ]
-
-
-def plan_table(runs: Mapping[str, RunConfig], facts: Mapping[str, Facts]) -> Table:
-    """What --dry_run shows: one line a run, with its steps, the costs it can reach, its target and about its time."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for title in ("steps", "cost range", "target", "about"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, run in runs.items():
-        known = facts[name]
-        low, high = known.cost_range
-        unit = COST_UNITS[run.cost_type]
-        target = "" if known.cost_target is None else f"{number(known.cost_target)} {unit}"
-        reach = f"{number(low)} to {number(high)} {unit}" if run.chooses else ""
-        table.add_row(name, str(known.steps), reach, target, duration(known.seconds))
-    return table

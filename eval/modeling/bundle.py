@@ -23,6 +23,21 @@ RANDOM_WEIGHTS = "random weights"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """How an image becomes an input: its shorter side resized to `side`, the middle `window` of that normalised as
+    (x / 255 - mean) / std and enlarged to `size`."""
+
+    side: int
+    window: int
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+    """PIL's number of the resizing filter"""
+
+
 @dataclass
 class ModelBundle:
     """A model that takes the Trainer's inputs (tokens or `pixel_values`, and `labels`), and what its inputs must be."""

@@ -6,28 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from eval.data.dataset import TaskData
 from eval.modeling.places import description, starting_model
-from eval.tasks import Kind, TaskData
+from eval.tasks import Kind
 
 if TYPE_CHECKING:
     from eval.config.run_config import RunConfig
-    from eval.modeling.bundle import ModelBundle
-    from eval.run.plan import Plan
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """How an image becomes an input: its shorter side resized to `side`, the middle `window` of that normalised as
-    (x / 255 - mean) / std and enlarged to `size`."""
-
-    side: int
-    window: int
-    size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resample: int
-    """PIL's number of the resizing filter"""
+    from eval.modeling.bundle import ModelBundle, Pixels
 
 
 @dataclass(frozen=True)
@@ -47,22 +32,6 @@ class ModelInputs:
     pixels: Pixels | None = None
 
 
-def inputs_of(plan: Plan) -> ModelInputs:
-    """What the run of `plan` feeds its model."""
-    task, config = plan.data.task, plan.config
-    image = task.kind == "image"
-    return ModelInputs(
-        kind=task.kind,
-        columns=plan.data.columns,
-        classes=tuple(plan.data.label_names),
-        regression=task.regression,
-        candidates=task.candidates,
-        max_length=None if image else min(config.max_length, plan.bundle.max_length),
-        max_target_length=config.max_target_length if task.kind == "summary" else None,
-        pixels=plan.prepared.pixels,
-    )
-
-
 def to_json(inputs: ModelInputs) -> dict[str, Any]:
     """`inputs` as a saved model keeps them."""
     return asdict(inputs)
@@ -70,6 +39,8 @@ def to_json(inputs: ModelInputs) -> dict[str, Any]:
 
 def from_json(saved: Mapping[str, Any]) -> ModelInputs:
     """The inverse of `to_json`, from what JSON has made of it."""
+    from eval.modeling.bundle import Pixels
+
     pixels = saved["pixels"]
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     if pixels is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import transformer_utils, vision_utils
-from eval.config.run_config import is_path
+from eval.config.files import is_path
 from quant.errors import UserError
 from trainer.training.saved_files import QUANTIZATION
 

@@ -17,9 +17,10 @@ from trainer.training.saved_files import WEIGHTS
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
     from cost.profile import LayerProfile
+    from eval.data.dataset import PreparedData, TaskData
     from eval.eval_partitions import Blocks
     from eval.modeling.bundle import ModelBundle
-    from eval.tasks import PreparedData, TaskData
+    from eval.modeling.inputs import ModelInputs
     from policy.space import Partition, SearchSpace
     from trainer.search.search_state import ReinforceConfig
     from trainer.training.progress import Listener
@@ -60,11 +61,11 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     `tell` hears what is being done.
     """
     from cost.profile import profile_model
+    from eval.data.loading import load_task, prepare
     from eval.layers.coverage import searched_layers
     from eval.layers.fused_groups import fused_groups
     from eval.modeling.inputs import agree_on_classes
     from eval.models import build_model, recompute_activations
-    from eval.tasks import load_task, prepare
     from quant.transforms.unfold import unfold
     from trainer.training.progress import unheard
 
@@ -226,3 +227,21 @@ def partition(plan: Plan) -> Partition:
         blocks = block_partition(plan.bundle.model, plan.layers, plan.config.partition)
         return merge(blocks, plan.fused.values())
     return plan.fused or plan.config.partition  # type: ignore[return-value]
+
+
+def inputs_of(plan: Plan) -> ModelInputs:
+    """What the run of `plan` feeds its model."""
+    from eval.modeling.inputs import ModelInputs
+
+    task, config = plan.data.task, plan.config
+    image = task.kind == "image"
+    return ModelInputs(
+        kind=task.kind,
+        columns=plan.data.columns,
+        classes=tuple(plan.data.label_names),
+        regression=task.regression,
+        candidates=task.candidates,
+        max_length=None if image else min(config.max_length, plan.bundle.max_length),
+        max_target_length=config.max_target_length if task.kind == "summary" else None,
+        pixels=plan.prepared.pixels,
+    )

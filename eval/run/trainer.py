@@ -41,6 +41,7 @@ def make_trainer(
     from transformers import PrinterCallback
     from transformers.trainer_utils import set_seed
 
+    from eval.data.dataset import not_augmented
     from eval.run.ptq import (
         clip_outlier_tokens,
         clips_tokens,
@@ -48,7 +49,6 @@ def make_trainer(
         place_around_layers,
         quantizer_configs,
     )
-    from eval.tasks import not_augmented
     from quant.convert import quantize_model
     from quant.quant_utils import use_compiled
     from trainer.reinforce_trainer import ReinforceTrainer

@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from eval.data.folder import find_data, reader_of, split_name, stem
-from eval.tasks import load_task
+from eval.data.loading import load_task
 from quant.errors import UserError
 
 ROWS = [("good film", "pos"), ("bad film", "neg"), ("fine", "pos"), ("awful", "neg")]

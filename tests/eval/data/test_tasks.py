@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from eval.data.dataset import not_augmented
+from eval.data.loading import load_task, prepare, task_kind
 from eval.models import build_model
-from eval.tasks import TASKS, load_task, not_augmented, prepare, task_kind
+from eval.tasks import TASKS
 from quant.errors import UserError
 from trainer.training.sampler import hold_out
 

@@ -9,12 +9,12 @@ import torch
 from transformers import BartConfig
 
 from eval.config.parser import parse
+from eval.data.loading import load_task
 from eval.data.metrics import exact_match, rouge, token_f1
 from eval.data.question_answering import Pieces, SpanJudge, best_span, span_of
 from eval.eval_run import run
 from eval.run.plan import make_plan
 from eval.saved_model import load_model
-from eval.tasks import load_task
 from quant.errors import UserError
 from quant.transforms.migration import added
 

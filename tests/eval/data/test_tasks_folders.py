@@ -9,8 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
+from eval.data.loading import load_task, prepare, task_kind
 from eval.models import build_model
-from eval.tasks import load_task, prepare, task_kind
 from quant.errors import UserError
 
 

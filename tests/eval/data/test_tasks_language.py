@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+from eval.data.loading import load_task, prepare
 from eval.data.text import PadCollator, token_scores
 from eval.models import build_architecture, build_model
-from eval.tasks import load_task, prepare
 from quant.errors import UserError
 from trainer.training.sampler import hold_out
 

@@ -10,8 +10,8 @@ import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from eval.data.loading import load_task, prepare
 from eval.models import build_model, check_model
-from eval.tasks import load_task, prepare
 from eval.transformer_utils import MODELS, train_tokenizer
 from quant.errors import UserError
 

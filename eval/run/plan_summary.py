@@ -1,18 +1,11 @@
-"""What --dry_run tells before any training: what was found as data, what the model is, and what is searched of it."""
+"""Lines that describe a plan: where its data comes from, what its model is, and how much of it is searched."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-
-from eval.config.run_config import RunConfig
-from eval.launch.estimates import Facts
-from eval.launch.progress import plan_table
-from eval.run.progress import duration
 
 if TYPE_CHECKING:
     from eval.data.files import Source
@@ -20,19 +13,6 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 20
 """classes that are told by name"""
-
-
-def print_plan(console: Console, runs: Mapping[str, RunConfig], facts: Mapping[str, Facts]) -> None:
-    """The data and model of the runs, each once; a table of the runs; what is held out and left out; about the time."""
-    for found in dict.fromkeys(known.found for known in facts.values() if known.found):
-        console.print("\n".join(found) + "\n")
-    console.print(plan_table(runs, facts))
-    for outside in dict.fromkeys(known.outside_cost for known in facts.values() if known.outside_cost):
-        console.print(f"outside the cost: {outside}")
-    for held in dict.fromkeys(known.held_out for known in facts.values() if known.held_out):
-        console.print(f"held out: {held:,} training examples, on which a search judges until it has chosen")
-    seconds = sum(known.seconds or 0.0 for known in facts.values())
-    console.print(f"\n{len(runs)} runs, one at a time about {duration(seconds)} on this machine")
 
 
 def summary_of(plan: Plan) -> tuple[str, ...]:

@@ -1,0 +1,91 @@
+"""From a task's name to its rows, and from rows to a model's inputs.
+
+Nothing heavy is imported before rows are read: `find_task` refuses wrong names at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.tasks import TASKS, Kind, Task
+from quant.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.data.dataset import PreparedData, TaskData
+    from eval.modeling.bundle import ModelBundle
+
+
+def find_task(name: str) -> Task:
+    """The task called `name`, or what the local folder of that name holds: its columns are known once it is read."""
+    if name in TASKS:
+        return TASKS[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        from eval.data.folder import folder_kind
+
+        kind = folder_kind(folder)
+        metrics = TASKS["lm" if kind == "lm" else "sst2"].metrics
+        return Task(kind, ("image",) if kind == "image" else (), label="", metrics=metrics)
+    raise UserError(f"--task {name}: no such task or folder; choose one of {', '.join(TASKS)}, or a local folder")
+
+
+def task_kind(name: str) -> Kind:
+    """What the task is, see `Kind`. UserError where `name` is neither a task nor a folder."""
+    return find_task(name).kind
+
+
+def load_task(config: Any) -> TaskData:
+    """Read the data of `config.task`: embedded, from `config.data_dir`, or from the Hub. UserError on anything wrong.
+
+    Which rows a subset holds is part of the task: it depends on the sizes asked for, never on the run's seed.
+    """
+    from eval.data.checks import check_split, read_labels, training_split, usable_splits, with_columns
+    from eval.data.dataset import TaskData
+    from eval.data.files import read_splits
+
+    task = find_task(config.task)
+    splits, unread = read_splits(task, config)
+    task = with_columns(task, training_split(splits).rows.features, config)
+    train, validation, notes = usable_splits(task, splits)
+    labels = read_labels(task, training_split(splits))  # with the rows that are held out, where some are
+    if labels.regression and not task.regression:
+        task = replace(task, regression=True, metrics=TASKS["stsb"].metrics)
+    ratio = config.subset_ratio if getattr(config, "use_subset", False) else 1.0
+    if not 0 < ratio <= 1:
+        raise UserError(f"--subset_ratio {ratio}: must be above 0 and at most 1")
+    limit = getattr(config, "max_train_samples", None) or len(train)
+    train = check_split(task, train, labels).take(min(math.ceil(len(train) * ratio), limit))
+    limit = getattr(config, "max_eval_samples", None)
+    checked = {name: check_split(task, split, labels) for name, split in validation.items()}
+    checked = {name: split.take(limit or len(split)) for name, split in checked.items()}
+    return TaskData(
+        name=Path(config.task).expanduser().resolve().name,
+        task=task,
+        train=train.rows,
+        validation={name: split.rows for name, split in checked.items()},
+        label_names=list(labels.names),
+        sources={"train": train.source, **{name: split.source for name, split in checked.items()}},
+        notes=[*unread, *labels.notes, *notes],
+    )
+
+
+def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
+    """`data` as inputs of `bundle.model`: tokens padded per batch, or normalised images."""
+    if data.kind == "image":
+        from eval.data.vision import prepare_images
+
+        return prepare_images(data, bundle, config)
+    if data.kind == "qa":
+        from eval.data.question_answering import prepare_questions
+
+        return prepare_questions(data, bundle, config)
+    if data.kind == "summary":
+        from eval.data.summarization import prepare_summaries
+
+        return prepare_summaries(data, bundle, config)
+    from eval.data.text import prepare_text
+
+    return prepare_text(data, bundle, config)
