@@ -30,7 +30,7 @@ OF_AN_EXTRA = {
 
 def sources() -> list[Path]:
     modules = [ROOT / f"{name}.py" for name in TOOLS["py-modules"]]
-    return [*modules, *(path for name in TOOLS["packages"] for path in sorted((ROOT / name).rglob("*.py")))]
+    return [*modules, *(path for name in mpq_commands.PACKAGES for path in sorted((ROOT / name).rglob("*.py")))]
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -39,7 +39,7 @@ def imported(path: Path) -> Iterator[str]:
         found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         found += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
         names = {name.partition(".")[0] for name in found}
-        yield from names - {*sys.stdlib_module_names, *TOOLS["packages"], *TOOLS["py-modules"]}
+        yield from names - {*sys.stdlib_module_names, *mpq_commands.PACKAGES, *TOOLS["py-modules"]}
 
 
 def names(requirements: list[Requirement]) -> set[str]:
@@ -68,11 +68,19 @@ def test_every_requirement_is_a_range_that_holds_its_tested_version():
 
 
 def test_every_file_of_a_package_is_installed():
-    for name in TOOLS["packages"]:
-        given = {path for pattern in TOOLS["package-data"].get(name, ()) for path in (ROOT / name).glob(pattern)}
-        files = [path for path in (ROOT / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        assert all(path in given or (path.suffix == ".py" and path.parent == ROOT / name) for path in files)
-    assert set(TOOLS["packages"]) == set(mpq_commands.PACKAGES)
+    assert TOOLS["packages"]["find"] == {"include": [f"{name}*" for name in mpq_commands.PACKAGES], "namespaces": False}
+    given = {
+        path
+        for package, patterns in TOOLS["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    files = [path for name in mpq_commands.PACKAGES for path in (ROOT / name).rglob("*")]
+    files = [path for path in files if path.is_file() and "__pycache__" not in path.parts]
+    assert given and all(path in given or path.suffix == ".py" for path in files)
+    assert all((path.parent / "__init__.py").is_file() for path in files), (
+        "setuptools takes no other folder for a package"
+    )
 
 
 def test_every_console_command_is_one_that_messages_name():

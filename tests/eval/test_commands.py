@@ -57,7 +57,8 @@ def test_an_older_python_is_named(monkeypatch, capsys):
 @pytest.mark.parametrize("name", commands.COMMANDS)
 def test_commands_stand_where_they_are_said_to(name):
     script = commands.COMMANDS[name]
-    assert (ROOT / (script[0] if script[0] != "-m" else f"{script[1].replace('.', '/')}.py")).is_file()
+    place = ROOT / (script[0] if script[0] != "-m" else script[1].replace(".", "/"))
+    assert (place / "__main__.py" if place.is_dir() else place.with_suffix(".py")).is_file()
 
 
 def test_a_command_fits_the_place_and_the_way_this_was_started(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from eval.run.ptq import quantizer_configs
 from quant.errors import UserError
 from quant.quantizers.quantizer import QuantizerConfig
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 EXAMPLE = """
 is_remove_padding: true
 calibrate: 256

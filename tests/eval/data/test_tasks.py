@@ -17,7 +17,7 @@ from eval.tasks import TASKS
 from quant.errors import UserError
 from trainer.training.sampler import hold_out
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARED = ROOT.parent / "shared"
 
 

@@ -25,7 +25,7 @@ from quant.convert import get_formats, quantize_model, set_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SEARCH = (
     "--task digits --model convnet --train_batch_size 64 --learning_rate 1e-2 --report_to none --quiet "
     "--search --search_space int3,e2m1,int8 --target_bits 5 --max_steps 30 --save_strategy no"

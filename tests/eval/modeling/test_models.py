@@ -15,7 +15,7 @@ from eval.models import build_model, check_model
 from eval.transformer_utils import MODELS, train_tokenizer
 from quant.errors import UserError
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 TEXTS = [
     f"the {who} {what} over {number} fences"
     for who in ("cat", "dog")

@@ -15,7 +15,7 @@ from eval.config.parser import parse
 from eval.eval_run import run
 from trainer.training.distributed import mean_over_processes, of_first_process, own_share, share_buffers
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 12
 
 
