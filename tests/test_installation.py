@@ -78,9 +78,7 @@ def test_every_file_of_a_package_is_installed():
     files = [path for name in mpq_commands.PACKAGES for path in (ROOT / name).rglob("*")]
     files = [path for path in files if path.is_file() and "__pycache__" not in path.parts]
     assert given and all(path in given or path.suffix == ".py" for path in files)
-    assert all((path.parent / "__init__.py").is_file() for path in files), (
-        "setuptools takes no other folder for a package"
-    )
+    assert all((path.parent / "__init__.py").is_file() for path in files), "a folder that setuptools would leave out"
 
 
 def test_every_console_command_is_one_that_messages_name():
