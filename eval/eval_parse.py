@@ -1,6 +1,6 @@
-"""Finished runs as tables, pictures and one page: `python eval/eval_parse.py DIR [DIR...]`.
+"""Report on finished runs as tables, figures and one page: `python eval/eval_parse.py DIR [DIR...]`.
 
-Nothing here loads a model or imports torch: a report of thousands of runs takes seconds.
+It neither loads a model nor imports torch, so a report on thousands of runs takes seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-if __name__ == "__main__":  # run as a file: its own folder stands first on the path, where `eval` is not a package
+if __name__ == "__main__":  # run as a file, Python puts this folder first on the path, where `eval` is not a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from eval.commands import require_packages
 
@@ -26,7 +26,7 @@ from eval.config.parser import entry
 from eval.config.validation import check_can_be_made
 from eval.report import tables
 from eval.report.findings import Finding, findings
-from eval.report.labels import told_apart
+from eval.report.labels import distinct_labels
 from eval.report.layers import read_sensitivities
 from eval.report.paired import read_answers
 from eval.report.records import Excluded, Group, Run, group_runs, read_each, read_run, read_runs, shown_runs
@@ -37,13 +37,13 @@ if TYPE_CHECKING:  # loads matplotlib, which tables do without
     from eval.report.canvas import Drawing
 
 Sections: TypeAlias = "dict[str, list[Drawing]]"
-"""heading -> the pictures below it"""
+"""Heading -> the figures below it."""
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the tables of the runs in the given folders and write CSV, pictures and, on request, the page."""
+    """Print the tables of the runs below the given folders; write CSV, figures and, on request, the page."""
     flags = _flags(argv)
     console = _console()
     if flags.compare:
@@ -52,12 +52,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("DIR is missing: name the folder of one or more runs, for example output")
     _check_places(flags)
     runs, excluded = read_runs(flags.folders)
-    groups = group_runs(runs := told_apart(runs))
+    groups = group_runs(runs := distinct_labels(runs))
     shown = [] if flags.no_plots else shown_runs(groups, flags.max_runs)
     answers, damaged_answers = read_each(runs, lambda run: read_answers(run.folder))
     histories, damaged_histories = read_each(shown, Run.history)
     excluded += damaged_answers + damaged_histories
-    _say_excluded(excluded)
+    _print_excluded(excluded)
     if not runs:
         raise UserError(f"DIR {' '.join(map(str, flags.folders))}: no finished run in it, {len(excluded)} left out")
     summary = summary_rows(groups, answers)
@@ -118,7 +118,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
 
 
 def _console() -> Console:
-    """As wide as the terminal; without one as wide as the table needs."""
+    """Console of the terminal's width; unlimited if the output is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=10_000)
 
@@ -132,8 +132,8 @@ def _print(table: tables.Table, rows: Sequence[tables.Row], form: str, console: 
         print(text, end="")
 
 
-def _say_excluded(excluded: Sequence[Excluded]) -> None:
-    """On stderr, so that a printed CSV stays a CSV."""
+def _print_excluded(excluded: Sequence[Excluded]) -> None:
+    """Print what was excluded to stderr, so that a printed CSV stays valid."""
     if excluded:
         print(f"{len(excluded)} left out:", file=sys.stderr)
     for one in excluded:
@@ -147,7 +147,7 @@ def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
         if isinstance(found, Excluded):
             raise UserError(f"--compare {path}: {found.reason}")
         runs.append(found)
-    runs = told_apart(runs)
+    runs = distinct_labels(runs)
     table = tables.comparison_table(*runs)
     _print(table, table.rows, form, console)
     if form == "table":
@@ -156,8 +156,8 @@ def _compare(paths: Sequence[Path], form: str, console: Console) -> int:
 
 
 def _check_places(flags: Namespace) -> None:
-    """UserError where nothing could be written: before the work, not after it."""
-    if flags.output_dir or flags.folders[0].is_dir():  # else DIR is what is wrong
+    """Raise UserError before the work starts if the output could not be written."""
+    if flags.output_dir or flags.folders[0].is_dir():  # otherwise the error is about DIR
         check_can_be_made("output_dir", _output_folder(flags))
     if flags.html and flags.html.is_dir():
         raise UserError(f"--html {flags.html}: is a folder, name a file")
@@ -172,7 +172,7 @@ def _output_folder(flags: Namespace) -> Path:
 def _write_files(
     folder: Path, summary: Sequence[tables.Row], every_run: Sequence[tables.Row], sections: Sections
 ) -> list[tuple[str, Path]]:
-    """The tables as CSV, each section's pictures as a PNG; (what, where) of each file."""
+    """Write the tables as CSV and the figures of each section as a PNG; (kind, path) of each file."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for what, rows in {"summary": summary, "runs": every_run}.items():

@@ -1,1 +1,1 @@
-"""Finished runs as tables, pictures and one page."""
+"""Report on finished runs: tables, figures and one page."""

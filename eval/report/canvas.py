@@ -1,6 +1,7 @@
-"""What all pictures of a report share: their size, colours and markers, and how they become a file or part of a page.
+"""Size, colours and markers that all figures of a report share, and how they become PNG files or SVG elements.
 
-Colours tell apart for colour-blind eyes (Okabe and Ito) and never stand alone: methods have markers, formats a legend.
+The colours are safe for colour-blind readers (Okabe and Ito) and never the only cue: methods also have markers, formats
+a legend.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from quant.formats import parse_format
 
 Canvas: TypeAlias = Figure | SubFigure
 INK, GRID, PAPER = "#1f2429", "#d5dae0", "#fefefd"
-"""text and lines, grid lines, background: the page replaces them by its theme's"""
+"""Colours of text, grid lines and background. The page replaces them with those of its theme."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d46", "#7f7f7f")
 MARKERS = "os^DvPX*<>d"
-"""one for each method, and not as many as colours: the two together repeat only after 88"""
+"""One marker per method. 11 markers and 8 colours: a combination repeats only after 88 methods."""
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
 STYLE: dict[Any, Any] = {
     "font.size": 8.5,
@@ -49,30 +50,30 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": PAPER,
     "figure.constrained_layout.w_pad": 0.08,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name with two dollar signs is no formula
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
 }
 WIDTH = 4.5
-"""inches of a picture: at 390 pixels its text is still read without zooming"""
+"""Width of a figure in inches. At 390 pixels its text is still legible without zooming."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture that is yet to be drawn."""
+    """A figure of the report: how to draw it as a static picture, and its interactive counterpart."""
 
     title: str
     caption: str
     size: tuple[float, float]
-    """width and height in inches"""
+    """Width and height in inches."""
     draw: Callable[[Canvas], None]
     where: str = ""
-    """task and model that it shows"""
+    """Task and model that it shows."""
     figure: Callable[[], Mapping[str, Any]] | None = None
-    """makes the interactive counterpart, as plotly.js takes it; None where there is none"""
+    """Makes the interactive counterpart, as plotly.js takes it; None if there is none."""
 
 
 def write_png(drawings: Sequence[Drawing], path: Path) -> None:
-    """All `drawings` as one image, in as many columns as make it about square."""
+    """Write all `drawings` into one image, in as many columns as make it about square."""
     columns = min(len(drawings), max(1, round(math.sqrt(sum(d.size[1] for d in drawings) / WIDTH))), 4)
     rows = [drawings[start : start + columns] for start in range(0, len(drawings), columns)]
     heights = [max(drawing.size[1] for drawing in row) + 0.45 for row in rows]
@@ -89,7 +90,7 @@ def write_png(drawings: Sequence[Drawing], path: Path) -> None:
 
 
 def to_svg(drawing: Drawing) -> str:
-    """The picture as an `<svg>` element in the page's own text colour, font and grid colour (--grid)."""
+    """Render a drawing as an `<svg>` element that takes its text and grid colours from the page."""
     stream = io.StringIO()
     with rc_context({**STYLE, "figure.facecolor": "none", "savefig.facecolor": "none", "svg.hashsalt": drawing.title}):
         figure = Figure(figsize=drawing.size, layout="constrained")
@@ -102,7 +103,7 @@ def to_svg(drawing: Drawing) -> str:
 
 @dataclass(frozen=True)
 class FormatStyle:
-    """How a format looks everywhere in a report."""
+    """Appearance of a format in every figure of a report."""
 
     bits: float
     colour: str
@@ -110,7 +111,7 @@ class FormatStyle:
 
 
 def format_palette(runs: Sequence[Run]) -> dict[str, FormatStyle]:
-    """A colour for each format of a report, from few bits (dark) to many (light); equal bits also differ in hatch."""
+    """Assign each format a colour, from few bits (dark) to many (light), and a hatch where bits are equal."""
     names = sort_formats(
         name
         for run in runs
@@ -126,6 +127,6 @@ def format_palette(runs: Sequence[Run]) -> dict[str, FormatStyle]:
 
 
 def method_style(method: str, methods: Sequence[str]) -> tuple[str, str]:
-    """(colour, marker) of a method by its place in `methods`; no two of 11 share their marker."""
+    """Colour and marker of a method, by its position in `methods`."""
     place = list(methods).index(method)
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]

@@ -203,7 +203,7 @@ def format_map(
     return {
         "data": [heat, *legend],
         "layout": {
-            "height": 150 + 24 * len(runs),
+            "height": 150 + (24 if len(runs) <= 20 else 16) * len(runs),
             "xaxis": _layer_axis(layers) | {"tickangle": -40, "showgrid": False},
             "yaxis": _named_axis([run.label for run in runs]) | {"autorange": "reversed", "showgrid": False},
             "meta": {"long_names": True},

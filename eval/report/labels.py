@@ -1,4 +1,4 @@
-"""What tells runs apart whose methods and targets are the same: the settings that differ."""
+"""Labels of runs: settings that distinguish runs of the same method and target."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from eval.report.records import Run
 
 LONGEST = 20
-"""characters of a value in a label"""
+"""Maximum number of characters of a value in a label."""
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the values that are not the same in all of `settings`, in order."""
+    """Sorted names of the settings whose values are not the same in all of `settings`."""
     first = settings[0]
     names = {name for own in settings for name in own}
     return sorted(name for name in names if any(own.get(name) != first.get(name) for own in settings))
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """`runs` with labels that no two configurations share; each names as few settings as that takes."""
+def distinct_labels(runs: Sequence[Run]) -> list[Run]:
+    """Give each configuration a label of its own, with as few settings in it as possible."""
     alike: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         alike.setdefault((run.record["task"], run.record["model"], run.name), []).append(run)
@@ -42,20 +42,20 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _details(facts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """For each of `facts` the texts that tell it from others: no name in them that adds nothing."""
+    """For each of `facts`, the texts that distinguish it from the others, without superfluous ones."""
     texts = {name: [_text(name, own.get(name)) for own in facts] for name in differing(facts)}
     chosen: list[str] = []
-    told = 1
-    # Those that all have come first (older runs lack newer settings), and of them those of many values.
+    distinct = 1
+    # Names that all of them have come first (older runs lack newer settings); among these, names with many values.
     for name in sorted(texts, key=lambda name: (any(name not in own for own in facts), -len(set(texts[name])), name)):
         wider = [*chosen, name]
         count = len(set(zip(*(texts[one] for one in wider), strict=True)))
-        if count > told:
-            chosen, told = wider, count
+        if count > distinct:
+            chosen, distinct = wider, count
     return [tuple(texts[name][place] for name in sorted(chosen)) for place in range(len(facts))]
 
 
 def _text(name: str, value: Any) -> str:
-    """'max_steps=400'; of long values, such as paths, the end."""
+    """Text such as 'max_steps=400'; of long values, such as paths, only the end."""
     shown = str(value) if len(str(value)) <= LONGEST else f"…{str(value)[1 - LONGEST :]}"
     return shown if name == "formats" else f"{name}={shown}"

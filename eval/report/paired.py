@@ -1,7 +1,7 @@
-"""Runs compared example by example: how sure a difference between two means is.
+"""Paired comparison of runs: the error of a difference between two mean accuracies.
 
-Two methods are evaluated on the same examples, so what varies from example to example cancels. What is left is the
-error of having evaluated on a sample; with several seeds, their answers are averaged first.
+Both methods are evaluated on the same examples, so the variation between examples cancels. The remaining error is that
+of evaluating on a sample. With several seeds, the answers are averaged over the seeds first.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from eval.report.records import DamagedFile, Group
 
 @dataclass(frozen=True)
 class Answers:
-    """How one run answered the evaluated examples, or the mean of several."""
+    """Correctness of a run on each evaluated example, or its mean over several runs."""
 
     examples: bytes
-    """digest of the labels in their order: where it is the same, so are the examples"""
+    """Digest of the labels in order. Equal digests stand for equal examples."""
     right: NDArray[Any]
-    """whether the answer is right, or the share of runs that have it right, (examples,)"""
+    """Whether the answer is correct, or the share of runs with a correct answer, (examples,)."""
 
 
 def read_answers(folder: Path) -> Answers | None:
-    """A run's answers; None where it kept none. Raises DamagedFile for a file that does not hold any."""
+    """Read the answers of a run from predictions.json; None if it has no such file.
+
+    Raises:
+        DamagedFile: The file holds no answers.
+    """
     path = folder / "predictions.json"
     try:
         splits = json.loads(path.read_bytes())
@@ -49,7 +53,7 @@ def read_answers(folder: Path) -> Answers | None:
 
 
 def mean_answers(answers: Sequence[Answers | None]) -> Answers | None:
-    """Averaged over the runs of a method; None where one kept no answers, or they are of other examples."""
+    """Average the answers of several runs; None if one kept none, or if they are of different examples."""
     known = [answer for answer in answers if answer is not None]
     if len(known) < len(answers) or len({answer.examples for answer in known}) != 1:
         return None
@@ -62,13 +66,13 @@ def group_answers(group: Group, answers: Mapping[Path, Answers | None]) -> Answe
 
 
 def share_right(folders: Sequence[Path]) -> NDArray[np.float64] | None:
-    """Share of a method's runs that answered each example rightly, (examples,); None as for `mean_answers`."""
+    """Share of runs that answer each example correctly, (examples,); None as for `mean_answers`."""
     found = mean_answers([read_answers(folder) for folder in folders])
     return None if found is None else found.right
 
 
 def half_width(differences: NDArray[np.float64]) -> float:
-    """Of the 95 % confidence interval of the mean of differences (examples,); 0 for a single one."""
+    """Half width of the 95 % confidence interval of the mean of differences (examples,); 0 for a single example."""
     if len(differences) < 2:
         return 0.0
     return float(1.96 * differences.std(ddof=1) / np.sqrt(len(differences)))

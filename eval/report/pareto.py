@@ -1,4 +1,4 @@
-"""Which runs no other run beats in both cost and quality, and how much a method's front covers."""
+"""Pareto fronts of cost and quality, and the hypervolume that each method's front dominates."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ class Panel:
     cost_unit: str
     groups: tuple[Group, ...]
     left_out: int
-    """runs that do not know their cost of this type"""
+    """Number of runs without a cost of this type."""
 
     @property
     def lower_is_better(self) -> bool:
+        """Whether a lower value of the metric is better."""
         return lower_is_better(self.metric)
 
     @cached_property
     def log_cost(self) -> bool:
-        """Costs over three octaves are drawn on a logarithmic axis."""
+        """Whether costs span a factor of 8 or more, which calls for a logarithmic axis."""
         costs = [cost for points in self.points.values() for cost, _ in points]
         return min(costs) > 0 and max(costs) / min(costs) >= 8
 
@@ -47,22 +48,22 @@ class Panel:
         return dict(sorted(points.items()))
 
     def hypervolume(self, method: str) -> float | None:
-        """Share of the box between all runs' best and worst corner that `method` dominates, on the axes as drawn."""
+        """Share that `method` dominates of the bounding box of all runs, on the axes as drawn."""
         every = [self._oriented(point) for points in self.points.values() for point in points]
         return hypervolume([self._oriented(point) for point in self.points[method]], every)
 
     def front(self, method: str) -> list[Point]:
-        """The points of `method` that no other of its points beats, by rising cost."""
+        """Points of `method` that none of its other points dominates, by rising cost."""
         return [point for point, _ in pareto_front([(p, self._oriented(p)) for p in self.points[method]])]
 
     def _oriented(self, point: Point) -> Point:
-        """A point where more is better and costs are as drawn."""
+        """Point on the axes as drawn, with the quality negated if lower is better."""
         cost, quality = point
         return math.log(cost) if self.log_cost else cost, -quality if self.lower_is_better else quality
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:
-    """One panel for each task, model and cost type that has a target; without targets, for each type."""
+    """One panel per task, model and cost type with a target; if there are no targets, per cost type."""
     found = []
     for task, model, metric in dict.fromkeys(tuple(g.record[k] for k in ("task", "model", "metric")) for g in groups):
         own = [g for g in groups if (g.record["task"], g.record["model"], g.record["metric"]) == (task, model, metric)]
@@ -75,7 +76,11 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
 
 
 def pareto_front(points: Sequence[tuple[Point, Point]]) -> list[tuple[Point, Point]]:
-    """Of (anything, (cost, quality)) pairs those that no other beats (less cost, more quality), by rising cost."""
+    """Select the non-dominated pairs (less cost, more quality), by rising cost.
+
+    Args:
+        points: Pairs of any point and its (cost, quality), of which the latter is compared.
+    """
     front: list[tuple[Point, Point]] = []
     for pair in sorted(points, key=lambda pair: (pair[1][0], -pair[1][1])):
         if not front or pair[1][1] > front[-1][1][1]:
@@ -84,7 +89,7 @@ def pareto_front(points: Sequence[tuple[Point, Point]]) -> list[tuple[Point, Poi
 
 
 def hypervolume(points: Sequence[Point], box: Sequence[Point]) -> float | None:
-    """Share that `points` dominate of the bounding box of `box`; None where that box has no area."""
+    """Share that `points` dominate of the bounding box of `box`; None if the box has no area."""
     low, high = min(cost for cost, _ in box), max(cost for cost, _ in box)
     worst, best = min(quality for _, quality in box), max(quality for _, quality in box)
     if low == high or worst == best:

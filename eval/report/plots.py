@@ -1,4 +1,4 @@
-"""Pictures of runs. Each is a `Drawing`, which a file (PNG) and the page (SVG) show alike."""
+"""Figures of runs. Each is a `Drawing`: static in a PNG file and in the page's SVG, interactive on the page."""
 
 from __future__ import annotations
 
@@ -70,13 +70,15 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
     what += "Line: the front of the means. " if spread else "Line: the front. "
     what += "Hypervolume: share of the box between the best and the worst of all runs that the front dominates."
     what += f" Not shown, since their cost is unknown: {panel.left_out}." if panel.left_out else ""
+    if sum(len(group.runs) for group in panel.groups) > interactive.MAX_POINTS:
+        what += f" Of more than {interactive.MAX_POINTS} runs, the pointer finds the means alone."
     title = f"{panel.task} · {panel.model}: {panel.metric} against {panel.cost_type}"
     figure = partial(interactive.front, panel, methods)
     return Drawing(title, what, (WIDTH, 3.6), draw, f"{panel.task} · {panel.model}", figure)
 
 
 def layer_formats(run: Run, palette: Mapping[str, FormatStyle], sensitivities: Sensitivities = NOT_MEASURED) -> Drawing:
-    """A bar for each layer, as long as its format has bits; two bars where weights and activations differ."""
+    """One bar per layer, as long as its format has bits; two bars if weights and activations differ."""
     assignment: dict[str, Sequence[str]] = run.record["assignment"]
     sides = ("weights", "activations") if any(w != a for w, a in assignment.values()) else ("weights",)
     layers = short_names(list(assignment))
@@ -107,8 +109,17 @@ def all_formats(
     side: int,
     palette: Mapping[str, FormatStyle],
     found: Mapping[Path, Sensitivities] = MappingProxyType({}),
+    total: int = 0,
 ) -> Drawing:
-    """Runs of one task and model under each other, a column for each layer; `side` 0: weights, 1: activations."""
+    """Formats of several runs: one row per run, one column per layer.
+
+    Args:
+        runs: Runs of one task and model.
+        side: 0 for weights, 1 for activations.
+        palette: Format -> its appearance.
+        found: Run folder -> sensitivities, which the interactive figure shows.
+        total: Number of runs that `runs` are a selection of, if it is one.
+    """
     layers = list(dict.fromkeys(name for run in runs for name in run.record["assignment"]))
     present = sort_formats(pair[side] for run in runs for pair in run.record["assignment"].values())
     labels = [_wrapped(run.label, 45) for run in runs]
@@ -134,13 +145,16 @@ def all_formats(
     size = (WIDTH, 1.2 + (0.04 + 0.11 * _most_lines(labels)) * len(runs))
     figure = partial(interactive.format_map, runs, side, found, present, palette)
     title = f"{_where(runs[0])}: formats of the {what}, run by run"
-    return Drawing(title, "One row per run, one column per layer.", size, draw, _where(runs[0]), figure)
+    caption = "One row per run, one column per layer."
+    if total > len(runs):
+        caption += f" {len(runs)} of {total} runs: the first seed of configurations that are evenly spaced by path."
+    return Drawing(title, caption, size, draw, _where(runs[0]), figure)
 
 
 def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Probability of each choice in each decision over the steps; None if the run recorded none.
 
-    It ends where the choice was made: from there on, nothing changes.
+    The figure ends at the step of the final choice, after which the policy does not change.
     """
     recorded = [line for line in history if line.get("probabilities")]
     learning = sum(line.get("phase") != "settle" for line in recorded)
@@ -182,9 +196,14 @@ def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
 
 
 def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]) -> Drawing | None:
-    """Loss, reward, quality, cost and entropy over the steps, thin as recorded and thick as a running mean.
+    """Loss, reward, quality, cost and entropy over the steps: recorded values thin, running means thick.
 
-    All runs are of one cost type. What none of them recorded has no panel (only a search has rewards); None: nothing.
+    Args:
+        runs: Runs of one cost type.
+        histories: The lines of each run's history.
+
+    Returns:
+        The figure, with a panel for each measure that any run recorded; None if there are none.
     """
     labels = [_wrapped(run.label, 75) for run in runs]
     kind, unit = (runs[0].record[name] for name in ("cost_type", "cost_unit"))
@@ -236,7 +255,7 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
 def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Cost and quality of every assignment that the search drew; None if the run recorded none.
 
-    A step's "draws" are [cost, quality] each; without them its "cost" and "quality" are the means over its draws.
+    A step's "draws" are pairs of cost and quality. Without them, "cost" and "quality" are the means over its draws.
     """
     points = np.array(
         [
@@ -253,7 +272,7 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
         dots = axes.scatter(points[:, 1], points[:, 2], c=points[:, 0], cmap="cividis", s=10, linewidths=0.3)
-        dots.set_edgecolor(INK)  # shows the darkest dots on a dark page as well
+        dots.set_edgecolor(INK)  # keeps the darkest dots visible on a dark page
         canvas.colorbar(dots, ax=axes, label="step")
         axes.set_xlabel(f"{run.record['cost_type']} cost of the searched layers [{run.record['cost_unit']}]")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -265,7 +284,7 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
         canvas.legend(loc="outside lower left", ncols=2)
 
     dot = "an assignment that the search drew" if single else "the mean over the draws of a step"
-    what = f"Each dot {dot}, coloured by when."
+    what = f"Each dot is {dot}, coloured by its step."
     figure = partial(interactive.draws, points, run.record)
     return Drawing(f"{_where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw, _where(run), figure)
 
@@ -299,7 +318,7 @@ def sensitivities(kind: str, runs: Sequence[Run], found: Mapping[Path, Sensitivi
 
 
 def _wrapped(label: str, width: int) -> str:
-    """A run's label over as many lines as it needs, broken between its parts alone."""
+    """Break a run's label into lines, only between its parts."""
     space = "\N{NO-BREAK SPACE}"
     parts = label.replace(" ", space).split(f"{space}·{space}")
     return textwrap.fill(f"{space}· ".join(parts), width)
@@ -310,18 +329,18 @@ def _most_lines(texts: Sequence[str]) -> int:
 
 
 def _line(index: int) -> tuple[str, str]:
-    """(colour, dashes) of the index-th line: no two of the first 24 are the same."""
+    """Colour and dashes of the index-th line; the first 24 lines all differ."""
     return COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS) % 3]
 
 
 def series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one measure where it was recorded."""
+    """Steps and values of one measure, at the steps that recorded it."""
     known = [(line["step"], line[name]) for line in history if line.get(name) is not None]
     return np.array([step for step, _ in known]), np.array([value for _, value in known])
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over a twentieth of the values, over fewer at both ends."""
+    """Centred running mean over a twentieth of the values, and over fewer at both ends."""
     window = np.ones(2 * max(1, len(values) // 40) + 1)
     counts = np.convolve(np.ones(len(values)), window)
     half = len(window) // 2
@@ -333,15 +352,20 @@ def _where(run: Run) -> str:
 
 
 def _decision_names(run: Run, count: int) -> list[str]:
-    """Names of the policy's rows: the record's decisions, else its layers where there are as many, else numbers."""
+    """Names of the policy's rows: the record's decisions, or its layers if their number fits, or else numbers."""
     names = list(run.record.get("decisions") or run.record["assignment"])
     return short_names(names) if len(names) == count else [f"decision {i}" for i in range(count)]
 
 
 def _by_format(values: np.ndarray, formats: Sequence[str]) -> dict[str, np.ndarray]:
-    """Format -> its probability (times, decisions), from the (times, decisions, choices) of a policy.
+    """Probability of each format, (times, decisions).
 
-    Where a choice is a pair, weights and activations are told apart and each is summed over the other.
+    If a choice is a pair of formats, the result has one entry per format of the weights, and one per format of the
+    activations, each summed over the formats of the other.
+
+    Args:
+        values: Probabilities of the policy, (times, decisions, choices).
+        formats: The search space.
     """
     count = values.shape[-1]
     if count == len(formats) ** 2:

@@ -1,7 +1,7 @@
-"""Run folders read back: which of them are results, which are not and why, and which belong together.
+"""Reads run folders: which hold a valid result, which do not and why, and which repeat the same configuration.
 
-Everything a report shows comes from here. A folder whose record is missing, damaged, foreign, repeated or not finite
-becomes an `Excluded` with its reason and never reaches a mean.
+Every number of a report comes from here. A folder whose record is missing, damaged, of another schema, a duplicate or
+not finite becomes an `Excluded` with its reason and enters no mean.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from quant.formats import parse_format
 T = TypeVar("T")
 
 RUN_FILES = frozenset({"result.json", RUN_FILE, "history.jsonl"})
-"""a folder with any of these is a run"""
+"""A folder with any of these files is a run."""
 INNER_FOLDERS = {
     **dict.fromkeys(RUN_FILES, frozenset({"model", "plots", "tensorboard", "checkpoints", "retrained"})),
     LAUNCH_FILE: frozenset({TUNE_FOLDER}),
 }
-"""file -> what stands beside it and holds no runs of ours: Ray Tune's result.json is another thing"""
+"""File -> sub-folders to skip next to it. They hold no run records: Ray Tune, too, names its files result.json."""
 PLACE_SETTINGS = frozenset(
     {entry.name for group in (LauncherFlags, OutputFlags) for entry in fields(group)} - {"load_model_path"}
     | {"seed", "data_dir", "device", "log_steps"}
 )
-"""settings that say where and how a run was made: runs that differ in these alone are repetitions of one another"""
+"""Settings of place, hardware and seed. Runs that differ in these alone repeat the same configuration."""
 TRAINING_SETTINGS = frozenset(
     {entry.name for group in (DataFlags, TrainingFlags) for entry in fields(group)} | {"load_model_path"}
 )
-"""settings that the quality of a float model may rest on; the others say what is quantized, and how"""
+"""Settings that may change the quality of a float model; all others concern quantization."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """A folder or file that is not counted, and why."""
+    """A folder or file that the report does not count, and the reason."""
 
     path: Path
     reason: str
 
 
 class DamagedFile(UserError):
-    """A file beside a record that cannot be read. Its run counts without it."""
+    """An unreadable file next to a record. The run still counts, without what the file holds."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -74,35 +74,35 @@ class Run:
     folder: Path
     record: Mapping[str, Any]
     settings: Mapping[str, Any]
-    """the run's config.yaml without PLACE_SETTINGS"""
+    """The run's config.yaml without PLACE_SETTINGS."""
     details: tuple[str, ...] = ()
-    """what its label needs besides, to be told from those of other runs"""
+    """Settings that its label needs so that no other configuration has the same label."""
 
     @property
     def quality(self) -> float:
-        """The main metric on the evaluated split, or on the first of several."""
+        """The main metric on the evaluated split, or on the first split if there are several."""
         return float(_evaluated(self.record["metrics"])[self.record["metric"]])
 
     @property
     def float_quality(self) -> float | None:
-        """The main metric of the float model, where the run knew it."""
+        """The main metric of the float model; None if the run did not measure it."""
         return _evaluated(self.record.get("float_metrics") or {}).get(self.record["metric"])
 
     @property
     def feasible(self) -> bool | None:
-        """Whether the cost is within the target; None without one."""
+        """Whether the cost is within the target; None without a target."""
         target = self.record["cost_target"]
         return None if target is None else self.record["cost"] <= target * (1 + 1e-9)
 
     @cached_property
     def costs(self) -> Mapping[str, float]:
-        """Cost type -> cost [MiB or GBOPs]: the run's own type, and those it noted besides."""
+        """Cost type -> cost [MiB or GBOPs]: the run's own type and all others in its record."""
         noted = {name: float(cost) for name, cost in self.record["costs"].items() if isinstance(cost, NUMBER)}
         return {self.record["cost_type"]: float(self.record["cost"]), **noted}
 
     @cached_property
     def formats(self) -> str:
-        """What the run chose from, or the formats it was given: "int2,int4,int8" or "w int4 a int8"."""
+        """The search space, or the fixed formats of the run: "int2,int4,int8" or "w int4 a int8"."""
         if self.record["search_space"]:
             return ",".join(self.record["search_space"])
         pairs = [tuple(pair) for pair in self.record["assignment"].values()]
@@ -111,24 +111,28 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Method, and its target or formats."""
+        """Method and target; formats in place of the target if there is none."""
         target = self.record["cost_target"]
         aim = self.formats if target is None else f"≤ {target:.4g} {self.record['cost_unit']}"
         return f"{self.record['method']} {aim}"
 
     @property
     def label(self) -> str:
-        """A short name: method, its target or formats, what differs besides, seed."""
+        """Short name: method, target or formats, distinguishing settings, seed."""
         return " · ".join([self.name, *self.details, f"seed {self.record['seed']}"])
 
     @cached_property
     def key(self) -> tuple[str, ...]:
-        """Equal for runs that differ in nothing but the seed and the place they ran."""
+        """Key of the configuration: equal for runs that differ only in their seed and PLACE_SETTINGS."""
         shown = (self.record[name] for name in ("task", "model", "method", "metric", "cost_type", "cost_target"))
         return (*map(str, shown), self.formats, json.dumps(self.settings, sort_keys=True, default=str))
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of history.jsonl; a last one that was cut off in mid-write is left out. Raises DamagedFile."""
+        """Read the lines of history.jsonl, without a last line that was cut off while it was written.
+
+        Raises:
+            DamagedFile: The file is not readable, or one of its lines is not a step.
+        """
         path = self.folder / "history.jsonl"
         try:
             lines = path.read_bytes().splitlines(keepends=True)
@@ -152,34 +156,36 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration over its seeds."""
+    """Runs of one configuration with different seeds."""
 
     runs: tuple[Run, ...]
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """The first run's record, for what all of them share."""
+        """The record of the first run, for values that all runs of the group share."""
         return self.runs[0].record
 
     @property
     def quality(self) -> tuple[float, float | None]:
+        """Mean and standard deviation over the seeds."""
         return mean_sd([run.quality for run in self.runs])
 
     def has_cost(self, cost_type: str) -> bool:
-        """Whether all its runs know their cost of that type."""
+        """Whether every run of the group has a cost of this type."""
         return all(cost_type in run.costs for run in self.runs)
 
     def cost(self, cost_type: str) -> tuple[float, float | None]:
+        """Mean and standard deviation over the seeds."""
         return mean_sd([run.costs[cost_type] for run in self.runs])
 
 
 def shown_runs(groups: Sequence[Group], max_runs: int) -> list[Run]:
-    """The runs that get pictures of their own: the first seed of so many searched configurations."""
+    """Select the runs with figures of their own: the first seed of the first `max_runs` searched configurations."""
     return [group.runs[0] for group in groups if group.record["search_space"]][:max_runs]
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None with a single value."""
+    """Mean and sample standard deviation; the latter is None for a single value."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None
@@ -187,21 +193,29 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def sort_formats(names: Iterable[str]) -> list[str]:
-    """Format names by their bits, then by name."""
+    """Sort format names by bits, then by name, without repetitions."""
     return sorted(set(names), key=lambda name: (parse_format(name).bits, name))
 
 
 def _evaluated(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The measures of one split out of {split: measures}; measures without a split as they are."""
+    """Metrics of the first split in {split: metrics}; metrics that are not nested by split are returned as they are."""
     return next((value for value in metrics.values() if isinstance(value, dict)), metrics)
 
 
 def lower_is_better(metric: str) -> bool:
+    """Whether a lower value of the metric is better, as for a loss."""
     return metric in LOWER_IS_BETTER
 
 
 def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[Excluded]]:
-    """Every run below `roots`, by path, and what was left out. Raises UserError for a folder that is not there."""
+    """Read every run below `roots`.
+
+    Returns:
+        The valid runs, sorted by path, and what was excluded.
+
+    Raises:
+        UserError: One of the folders does not exist.
+    """
     for root in roots:
         if not root.is_dir():
             raise UserError(f"DIR: no folder {root}")
@@ -222,7 +236,7 @@ def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[Excluded]]:
 
 
 def read_run(folder: Path) -> Run | Excluded:
-    """The run in `folder`, or why it does not count."""
+    """Read the run in `folder`; an `Excluded` states why it does not count."""
     path = folder / "result.json"
     if not path.exists():
         return Excluded(folder, "unfinished: no result.json")
@@ -241,7 +255,7 @@ def read_run(folder: Path) -> Run | Excluded:
 
 
 def read_each(runs: Iterable[Run], read: Callable[[Run], T]) -> tuple[dict[Path, T], list[Excluded]]:
-    """Folder -> what `read` makes of a file of its run, and the files that are damaged."""
+    """Apply `read` to each run: (folder -> its result, the files that raised DamagedFile)."""
     found: dict[Path, T] = {}
     damaged = []
     for run in runs:
@@ -253,7 +267,7 @@ def read_each(runs: Iterable[Run], read: Callable[[Run], T]) -> tuple[dict[Path,
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Repetitions brought together, sorted by task, model and cost."""
+    """Group repetitions of the same configuration, sorted by task, model and cost."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(run.key, []).append(run)
@@ -278,7 +292,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _wrong(record: Any) -> str | None:
-    """Why a parsed result.json does not count; None if it does."""
+    """Reason why a parsed result.json does not count; None if it counts."""
     if not isinstance(record, dict) or "schema_version" not in record:
         return "foreign: not a result record (no schema_version)"
     if record["schema_version"] != SCHEMA_VERSION:
@@ -308,7 +322,7 @@ def _wrong_formats(record: dict[str, Any]) -> str | None:
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of the numbers in a JSON value that are NaN or infinite."""
+    """Yield the dotted names of NaN and infinite numbers in a JSON value."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{name} is {value}"
     elif isinstance(value, dict):

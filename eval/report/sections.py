@@ -46,7 +46,7 @@ def pictures(
         "Pareto": [plots.pareto(panel, methods) for panel in panels(groups)],
         "Formats": [plots.layer_formats(run, palette, sensitivities.get(run.folder, NOT_MEASURED)) for run in shown],
         "Formats of all runs": [
-            plots.all_formats(members[:MAX_ROWS], side, palette, sensitivities)
+            plots.all_formats(_rows(members), side, palette, sensitivities, len(members))
             for members in _alike(mixed, "task", "model")
             if len(members) > 1
             for side in _sides(members)
@@ -64,6 +64,15 @@ def pictures(
         "Draws": [drawing for run in shown if (drawing := plots.drawn_assignments(run, steps[run.folder]))],
     }
     return {heading: drawings for heading, drawings in sections.items() if drawings}
+
+
+def _rows(runs: Sequence[Run]) -> list[Run]:
+    """At most MAX_ROWS of the runs: if there are more, the first seed of configurations that are evenly spaced."""
+    if len(runs) <= MAX_ROWS:
+        return list(runs)
+    first = list({run.key: run for run in reversed(runs)}.values())[::-1]
+    count = min(MAX_ROWS, len(first))
+    return [first[round(row * (len(first) - 1) / max(count - 1, 1))] for row in range(count)]
 
 
 def _alike(runs: Sequence[Run], *names: str) -> list[list[Run]]:

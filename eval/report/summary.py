@@ -1,4 +1,4 @@
-"""What a report says of each configuration: plain values over its seeds, and how they compare with others."""
+"""Summary rows: the values of each configuration over its seeds, and its differences from float and from the best."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from eval.run.schema import loss_rise
 def summary_rows(
     groups: Sequence[Group], answers: Mapping[Path, Answers | None] = MappingProxyType({})
 ) -> list[dict[str, Any]]:
-    """One row a group: means and sample standard deviations over its seeds, with their units beside them.
+    """Summarize each group in one row: means and sample standard deviations over its seeds, and their units.
 
-    `answers`: run folder -> its answers, where it kept any; what is said of differences from the best rests on them.
+    Args:
+        groups: Runs grouped by configuration.
+        answers: Run folder -> its answers, if it kept any. Paired differences from the best need them.
     """
-    told = zip(groups, _baselines(groups), _what_differs(groups), _against_best(groups, answers), strict=True)
-    return [{**_summary_row(group, baseline, settings), **best} for group, baseline, settings, best in told]
+    parts = zip(groups, _baselines(groups), _what_differs(groups), _against_best(groups, answers), strict=True)
+    return [{**_summary_row(group, baseline, settings), **best} for group, baseline, settings, best in parts]
 
 
 def _baselines(groups: Sequence[Group]) -> list[float | None]:
-    """What the float model of each group scores; None for float runs, and where it is not known.
+    """Score of the float model of each group; None for float runs and if it is unknown.
 
-    It is the group's own float model, where its runs measured it. Else it is the mean of the float runs of its task,
-    model and metric; where these differ in how they were trained, of those that agree with the group in that.
+    If the runs of the group measured their own float model, that is the score. Otherwise it is the mean of the float
+    runs of the same task, model and metric. If these differ in their training settings, only float runs with the
+    training settings of the group count.
     """
     floats: dict[tuple[str, ...], list[Run]] = {}
     for group in groups:
@@ -49,7 +52,7 @@ def _baselines(groups: Sequence[Group]) -> list[float | None]:
     def baseline(group: Group) -> float | None:
         if group.record["method"] == "float":
             return None
-        # A float run of the table may have had other weights, steps or settings.
+        # A float run in the table may have had other weights, steps or settings.
         own = [run.float_quality for run in group.runs if run.float_quality is not None]
         task = _task_of(group)
         found = own or scores.get((*task, *_values(group.runs[0], names.get(task, ()))))
@@ -94,7 +97,7 @@ def _summary_row(group: Group, baseline: float | None, settings: str) -> dict[st
 
 
 def _against_best(groups: Sequence[Group], answers: Mapping[Path, Answers | None]) -> list[dict[str, Any]]:
-    """How far each group is behind the most accurate one of its budget, paired by example; None without others."""
+    """Paired difference of each group from the most accurate group of its budget; None if it is the only one."""
     rivals: dict[tuple[Any, ...], list[int]] = {}
     for number, group in enumerate(groups):
         if group.record["cost_target"] is not None and group.record["metric"] == "accuracy":
@@ -123,7 +126,7 @@ def _assignments(group: Group) -> set[str]:
 
 
 def _what_differs(groups: Sequence[Group]) -> list[str]:
-    """For each group the settings that tell it from those it shares every other column with: 'max_steps=400'."""
+    """For each group, the settings that distinguish it from groups with equal columns, such as 'max_steps=400'."""
     alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for group in groups:
         alike.setdefault(group.runs[0].key[:-1], []).append(group.runs[0].settings)

@@ -1,4 +1,4 @@
-"""Tables of runs: one list of plain rows, shown in the terminal or written as CSV, JSON, Markdown or LaTeX."""
+"""Tables of runs: plain rows, printed in the terminal or written as CSV, JSON, Markdown or LaTeX."""
 
 from __future__ import annotations
 
@@ -21,39 +21,44 @@ from eval.run.outcome import COUNTED, FILE
 from quant.formats import parse_format
 
 Row: TypeAlias = Mapping[str, Any]
-"""plain values by name: what CSV and JSON hold"""
+"""Plain values by name, as CSV and JSON hold them."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """How one column of a table reads."""
+    """Heading and text of one column."""
 
     heading: str
     text: Callable[[Row], str]
     key: str = ""
-    """the value it is sorted by; empty: its text"""
+    """Key of the numeric value to sort by; if empty, the column sorts by its text."""
 
     def sort_value(self, row: Row) -> Any:
+        """Value to sort a row by; empty where the row has none."""
         value = row[self.key] if self.key else self.text(row)
         return "" if value is None else value
 
     @property
     def numeric(self) -> bool:
+        """Whether the column holds numbers, which are aligned to the right."""
         return bool(self.key)
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table for people: a title, and columns that render its rows."""
+
     title: str
     columns: Sequence[Column]
     rows: Sequence[Row]
 
     def texts(self) -> list[list[str]]:
+        """The cells as text, row by row."""
         return [[column.text(row) for column in self.columns] for row in self.rows]
 
 
 def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
-    """`rows` of `summary_rows` for people; what all of them share moves from the columns into the title."""
+    """Render the rows of `summary_rows`. Values that all rows share move from the columns into the title."""
     shared = {key for key in ("task", "model", "metric", "cost_unit") if len({row[key] for row in rows}) == 1}
     metric, unit = ("metric", "cost_unit")
     in_unit, with_unit = (f" [{rows[0][unit]}]", False) if unit in shared else ("", True)
@@ -84,7 +89,7 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
 
 
 def _outside_cost(rows: Sequence[Row]) -> list[str]:
-    """What the costs of a table leave out, over its rows; nothing where that is nothing or not known."""
+    """Share of the weights that the costs do not count; empty if it is zero or unknown."""
     shares = [row["float_share"] for row in rows if row.get("float_share")]
     if not shares:
         return []
@@ -93,7 +98,7 @@ def _outside_cost(rows: Sequence[Row]) -> list[str]:
 
 
 def comparison_table(a: Run, b: Run) -> Table:
-    """Two runs layer by layer, in the order of the first; a layer that one of them lacks is shown as such."""
+    """Compare two runs layer by layer, in the order of the first; a dash marks a layer that one of them lacks."""
     sizes = {layer["name"]: layer for run in (b, a) for layer in run.record["layers"]}
     first, second = a.record["assignment"], b.record["assignment"]
     rows = [
@@ -121,7 +126,7 @@ def comparison_table(a: Run, b: Run) -> Table:
 
 
 def comparison_notes(a: Run, b: Run) -> list[str]:
-    """What two runs differ in as a whole, one line each."""
+    """Differences between two runs as a whole (layers, metric, cost), one line each."""
     first, second = a.record["assignment"], b.record["assignment"]
     both = [name for name in first if name in second]
     lines = [f"{sum(first[name] != second[name] for name in both)} of {len(both)} shared layers differ"]
@@ -139,8 +144,8 @@ def comparison_notes(a: Run, b: Run) -> list[str]:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Aligned, nothing cut off: cells that do not fit the terminal are folded."""
-    # As Text: what stands in brackets in a string would be read as markup.
+    """Print the table aligned. Cells that do not fit the terminal are folded, never cut."""
+    # Text objects, since rich reads brackets in a plain string as markup.
     title = Text(table.title, style="bold") if table.title else None
     shown = RichTable(title=title, title_justify="left", box=None, pad_edge=False)
     for column in table.columns:
@@ -151,6 +156,7 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV with a header line."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -159,10 +165,12 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_json(rows: Sequence[Row]) -> str:
+    """Rows as a JSON list of objects."""
     return json.dumps(list(rows), indent=1) + "\n"
 
 
 def to_markdown(table: Table) -> str:
+    """Table in Markdown, with its title above."""
     marks = ["---:" if column.numeric else "---" for column in table.columns]
     lines = [[column.heading for column in table.columns], marks, *table.texts()]
     body = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
@@ -184,7 +192,7 @@ _LATEX = {
 
 
 def to_latex(table: Table) -> str:
-    """A `tabular` that needs the booktabs package."""
+    """Table as a LaTeX `tabular`, which needs the booktabs package."""
     lines = [[_escape_latex(cell) for cell in line] for line in ([c.heading for c in table.columns], *table.texts())]
     head, *body = [" & ".join(line) + r" \\" for line in lines]
     shape = "".join("r" if column.numeric else "l" for column in table.columns)
@@ -202,7 +210,7 @@ def _plain(key: str) -> Callable[[Row], str]:
 
 
 def _decimals(rows: Iterable[Row], key: str, unit: str) -> dict[Any, int]:
-    """Decimals that give the largest value of each unit four significant digits."""
+    """Number of decimals per unit that shows its largest value with four significant digits."""
     largest: dict[Any, float] = {}
     for row in rows:
         if row[key] is not None:
@@ -213,7 +221,7 @@ def _decimals(rows: Iterable[Row], key: str, unit: str) -> dict[Any, int]:
 def _number(
     rows: Sequence[Row], key: str, unit: str, like: str = "", show_unit: bool = False, sign: str = ""
 ) -> Callable[[Row], str]:
-    """A value in as many decimals as its column needs, or the column `like` has."""
+    """Text of a value, with the decimals that its own column, or the column `like`, needs."""
     decimals = _decimals(rows, like or key, unit)
 
     def text(row: Row) -> str:
@@ -230,7 +238,7 @@ def _minus_float(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 
 def _verdict(metric: str, difference: float | None) -> str:
-    """What a difference means in a metric where less is better: there, + reads like a gain."""
+    """Suffix for metrics where lower is better, since a plus sign reads like a gain."""
     if not difference or not lower_is_better(metric):
         return ""
     return " (worse)" if difference > 0 else " (better)"
@@ -253,10 +261,10 @@ def _best(rows: Sequence[Row]) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         if row["minus_best"] is None:
             return "–"
-        if not row["minus_best"] and not row["minus_best_half_width"]:  # with its every answer, at the least
+        if not row["minus_best"] and not row["minus_best_half_width"]:  # equal in every single answer
             return "best"
-        told = f"{row['minus_best']:+.{digits}f} ± {row['minus_best_half_width']:.{digits}f}"
-        return told + (" (the same formats)" if row["formats_of_best"] else "")
+        margin = f"{row['minus_best']:+.{digits}f} ± {row['minus_best_half_width']:.{digits}f}"
+        return margin + (" (the same formats)" if row["formats_of_best"] else "")
 
     return text
 

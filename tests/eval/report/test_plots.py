@@ -1,7 +1,7 @@
 """The report's pictures: what they show is what the records hold, and nothing is cut off."""
 
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import get_args
 
 import numpy as np
@@ -18,10 +18,10 @@ from benchmarks.synthetic_runs import write_run
 from eval.eval_parse import main
 from eval.report import plots
 from eval.report.canvas import COLOURS, STYLE, format_palette, method_style
-from eval.report.labels import told_apart
+from eval.report.labels import distinct_labels
 from eval.report.pareto import hypervolume, panels, pareto_front
 from eval.report.records import Run, group_runs, read_each, read_runs, shown_runs
-from eval.report.sections import pictures
+from eval.report.sections import MAX_ROWS, pictures
 from policy.allocators import Allocator
 
 BERT = [f"bert.encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.self.query", "attention.output.dense")]
@@ -171,6 +171,16 @@ def test_running_mean_keeps_constants_and_ignores_the_ends():
     np.testing.assert_allclose(plots.running_mean(values)[10:-10], values[10:-10])
 
 
+def test_of_many_runs_the_formats_of_a_few_configurations_are_drawn(tmp_path):
+    for number, seed in product(range(50), (0, 1)):
+        write_run(tmp_path, "search", seed, target=0.05 + number / 1000)
+    runs = read_runs([tmp_path])[0]
+    (drawing,) = pictures(runs, group_runs(runs), [], {})["Formats of all runs"]
+    assert f"{MAX_ROWS} of " in drawing.caption and "the first seed" in drawing.caption
+    heat = drawing.figure()["data"][0]
+    assert len(heat["z"]) == MAX_ROWS and all("seed 0" in row[0] for row in heat["customdata"])
+
+
 def test_short_names_drop_what_all_share():
     assert plots.short_names(["m.a.x", "m.a.y"]) == ["x", "y"]
     assert plots.short_names(["m.a", "m"]) == ["m.a", "m"]
@@ -266,7 +276,7 @@ def test_labels_name_what_tells_configurations_apart(tmp_path, capsys):
     ]
     write_run(tmp_path, target=0.1, bits=(2, 4), settings=configurations["a"], folder="e0")
     write_run(tmp_path, target=0.2, settings=configurations["b"], folder="f0")
-    runs = {run.folder.name: run for run in told_apart(runs_below(tmp_path))}
+    runs = {run.folder.name: run for run in distinct_labels(runs_below(tmp_path))}
     labels = {name: run.label for name, run in runs.items()}
     assert len(set(labels.values())) == len(labels)
     assert labels["f0"] == "search ≤ 0.2 GBOPs · seed 0"
