@@ -304,7 +304,7 @@ def course(
     rows = math.ceil(len(measures) / 2)
     layout: Figure = {"height": 90 + 190 * rows + 18 * len(labels), "meta": {"row_height": 190}}
     layout["grid"] = {"rows": rows, "columns": 2, "pattern": "independent", "xgap": 0.16, "ygap": 0.28}
-    layout["shapes"] = []
+    layout |= {"shapes": [], "hovermode": "x"}
     data = []
     for number, (title, lines) in enumerate(measures.items()):
         suffix = "" if number == 0 else str(number + 1)
