@@ -16,6 +16,7 @@ from quant.convert import Assignment
 from quant.errors import UserError
 from trainer.training.checkpoint import CheckpointError, load_tensors, save_weights, write_json
 from trainer.training.quantization_file import QUANTIZATION, migrate_again, quantize_again, write_quantization
+from trainer.training.saved_files import WEIGHTS
 
 if TYPE_CHECKING:
     from eval.config.run_config import RunConfig
@@ -70,12 +71,17 @@ def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     than was given.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of a finished run, or its model folder")
     folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / QUANTIZATION).is_file():
-        raise UserError(f"{folder}: holds no {QUANTIZATION}; give the folder of a finished run")
+    if missing := [name for name in (QUANTIZATION, WEIGHTS) if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder}: is no saved model: it holds no {missing[0]}; give the folder of a finished run, whose model "
+            f"folder holds {QUANTIZATION} and {WEIGHTS}"
+        )
     try:
         saved = json.loads((folder / QUANTIZATION).read_text())
-        tensors = load_tensors(folder / "model.safetensors")
+        tensors = load_tensors(folder / WEIGHTS)
     except (ValueError, CheckpointError) as error:
         raise UserError(f"{folder}: damaged: {error}") from None
     model = float_architecture(folder, saved) if model is None else model

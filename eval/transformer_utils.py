@@ -155,11 +155,13 @@ def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[
 
 def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
     """A model with its weights and its own tokenizer."""
-    from eval.modeling.pretrained import load_pretrained, load_tokenizer
+    from eval.modeling.pretrained import check_weights, load_pretrained, load_tokenizer
 
     name, path = str(getattr(config, "model", None) or ""), getattr(config, "model_path", None)
     folder = weights_folder(Path(path).expanduser(), name) if path else None
     source = str(folder) if folder else MODELS[name].hub if name in MODELS else name
+    if folder is None and Path(source).is_dir():
+        check_weights("--model", Path(source))
     tokenizer = load_tokenizer(source)
     bare = folder is not None and not (folder / "config.json").is_file()
     settings = configuration(name if bare else source)
@@ -170,11 +172,14 @@ def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
 
 def weights_folder(path: Path, name: str) -> Path:
     """The folder of `--model_path`, which has a tokenizer beside the weights; UserError where something is missing."""
+    from eval.modeling.pretrained import check_weights
+
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         raise UserError(f"--model_path {path}: no such file or folder")
     if path.is_file() and path.name != WEIGHTS:
         raise UserError(f"--model_path {path}: text models are read from {WEIGHTS}; call it so, or give its folder")
+    check_weights("--model_path", folder)
     for pattern in ("tokenizer_config.json", "model*.safetensors" if name in MODELS else "config.json"):
         if not any(folder.glob(pattern)):
             raise UserError(f"--model_path {path}: has no {pattern}; save_pretrained writes it")

@@ -79,6 +79,7 @@ def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
     """The image model of `config`. A folder with its own configuration says itself what it is; other weights, read from
     safetensors, need `config.model` to say so."""
     from eval.modeling.bundle import load_weights
+    from eval.modeling.pretrained import check_weights
 
     name = str(getattr(config, "model", None) or "")
     path = Path(getattr(config, "model_path", None) or name).expanduser()
@@ -88,6 +89,8 @@ def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
     size = getattr(config, "image_size", None)
     scratch = getattr(config, "from_scratch", False)
     if (path / "config.json").is_file():
+        if not scratch:
+            check_weights("--model_path" if weights else "--model", path)
         bundle = build_scratch(str(path), num_labels, size) if scratch else build_pretrained(str(path), num_labels)
     elif not name:
         raise UserError(f"--model_path {path}: has no config.json, so --model NAME has to say what it is")

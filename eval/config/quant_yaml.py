@@ -15,10 +15,10 @@ quant:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from eval.config.suggestions import did_you_mean
 from quant.errors import UserError
 from quant.formats import parse_format
 from quant.validation import HIGH_PRECISION_OPS
@@ -79,8 +79,7 @@ class _Section:
         known = list(known)
         for key in self.values:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
+                hint = did_you_mean(str(key), known)
                 raise UserError(f"{self.place}: unknown key {key!r}; choices: {', '.join(known)}{hint}")
 
     def choice(self, key: str, choices: Iterable[Any], default: Any) -> Any:

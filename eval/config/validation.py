@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tempfile
@@ -15,6 +14,7 @@ from eval.config.effects import check_effects
 from eval.config.files import is_path
 from eval.config.quant_yaml import PLACED, alpha_settings
 from eval.config.run_config import TUNE_FOLDER, RunConfig, name_of
+from eval.config.suggestions import did_you_mean, local_folders
 from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
 from quant.errors import UserError
@@ -64,12 +64,22 @@ def validate(config: RunConfig) -> None:
     check_tracking(config)
 
 
-def check_one_of(flag: str, value: str, choices: Iterable[str], besides: str = "") -> None:
-    """Raises UserError with the closest match unless `value` is one of `choices`."""
+def check_one_of(flag: str, value: str, choices: Iterable[str], besides: str = "", similar: Iterable[str] = ()) -> None:
+    """Check that the value of a flag is one of its choices.
+
+    Args:
+        flag: the flag as the user types it.
+        value: its value.
+        choices: all valid values.
+        besides: what else is valid; appended to the list of choices.
+        similar: further names that may be suggested in place of `value`.
+
+    Raises:
+        UserError: lists the choices and suggests the closest name.
+    """
     known = sorted(choices)
     if value not in known:
-        close = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(value, [*known, *similar])
         raise UserError(f"unknown {flag} {value!r}; choices: {', '.join(known)}{besides}{hint}")
 
 
@@ -147,7 +157,7 @@ def _check_names(config: RunConfig) -> None:
         if is_path(config.task):
             _check_exists("task", config.task, "folder")
         else:
-            check_one_of("--task", config.task, TASKS, ", or a local folder")
+            check_one_of("--task", config.task, TASKS, ", or a local folder", local_folders())
     if config.model is None:
         if starting_model(config) is not None:
             return  # a finished run knows what it is

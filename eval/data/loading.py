@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.config.suggestions import did_you_mean, local_folders
 from eval.tasks import TASKS, Kind, Task
 from quant.errors import UserError
 
@@ -29,7 +30,8 @@ def find_task(name: str) -> Task:
         kind = folder_kind(folder)
         metrics = TASKS["lm" if kind == "lm" else "sst2"].metrics
         return Task(kind, ("image",) if kind == "image" else (), label="", metrics=metrics)
-    raise UserError(f"--task {name}: no such task or folder; choose one of {', '.join(TASKS)}, or a local folder")
+    hint = did_you_mean(name, [*TASKS, *local_folders()])
+    raise UserError(f"--task {name}: no such task or folder; choose one of {', '.join(TASKS)}, or a local folder{hint}")
 
 
 def task_kind(name: str) -> Kind:

@@ -50,6 +50,19 @@ def reason(error: Exception) -> str:
     return said if len(said) < 200 else f"{said[:200]} ..."
 
 
+def check_weights(flag: str, folder: Path) -> None:
+    """Check that a folder holds weights as safetensors, and not a configuration alone.
+
+    Raises:
+        UserError: names the folder and `--from_scratch`.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{flag} {folder}: holds no weights (model.safetensors); save_pretrained writes them, or give "
+            f"--model {folder} --from_scratch to start from random weights"
+        )
+
+
 def new_model(auto_class: Any, settings: PretrainedConfig) -> PreTrainedModel:
     """A model with random weights; UserError where its configuration does not describe one of the kind asked for."""
     try:

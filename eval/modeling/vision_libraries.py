@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 import torchvision
 from torchvision.transforms import InterpolationMode
 
+from eval.config.suggestions import did_you_mean
 from eval.modeling.bundle import RANDOM_WEIGHTS, ModelBundle
 from eval.modeling.pretrained import hub_file
 from eval.modeling.vision_nets import ImageClassifier
@@ -88,6 +88,5 @@ def build_torchvision(name: str, num_labels: int, size: int | None, scratch: boo
 
 
 def unknown(library: str, name: str, known: Iterable[str]) -> UserError:
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
-    return UserError(f"--model {library}:{name}: {library} has no such model{hint}")
+    """Return the error for a name that the library does not know, with up to three similar names."""
+    return UserError(f"--model {library}:{name}: {library} has no such model{did_you_mean(name, known, 3)}")

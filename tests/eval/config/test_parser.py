@@ -111,6 +111,13 @@ def test_switches_go_both_ways(flag):
     assert getattr(read_flags([f"--no-{flag.replace('_', '-')}"]), flag) is False
 
 
+def test_an_unknown_task_suggests_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    with pytest.raises(UserError, match=r"unknown --task 'shape'; .*or a local folder; did you mean shapes\?"):
+        parse(["--task", "shape", "--model", "convnet"])
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -48,7 +48,7 @@ def prepared_digits(**flags):
 
 def test_names_are_known_without_torch():
     code = (
-        "import sys; from eval.tasks import task_kind; from eval.models import MODELS, check_model;"
+        "import sys; from eval.data.loading import task_kind; from eval.models import MODELS, check_model;"
         "print([task_kind(n) for n in ('mrpc', 'cifar10', 'lm')]);"
         "print({'torch', 'datasets', 'transformers'} & set(sys.modules))"
     )
@@ -59,6 +59,16 @@ def test_names_are_known_without_torch():
 def test_unknown_task_names_flag_value_and_choices():
     with pytest.raises(UserError, match=r"--task mprc: .* cola, .*digits"):
         task_kind("mprc")
+
+
+def test_unknown_task_suggests_a_task_or_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    for name, suggestion in (("mprc", "mrpc"), ("shape", "shapes")):
+        with pytest.raises(UserError, match=f"or a local folder; did you mean {suggestion}\\?"):
+            task_kind(name)
+    with pytest.raises(UserError, match=r"or a local folder$"):
+        task_kind("nothing-like-it")
 
 
 def test_digits_are_split_in_proportion_and_whole():

@@ -146,6 +146,33 @@ def test_a_damaged_model_folder_is_refused_in_one_line(damage, tmp_path):
     assert "\n" not in str(error.value) and f"--model_path {folder}" in str(error.value)
 
 
+@pytest.mark.parametrize(("flag", "task"), [("model", "lm"), ("model_path", "lm"), ("model", "cifar10")])
+def test_a_folder_without_weights_needs_from_scratch(flag, task, tmp_path):
+    small = transformers.LlamaConfig(**SMALL) if task == "lm" else transformers.ResNetConfig()
+    small.save_pretrained(tmp_path)
+    message = f"--{flag} {tmp_path}: holds no weights .*--model {tmp_path} --from_scratch"
+    with pytest.raises(UserError, match=message):
+        build_model(config(task, **{flag: str(tmp_path)}), 2)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such folder; give the folder of a finished run"),
+        ([], "is no saved model: it holds no quantization.json; .* quantization.json and model.safetensors"),
+        (["quantization.json"], "is no saved model: it holds no model.safetensors"),
+    ],
+)
+def test_what_is_no_saved_model_is_refused_with_what_it_must_hold(files, message, tmp_path):
+    folder = tmp_path / "run"
+    if files is not None:
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    with pytest.raises(UserError, match=f"^{folder}: {message}"):
+        load_model(folder)
+
+
 def test_only_a_head_may_differ_and_that_is_told(tmp_path):
     bundle = build_model(config(model_path=bert(tmp_path / "bert")), 5)
     assert not bundle.trained and bundle.model.classifier.out_features == 5
