@@ -1,4 +1,4 @@
-"""The exception that ends a command with exit code 2 and a single line."""
+"""Exceptions that end a command with exit code 2 and a single line."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class NotFiniteError(UserError):
-    """NaN or infinity where ranges should be found, which no range can span."""
+    """NaN or infinity in data that a range should be computed from."""

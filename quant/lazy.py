@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for, and module names of earlier versions."""
+"""Lazy imports of a package's public names, and imports by module names of earlier versions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 
 def names_of(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` (PEP 562) of a package whose public names must not import torch before they are used.
+    """Create a package's `__getattr__` (PEP 562), so that its public names import torch only when they are used.
 
     Args:
-        package: the package's `__name__`.
-        homes: module -> the names that it defines and the package offers.
+        package: The package's `__name__`.
+        homes: Module -> names that it defines and the package exports.
 
     Returns:
-        A function from a name to its value; AttributeError for other names.
+        A function from a name to its value, which raises AttributeError for other names.
     """
     home = {name: module for module, names in homes.items() for name in names}
 
@@ -32,7 +32,7 @@ def names_of(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str]
 
 
 class _Renamed(MetaPathFinder, Loader):
-    """Imports of a module by an earlier name give the module itself, so that each exists once."""
+    """Imports a module under its earlier name as well: the same module object, so that each exists once."""
 
     def __init__(self) -> None:
         self.modules: dict[str, str] = {}
@@ -41,23 +41,30 @@ class _Renamed(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find a module that has been renamed."""
         return ModuleSpec(fullname, self) if fullname in self.modules else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Import the module under its current name."""
         module = import_module(self.modules[spec.name])
         self._specs[spec.name] = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        """Restore the spec; the module itself has already run."""
         name = module.__spec__.name if module.__spec__ is not None else ""
-        module.__spec__ = self._specs.pop(name)  # the import system has put the earlier name there
+        module.__spec__ = self._specs.pop(name)  # the import system has replaced it by one of the earlier name
 
 
 _RENAMED = _Renamed()
 
 
 def renamed(modules: Mapping[str, str]) -> None:
-    """Let `import` find modules by earlier names as well: earlier name -> name, both dotted."""
+    """Make modules importable under earlier names, too.
+
+    Args:
+        modules: Earlier dotted name -> current dotted name.
+    """
     _RENAMED.modules.update(modules)
     if _RENAMED not in sys.meta_path:
         sys.meta_path.append(_RENAMED)

@@ -1,4 +1,4 @@
-"""ExpertLinear: the matrices of all experts of a mixture in one tensor; QuantExpertLinear: with formats."""
+"""ExpertLinear: the weight matrices of all experts of a mixture, in one tensor; QuantExpertLinear: with formats."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from quant.quant_module import QuantModule
 
 
 class ExpertLinear(nn.Module):
-    """y[i] = W[e[i]] x[i] + b[e[i]]: each row goes to the expert e[i] that a router has chosen for it.
+    """y[i] = W[e[i]] x[i] + b[e[i]]: row i goes to the expert e[i] that a router has chosen.
 
-    W is (experts, out_features, in_features), or (experts, in_features, out_features) if `transposed`.
+    Args:
+        weight: (experts, out_features, in_features), or (experts, in_features, out_features) if `transposed`.
+        bias: (experts, out_features), or None.
+        transposed: Whether each matrix is stored as (in_features, out_features).
     """
 
     weight: Any
@@ -24,17 +27,34 @@ class ExpertLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> None:
         super().__init__()
         self.weight = weight
-        self.register_parameter("bias", bias)  # (experts, out_features)
+        self.register_parameter("bias", bias)
         self.transposed = transposed
         self.experts = weight.shape[0]
         self.in_features, self.out_features = weight.shape[1:] if transposed else weight.shape[:0:-1]
 
     def forward(self, input: Tensor, experts: Tensor) -> Tensor:
-        """input (rows, in_features), experts (rows,); rows of an expert beyond the last become 0."""
+        """Apply each row's expert.
+
+        Args:
+            input: (rows, in_features).
+            experts: Integers (rows,); an index beyond the last expert gives 0.
+
+        Returns:
+            (rows, out_features).
+        """
         return self.product(input, self.weight, experts)
 
     def product(self, input: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
-        """`forward` with another weight of the same shape."""
+        """Apply each row's expert, with another weight.
+
+        Args:
+            input: (rows, in_features).
+            weight: Same shape as the layer's weight.
+            experts: Integers (rows,).
+
+        Returns:
+            (rows, out_features).
+        """
         output = _Product.apply(input, weight, experts, self.transposed)
         if self.bias is None:
             return output
@@ -43,27 +63,32 @@ class ExpertLinear(nn.Module):
         return output + bias.to(output.dtype)
 
     def extra_repr(self) -> str:
+        """Describe the sizes in the printed model."""
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
 class QuantExpertLinear(QuantModule, ExpertLinear):
-    """An ExpertLinear with switchable formats: each output channel of each expert has a weight scale of its own."""
+    """An ExpertLinear whose formats can be switched, with a weight scale per expert and output channel."""
 
     routed_to: Tensor
-    """the experts that the rows of the call go to"""
+    """The experts of the current call."""
 
     def scale_shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight's scales: one per expert and output channel."""
         return self.experts, *((1, self.out_features) if self.transposed else (self.out_features, 1))
 
     @property
     def input_channels(self) -> int:
+        """Number of input features."""
         return int(self.in_features)
 
     @property
     def reduction_dim(self) -> int | None:
+        """The weight's axis of input features."""
         return 1 if self.transposed else 2
 
     def forward(self, input: Tensor, experts: Tensor) -> Tensor:  # type: ignore[override]
+        """Apply each row's expert, with rounded input and weight; see `ExpertLinear.forward`."""
         self.__dict__["routed_to"] = experts
         try:
             return super().forward(input)
@@ -71,11 +96,12 @@ class QuantExpertLinear(QuantModule, ExpertLinear):
             del self.__dict__["routed_to"]
 
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the product, plus the bias: (rows, in_features) -> (rows, out_features)."""
         return self.product(input, weight, self.routed_to)
 
 
 class _Product(torch.autograd.Function):
-    """Without the bias. One step of autograd: the weight is kept whole, not once for each expert that reads it."""
+    """The products, without bias, as one autograd function: the weight is saved once, not once per expert."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
@@ -87,7 +113,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, experts = ctx.saved_tensors
         grad, transposed = grads[0], ctx.transposed
-        weight = weight.to(grad.dtype)  # under autocast the product has the type of its output
+        weight = weight.to(grad.dtype)  # under autocast the product has the dtype of its output
         dx = _multiply(grad, weight, experts, not transposed) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
@@ -99,8 +125,8 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
-    """x (rows, in) times each row's matrix: (out, in), or (in, out) if transposed."""
-    if x.is_meta:  # nothing says where rows go, and all that matters is the shape
+    """Multiply each row of x, (rows, in), with its expert's matrix, (out, in) or, if transposed, (in, out)."""
+    if x.is_meta:  # only the shape matters, and meta tensors hold no indices
         return x.new_empty(len(x), weight.shape[2 if transposed else 1])
     order, parts = _by_expert(experts, len(weight))
     rows = x[order]
@@ -114,7 +140,7 @@ def _multiply(x: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> T
 
 
 def _by_expert(experts: Tensor, count: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The order that puts the rows of one expert side by side, and where those of each start and stop."""
+    """Return the order that sorts rows by expert, and (start, stop) of each expert's rows in it."""
     order = experts.argsort(stable=True)
     ends = accumulate(experts.clamp(max=count).bincount(minlength=count + 1)[:count].tolist(), initial=0)
     return order, list(pairwise(ends))

@@ -1,1 +1,1 @@
-"""What is true of a model as a whole: tied weights, its share in float, layers that calibration did not reach."""
+"""Properties of a whole model: tied weights, the share that stays in float, layers that calibration did not reach."""

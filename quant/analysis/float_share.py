@@ -1,4 +1,4 @@
-"""Which of a model's matrices stay in float beside its quantized layers, and how much of it they are."""
+"""Which weight matrices of a model stay in float beside its quantized layers, and their share of the model."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from quant.quantizers.quant_params import QuantParams
 
 @dataclass(frozen=True)
 class FloatShare:
-    """What stays in float of the weights that stand in matrices: parameters with two axes or more.
+    """Numbers of weights in matrices, which are parameters with two or more axes.
 
-    Tied parameters count once. Tables that are looked up, of tokens or of positions, are no factors of a product: they
-    are counted apart.
+    Tied parameters count once. Embeddings of tokens or positions are looked up, not multiplied, and counted separately.
     """
 
     left: dict[str, int]
-    """`name (class of the module that holds it)` -> number of weights"""
+    """Matrices in float: `name (class of the module that holds it)` -> number of weights."""
     quantized: int
-    """weights of the quantized layers"""
+    """Number of weights in quantized layers."""
     embeddings: int
-    """weights in tables"""
+    """Number of weights in embeddings."""
 
     @property
     def share(self) -> float:
-        """The part of the matrices' weights that stays in float, 0 to 1."""
+        """Share of the matrices' weights that stays in float, 0 to 1."""
         left = sum(self.left.values())
         return left / (left + self.quantized) if left else 0.0
 
     def __str__(self) -> str:
-        """`12 % of the weights in matrices stay in float: names, the largest first`."""
+        """Return a line such as `12 % of the weights in matrices stay in float: names`, the largest first."""
         largest = sorted(self.left, key=lambda name: -self.left[name])
         names = ", ".join(largest[:3]) + (f" and {len(largest) - 3} more" if len(largest) > 3 else "")
         share = 100 * self.share
@@ -40,7 +39,7 @@ class FloatShare:
 
 
 def float_share(model: nn.Module, layers: Collection[str]) -> FloatShare:
-    """What stays in float where only `layers` (names of modules) are quantized."""
+    """Count what stays in float if only `layers` (names of modules) are quantized."""
     modules = dict(model.named_modules())
     taken = {id(parameter): parameter for name in layers for parameter in _own_matrices(modules[name])}
     tables = [module for module in modules.values() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
@@ -60,16 +59,16 @@ def float_share(model: nn.Module, layers: Collection[str]) -> FloatShare:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """(name, module that holds it, parameter); what quantizers have learned is none of the model's weights."""
+    """Yield (name, module that holds it, parameter), without the parameters of quantizers."""
     for prefix, module in model.named_modules():
         if not isinstance(module, QuantParams):
             for name, parameter in module.named_parameters(prefix, recurse=False):
-                if parameter.dim() > 1 and name.rpartition(".")[2] != "bias":  # those of experts are a matrix
+                if parameter.dim() > 1 and name.rpartition(".")[2] != "bias":  # the biases of experts are a matrix, too
                     yield name, module, parameter
 
 
 def _own_matrices(layer: nn.Module) -> Iterator[Tensor]:
-    """A layer's weight, or what a parametrization computes it from; not what it holds beside (LoRA's matrices)."""
+    """Yield a layer's weight, or what a parametrization computes it from; not LoRA's matrices inside the layer."""
     if (weight := layer._parameters.get("weight")) is not None:
         yield weight
     else:
@@ -77,5 +76,5 @@ def _own_matrices(layer: nn.Module) -> Iterator[Tensor]:
 
 
 def _spans_batch(parameter: Tensor) -> bool:
-    """Whether it is added to every example, as positions are: a first axis of one before two more."""
+    """Whether the parameter is added to every example, as position embeddings are: (1, ...) with 3 or more axes."""
     return parameter.dim() > 2 and parameter.shape[0] == 1

@@ -1,8 +1,8 @@
-"""What calibration reached: a layer that it did not reach runs in float as far as it has to.
+"""Which layers calibration reached; those that it did not reach stay in float as far as necessary.
 
-An expert that no calibration example is routed to has seen no input, and its input has no range: that stays in float,
-while its weight needs no data to be rounded. A layer whose weight the model reads past it (a function, the float layer
-that it replaced, an embedding) cannot round it at all: that stays in float with all it has.
+An expert that no calibration example is routed to has no range for its input, which stays in float; its weight can be
+rounded without data. A layer whose weight other code reads without calling the layer (a function, the float layer that
+it replaced, an embedding) cannot round the weight, and stays in float altogether.
 """
 
 from __future__ import annotations
@@ -22,37 +22,39 @@ from quant.quantizers.quant_params import QuantParams
 logger = logging.getLogger(__name__)
 
 _warned: WeakSet[nn.Module] = WeakSet()
-"""models whose layers that are never called were told of"""
+"""Models that a warning has been issued for."""
 
 
 def note_reach(model: nn.Module, modules: Mapping[str, QuantModule], run: Callable[[], Any]) -> None:
-    """After the layers were shown calibration data: set what each of them can run in, and warn of float, once a model.
+    """Set each layer's `reach` after calibration, and warn once per model about layers that stay in float.
 
     Args:
-        run: a forward pass over one calibration batch; it is run only if there are layers that were not reached.
+        model: The quantized model.
+        modules: Its quantized layers, by name.
+        run: Runs a forward pass over a calibration batch; called only if there are layers that were not reached.
     """
     reached = {name: module.most_seen > 0 or _has_range(module) for name, module in modules.items()}
     idle = {name: module for name, module in modules.items() if module.most_seen < 0 and not reached[name]}
     read = weights_read(idle, modules, run) if idle else set[str]()
     for name, module in modules.items():
-        # A range that is found at every use has nothing to wait for.
+        # Dynamic ranges need no calibration.
         fine = reached[name] or module.input_quantizer.config.range == "dynamic"
         module.reach = "read" if name in read else "called" if fine else "uncalled"
         module.set_formats(*module.formats)
-    if model not in _warned and (told := notes_on_reach(modules)):
+    if model not in _warned and (notes := notes_on_reach(modules)):
         _warned.add(model)
-        for note in told:
+        for note in notes:
             logger.warning(note)
 
 
 def notes_on_reach(modules: Mapping[str, QuantModule]) -> list[str]:
-    """What runs in float although it is set to a format, in words."""
-    told = {
+    """Return a sentence for each kind of layers that run in float although they are set to a format."""
+    causes = {
         "uncalled": "layers were never called while calibrating, their inputs stay in float",
         "read": "layers are never called, what reads their weights past them reads these in float",
     }
     notes = []
-    for reach, words in told.items():
+    for reach, words in causes.items():
         names = [name for name, module in modules.items() if module.reach == reach]
         if names:
             more = ", ..." if len(names) > 3 else ""
@@ -63,7 +65,16 @@ def notes_on_reach(modules: Mapping[str, QuantModule]) -> list[str]:
 def weights_read(
     idle: Mapping[str, QuantModule], modules: Mapping[str, QuantModule], run: Callable[[], Any]
 ) -> set[str]:
-    """The layers of `idle`, which were not called, whose weights something reads nevertheless."""
+    """Find layers whose weights are read although the layers are not called.
+
+    Args:
+        idle: Layers that were not called.
+        modules: All quantized layers.
+        run: Runs a forward pass.
+
+    Returns:
+        Names among `idle`.
+    """
     inside = {id(module._parameters.get("weight")) for name, module in modules.items() if name not in idle}
     weights = {
         id(weight): name for name, module in idle.items() if (weight := module._parameters.get("weight")) is not None
@@ -74,7 +85,7 @@ def weights_read(
 
 
 class _Reads(TorchFunctionMode):
-    """Notes which of some tensors, by identity, functions of torch make other tensors of."""
+    """Records which of the wanted tensors (by id) torch functions compute other tensors from."""
 
     def __init__(self, wanted: set[int]) -> None:
         super().__init__()
@@ -82,7 +93,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):  # not its shape or type alone
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):  # not only its shape or dtype
             self.read |= {id(leaf) for leaf in tree_leaves((args, kwargs))} & self.wanted
         return output
 
@@ -93,5 +104,5 @@ def _has_range(module: QuantModule) -> bool:
 
 
 def reach_of(modules: Mapping[str, QuantModule]) -> dict[str, Reach]:
-    """The layers that calibration did not reach, with what that leaves in float."""
+    """Return the layers that calibration did not reach, with their `reach`."""
     return {name: module.reach for name, module in modules.items() if module.reach != "called"}

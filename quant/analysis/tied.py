@@ -1,4 +1,4 @@
-"""Layers that share their weight: one tensor, so one format, one scale and one place in every file."""
+"""Layers that share a weight: it has one format, one scale, and is stored once in every file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from quant.quant_module import QuantModule
 
 
 def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Each layer that shares its weight with an earlier one of these -> the first that has it.
+    """Find layers that share a weight.
 
-    One that holds the same numbers as other rows (a Linear beside a Conv1D of transformers) rounds them otherwise.
+    A Linear and a Conv1D of transformers never count as tied: their output channels are different axes.
+
+    Args:
+        layers: Layers by name.
+
+    Returns:
+        Each layer whose weight belongs to an earlier one -> the first layer with that weight.
     """
     first: dict[tuple[int, bool], str] = {}
     tied = {}
@@ -28,7 +34,11 @@ def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def tied_groups(tied: Mapping[str, str | None]) -> list[list[str]]:
-    """Layers that share a weight, together; tied: what `tied_layers` gives."""
+    """Return lists of layers that share a weight.
+
+    Args:
+        tied: Layer -> the first layer with its weight, as from `tied_layers`; None: not tied.
+    """
     groups: dict[str, list[str]] = {}
     for name, owner in tied.items():
         if owner is not None:
@@ -37,7 +47,7 @@ def tied_groups(tied: Mapping[str, str | None]) -> list[list[str]]:
 
 
 def share_quantizers(model: nn.Module) -> None:
-    """Let all quantized layers of `model` that share a weight round it with the quantizer of the first of them."""
+    """Give quantized layers that share a weight the weight quantizer of the first of them."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     for name, owner in tied_layers(modules).items():
         own, shared = modules[name].weight_quantizer, modules[owner].weight_quantizer
@@ -48,12 +58,20 @@ def share_quantizers(model: nn.Module) -> None:
 
 
 def stored_with(modules: Mapping[str, QuantModule]) -> dict[str, str]:
-    """Each layer whose rounded weight is that of an earlier one -> the first that has it."""
+    """Return each layer that shares weight and weight quantizer with an earlier one -> the first of these."""
     tied = tied_layers(modules)
     same = {n: modules[n].weight_quantizer is modules[owner].weight_quantizer for n, owner in tied.items()}
     return {name: owner for name, owner in tied.items() if same[name]}
 
 
 def differing(tied: Mapping[str, str], weights: Mapping[str, object]) -> Sequence[str]:
-    """A layer and the owner of its weight that have different weight formats in `weights`; empty if none have."""
+    """Find tied layers with different values.
+
+    Args:
+        tied: What `tied_layers` returned.
+        weights: Layer -> value, such as its weight format.
+
+    Returns:
+        The first layer that differs from its weight's owner, and the owner; empty if there is none.
+    """
     return next(([n, o] for n, o in tied.items() if n in weights and o in weights and weights[n] != weights[o]), [])

@@ -1,4 +1,4 @@
-"""oneDNN's products and convolutions of bytes, as torch has them: exact sums of integers, given out as float32."""
+"""oneDNN's matrix products and convolutions of bytes, through torch: exact integer sums, returned as float32."""
 
 from __future__ import annotations
 
@@ -13,20 +13,31 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 LONGEST_SUM = (2**31 - 1) // (255 * 128)
-"""products of two bytes that int32 holds the sum of, whatever they are"""
+"""Number of products of two bytes whose sum always fits into int32."""
 
 _FLOAT_OUTPUT = 1.0, 0, torch.float32, "none", (), ""
-"""scale, zero point, dtype, and no further operation"""
+"""Output scale, zero point and dtype, and no operation fused behind."""
 
 
 def pack_matrix(weight: Tensor) -> Tensor:
-    """int8 (out, in) as `multiply` reads it."""
+    """Pack an int8 matrix (out, in) for `multiply`."""
     packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
     return packed
 
 
 def multiply(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """scale * ((x - zero_point) W^T) + bias, float32 (..., out); x uint8 (..., in), scale float32 (1,) or (out,)."""
+    """Return scale * ((x - zero_point) W^T) + bias.
+
+    Args:
+        x: uint8 (..., in).
+        zero_point: Zero point of x.
+        packed: W, from `pack_matrix`.
+        scale: float32 (1,) or (out,).
+        bias: float32 (out,) or None.
+
+    Returns:
+        float32 (..., out).
+    """
     made: Tensor = torch.ops.onednn.qlinear_pointwise(
         x, 1.0, zero_point, packed, scale, _zero_points(len(scale)), bias, *_FLOAT_OUTPUT
     )
@@ -34,8 +45,15 @@ def multiply(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Te
 
 
 def pack_filters(weight: Tensor, zero_point: int, place: tuple[Any, ...], shape: torch.Size) -> Tensor:
-    """int8 (out, in / groups, ...) as `convolve` reads it for inputs of that shape and zero point."""
-    scale = torch.ones(1, device="cpu")  # of no effect on the packed weight
+    """Pack filters for `convolve`.
+
+    Args:
+        weight: int8 (out, in / groups, ...).
+        zero_point: Zero point of the inputs.
+        place: Stride, padding, dilation, groups.
+        shape: Shape of the inputs, (N, in, ...).
+    """
+    scale = torch.ones(1, device="cpu")  # does not affect the packed weight
     packed: Tensor = torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1.0, zero_point, *place, list(shape))
     return packed
 
@@ -43,10 +61,18 @@ def pack_filters(weight: Tensor, zero_point: int, place: tuple[Any, ...], shape:
 def convolve(
     x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None, place: tuple[Any, ...]
 ) -> Tensor:
-    """scale * ((x - zero_point) * W) + bias, float32 (N, out, ...) with the channels innermost in memory.
+    """Return scale * ((x - zero_point) * W) + bias, where * is a convolution that pads x with its zero point.
 
-    x uint8 (N, in, ...), padded with its zero point; scale float32 (1,) or (out,); place: stride, padding, dilation,
-    groups.
+    Args:
+        x: uint8 (N, in, ...).
+        zero_point: Zero point of x.
+        packed: W, from `pack_filters`.
+        scale: float32 (1,) or (out,).
+        bias: float32 (out,) or None.
+        place: Stride, padding, dilation, groups.
+
+    Returns:
+        float32 (N, out, ...), with the channels innermost in memory.
     """
     made: Tensor = torch.ops.onednn.qconv_pointwise(
         x, 1.0, zero_point, packed, scale, _zero_points(len(scale)), bias, *place, *_FLOAT_OUTPUT
@@ -55,22 +81,35 @@ def convolve(
 
 
 def channels_innermost(x: Tensor) -> bool:
-    """Whether a convolution of x gives its channels innermost in memory (torch's channels_last), as they are in x."""
+    """Whether x (N, C, ...) has its channels innermost in memory (torch's channels_last)."""
     order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return order is not None and not x.is_contiguous() and x.is_contiguous(memory_format=order)
 
 
 def multiplies(weight: Tensor, x: Tensor, bias: Tensor | None) -> bool:
-    """Whether `multiply` takes a matrix (out, in) and rows like these, of any dtype; it does not say what is wrong."""
+    """Whether `multiply` supports these shapes; it does not check them itself.
+
+    Args:
+        weight: (out, in), any dtype.
+        x: (..., in), any dtype.
+        bias: The layer's bias, or None.
+    """
     out, features = weight.shape
     return x.dim() > 0 and x.shape[-1] == features <= LONGEST_SUM and _is_plain(bias, out)
 
 
 def convolves(weight: Tensor, x: Tensor, bias: Tensor | None, zero_point: int, place: tuple[Any, ...]) -> bool:
-    """Whether `convolve` is exact for tensors like these, of any dtype: shapes and x's memory order count.
+    """Whether `convolve` is exact for these shapes and x's memory order.
 
-    oneDNN (as torch 2.15 has it) gives arbitrary values where an output sees padding alone, with strides that differ
-    from each other, and for single channels of volumes. Those are left out; of all else, each case is tried once.
+    oneDNN, in torch 2.15, returns arbitrary values if an output depends on padding alone, if strides differ from each
+    other, and for single channels of volumes. These cases are excluded; every other case is tested once.
+
+    Args:
+        weight: (out, in / groups, ...), any dtype.
+        x: (N, in, ...), any dtype.
+        bias: The layer's bias, or None.
+        zero_point: Zero point of x's codes.
+        place: Stride, padding, dilation, groups.
     """
     stride, padding, dilation, groups = place
     axes = list(zip(x.shape[2:], weight.shape[2:], padding, dilation, strict=True))
@@ -86,7 +125,7 @@ def convolves(weight: Tensor, x: Tensor, bias: Tensor | None, zero_point: int, p
 
 
 def _is_plain(bias: Tensor | None, channels: int) -> bool:
-    """Whether the operators read it as it is meant: they look at its memory alone."""
+    """Whether the bias has the memory layout that the operators assume."""
     return bias is None or (bias.shape == (channels,) and bias.is_contiguous() and bias.dtype == torch.float32)
 
 
@@ -112,14 +151,14 @@ def _tried(
 
 @cache
 def _zero_points(channels: int) -> Tensor:
-    """The weight's, for so many scales: none."""
+    """Return the weight's zero points, all 0."""
     with torch.inference_mode(False):
         return torch.zeros(channels, dtype=torch.int64, device="cpu")
 
 
 @cache
 def exact() -> bool:
-    """Whether the operators are here and exact: on processors without VNNI, sums of two products saturate."""
+    """Whether the operators exist and are exact; on processors without VNNI, sums of two products saturate."""
     with torch.device("cpu"):
         return _exact_extremes()
 

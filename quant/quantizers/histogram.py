@@ -1,6 +1,6 @@
-"""Calibrators: the bound that a histogram of |x| says a format should span (percentile, MSE, entropy).
+"""Range estimators that use a histogram of |x|: percentile, MSE and entropy.
 
-The histogram grows with the data: a batch that reaches further adds bins of the same width.
+The histogram grows with the data: a batch with larger values adds bins of the same width.
 """
 
 from __future__ import annotations
@@ -15,37 +15,42 @@ from quant.formats import FloatFormat, IntFormat
 from quant.quant_utils import fake_quantize, scale_from_range
 
 BINS = 2048
-"""bins of the first batch"""
+"""Bins of the first batch."""
 MAX_BINS = 8192
-"""bins from which neighbours are joined, so that one late outlier cannot take all memory"""
+"""Above this number of bins, neighbours are merged, so that a late outlier cannot exhaust the memory."""
 PERCENTILE = 99.99
 _EDGES = 512
-"""bounds that the MSE search tries, evenly spaced"""
+"""Evenly spaced bounds that the MSE search tries."""
 _TIE = 1e-12
 _FEWEST_BINS = 128
-"""bins that the entropy search keeps at least"""
+"""Least number of bins that the entropy search keeps."""
 _CHUNK = 1 << 22
-"""elements worked on at a time"""
+"""Elements processed at a time."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of |x| over bins of equal width, and the extrema of x.
-
-    low, high, width: float32 (groups,), one entry for each scale; counts: float64 (groups, bins).
-    """
+    """Counts of |x| in bins of equal width from 0, and the extrema of x; a group is the values that share a scale."""
 
     low: Tensor
+    """float32 (groups,): smallest value."""
     high: Tensor
+    """float32 (groups,): largest value."""
     width: Tensor
+    """float32 (groups,): width of the bins."""
     counts: Tensor
+    """float64 (groups, bins)."""
 
     @classmethod
     def of(cls, groups: Tensor, before: Histogram | None = None) -> Histogram:
-        """Of a tensor laid out as (groups, values), neither of them 0, on top of what was seen `before`.
+        """Add a tensor to a histogram.
 
         Bins keep their width, unless there would be more than MAX_BINS. Infinities count as the largest value; NaN
-        spoils everything. Calibration refuses both.
+        makes everything NaN. Calibration rejects both.
+
+        Args:
+            groups: Any floating dtype, (groups, values), not empty.
+            before: The histogram so far.
         """
         groups = groups.detach().float()
         largest = torch.finfo(torch.float32).max / 4
@@ -55,7 +60,7 @@ class Histogram:
             return cls(low, high, width, _count(groups, width, BINS))
         low, high = torch.minimum(before.low, low), torch.maximum(before.high, high)
         reach = torch.maximum(-low, high)
-        # Nothing but zeros so far says nothing about the width.
+        # Only zeros so far: the width is still open.
         width, counts = torch.where(before.width > 0, before.width, reach / BINS), before.counts
         while (needed := float((reach / width).nan_to_num(0).max())) > MAX_BINS:
             counts, width = _pairs(counts), width * 2
@@ -64,16 +69,16 @@ class Histogram:
         return cls(low, high, width, counts + _count(groups, width, bins))
 
     def centres(self) -> Tensor:
-        """float32 (groups, bins)"""
+        """Return the centres of the bins, float32 (groups, bins)."""
         return (torch.arange(self.counts.shape[1], device=self.counts.device) + 0.5) * self.width.unsqueeze(1)
 
     def clipped(self, bound: Tensor) -> tuple[Tensor, Tensor]:
-        """The extrema, clipped at +-bound (groups,)."""
+        """Return the extrema, clipped at +-bound; all (groups,)."""
         return torch.maximum(self.low, -bound), torch.minimum(self.high, bound)
 
 
 def _count(groups: Tensor, width: Tensor, bins: int) -> Tensor:
-    """float64 (groups, bins)"""
+    """Count |x| in bins: (groups, values) -> float64 (groups, bins)."""
     index = (groups.abs() / width.unsqueeze(1)).nan_to_num(0, bins, bins).clamp(max=bins - 1).long()
     rows = len(groups)
     if rows > 1:
@@ -87,20 +92,29 @@ def _pairs(counts: Tensor) -> Tensor:
 
 
 def histogram_percentile(seen: Histogram, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Clips at the upper edge of the first bin under which 99.99 % of |x| lie."""
+    """Clip at the upper edge of the bin that holds the 99.99th percentile of |x|; see `observers.RangeEstimator`."""
     return seen.clipped(quantile_bins(seen.counts, PERCENTILE / 100).add(1) * seen.width)
 
 
 def quantile_bins(counts: Tensor, share: float) -> Tensor:
-    """Index of the first bin whose cumulative count reaches `share` of all: (groups, bins) -> int64 (groups,)."""
+    """Return the first bin whose cumulative count reaches a share of all values.
+
+    Args:
+        counts: (groups, bins).
+        share: In (0, 1].
+
+    Returns:
+        int64 (groups,).
+    """
     cumulative = counts.cumsum(dim=1)
     return (cumulative < share * cumulative[:, -1:]).sum(dim=1).clamp(max=counts.shape[1] - 1)
 
 
 def histogram_mse(seen: Histogram, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Clips at the bin edge, one of 512, for which quantizing the centres makes the least count-weighted squared error.
+    """Clip at the bin edge, of 512 candidates, with the least squared error of the bins' centres, weighted by counts.
 
-    On an asymmetric grid the centres stand on the side that reaches further.
+    On an asymmetric grid, the centres lie on the side of the larger extremum. Arguments and result: see
+    `observers.RangeEstimator`.
     """
     bins = seen.counts.shape[1]
     sign = torch.where(seen.high >= -seen.low, 1.0, -1.0)
@@ -124,10 +138,11 @@ def histogram_mse(seen: Histogram, format: IntFormat | FloatFormat, symmetric: b
 
 
 def histogram_entropy(seen: Histogram, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Clips where the quantized histogram diverges least (Kullback-Leibler) from the clipped one.
+    """Clip where the Kullback-Leibler divergence between the clipped and the quantized histogram is least.
 
-    As pytorch-quantization's HistogramCalibrator does it ('entropy'). The first bin counts as the second: the mass at
-    zero costs nothing to represent, and after ReLU, GELU or softmax it would rule the choice.
+    As pytorch-quantization's HistogramCalibrator does with 'entropy'. The count of the first bin is replaced by that of
+    the second: values at zero are represented exactly, and after ReLU, GELU or softmax they would dominate the choice.
+    Arguments and result: see `observers.RangeEstimator`.
     """
     counts = torch.cat([seen.counts[:, 1:2], seen.counts[:, 1:]], dim=1)
     one_sided = (seen.low >= 0) | (seen.high <= 0)
@@ -138,12 +153,11 @@ def histogram_entropy(seen: Histogram, format: IntFormat | FloatFormat, symmetri
 
 
 def _least_divergence(counts: Tensor, levels: int) -> Tensor:
-    """Number of bins to keep, int64 0-d: the last of those with the least KL(P || Q), at least _FEWEST_BINS.
+    """Return the number of bins to keep, int64 0-d: the largest with the least KL(P || Q), at least _FEWEST_BINS.
 
-    For i bins, P is the histogram up to i with the rest's mass on its last bin. Q is the same bins without that mass,
-    merged to `levels` levels, each of which is spread evenly over those of its bins that are not empty.
-
-    Within a level, log Q is constant: all sums over bins are differences of cumulative sums at the levels' borders.
+    For i bins, P is the histogram up to i, with the mass of the rest added to its last bin. Q is the histogram up to i
+    without that mass, merged to `levels` levels, each spread evenly over its bins that are not empty. Within a level,
+    log Q is constant, so all sums over bins are differences of cumulative sums at the levels' borders.
     """
     total, bins = counts.sum(), len(counts)
     sizes = torch.arange(min(max(_FEWEST_BINS, levels), bins), bins + 1, device=counts.device)
@@ -161,11 +175,11 @@ def _least_divergence(counts: Tensor, levels: int) -> Tensor:
         moved[:, -1] += tail[part]
         divergence[part] -= torch.where(in_level > 0, torch.xlogy(moved, spread), 0.0).sum(dim=1)
     divergence = divergence / total + (mass[sizes] / total).log()
-    # With nothing in the last bin to spread, the tail's mass there diverges without limit; with all bins, none is left.
+    # If the last bin is empty, the tail's mass in it gives an infinite divergence; with all bins there is no tail.
     divergence = torch.where((tail > 0) & (last == 0), torch.inf, divergence)
     return sizes[(divergence <= divergence.min() + _TIE).nonzero()[-1, 0]]
 
 
 def _cumulative(values: Tensor) -> Tensor:
-    """Sums of the first 0, 1, ... values: (n,) -> (n + 1,)."""
+    """Return the sums of the first 0, 1, ... values: (n,) -> (n + 1,)."""
     return torch.nn.functional.pad(values.cumsum(0), (1, 0))

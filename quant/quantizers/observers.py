@@ -1,4 +1,4 @@
-"""Range estimators: from the values a tensor takes to the range its format should span."""
+"""Observers: collect statistics of a tensor and choose the range low..high that its format should cover."""
 
 from __future__ import annotations
 
@@ -22,42 +22,52 @@ from quant.quantizers.histogram import (
 )
 
 SAMPLE_SIZE = 1 << 16
-"""values kept of an activation for percentiles and the MSE search; the extrema see every value"""
+"""Values sampled of an activation, for percentiles and MSE searches; extrema are computed from all values."""
 _GROUP_SAMPLE_SIZE = 512
-"""values kept for each scale where many share SAMPLE_SIZE"""
+"""Least number of values sampled per scale, if many share SAMPLE_SIZE."""
 _TAIL_SHARE = 64
-"""the largest values are kept besides, one for so many of the sample"""
+"""The largest values are stored in addition: one per so many sampled values."""
 _MSE_STEPS = 40
 _MSE_NARROWEST = 0.1
 _CHUNK = 1 << 18
-"""elements worked on at a time: they stay in the cache"""
+"""Elements processed at a time, so that they stay in the CPU cache."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of a tensor: running extrema, a uniform sample of its values, and its largest values.
+    """Statistics of a tensor: running extrema, a uniform sample of its values, and its largest values.
 
-    A sample alone knows nothing of rare outliers, and what does not know them clips them at no cost.
-
-    low, high: float32 (groups,), one entry for each scale. values: float32 (groups, samples), all values or a sample
-    of them. count: values seen of each group. edge: float32 (groups,), infinite if `values` are all; every value with
-    |x| > edge is in tails, float32 (groups, k), whose other entries mean nothing.
+    A sample alone misses rare outliers, and an MSE search on it would clip them at no cost. A group is the set of
+    values that share a scale.
     """
 
     low: Tensor
+    """float32 (groups,): smallest value."""
     high: Tensor
+    """float32 (groups,): largest value."""
     values: Tensor
+    """float32 (groups, samples): all values, or a sample of them."""
     count: int
+    """Number of values seen per group."""
     tails: Tensor
+    """float32 (groups, k): contains all values with |x| > edge; other entries are to be ignored."""
     edge: Tensor
+    """float32 (groups,); infinite if `values` holds all values."""
 
     @classmethod
     def of(cls, low: Tensor, high: Tensor, values: Tensor, count: int) -> Observation:
-        """Of values that are all there are, or that no one asks for."""
+        """Create an observation whose `values` are complete or unused.
+
+        Args:
+            low: float32 (groups,).
+            high: float32 (groups,).
+            values: float32 (groups, values).
+            count: Number of values seen per group.
+        """
         return cls(low, high, values, count, values[:, :0], torch.full_like(low, torch.inf))
 
     def merge(self, other: Observation) -> Observation:
-        """Both together, each with its share of the sample: early batches count as much as late ones."""
+        """Combine two observations; each contributes to the sample in proportion to its count."""
         count = self.count + other.count
         low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         size, have = _sample_size(self.low.numel()), self.values.shape[1] + other.values.shape[1]
@@ -70,9 +80,11 @@ class Observation:
         return Observation(low, high, values, count, tails, torch.maximum(own_edge, torch.maximum(edge, other_edge)))
 
     def weighted(self) -> tuple[Tensor, Tensor | None]:
-        """Points that stand for all values seen, and how many each stands for: float32 (groups, points) both.
+        """Return points that represent all values seen.
 
-        Without weights each point stands for itself.
+        Returns:
+            Points and their weights (the number of values that each represents), float32 (groups, points) both; None
+            for the weights if all are 1.
         """
         if self.edge.isinf().all():
             return self.values, None
@@ -87,12 +99,12 @@ class Observation:
 
 
 def observe(groups: Tensor, sample: bool = True, whole: bool = False) -> Observation:
-    """Extrema and values of a tensor laid out as (groups, values), neither of them 0.
+    """Observe one tensor.
 
     Args:
-        groups: any floating dtype.
-        sample: whether to keep values at all.
-        whole: keep all of them, as of weights, which are at hand.
+        groups: Any floating dtype, (groups, values), not empty.
+        sample: Whether to store values besides the extrema.
+        whole: Whether to store all values instead of a sample, as for weights.
     """
     groups = groups.detach()
     low, high = groups.amin(dim=1).float(), groups.amax(dim=1).float()
@@ -109,12 +121,12 @@ def _sample_size(groups: int) -> int:
 
 
 def _choose(values: Tensor, size: int) -> Tensor:
-    """`size` of the values, at random (an even distance could follow the layout) and the same at every call."""
+    """Sample `size` columns at random (a fixed stride could align with the layout), the same at every call."""
     count = values.shape[1]
     if count <= size:
         return values
     generator = torch.Generator().manual_seed(count)
-    # Permuting a large tensor's positions takes seconds; drawing from many with repetition hardly repeats.
+    # A permutation of a large tensor's positions takes seconds; from many positions, draws hardly repeat.
     if count <= 4 * size:
         index = torch.randperm(count, generator=generator)[:size]
     else:
@@ -123,14 +135,14 @@ def _choose(values: Tensor, size: int) -> Tensor:
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k values of largest magnitude in each group, (groups, k), and the magnitude of the next one, (groups,)."""
+    """Return the k values of largest magnitude per group, (groups, k), and the next magnitude, (groups,)."""
     k = min(k, values.shape[1] - 1)
     order = values.abs().topk(k + 1, dim=1)
     return values.gather(1, order.indices[:, :k]), order.values[:, k]
 
 
 def _candidates_for_tails(groups: Tensor, sample: Tensor) -> Tensor:
-    """Of one group those values that can be among the largest, by its sample: sorting millions takes long."""
+    """Preselect values of a single group by a bound estimated from its sample: sorting millions takes long."""
     if len(groups) > 1:
         return groups
     size = sample.shape[1]
@@ -141,12 +153,12 @@ def _candidates_for_tails(groups: Tensor, sample: Tensor) -> Tensor:
 
 
 def minmax_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The extrema themselves: nothing is clipped."""
+    """Return the extrema, without clipping. Arguments and result: see `RangeEstimator`."""
     return seen.low, seen.high
 
 
 def percentile_range(percentile: float) -> RangeEstimator:
-    """Clips at the given percentile of |x|, in (0, 100], interpolated between neighbours as numpy does."""
+    """Return an estimator that clips at a percentile of |x|, in (0, 100], interpolated linearly as in numpy."""
 
     def estimate(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
         points, weights = seen.weighted()
@@ -160,7 +172,7 @@ def percentile_range(percentile: float) -> RangeEstimator:
 
 
 def _weighted_percentile(values: Tensor, weights: Tensor, percentile: float) -> Tensor:
-    """The percentile of each row in which every value stands as often as its weight says: (rows,)."""
+    """Return each row's percentile, (rows,), with every value repeated as often as its weight says."""
     values, order = values.sort(dim=1)
     reached = weights.double().gather(1, order).cumsum(dim=1)
     rank = (reached[:, -1:] - 1) * (percentile / 100)
@@ -171,9 +183,10 @@ def _weighted_percentile(values: Tensor, weights: Tensor, percentile: float) -> 
 
 
 def mse_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The share of the extrema, in 40 steps down to a tenth, that quantizes what was seen with the least squared error.
+    """Shrink the extrema by the factor with the least squared quantization error: 40 factors from 1 to 0.1.
 
-    The extrema themselves are among the steps: no group is quantized worse than under them.
+    Factor 1 is included, so no group is quantized worse than with its extrema. Arguments and result: see
+    `RangeEstimator`.
     """
     points, weights = seen.weighted()
     share = torch.cat(
@@ -193,7 +206,7 @@ def mse_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: boo
 
 
 def _parts(values: Tensor) -> list[slice]:
-    """The rows of (groups, values) in parts of about _CHUNK elements."""
+    """Split the rows of (groups, values) into slices of about _CHUNK elements."""
     rows = max(_CHUNK // values.shape[1], 1)
     return [slice(start, start + rows) for start in range(0, len(values), rows)]
 
@@ -201,7 +214,7 @@ def _parts(values: Tensor) -> list[slice]:
 def _best_share(
     points: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, format: IntFormat | FloatFormat, symmetric: bool
 ) -> Tensor:
-    """The best share of the range low..high, float32 (groups,)."""
+    """Return the factor on low..high with the least error, float32 (groups,)."""
     best, share = torch.full_like(low, torch.inf), torch.ones_like(low)
     for candidate in torch.linspace(1.0, _MSE_NARROWEST, _MSE_STEPS).tolist():
         error = squared_error(points, weights, low * candidate, high * candidate, format, symmetric)
@@ -213,7 +226,19 @@ def _best_share(
 def squared_error(
     points: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, format: IntFormat | FloatFormat, symmetric: bool
 ) -> Tensor:
-    """Each group's sum of squared errors under the range low..high: (groups,); without weights each point counts 1."""
+    """Return the squared quantization error under a range.
+
+    Args:
+        points: float32 (groups, points).
+        weights: float32 (groups, points); None: all 1.
+        low: float32 (groups,).
+        high: float32 (groups,).
+        format: The format.
+        symmetric: Whether integers are symmetric.
+
+    Returns:
+        Weighted sum of squared errors, float32 (groups,).
+    """
     scale, zero_point = scale_from_range(low, high, format, symmetric)
     zero_point = None if zero_point is None else zero_point.unsqueeze(1)
     error = (fake_quantize(points, format, scale.unsqueeze(1), zero_point) - points).square_()
@@ -224,27 +249,35 @@ def squared_error(
 
 _GRID_STEPS = 100
 _POINTS = 2048
-"""points that stand for a group's sample in the wider searches"""
+"""Points that represent a group's sample in the grid searches."""
 _MANY_ZERO_POINTS, _FEW_ZERO_POINTS = 256, 16
-"""zero points tried: for one scale, and for each of many"""
+"""Zero points tried: for a single scale, and for each of many."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 Ranges = tuple[Tensor, Tensor]
-"""(low, high), each float32 (candidates, groups)"""
+"""(low, high), each float32 (candidates, groups)."""
 
 
 @dataclass(frozen=True)
 class SquaredError:
-    """What quantizing costs under a range: points and their weights, each float32 (groups, points)."""
+    """The squared quantization error of points, as a function of the range."""
 
     points: Tensor
+    """float32 (groups, points)."""
     weights: Tensor
+    """float32 (groups, points)."""
     format: IntFormat | FloatFormat
     symmetric: bool
 
     @classmethod
     def of(cls, seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> SquaredError:
-        """Large samples become the means of 2048 bins between the extrema: outliers keep bins of their own."""
+        """Build the function; large samples become the means of 2048 bins, in which outliers keep their own bins.
+
+        Args:
+            seen: The observation.
+            format: The format.
+            symmetric: Whether integers are symmetric.
+        """
         values, weights = seen.weighted()
         weights = torch.ones_like(values) if weights is None else weights
         if values.shape[1] <= _POINTS:
@@ -257,7 +290,7 @@ class SquaredError:
         return cls(sums / torch.where(counts > 0, counts, 1.0), counts, format, symmetric)
 
     def __call__(self, low: Tensor, high: Tensor) -> Tensor:
-        """Weighted sum of squared errors under the ranges low..high: (candidates, groups) each, and so the result."""
+        """Return the weighted sum of squared errors of each range; all are float32 (candidates, groups)."""
         parts = max(_CHUNK // self.points.numel(), 1)
         errors = []
         for lows, highs in zip(low.split(parts), high.split(parts), strict=True):
@@ -269,20 +302,27 @@ class SquaredError:
         return torch.cat(errors)
 
     def best(self, candidates: Ranges) -> Ranges:
-        """The candidate of least error for each group: (1, groups) each."""
+        """Return each group's range with the least error, (1, groups) each."""
         index = self(*candidates).argmin(dim=0, keepdim=True)
         return candidates[0].gather(0, index), candidates[1].gather(0, index)
 
 
 def mse_grid_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """MSEObserver: the best of 100 bounds; on an asymmetric grid of two-sided data, of 100 widths x zero points."""
+    """Search a grid for the range with the least squared error.
+
+    The grid has 100 bounds; for two-sided data on an asymmetric grid, 100 widths x up to 256 zero points. Arguments and
+    result: see `RangeEstimator`.
+    """
     error = SquaredError.of(seen, format, symmetric)
     low, high = error.best(_candidates(seen, format, symmetric, _GRID_STEPS))
     return low[0], high[0]
 
 
 def mse_fast_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """MSEFastObserver: a coarse grid, then golden-section search of each bound around its best point."""
+    """Search a coarse grid, then refine each bound by golden-section search around the best point.
+
+    Arguments and result: see `RangeEstimator`.
+    """
     error = SquaredError.of(seen, format, symmetric)
     steps = 20
     low, high = error.best(_candidates(seen, format, symmetric, steps, zero_points=_FEW_ZERO_POINTS))
@@ -311,7 +351,7 @@ def _swapped(error: SquaredError, high: Tensor, low: Tensor) -> Tensor:
 
 
 def _one_dimensional(seen: Observation, format: IntFormat | FloatFormat, symmetric: bool) -> Tensor:
-    """Whether one bound says it all: bool (groups,)."""
+    """Whether a single bound determines the range (symmetric or one-sided): bool (groups,)."""
     if symmetric or isinstance(format, FloatFormat):
         return torch.ones_like(seen.low, dtype=torch.bool)
     return (seen.low >= 0) | (seen.high <= 0)
@@ -324,7 +364,7 @@ def _candidates(
     steps: int,
     zero_points: int = _MANY_ZERO_POINTS,
 ) -> Ranges:
-    """Ranges to try, (candidates, groups): `steps` bounds, or widths with each of the zero points."""
+    """Return ranges to try, (candidates, groups): `steps` bounds, or `steps` widths x zero points."""
     shares = torch.arange(1, steps + 1, device=seen.low.device).unsqueeze(1) / steps
     bound = shares * torch.maximum(-seen.low, seen.high)
     one = torch.where(seen.low >= 0, 0.0, -bound), torch.where(seen.high <= 0, 0.0, bound)
@@ -338,13 +378,13 @@ def _candidates(
     width = (shares * (seen.high - seen.low)).unsqueeze(1)
     low = torch.maximum(-below.view(1, -1, 1) * width, seen.low).flatten(0, 1)
     high = torch.minimum((1 - below.view(1, -1, 1)) * width, seen.high).flatten(0, 1)
-    # One-sided groups beside two-sided ones get their bounds, and what is repeated costs time only.
+    # One-sided groups among two-sided ones try their bounds repeatedly, which costs only time.
     repeat = [side.repeat_interleave(count, dim=0) for side in one]
     return torch.where(flat, repeat[0], low), torch.where(flat, repeat[1], high)
 
 
 def _golden_section(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int = 12) -> Tensor:
-    """Where `function` is smallest between low and high, entry by entry, if it has one minimum there."""
+    """Minimize an elementwise function that has a single minimum between low and high."""
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_left, at_right = function(left), function(right)
     for _ in range(steps):
@@ -362,14 +402,18 @@ def _golden_section(function: Callable[[Tensor], Tensor], low: Tensor, high: Ten
 
 @dataclass(frozen=True)
 class Moments:
-    """Sum and sum of squares, float64 (groups,); count: values seen of each group."""
+    """Running sums for mean and standard deviation."""
 
     total: Tensor
+    """Sum, float64 (groups,)."""
     squares: Tensor
+    """Sum of squares, float64 (groups,)."""
     count: int
+    """Number of values seen per group."""
 
     @classmethod
     def of(cls, groups: Tensor, before: Moments | None = None) -> Moments:
+        """Add a tensor (groups, values) of any floating dtype to what was seen before."""
         values = groups.detach().double()
         seen = cls(values.sum(dim=1), values.square().sum(dim=1), values.shape[1])
         if before is None:
@@ -378,7 +422,10 @@ class Moments:
 
 
 def lsq_plus_range(seen: Moments, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """LSQ+ (arXiv 2004.09576): mean +- 3 sigma; a symmetric integer scale is max|mean +- 3 sigma| / 2^(k-1)."""
+    """Return LSQ+'s initial range, mean +- 3 sigma (arXiv 2004.09576).
+
+    A symmetric integer scale is max|mean +- 3 sigma| / 2^(k-1). Arguments and result: see `RangeEstimator`.
+    """
     mean = seen.total / seen.count
     sigma = (seen.squares / seen.count - mean.square()).clamp(min=0).sqrt()
     low, high = (mean - 3 * sigma).float(), (mean + 3 * sigma).float()
@@ -393,22 +440,25 @@ def lsq_plus_range(seen: Moments, format: IntFormat | FloatFormat, symmetric: bo
 
 @dataclass(frozen=True)
 class Tokens:
-    """Extrema of each token: float32 (tokens,)."""
+    """Extrema of each token of a batch."""
 
     low: Tensor
+    """float32 (tokens,)."""
     high: Tensor
+    """float32 (tokens,)."""
 
     @classmethod
     def of(cls, tokens: Tensor) -> Tokens:
-        """Of a tensor laid out as (tokens, features)."""
+        """Observe a tensor (tokens, features) of any floating dtype."""
         low, high = torch.aminmax(tokens.detach().float(), dim=1)
         return cls(low, high)
 
 
 def pruned_range(quantile: float) -> RangeEstimator:
-    """Token-Wise Clipping (Outlier Suppression, arXiv 2209.13325): clips at the token bounds' quantile, in (0, 1].
+    """Return an estimator that clips at a quantile, in (0, 1], of the tokens' bounds.
 
-    The upper bound is the largest token maximum of at most the quantile of their magnitudes; the lower one likewise.
+    Token-Wise Clipping of Outlier Suppression (arXiv 2209.13325). The upper bound is the largest token maximum that
+    does not exceed the quantile of the maxima's magnitudes; the lower bound likewise.
     """
 
     def estimate(seen: Tokens, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -419,13 +469,13 @@ def pruned_range(quantile: float) -> RangeEstimator:
 
 
 def _largest_within(bounds: Tensor, quantile: float) -> Tensor:
-    """The largest of `bounds` (tokens,) that is at most the quantile of their magnitudes: 0-d."""
+    """Return the largest of `bounds`, (tokens,), that does not exceed the quantile of their magnitudes, 0-d."""
     within = bounds <= torch.quantile(bounds.abs(), quantile)
     return torch.where(within, bounds, -torch.inf).max()
 
 
 def _quantile_clipped(groups: Tensor) -> Observation:
-    """Extrema clipped at the centre of the bin, of 2048 over |x|, where 99.999 % of the values are reached."""
+    """Clip the extrema at the centre of the bin, of 2048 over |x|, that holds the 99.999th percentile."""
     seen = Histogram.of(groups)
     low, high = seen.clipped((quantile_bins(seen.counts, _AVG_QUANTILE) + 0.5) * seen.width)
     return Observation.of(low, high, groups[:, :0].float(), groups.shape[1])
@@ -437,20 +487,21 @@ _AVG_QUANTILE = 0.99999
 # ------------------------------------------------------ by name
 
 RangeEstimator = Callable[[Any, IntFormat | FloatFormat, bool], tuple[Tensor, Tensor]]
-"""(what was seen, format, symmetric) -> (low, high), each float32 (groups,)"""
+"""(observer's state, format, whether integers are symmetric) -> (low, high), each float32 (groups,)."""
 
 
 @dataclass(frozen=True)
 class Observer:
-    """What to keep of the values a tensor takes, and how that makes a range."""
+    """Statistics to collect of a tensor, and the range that follows from them."""
 
     see: Callable[[Tensor, Any], Any]
-    """(groups, values) and what was seen before (None at first) -> what has been seen since"""
+    """(tensor (groups, values), state before or None) -> state after."""
     estimate: RangeEstimator
     per_token: bool = False
-    """`see` is given (tokens, features)"""
+    """Whether `see` takes (tokens, features) instead."""
 
     def __call__(self, seen: Any, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """Return the range for a state of this observer; see `RangeEstimator`."""
         return self.estimate(seen, format, symmetric)
 
 
@@ -465,9 +516,12 @@ def _see_sample(groups: Tensor, before: Observation | None) -> Observation:
 
 
 def averaged(see: Callable[[Tensor], Any], estimate: RangeEstimator, per_token: bool = False) -> Observer:
-    """The mean of the ranges that each batch has by itself, with one scale for the whole tensor.
+    """Return an observer that averages the ranges of single batches, with one scale for the whole tensor.
 
-    What was seen is a tuple with one entry a batch.
+    Args:
+        see: Collects the statistics of one batch. The observer's state is a tuple of these.
+        estimate: Chooses the range of one batch.
+        per_token: Whether `see` takes (tokens, features).
     """
 
     def mean(seen: Any, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -478,7 +532,7 @@ def averaged(see: Callable[[Tensor], Any], estimate: RangeEstimator, per_token: 
 
 
 def _side_by_side(batches: Sequence[Any]) -> list[Any]:
-    """Observations of as many values as groups of one, so that a search for ranges works on all of them at once."""
+    """Stack observations of equal sizes as groups of a single one, so that a search handles them at once."""
     if not isinstance(batches[0], Observation):
         return list(batches)
     sizes: dict[tuple[int, ...], list[Observation]] = {}
@@ -503,19 +557,20 @@ def _side_by_side(batches: Sequence[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Whole:
-    """A weight, (groups, values), and what an observer makes of it."""
+    """A weight, and an observer's state for it."""
 
     values: Tensor
+    """The weight, (groups, values)."""
     seen: Any
 
 
 def on_weights(observer: Observer, guarded: bool = True) -> Observer:
-    """`observer` for weights, which are at hand whole: none of it works on a sample.
+    """Adapt an observer to weights, which are available as a whole: no sampling.
 
     Args:
-        observer: looks at a weight once; what was seen before is forgotten.
-        guarded: clip a group only where that pays: its extrema stay where they have the smaller squared error. Rows
-            with rare, large weights lose far more by clipping than all the others gain by a finer grid.
+        observer: Sees a weight once; earlier states are dropped.
+        guarded: Whether to keep the extrema of groups for which clipping would increase the squared error. Rows with
+            rare, large weights lose far more by clipping than all others gain by a finer grid.
     """
 
     def see(groups: Tensor, before: Any) -> Whole:
@@ -524,7 +579,7 @@ def on_weights(observer: Observer, guarded: bool = True) -> Observer:
 
     def estimate(seen: Whole, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
         low, high = observer.estimate(seen.seen, format, symmetric)
-        if not guarded or observer.estimate in (minmax_range, mse_range):  # they never lose to the extrema
+        if not guarded or observer.estimate in (minmax_range, mse_range):  # never worse than the extrema
             return low, high
         least, most = torch.aminmax(seen.values.detach().float(), dim=1)
         clip = torch.cat(
@@ -541,12 +596,12 @@ def on_weights(observer: Observer, guarded: bool = True) -> Observer:
 
 
 def percentile_observer(percentile: float) -> Observer:
-    """Clips at a percentile of the sample, see `percentile_range`."""
+    """Return an observer that clips at a percentile of a sample, see `percentile_range`."""
     return Observer(_see_sample, percentile_range(percentile))
 
 
 def token_observer(quantile: float) -> Observer:
-    """Token-Wise Clipping at the given quantile, averaged over batches; 1 clips nothing. See `pruned_range`."""
+    """Return an observer for Token-Wise Clipping at a quantile, averaged over batches; 1 means no clipping."""
     return averaged(Tokens.of, pruned_range(quantile), per_token=True)
 
 
@@ -564,6 +619,6 @@ OBSERVERS: dict[str, Observer] = {
     "avg_mse_fast": averaged(observe, mse_fast_range),
     "avg_prune_minmax": token_observer(1.0),
 }
-"""by name; a percentile other than 99.99 carries its number: `percentile_observer(99.9)`"""
+"""The names are `quant.validation.OBSERVER_NAMES`. For percentiles other than 99.99 see `percentile_observer`."""
 AVERAGING = frozenset(name for name in OBSERVERS if name.startswith("avg_"))
-"""the observers that average over batches: they know one scale for the whole tensor"""
+"""Observers that average over batches; they support a single scale for the whole tensor only."""

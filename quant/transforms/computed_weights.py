@@ -1,4 +1,4 @@
-"""Weights that a layer computes at every call: weight norm, spectral norm and other parametrizations, of both kinds."""
+"""Weights that a layer computes at every call: weight norm and spectral norm (old and new style), parametrizations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quant.module_utils import evaluating
 
 @torch.no_grad()
 def weight_of(layer: Any) -> Tensor:
-    """The weight that `layer` computes with in eval mode now, whatever it is made from."""
+    """Return the weight that a layer uses in eval mode, detached."""
     if (weight := layer._parameters.get("weight")) is not None:
         return weight.detach()
     hook = norm_hook(layer)
@@ -23,18 +23,18 @@ def weight_of(layer: Any) -> Tensor:
         return hook.compute_weight(layer).detach()
     if isinstance(hook, SpectralNorm):
         return hook.compute_weight(layer, do_power_iteration=False).detach()
-    with evaluating(layer):  # in training, reading a weight moves spectral norm's estimate
+    with evaluating(layer):  # in training mode, reading it would update spectral norm's estimate
         return layer.weight.detach().clone()
 
 
 def norm_hook(layer: nn.Module) -> WeightNorm | SpectralNorm | None:
-    """The hook that `torch.nn.utils.weight_norm` or `spectral_norm` has put before the forward pass."""
+    """Return the forward pre-hook of `torch.nn.utils.weight_norm` or `spectral_norm`, if the layer has one."""
     hooks = (hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm | SpectralNorm))
     return next((hook for hook in hooks if hook.name == "weight"), None)
 
 
 def sources(layer: nn.Module) -> tuple[str, ...]:
-    """How the names in the layer's state dict begin that its weight is computed from; none where it holds a weight."""
+    """Return the prefixes of the state-dict keys that the weight is computed from; empty if it is a parameter."""
     if layer._parameters.get("weight") is not None:
         return ()
     if norm_hook(layer) is None:
@@ -43,7 +43,7 @@ def sources(layer: nn.Module) -> tuple[str, ...]:
 
 
 def fold_weight(layer: nn.Module) -> None:
-    """Have a float layer hold the weight that it computed, as a plain parameter."""
+    """Replace the computed weight of a float layer by a plain parameter."""
     hook = norm_hook(layer)
     if isinstance(hook, WeightNorm):
         remove_weight_norm(layer)

@@ -1,4 +1,4 @@
-"""A factor on what a shortcut adds, kept in the norm that reads the sum: no library's layer code is touched."""
+"""A gain on a shortcut, attached to the norm that reads the sum, so that no model's own code has to change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from quant.module_utils import Arguments, first_tensor, replace_first_tensor
 
 
 class Shortcut(nn.Module):
-    """What a shortcut adds, multiplied by `gain`: part of the norm that reads the sum.
+    """Multiplies the shortcut's part of a sum by `gain`; a submodule of the norm that reads the sum.
 
-    The sum S = X + B arrives with X already added, so gain * X + B = S + (gain - 1) X. X is what `reader`, a layer of
-    the branch B, has read just before: after dropout, where there is one.
+    The sum S = X + B arrives with X already added, so gain * X + B = S + (gain - 1) X. X is the last input of `reader`,
+    a layer in the branch B; with dropout, X is taken after it.
+
+    Args:
+        channels: Size of the last axis.
+        device: Device of the gain.
     """
 
     gain: Tensor
@@ -25,16 +29,23 @@ class Shortcut(nn.Module):
         self.latest: Tensor | None = None
 
     def remember(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the reader: store its input."""
         self.latest = first_tensor(args, kwargs)
 
     def forward(self, total: Tensor) -> Tensor:
+        """Return total + (gain - 1) X, (..., channels), and release X."""
         x, self.latest = self.latest, None
         assert x is not None
         return total + (self.gain - 1).to(total) * x.view_as(total)
 
 
 def add_shortcut(norm: nn.Module, reader: nn.Module) -> Shortcut:
-    """The norm's `Shortcut`, made if it has none; what it adds is what `reader` read last."""
+    """Return the norm's `Shortcut`, adding one if there is none.
+
+    Args:
+        norm: The norm that reads the sum; has a weight (channels,).
+        reader: The layer whose last input is the shortcut's part of the sum.
+    """
     if not hasattr(norm, "shortcut"):
         weight: Any = norm.weight
         norm.shortcut = Shortcut(len(weight), weight.device)
