@@ -1,4 +1,4 @@
-"""Codes: the whole numbers that stand for a format's values, and their bits side by side in bytes.
+"""Codes, the integers that represent a format's values, and packing of their bits into bytes.
 
 Integers are two's complement, minifloats sign-exponent-mantissa, MX block scales e8m0 (OCP MX v1.0, section 5.3).
 """
@@ -14,12 +14,20 @@ from quant.formats import FloatFormat, IntFormat
 Array: TypeAlias = np.ndarray
 
 _CODES_AT_ONCE = 2**20
-"""a multiple of 8, so that every part but the last ends at a whole byte; bounds the memory of packing"""
+"""Bounds the memory of packing; a multiple of 8, so that every part but the last ends at a byte boundary."""
 _E8M0_BIAS = 127
 
 
 def pack_bits(codes: Array, width: int) -> Array:
-    """Codes (n,), each in 0..2^width-1, as uint8 (ceil(n * width / 8),): the lowest bit first, without gaps."""
+    """Pack codes into bytes, lowest bit first, without gaps.
+
+    Args:
+        codes: Integers, any shape with n elements, each in 0..2^width-1.
+        width: Bits per code.
+
+    Returns:
+        uint8 (ceil(n * width / 8),).
+    """
     flat = np.ascontiguousarray(codes, dtype=np.uint32).reshape(-1)
     places = np.arange(width, dtype=np.uint32)
     parts = [flat[start : start + _CODES_AT_ONCE] for start in range(0, flat.size, _CODES_AT_ONCE)]
@@ -28,7 +36,19 @@ def pack_bits(codes: Array, width: int) -> Array:
 
 
 def unpack_bits(data: Array, width: int, count: int) -> Array:
-    """`count` codes of `pack_bits` as uint32. Raises ValueError unless `data` has exactly their bytes."""
+    """Invert `pack_bits`.
+
+    Args:
+        data: uint8 (bytes,).
+        width: Bits per code.
+        count: Number of codes.
+
+    Returns:
+        uint32 (count,).
+
+    Raises:
+        ValueError: If `data` has another number of bytes.
+    """
     if data.size != packed_bytes(count, width):
         raise ValueError(f"{count} codes of {width} bits take {packed_bytes(count, width)} bytes, got {data.size}")
     codes = np.empty(count, np.uint32)
@@ -42,23 +62,39 @@ def unpack_bits(data: Array, width: int, count: int) -> Array:
 
 
 def packed_bytes(count: int, width: int) -> int:
-    """Bytes that `count` codes of `width` bits take."""
+    """Return the number of bytes that `count` codes of `width` bits take."""
     return -(-count * width // 8)
 
 
 def encode(values: Array, format: IntFormat | FloatFormat) -> Array:
-    """Codes, uint32, of values that lie on the format's grid (before its scale); negative zero keeps its sign."""
+    """Return the codes of values; negative zero keeps its sign.
+
+    Args:
+        values: float32, any shape, on the format's grid, before the scale.
+        format: The format.
+
+    Returns:
+        uint32 with the shape of values.
+    """
     if isinstance(format, IntFormat):
         return values.astype(np.int64).astype(np.uint32) & np.uint32(2**format.width - 1)
     magnitude = np.abs(values.astype(np.float64))
     exponent = np.where(magnitude > 0, np.maximum(np.frexp(magnitude)[1] - 1, format.emin), format.emin)
-    steps = np.ldexp(magnitude, format.mantissa - exponent).astype(np.int64)  # 2^mantissa and more: a normal value
-    field = (exponent - format.emin) * 2**format.mantissa + steps  # a normal's leading one raises the exponent field
+    steps = np.ldexp(magnitude, format.mantissa - exponent).astype(np.int64)  # at least 2^mantissa for normal values
+    field = (exponent - format.emin) * 2**format.mantissa + steps  # a leading one raises the exponent field
     return (field + (np.signbit(values).astype(np.int64) << (format.exponent + format.mantissa))).astype(np.uint32)
 
 
 def decode(codes: Array, format: IntFormat | FloatFormat) -> Array:
-    """The values, float32, of codes."""
+    """Return the values of codes.
+
+    Args:
+        codes: Integers, any shape.
+        format: The format.
+
+    Returns:
+        float32 with the shape of codes.
+    """
     signed = codes.astype(np.int64)
     if isinstance(format, IntFormat):
         half = 2 ** (format.width - 1)
@@ -71,10 +107,10 @@ def decode(codes: Array, format: IntFormat | FloatFormat) -> Array:
 
 
 def encode_powers(powers: Array) -> Array:
-    """e8m0 codes, uint8, of powers of two from 2^-127 to 2^127."""
+    """Return the e8m0 codes, uint8, of powers of two from 2^-127 to 2^127."""
     return (np.frexp(powers.astype(np.float64))[1] - 1 + _E8M0_BIAS).astype(np.uint8)
 
 
 def decode_powers(codes: Array) -> Array:
-    """The powers of two, float32, of e8m0 codes."""
+    """Return the powers of two, float32, of e8m0 codes."""
     return np.ldexp(1.0, codes.astype(np.int64) - _E8M0_BIAS).astype(np.float32)

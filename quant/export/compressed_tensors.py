@@ -1,8 +1,8 @@
-"""compressed-tensors: a model of transformers with a config group for each pair of formats, for transformers and vLLM.
+"""compressed-tensors: a model of transformers with a config group per pair of formats, for transformers and vLLM.
 
-Matches: Linear layers with symmetric integer weights of 2 to 8 bits (packed side by side) or e4m3 weights, one scale an
-output channel or tensor, and inputs in float, in integers of 2 to 8 bits or in e4m3 on a fixed range. A layer of any
-other kind keeps the values of its rounded weight, in float32 and with float inputs, and its verdict says so.
+Supported: Linear layers with symmetric integer weights of 2 to 8 bits (packed) or e4m3 weights, a scale per output
+channel or tensor, and inputs in float, or with a fixed range in integers of 2 to 8 bits or e4m3. All other layers store
+the values of their rounded weights in float32 and read float inputs, as their verdict says.
 """
 
 from __future__ import annotations
@@ -19,37 +19,46 @@ from torch import Tensor, nn
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict, as_chosen
 from quant.export.weights import from_rows, round_weight, static_range
-from quant.formats import FLOAT, BlockFormat, FloatFormat, Format, IntFormat
+from quant.formats import E4M3, FLOAT, BlockFormat, Format, IntFormat
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
 
-E4M3 = FloatFormat(4, 3, 1)
-
 
 def check_fused(groups: Iterable[Sequence[str]], modules: Mapping[str, QuantModule]) -> None:
-    """Raises UserError if layers that engines fuse into one (query, key and value; gate and up) differ in format.
+    """Check that layers that engines fuse into one (query, key and value; gate and up) have the same formats.
 
     Args:
-        groups: names of layers that read the same tensor.
+        groups: Names of layers that read the same tensor, for each such tensor.
+        modules: The quantized layers, by name.
+
+    Raises:
+        UserError: If formats differ within a group.
     """
     for group in groups:
         members = [name for name in group if isinstance(modules.get(name), QuantLinear)]
         pairs = {name: "/".join(format.name for format in modules[name].formats) for name in members}
         if len(set(pairs.values())) > 1:
-            told = ", ".join(f"{name} {pair}" for name, pair in pairs.items())
+            named = ", ".join(f"{name} {pair}" for name, pair in pairs.items())
             raise UserError(
-                f"--format compressed-tensors: engines fuse {told}, which must share formats: search with --fuse_groups"
+                f"--format compressed-tensors: engines fuse {named}, which must share formats: search with --fuse_groups"
             )
 
 
 def export_compressed(
     folder: Path, model: nn.Module, modules: Mapping[str, QuantModule]
 ) -> tuple[dict[str, LayerVerdict], int]:
-    """Write a checkpoint that transformers' from_pretrained loads; returns verdicts and bytes of the layers' weights.
+    """Write a checkpoint that transformers' from_pretrained loads.
 
     Args:
-        model: of transformers, with the float weights and plain layers under the same names as `modules`; changed.
-        modules: the run's quantized layers in their formats.
+        folder: The folder to write to.
+        model: A model of transformers with float weights and plain layers, named as in `modules`; changed in place.
+        modules: The quantized layers in their formats.
+
+    Returns:
+        How each layer is stored, by name, and the bytes of the layers' weights.
+
+    Raises:
+        UserError: If a quantized layer is not a layer of the model.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -105,7 +114,7 @@ def export_compressed(
 
 
 def mismatch(name: str, module: QuantModule) -> str | None:
-    """Why compressed-tensors has no scheme for a layer; None if it has, or the layer is in float."""
+    """Return the reason why compressed-tensors does not support a layer; None if it does, or the layer is in float."""
     weight, activation = module.formats
     if (weight, activation) == (FLOAT, FLOAT):
         return None
@@ -123,13 +132,20 @@ def mismatch(name: str, module: QuantModule) -> str | None:
         return "the range of its inputs is not fixed"
     if range.offset is not None:
         return "compressed-tensors has no offsets learned beside the zero point (LSQ+)"
-    if isinstance(activation, IntFormat) and module.input_quantizer.config.symmetric:  # ours leave -2^(k-1) out
+    if isinstance(activation, IntFormat) and module.input_quantizer.config.symmetric:  # ours omit -2^(k-1)
         return "compressed-tensors has no inputs in symmetric integers without the lowest one; choose asymmetric inputs"
     return None
 
 
 def scheme(names: list[str], module: QuantModule, weight: Format, activation: Format) -> Any:
-    """The config group of the layers `names`, which all have these formats."""
+    """Create the config group of layers with the same formats.
+
+    Args:
+        names: Names of the layers.
+        module: One of them.
+        weight: Weight format.
+        activation: Activation format.
+    """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     def arguments(format: Format, strategy: str, symmetric: bool) -> Any:
@@ -150,7 +166,13 @@ def scheme(names: list[str], module: QuantModule, weight: Format, activation: Fo
 
 
 def set_scales(name: str, layer: Any, module: QuantModule) -> None:
-    """The run's scales and zero points, in place of those that compressed-tensors made room for."""
+    """Copy scales and zero points to the parameters that compressed-tensors has created.
+
+    Args:
+        name: Name of the layer, for errors.
+        layer: The layer of the exported model.
+        module: The quantized layer.
+    """
     weight = round_weight(name, module)
     assert weight is not None
     with torch.no_grad():
@@ -163,6 +185,6 @@ def set_scales(name: str, layer: Any, module: QuantModule) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """compressed-tensors shows its progress on stderr; what fails is raised anyway."""
+    """Suppress the progress that compressed-tensors prints to stderr; failures are exceptions."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

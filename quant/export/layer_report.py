@@ -1,4 +1,4 @@
-"""What an export did to each layer: kept as chosen, or widened, and why."""
+"""How an export represents each layer: in the formats chosen, or in wider types, and why."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from quant.formats import FLOAT, Format
 
 @dataclass(frozen=True)
 class LayerVerdict:
-    """One layer, as the assignment chose it and as the exported file holds and runs it."""
+    """One layer: the formats that the assignment chose, and the types that the exported file uses."""
 
     weight: Format
     activation: Format
     exported_weight: str
-    """the type that the file stores"""
+    """Type that the file stores weights in."""
     exported_activation: str
+    """Type that inputs are rounded to."""
     weight_bits: float
-    """bits a weight takes in the file, block scales included, other scales not"""
+    """Bits per weight in the file, including block scales but no other scales."""
     activation_bits: float
+    """Bits per input value."""
     why: tuple[str, ...] = ()
-    """a reason for each deviation from the assignment; none: as chosen"""
+    """A reason for each deviation from the assignment."""
 
     @property
     def as_chosen(self) -> bool:
+        """Whether there is no deviation from the assignment."""
         return not self.why
 
 
 def as_chosen(weight: Format, activation: Format) -> LayerVerdict:
-    """The verdict of a layer that the file holds in its own formats."""
+    """Return the verdict for a layer that is stored in the formats chosen."""
     return LayerVerdict(weight, activation, weight.name, activation.name, weight.bits, activation.bits)
 
 
 def left_in_float(weight: Format, activation: Format) -> LayerVerdict:
-    """The verdict of a layer that the model never calls."""
+    """Return the verdict for a layer that the model never calls."""
     why = "the model does not call it: calibration never reached it; what reads its weight reads it in float"
     return LayerVerdict(weight, activation, FLOAT.name, FLOAT.name, FLOAT.bits, FLOAT.bits, (why,))

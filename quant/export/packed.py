@@ -1,10 +1,10 @@
-"""The packed checkpoint: one safetensors file in which every quantized weight takes its own bits.
+"""The packed checkpoint: a safetensors file in which each quantized weight takes as many bits as its format has.
 
-Tensors of a layer L, beside whatever stays as it is: `L.weight.codes` uint8 (codes side by side, see `export_codes`),
+Tensors of a layer L, besides those that stay as they are: `L.weight.codes` uint8 (packed, see `bit_packing`),
 `L.weight.scale` float32, `L.weight.zero_point` int16 (asymmetric weights), `L.weight.block_scales` uint8 (MX e8m0,
 nvfp4 e4m3), `L.weight.tensor_scale` float32 (nvfp4), `L.input.scale` float32, and `L.input.zero_point` int8 or int16 or
-`L.input.offset` float32 (LSQ+). The file's metadata holds a description (formats, shapes, what the caller adds) and a
-SHA-256 over it and every tensor.
+`L.input.offset` float32 (LSQ+). The file's metadata holds a description (formats, shapes, values from the caller) and a
+SHA-256 checksum of it and all tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from quant.export.weights import (
     static_range,
     to_rows,
 )
-from quant.formats import FLOAT, BlockFormat, FloatOff, Format, IntFormat, parse_format
+from quant.formats import FLOAT, NVFP4_SCALE, BlockFormat, FloatOff, Format, IntFormat, parse_format
 from quant.quant_module import QuantModule
 from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer, Rounder
@@ -50,35 +50,44 @@ ZERO_POINTS = ("weight.zero_point", "input.zero_point")
 
 
 class OnGrid(Quantizer):
-    """The quantizer of a weight that was unpacked: it lies on its format's grid already, and is not rounded again."""
+    """The quantizer of an unpacked weight, whose values already lie on the grid and are not rounded again."""
 
     scale: Tensor | None = None
-    """what stretched the codes, broadcasting to the weight; None for block formats and those without a scale"""
+    """float32, broadcasts to the weight; None for block formats and formats without a scale."""
 
     def prepare(self, format: Format) -> None:
-        """Nothing: the scale is in the weight."""
+        """Create no scale: it is part of the weight's values."""
         self.prepared.add(format)
 
     def set_format(self, format: Format) -> None:
-        """Raises UserError for any format but its own."""
+        """Raise UserError for any format but the weight's own."""
         if self.prepared and format not in self.prepared:
             raise UserError(f"an unpacked weight stays in {self.format}, it cannot be set to {format}")
         super().set_format(format)
 
     def rounding(self, x: Tensor) -> Rounder | None:
+        """Return None: nothing is rounded."""
         return None
 
 
 def write_packed(
     path: Path, model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any] | None = None
 ) -> dict[str, LayerVerdict]:
-    """Write `model` with its quantized layers `modules`, in the formats they are set to now.
+    """Write a packed checkpoint of a model in its current formats.
+
+    Layers that the model never calls are written in float; computed weights with their current values.
 
     Args:
-        extra: JSON values that go into the description, under their names.
+        path: The file to write.
+        model: The quantized model.
+        modules: Its quantized layers, by name.
+        extra: JSON values to add to the description, by name.
 
-    Layers that the model never calls are written in float; weights that are computed, as they are now. Raises UserError
-    for a weight that cannot be stored, see `round_weight`, and for quantizers around layers.
+    Returns:
+        How each layer is stored, by name.
+
+    Raises:
+        UserError: For a weight that cannot be stored, see `round_weight`, and for quantizers around layers.
     """
     if sites := placed_sites(model):
         raise UserError(f"a packed file has no place for the quantizers around layers, such as {next(iter(sites))}")
@@ -94,7 +103,7 @@ def write_packed(
 def _contents(
     model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description, tensors) of a packed file."""
+    """Return (description, tensors) of a packed file."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     owners = stored_with(modules)
@@ -126,7 +135,17 @@ def _contents(
 
 
 def read_packed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description, tensors) of a packed file. Raises UserError for a missing, damaged or changed one."""
+    """Read a packed checkpoint.
+
+    Args:
+        path: The file.
+
+    Returns:
+        (description, tensors by name).
+
+    Raises:
+        UserError: If the file is missing, damaged or modified, or has another version.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such packed checkpoint")
     try:
@@ -148,15 +167,23 @@ def read_packed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, QuantModule]:
-    """Give the float architecture `model`, in place, the packed weights and formats; returns its quantized layers.
+    """Load a packed checkpoint into a float model, in place. Weights take the values of their codes.
 
-    The weights hold the values of their codes, and rounding leaves them alone. Raises UserError if the file belongs to
-    another architecture.
+    Args:
+        model: A float model of the same architecture.
+        description: What `read_packed` returned.
+        tensors: What `read_packed` returned.
+
+    Returns:
+        The quantized layers by name, in the formats of the file.
+
+    Raises:
+        UserError: If the file belongs to another architecture.
     """
     layers = description["layers"]
     for name, layer in model.named_modules():
         if name in layers:
-            fold_weight(layer)  # the file holds weights, not what they were computed from
+            fold_weight(layer)  # the file holds weights, not the tensors they were computed from
     modules = quantize_as_described(model, layers, description)
     taken: set[str] = set()
     for name, module in modules.items():
@@ -193,10 +220,15 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
 
 
 def packed_sizes(path: Path) -> dict[str, int]:
-    """Bytes of a packed file by what they hold; their sum is the file's size.
+    """Return the bytes of a packed file by content; their sum is the file's size.
 
-    codes, block_scales: the quantized weights. scales, zero_points: of weights and inputs. float_weights: weights of
-    `layers` that no format was chosen for. rest: everything else in the model. header: names, shapes and description.
+    Args:
+        path: The file.
+
+    Returns:
+        Bytes of `codes` and `block_scales` (quantized weights), `scales` and `zero_points` (of weights and inputs),
+        `float_weights` (weights of layers in float), `rest` (all other tensors) and `header` (names, shapes,
+        description).
     """
     description, tensors = read_packed(path)
     floats = {f"{name}.weight" for name, layer in description["layers"].items() if layer["formats"][0] == FLOAT.name}
@@ -224,7 +256,7 @@ def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
     if isinstance(weight.format, BlockFormat):
         scales = weight.scale.numpy().reshape(-1)
         two_level = weight.format.two_level
-        block_codes = encode(scales, _nvfp4_scale()).astype(np.uint8) if two_level else encode_powers(scales)
+        block_codes = encode(scales, NVFP4_SCALE).astype(np.uint8) if two_level else encode_powers(scales)
         packed["block_scales"] = torch.from_numpy(block_codes)
         if weight.tensor_scale is not None:
             packed["tensor_scale"] = weight.tensor_scale.clone()
@@ -243,7 +275,7 @@ def _unpack(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, qu
     if isinstance(format, BlockFormat):
         rows = elements.view(to_rows(torch.empty(shape, device="meta"), quantizer.reduction_dim).shape)
         block_codes = tensors["weight.block_scales"].numpy()
-        scales = decode(block_codes, _nvfp4_scale()) if format.two_level else decode_powers(block_codes)
+        scales = decode(block_codes, NVFP4_SCALE) if format.two_level else decode_powers(block_codes)
         scale = torch.from_numpy(scales).view(len(rows), -1)
         values = RoundedWeight(format, rows, scale, tensors.get("weight.tensor_scale")).values()
         return from_rows(values, shape, quantizer.reduction_dim)
@@ -256,12 +288,8 @@ def _unpack(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, qu
     return RoundedWeight(format, elements, scale).values()
 
 
-def _nvfp4_scale() -> Any:
-    return parse_format("e4m3")
-
-
 def _rest(model: nn.Module, modules: Mapping[str, QuantModule]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What the packed layers do not cover, each tensor once; and the further names of tied ones."""
+    """Return the tensors that the packed layers do not cover, each once, and the other names of tied tensors."""
     packed = set(modules.values())
     named = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if layer in packed}
     covered = {f"{name}.weight" for name, layer in named.items() if layer.weight_quantizer.format != FLOAT}  # type: ignore[union-attr]
@@ -294,7 +322,7 @@ def _check_names(model: nn.Module, modules: Mapping[str, QuantModule], rest: Map
 
 
 def _checksum(description: Any, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the description and every tensor's name, type, shape and bytes."""
+    """Return the SHA-256 of the description and of each tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -1,8 +1,8 @@
-"""torchao: the Linear layers of an unpacked checkpoint, as torchao's own quantized weights.
+"""torchao: convert the Linear layers of an unpacked checkpoint to torchao's quantized weights.
 
-What matches, per layer: integer or e4m3 weights with one scale an output channel (or tensor) and float inputs (weight
-only), and integer weights with int8 inputs that get a scale and zero point a token (dynamic activations). Codes and
-scales are the run's, none is found anew. Any other layer goes on as it is, rounding in float32, and its verdict tells.
+Supported per layer: integer or e4m3 weights with a scale per output channel or tensor and float inputs (weight-only),
+and integer weights with int8 inputs that have a scale and zero point per token (dynamic activations). Codes and scales
+are those of the run. All other layers stay as they are and round in float32, as their verdict says.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ from torch import Tensor, nn
 
 from quant.export.layer_report import LayerVerdict, as_chosen
 from quant.export.packed import OnGrid
-from quant.formats import FLOAT, BlockFormat, FloatFormat, IntFormat
+from quant.formats import E4M3, FLOAT, BlockFormat, IntFormat
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
 
-INT8, E4M3 = IntFormat(8), FloatFormat(4, 3, 1)
+INT8 = IntFormat(8)
 
 
 def to_torchao(model: nn.Module, modules: Mapping[str, QuantModule]) -> dict[str, LayerVerdict]:
-    """Replace, in place, every layer that torchao has a configuration for; `modules` come from `restore`."""
+    """Replace every layer that torchao supports.
+
+    Args:
+        model: The model; changed in place.
+        modules: Its quantized layers, as `restore` returned them.
+
+    Returns:
+        How each layer is represented, by name.
+    """
     verdicts = {}
     replacement: dict[int, nn.Module] = {}
     for name, module in modules.items():
@@ -44,13 +52,13 @@ def to_torchao(model: nn.Module, modules: Mapping[str, QuantModule]) -> dict[str
 
 
 def mismatch(module: QuantModule) -> str | None:
-    """Why torchao has no configuration for a layer; None if it has."""
+    """Return the reason why torchao does not support a layer; None if it does, or the layer is in float."""
     weight, activation = module.formats
     if (weight, activation) == (FLOAT, FLOAT):
         return None
     if not isinstance(module, QuantLinear):
         return f"it quantizes Linear layers, this is a {type(module).__name__.removeprefix('Quant')}"
-    if module._forward_pre_hooks or module._forward_hooks:  # a migrated layer divides its input, say
+    if module._forward_pre_hooks or module._forward_hooks:  # for example, a migrated layer divides its input
         return "more is done around this layer than a Linear does"
     if isinstance(weight, BlockFormat) or not (weight == E4M3 or (isinstance(weight, IntFormat) and weight.width <= 8)):
         return f"it has no {weight} weights"
@@ -65,7 +73,7 @@ def mismatch(module: QuantModule) -> str | None:
 
 
 def torchao_linear(module: QuantLinear) -> nn.Linear:
-    """The layer as a Linear whose weight is a tensor of torchao's."""
+    """Return the layer as a Linear whose weight is a tensor of torchao."""
     linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
     linear.bias = module.bias
     linear.weight = nn.Parameter(torchao_weight(module), requires_grad=False)
@@ -73,13 +81,13 @@ def torchao_linear(module: QuantLinear) -> nn.Linear:
 
 
 def torchao_weight(module: QuantLinear) -> Tensor:
-    """The weight's codes and scales as torchao holds them: (out_features, in_features), a scale a row."""
+    """Return the weight as a tensor of torchao, (out_features, in_features), with a scale per row."""
     from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
     weight, quantizer = module.weight.detach(), module.weight_quantizer
     assert isinstance(quantizer, OnGrid) and quantizer.scale is not None
-    # The weight is code x scale, rounded once: dividing and rounding gives the code back.
+    # The weight is code x scale, rounded once: division and rounding recover the code.
     scale = quantizer.scale.expand(weight.shape[0], 1).contiguous()
     block = (1, weight.shape[1])
     if quantizer.format == E4M3:

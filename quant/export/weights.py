@@ -1,4 +1,4 @@
-"""A layer's weight and input as an engine stores them: elements of a format, and the scales that stretch them."""
+"""A layer's weight and input range as engines store them: elements of a format, scales, zero points."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import UserError
-from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat
+from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat, mx_element
 from quant.kernels.block_formats import round_blocks
 from quant.kernels.eager import round_to_grid
 from quant.quant_module import QuantModule
@@ -22,41 +22,46 @@ from quant.transforms.computed_weights import weight_of
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A weight taken apart: its values are elements x scale (nvfp4: x scale x tensor_scale).
+    """A rounded weight as elements x scale (nvfp4: x tensor_scale; mxint8: x 1/64).
 
-    Of block formats the reduction axis comes last: elements (rows, K), scale (rows, ceil(K / block_size)); `restore`
-    brings values back to the weight's layout. Else elements has the weight's shape and scale broadcasts to it.
+    For block formats, the reduction axis is the last one: elements (rows, K), scale (rows, ceil(K / block_size));
+    `from_rows` restores the weight's layout. Otherwise elements has the weight's shape, and scale broadcasts to it.
     """
 
     format: IntFormat | FloatFormat | BlockFormat
     elements: Tensor
-    """float32, values of the element format"""
+    """float32, values of the element format."""
     scale: Tensor
-    """float32; of MX a power of two, without mxint8's 1/64"""
+    """float32; for MX a power of two, without mxint8's 1/64."""
     tensor_scale: Tensor | None = None
+    """float32 0-d, of nvfp4."""
     zero_point: Tensor | None = None
-    """float32 whole numbers, of scale's shape: an integer's code is element + zero point"""
+    """float32 whole numbers with the scale's shape; the code of an integer is element + zero point."""
 
     @property
     def element(self) -> IntFormat | FloatFormat:
+        """Format of the elements."""
         return self.format.element if isinstance(self.format, BlockFormat) else self.format
 
     def values(self) -> Tensor:
-        """What the layer computes with, float32, bit for bit: laid out as `elements`."""
+        """Return the values that the layer computes with, bit for bit; float32 with the shape of `elements`."""
         if not isinstance(self.format, BlockFormat):
             return self.elements * self.scale
-        scale = (self.scale * block_unit(self.format)).repeat_interleave(self.format.block_size, dim=1)
+        scale = (self.scale * mx_element(self.format)[1]).repeat_interleave(self.format.block_size, dim=1)
         values = self.elements * scale[:, : self.elements.shape[1]]
         return values if self.tensor_scale is None else values * self.tensor_scale
 
 
-def block_unit(format: BlockFormat) -> float:
-    """Value of the element code 1 before the block's scale: 1/64 for mxint8 (OCP MX v1.0, section 5.3.4)."""
-    return 2.0**-6 if isinstance(format.element, IntFormat) else 1.0
-
-
 def plain_weight(name: str, module: QuantModule) -> Tensor:
-    """The float weight; one that is computed (weight norm, say) as it is now. Raises UserError if it is not finite."""
+    """Return the float weight of a layer, computed if necessary (weight norm).
+
+    Args:
+        name: Name of the layer, for the error.
+        module: The layer.
+
+    Raises:
+        UserError: If the weight holds NaN or infinity.
+    """
     weight = weight_of(module)
     if not bool(weight.isfinite().all()):
         raise UserError(f"layer {name}: its weight holds NaN or infinity and cannot be exported")
@@ -65,7 +70,18 @@ def plain_weight(name: str, module: QuantModule) -> Tensor:
 
 @torch.no_grad()
 def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
-    """The weight as its quantizer rounds it now; None in float. Raises UserError, see `plain_weight`."""
+    """Round the weight of a layer in its current format.
+
+    Args:
+        name: Name of the layer, for errors.
+        module: The layer.
+
+    Returns:
+        The rounded weight; None in float.
+
+    Raises:
+        UserError: If the weight is not finite or has a learned offset.
+    """
     quantizer, weight = module.weight_quantizer, plain_weight(name, module)
     format = quantizer.format
     if isinstance(format, FloatOff):
@@ -88,17 +104,23 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
 
 
 def used_scale(scale: Tensor) -> Tensor:
-    """What a scale is used as: a learned one never falls below the least."""
+    """Return the scale as the kernels use it: a learned one is at least MIN_LEARNED_SCALE."""
     return scale.detach().clamp(min=MIN_LEARNED_SCALE) if isinstance(scale, nn.Parameter) else scale.detach()
 
 
 def to_rows(x: Tensor, dim: int | None) -> Tensor:
-    """x as (rows, K), K running along `dim`, or over all axes but the first."""
+    """Reshape x to (rows, K), where K is the axis `dim`; None: all axes but the first."""
     return x.reshape(x.shape[0], -1) if dim is None else x.movedim(dim, -1).reshape(-1, x.shape[dim])
 
 
 def from_rows(rows: Tensor, shape: torch.Size, dim: int | None) -> Tensor:
-    """The way back from `to_rows`."""
+    """Invert `to_rows`.
+
+    Args:
+        rows: (rows, K).
+        shape: Shape of the original tensor.
+        dim: The axis that `to_rows` was called with.
+    """
     if dim is None:
         return rows.reshape(shape)
     moved = torch.empty(shape, device="meta").movedim(dim, -1).shape
@@ -107,23 +129,32 @@ def from_rows(rows: Tensor, shape: torch.Size, dim: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class StaticRange:
-    """The fixed grid of a layer's input."""
+    """The fixed range of a layer's input: scale, zero point and bounds of the grid."""
 
     format: IntFormat | FloatFormat
     scale: float
     zero_point: int
-    """0 for minifloats and symmetric integers"""
+    """0 for minifloats and symmetric integers."""
     low: float
-    """smallest value of the grid, in units of the scale"""
+    """Smallest value of the grid, in units of the scale."""
     high: float
+    """Largest value of the grid, in units of the scale."""
     offset: float | None = None
-    """LSQ+: what is taken off the input before and added after"""
+    """LSQ+: subtracted from the input before rounding, and added afterwards."""
 
 
 def static_range(name: str, module: QuantModule) -> StaticRange | None:
-    """The fixed grid of a layer's input; None in float, in block formats and where the tensor itself decides.
+    """Return the fixed range of a layer's input; formats without a scale, such as bf16, have scale 1.
 
-    Formats without a scale, such as bf16, are a grid of scale 1. Raises UserError for a grid that was never calibrated.
+    Args:
+        name: Name of the layer, for errors.
+        module: The layer.
+
+    Returns:
+        The range; None in float, in block formats and for dynamic ranges.
+
+    Raises:
+        UserError: If the range was never calibrated, or has a scale per channel.
     """
     quantizer = module.input_quantizer
     format: Format = quantizer.format
@@ -148,16 +179,19 @@ def static_range(name: str, module: QuantModule) -> StaticRange | None:
 
 
 def _fixed_params(quantizer: Quantizer) -> QuantParams | None:
-    """The grid that calibration chooses for the format set now; None where there is nothing to choose."""
+    """Return the parameters that calibration sets for the current format; None if it sets none."""
     format = quantizer.format
     fixed = isinstance(format, IntFormat | FloatFormat) and format.scaled and quantizer.config.range != "dynamic"
     return cast(QuantParams, quantizer.grids[format.name]) if fixed else None
 
 
 def never_called(modules: Mapping[str, QuantModule]) -> dict[str, QuantModule]:
-    """The layers that calibration never reached, although it did reach others: the model does not call them.
+    """Return the layers that calibration never reached although it reached others: the model does not call them.
 
-    Whatever reads their weights past them reads these in float.
+    Code that reads their weights without calling them reads these in float.
+
+    Args:
+        modules: The quantized layers, by name.
     """
     inputs = {name: module.input_quantizer for name, module in modules.items()}
     reached = {

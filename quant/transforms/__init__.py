@@ -1,1 +1,1 @@
-"""Changes to a float model before it is quantized, and what is quantized around its layers."""
+"""Transformations of a float model before it is quantized, and quantizers around its layers."""

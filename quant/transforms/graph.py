@@ -1,6 +1,6 @@
-"""Who reads what in a model, found by watching one forward pass: groups of layers around a norm or a ReLU.
+"""Trace which modules read which tensors in one forward pass, and group the layers that read the same one.
 
-Names of modules and classes of a library change between versions; what reads a tensor does not.
+Module and class names differ between libraries and their versions; the data flow does not.
 """
 
 from __future__ import annotations
@@ -24,43 +24,58 @@ from quant.transforms.shortcut import Shortcut
 LAYERS = (nn.Linear, nn.Conv2d, Conv1D)
 ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 _RECTIFY = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu}
-"""functions with f(x / s) = f(x) / s for s > 0"""
+"""Functions with f(x / s) = f(x) / s for s > 0."""
 _PASS = {F.dropout, F.dropout2d, torch.dropout}
-"""in eval mode, what goes in comes out"""
+"""Functions that return their input in eval mode."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that read the same tensor, and what makes it: names of modules."""
+    """Names of layers that read the same tensor, and of the module that produces it."""
 
     source: str | None
-    """norm or layer whose output they read; None: nothing can absorb a scale there"""
+    """Norm or layer whose output they read; None: no module can absorb a scale there."""
     consumers: tuple[str, ...]
     shortcuts: tuple[str, ...] = ()
-    """norms that read that output with something added"""
+    """Norms that read the sum of that output and another tensor."""
     normalizes: bool = False
-    """the source is a LayerNorm or RMSNorm"""
+    """Whether the source is a LayerNorm or RMSNorm."""
     rectified: bool = False
-    """a ReLU lies between, which only positive scales pass"""
+    """Whether a ReLU lies between, so that scales must be positive."""
 
     @property
     def has_gamma(self) -> bool:
-        """Whether the source multiplies by a gamma of any sign that its readers can take."""
+        """Whether the source has a gamma, of any sign, that its readers can absorb."""
         return self.normalizes and not self.rectified
 
     def only(self, layers: Collection[str]) -> Group:
-        """The group as far as it matters for `layers`: whole or empty with a source, else without the other layers."""
+        """Restrict the group to some layers.
+
+        Args:
+            layers: Layer names.
+
+        Returns:
+            With a source: the whole group if it contains one of the layers, else one without consumers. Without a
+            source: the group without the other layers.
+        """
         inside = tuple(name for name in self.consumers if name in layers)
         return replace(self, consumers=self.consumers if self.source is not None and inside else inside)
 
 
 @torch.no_grad()
 def find_groups(model: nn.Module, example: Any) -> list[Group]:
-    """Every Linear, Conv1D and Conv2d that is called, in groups by what it reads, in the order of the calls.
+    """Group all Linear, Conv1D and Conv2d layers that are called by the tensor that they read.
 
-    A group has a source only if all readers of its output are known: layers, and norms behind a shortcut. Layers with
-    another reader beside them, such as a pooler's slice or the model's own output, are a group without a source.
-    Convolutions in groups other than depthwise, and those without a source, are left out.
+    A group has a source only if all readers of the tensor are known: layers, and norms behind a shortcut. If there is
+    another reader, such as a pooler's slice or the model's output, the layers form a group without a source. Grouped
+    convolutions other than depthwise ones, and convolutions without a source, are left out.
+
+    Args:
+        model: The float model.
+        example: A batch.
+
+    Returns:
+        The groups in the order of the calls.
     """
     watched = _Watch()
     names = {module: name for name, module in model.named_modules()}
@@ -79,7 +94,7 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
         groups = []
         for flow in watched.flows:
             group = _group(flow, watched, names, uses, taken)
-            if group is not None and not taken & set(group.consumers):  # a layer that is called twice is divided once
+            if group is not None and not taken & set(group.consumers):  # each layer belongs to one group
                 groups.append(group)
                 taken |= {*group.consumers, *group.shortcuts}
         return groups
@@ -89,7 +104,7 @@ def find_groups(model: nn.Module, example: Any) -> list[Group]:
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """Every tensor that the model gives for an example."""
+    """Return all tensors in the model's output for an example."""
     output = run_model(model, example)
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -97,32 +112,33 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
 
 @dataclass(eq=False)
 class _Flow:
-    """One tensor, under all its views, and what happens to it."""
+    """One tensor, with all its views, and its readers."""
 
     source: nn.Module | None = None
     source_input: Tensor | None = None
     readers: list[nn.Module] = field(default_factory=list)
     sums: list[_Flow] = field(default_factory=list)
-    """flows that are this one plus something else"""
+    """Sums of this tensor and another one."""
     rectified: bool = False
     others: int = 0
-    """readers of any other kind"""
+    """Number of readers of any other kind."""
 
 
 class _Watch(TorchFunctionMode):
-    """Follows tensors through one forward pass; what happens inside a layer or norm is that module's own affair."""
+    """Follows tensors through one forward pass, but not inside layers and norms."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flows: list[_Flow] = []
         self.by_id: dict[int, _Flow] = {}
-        self.alive: list[Tensor] = []  # an id is only good while its tensor lives
+        self.alive: list[Tensor] = []  # an id is valid only while its tensor lives
         self.inside: list[nn.Module] = []
         self.calls: list[nn.Module] = []
         self.read_elsewhere: set[int] = set()
-        """ids of parameters that something reads besides the module that holds them"""
+        """ids of parameters that code outside of their own module reads."""
 
     def flow(self, tensor: Tensor) -> _Flow:
+        """Return the record of a tensor."""
         if id(tensor) not in self.by_id:
             self._start(tensor, _Flow())
         return self.by_id[id(tensor)]
@@ -136,6 +152,7 @@ class _Watch(TorchFunctionMode):
     # ------------------------------------------------------ modules
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
         read = first_tensor(args, kwargs)
         if not self.inside and read is not None:
             self.calls.append(module)
@@ -145,12 +162,13 @@ class _Watch(TorchFunctionMode):
         self.inside.append(module)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook."""
         self.inside.pop()
         if self.inside or not isinstance(output, Tensor):
             return
         read = first_tensor(args, kwargs)
         if isinstance(module, Shortcut) and read is not None:
-            self._start(output, self.flow(read))  # the same sum, of an earlier migration
+            self._start(output, self.flow(read))  # the same sum: an earlier migration added this module
         else:
             self._start(output, _Flow(module, read))
 
@@ -185,7 +203,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _same_values(result: Tensor, tensor: Tensor) -> bool:
-    """Whether `result` is `tensor` seen as other rows: the same channels, last, in the same memory."""
+    """Whether `result` is a view of `tensor` with the same last axis, both contiguous."""
     return (
         result.data_ptr() == tensor.data_ptr()
         and result.numel() == tensor.numel()
@@ -202,7 +220,7 @@ def _plain_sum(inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm by whatever name, BatchNorm2d: a weight, perhaps a bias, and nothing else."""
+    """Whether a module is a BatchNorm2d, LayerNorm or RMSNorm (of any library): a weight, perhaps a bias, no more."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d):
         return module.weight is not None and module.weight.dim() == 1
     parameters = dict(module.named_parameters(recurse=False))
@@ -217,7 +235,7 @@ def _group(
     flow: _Flow, watched: _Watch, names: Mapping[nn.Module, str], uses: Mapping[int, int], taken: set[str]
 ) -> Group | None:
     layers = list(dict.fromkeys(module for module in flow.readers if isinstance(module, LAYERS)))
-    # A weight that is also an embedding's, say, or that a function reads, cannot take a scale.
+    # A weight that is tied to an embedding, or that a function reads, cannot absorb a scale.
     consumers = [layer for layer in layers if _absorbs(layer) and uses[id(layer.weight)] == 1]
     targets = [_only_norm(total) for total in flow.sums]
     source = flow.source
@@ -229,7 +247,7 @@ def _group(
         and _add_up(targets, consumers[0], watched, names, taken)
         and not (targets and (flow.rectified or isinstance(consumers[0], nn.Conv2d)))
         and _called_once(watched, source, *consumers, *targets)
-        # One that is shared, or computed (weight norm), cannot be divided.
+        # Shared and computed (weight norm) parameters cannot be divided.
         and all(uses[id(parameter)] == 1 for parameter in scaled_parameters(source))
         and _scales(source, flow.source_input)
         and len({_channels_last(source, flow.source_input), *(not isinstance(c, nn.Conv2d) for c in consumers)}) == 1
@@ -249,7 +267,7 @@ def _absorbs(layer: nn.Module) -> bool:
 
 
 def _only_norm(total: _Flow) -> nn.Module | None:
-    """The one LayerNorm or RMSNorm that reads a sum, if nothing else does."""
+    """Return the LayerNorm or RMSNorm that is the only reader of a sum, if there is one."""
     if len(total.readers) != 1 or total.others or total.sums or total.rectified:
         return None
     norm = total.readers[0]
@@ -259,7 +277,7 @@ def _only_norm(total: _Flow) -> nn.Module | None:
 def _add_up(
     targets: list[nn.Module | None], reader: nn.Module, watched: _Watch, names: Mapping[nn.Module, str], taken: set[str]
 ) -> bool:
-    """Whether norms can add a factor of what `reader` has read before: each has room for one, and takes it once."""
+    """Whether each target is a norm without a shortcut yet, and is called after `reader`."""
     norms = [target for target in targets if target is not None]
     free = {names[norm] for norm in norms} - taken
     calls = watched.calls
@@ -267,19 +285,19 @@ def _add_up(
 
 
 def _called_once(watched: _Watch, *modules: nn.Module | None) -> bool:
-    """Modules that a model uses in several places stand for all of them: their weights belong to no group."""
+    """Whether each module, and each weight, is used only once in the pass."""
     weights = {id(module.weight) for module in modules if module is not None}
     calls = sum(1 for flow in watched.flows if flow.source is not None and id(flow.source.weight) in weights)
     return calls == len({module for module in modules if module is not None})
 
 
 def scaled_parameters(source: nn.Module) -> list[Any]:
-    """What is divided where the source absorbs a scale."""
+    """Return the parameters that are divided if the source absorbs a scale: weight, and bias if there is one."""
     return [part for part in (source.weight, getattr(source, "bias", None)) if part is not None]
 
 
 def _channels_last(source: nn.Module, example: Tensor | None) -> bool:
-    """Whether the output's last axis is what the weight stands along, as a Linear reads it; else it is the second."""
+    """Whether the source's channels are the last axis of its output, as a Linear reads it, not the second."""
     if isinstance(source, (*LAYERS, nn.BatchNorm2d)):
         return isinstance(source, nn.Linear | Conv1D)
     forward: Callable[..., Any] = source.forward
@@ -292,7 +310,7 @@ def _channels_last(source: nn.Module, example: Tensor | None) -> bool:
 
 
 def _scales(source: nn.Module, example: Tensor | None) -> bool:
-    """Whether twice the weight and bias make twice the output: not so where a norm multiplies by 1 + weight."""
+    """Whether the output is linear in weight and bias; it is not if a norm multiplies by 1 + weight."""
     if isinstance(source, (*LAYERS, nn.LayerNorm)):
         return True
     forward: Callable[..., Any] = source.forward

@@ -1,7 +1,7 @@
-"""Scale moved between layers with the float model unchanged: Gamma Migration and SmoothQuant.
+"""Gamma Migration and SmoothQuant: move scales between layers without changing the float model's output.
 
-Where a norm (or a layer in front of a ReLU) feeds layers, its output may be divided by g, channel by channel, if every
-reader makes up for it: a layer multiplies the columns of its weight, a shortcut multiplies what it adds.
+The output of a norm (or of a layer in front of a ReLU) can be divided by a factor g per channel if all its readers
+compensate: a layer multiplies its weight's input channels by g, a shortcut multiplies its part of the sum by g.
 
 Sources: Outlier Suppression (arXiv 2209.13325), SmoothQuant (arXiv 2211.10438).
 """
@@ -30,9 +30,9 @@ from quant.transforms.shortcut import Shortcut, add_shortcut
 logger = logging.getLogger(__name__)
 
 SMALLEST = 1e-5
-"""smallest scale of SmoothQuant, and smallest gamma that is migrated"""
+"""Smallest scale of SmoothQuant, and smallest |gamma| that is migrated."""
 TOKENS = 2048
-"""tokens of a layer's input that auto alpha measures on"""
+"""Tokens per batch that auto alpha is measured on."""
 
 
 # ------------------------------------------------------ the operator
@@ -42,14 +42,14 @@ TOKENS = 2048
 def migrate(
     source: nn.Module | None, consumers: Sequence[nn.Module], shortcuts: Sequence[nn.Module], g: Tensor
 ) -> None:
-    """Divide what `consumers` read by g, in place, with the model's output unchanged.
+    """Divide the input of `consumers` by g, in place, without changing the model's output.
 
     Args:
-        source: the norm or layer whose output they read: its weight and bias are divided. None: every consumer divides
+        source: The norm or layer whose output they read; its weight and bias are divided. None: every consumer divides
             its input itself.
-        consumers: Linear, Conv1D or Conv2d; the weight's input channel j is multiplied by g_j, the bias stays.
-        shortcuts: norms that read the source's output plus something else: from now on g times that output.
-        g: float (channels,), not 0. Negative entries only where nothing lies between source and consumers (no ReLU).
+        consumers: Linear, Conv1D or Conv2d layers; the weight's input channel j is multiplied by g_j.
+        shortcuts: Norms that read a sum of the source's output and another tensor; they multiply that output by g.
+        g: float (channels,), not 0. Negative entries require that no ReLU lies between source and consumers.
     """
     for consumer in consumers:
         weight: Any = consumer.weight
@@ -66,11 +66,11 @@ def migrate(
 
 
 def _along_inputs(consumer: nn.Module, g: Tensor) -> Tensor:
-    """g shaped to multiply the weight's input channels."""
+    """Reshape g to broadcast along the weight's input channels."""
     if isinstance(consumer, Conv1D):
         return g.unsqueeze(1)
     if isinstance(consumer, nn.Conv2d):
-        # Depthwise: output channel j is what reads input channel j.
+        # Depthwise: output channel j reads input channel j.
         return g.view(1, -1, 1, 1) if consumer.groups == 1 else g.view(-1, 1, 1, 1)
     return g
 
@@ -83,7 +83,7 @@ def _divided(source: nn.Module, parameter: Tensor, g: Tensor) -> Tensor:
 
 
 def _divide_input(layer: nn.Module, g: Tensor) -> None:
-    """The layer divides its input by g; a second call divides by both."""
+    """Let the layer divide its input by g; a second call divides by both factors."""
     if not hasattr(layer, "input_divisor"):
         weight: Any = layer.weight
         layer.register_buffer("input_divisor", torch.ones(len(g), device=weight.device))
@@ -101,16 +101,16 @@ def _read_divided(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Migration:
-    """What migrating added to a model besides changed weights: names, for a file."""
+    """Names of what migration adds to a model besides changed weights, for a file."""
 
     shortcuts: Mapping[str, str] = field(default_factory=dict)
-    """norm -> the layer whose input its shortcut adds"""
+    """Norm -> the layer whose input its shortcut adds."""
     divided: Sequence[str] = ()
-    """layers that divide their input"""
+    """Layers that divide their input."""
 
 
 def added(model: nn.Module) -> Migration:
-    """What migrating has added to `model`."""
+    """Return what migration has added to a model."""
     norms = {
         m.shortcut: name for name, m in model.named_modules() if isinstance(getattr(m, "shortcut", None), Shortcut)
     }
@@ -124,7 +124,12 @@ def added(model: nn.Module) -> Migration:
 
 
 def attach(model: nn.Module, migration: Migration) -> None:
-    """Add the same to a fresh model, all scales 1: loading a state dict then sets them."""
+    """Add the same to a new model, with scales of 1, which loading a state dict then sets.
+
+    Args:
+        model: The model; changed in place.
+        migration: What `added` returned for another model.
+    """
     modules = dict(model.named_modules())
     for norm, reader in migration.shortcuts.items():
         add_shortcut(modules[norm], modules[reader])
@@ -134,7 +139,7 @@ def attach(model: nn.Module, migration: Migration) -> None:
 
 
 def input_channels(layer: Any) -> int:
-    """Channels of what a Linear, Conv1D or Conv2d reads."""
+    """Return the number of input channels of a Linear, Conv1D or Conv2d."""
     if isinstance(layer, Conv1D):
         return int(layer.weight.shape[0])
     return int(layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features)
@@ -144,7 +149,14 @@ def input_channels(layer: Any) -> int:
 
 
 def gamma_migration(model: nn.Module, groups: Iterable[Group]) -> None:
-    """Move every norm's gamma into its readers: the norm then multiplies by 1, which is what gets quantized."""
+    """Move each norm's gamma into its readers, so that activations are quantized before gamma amplifies outliers.
+
+    Outlier Suppression (arXiv 2209.13325), Gamma Migration.
+
+    Args:
+        model: The model; changed in place.
+        groups: Groups of `find_groups`; those without a gamma are skipped.
+    """
     modules = dict(model.named_modules())
     for group in groups:
         if not group.has_gamma:
@@ -165,17 +177,17 @@ def _migrate_group(modules: Mapping[str, nn.Module], group: Group, g: Tensor) ->
 
 @dataclass(frozen=True)
 class SmoothQuantConfig:
-    """How hard activation outliers are moved into weights; `auto` chooses alpha for each layer."""
+    """Settings of SmoothQuant; alpha 'auto' chooses a value for each group of layers."""
 
     alpha: float | Literal["auto"] = 0.5
-    """0: all difficulty stays in the activations, 1: all of it goes to the weights"""
+    """Migration strength: at 0 all outliers stay in the activations, at 1 they move into the weights."""
     alpha_min: float = 0.3
     alpha_max: float = 0.7
     alpha_step: float = 0.05
     shared_criterion: Literal["mean", "min", "max"] = "mean"
-    """auto: the alpha of layers that share an input, of the alphas that are best for each of them alone"""
+    """auto: how the best alphas of layers that share an input are combined."""
     n_samples: int = 32
-    """auto: calibration examples that losses are measured on"""
+    """auto: number of calibration examples that losses are measured on."""
 
     def __post_init__(self) -> None:
         if self.alpha != "auto" and not (isinstance(self.alpha, float | int) and 0 <= self.alpha <= 1):
@@ -196,7 +208,7 @@ class SmoothQuantConfig:
 
     @property
     def grid(self) -> list[float]:
-        """The alphas that auto tries."""
+        """Alphas that auto tries."""
         steps = math.floor((self.alpha_max - self.alpha_min) / self.alpha_step + 1e-6)
         return [round(self.alpha_min + i * self.alpha_step, 10) for i in range(steps + 1)]
 
@@ -209,13 +221,20 @@ def smooth_quant(
     *,
     formats: tuple[Format, Format] = (IntFormat(8), IntFormat(8)),
 ) -> dict[str, float]:
-    """Divide each group's input by s_j = amax_j^alpha / wmax_j^(1 - alpha), in place.
+    """Divide each group's input by s_j = amax_j^alpha / wmax_j^(1 - alpha), in place (arXiv 2211.10438, equation 4).
 
     Args:
-        batches: calibration data; amax_j is over all of it, auto alpha measures on its first examples.
-        formats: (weights, activations) that auto alpha quantizes to.
+        model: The float model; changed in place.
+        groups: Groups of `find_groups`.
+        batches: Calibration data; amax_j is computed from all of it, auto alpha from its first examples.
+        config: The settings.
+        formats: (weight format, activation format) that auto alpha quantizes to.
 
-    Returns the alpha of each group, by its first layer. Raises UserError without batches.
+    Returns:
+        The alpha of each group, by the name of its first layer; groups that no batch reaches are missing.
+
+    Raises:
+        UserError: If there is no batch.
     """
     config = config or SmoothQuantConfig()
     modules = dict(model.named_modules())
@@ -236,14 +255,23 @@ def smooth_quant(
 
 
 def smoothing(amax: Tensor, wmax: Tensor, alpha: float) -> Tensor:
-    """s (channels,) from the largest |input| and |weight| of each channel; 1 where the input is always 0."""
+    """Return SmoothQuant's factor for each channel.
+
+    Args:
+        amax: float (channels,), largest |input|.
+        wmax: float (channels,), largest |weight|.
+        alpha: Migration strength, 0 to 1.
+
+    Returns:
+        float (channels,); 1 where the input is always 0.
+    """
     s = (amax**alpha / wmax.clamp(min=SMALLEST) ** (1 - alpha)).clamp(min=SMALLEST)
     return torch.where(amax > 0, s, torch.ones_like(s))
 
 
 @torch.no_grad()
 def weight_maxima(consumers: Iterable[nn.Module]) -> Tensor:
-    """Largest |weight| of each input channel over all layers that share the input: float32 (channels,)."""
+    """Return the largest |weight| of each input channel over layers that share their input, float32 (channels,)."""
     maxima = []
     for consumer in consumers:
         weight: Any = consumer.weight
@@ -255,9 +283,15 @@ def weight_maxima(consumers: Iterable[nn.Module]) -> Tensor:
 def shared_alpha(
     consumers: Sequence[nn.Module], seen: Inputs, config: SmoothQuantConfig, formats: tuple[Format, Format]
 ) -> float:
-    """The alpha of layers that share an input: mean, min or max of what is best for each of them alone.
+    """Return the alpha for layers that share an input: mean, min or max of the alphas that are best for each.
 
-    As neural-compressor's auto-tuning has it: losses of layers of different sizes are never added or compared.
+    As in neural-compressor's auto-tuning, so losses of layers of different sizes are never added or compared.
+
+    Args:
+        consumers: The layers.
+        seen: Statistics of their input.
+        config: The settings.
+        formats: (weight format, activation format) to quantize to.
     """
     scales = {alpha: smoothing(seen.amax, weight_maxima(consumers), alpha) for alpha in config.grid}
     best = [
@@ -269,16 +303,16 @@ def shared_alpha(
 
 @torch.no_grad()
 def alpha_loss(consumer: nn.Module, inputs: Sequence[Tensor], s: Tensor, formats: tuple[Format, Format]) -> float:
-    """Error of a layer's output with X / s and W * s quantized: sum of |error / max|y||^0.5 over all inputs.
+    """Return the error of a layer's output with X / s and W * s quantized: the sum of |error / max|y||^0.5.
 
-    The square root, as neural-compressor has it, counts many small errors for more than a few large ones.
+    The square root, as in neural-compressor, weighs many small errors more than a few large ones.
 
     Args:
-        consumer: Linear, Conv1D or Conv2d.
-        inputs: what it reads, (tokens, channels) or (B, channels, H, W) each.
+        consumer: A Linear, Conv1D or Conv2d.
+        inputs: Its inputs, (tokens, channels) or (B, channels, H, W) each.
         s: float (channels,), see `smoothing`.
-        formats: (weights, activations). Weights are quantized per output channel, inputs on one scale for all of
-            them, both to their extrema.
+        formats: (weight format, activation format). Weights are quantized per output channel, inputs with a single
+            scale for all of them, both to their extrema.
     """
     weight: Any = consumer.weight
     axis = 1 if isinstance(consumer, Conv1D) else 0
@@ -297,7 +331,7 @@ def alpha_loss(consumer: nn.Module, inputs: Sequence[Tensor], s: Tensor, formats
 
 
 def _output(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """What the layer makes of x with this weight, past its hooks: x is what they have made of its input."""
+    """Return the layer's output for another weight, without its hooks, which have already changed x."""
     own = layer.weight
     layer.weight = nn.Parameter(weight, requires_grad=False)
     try:
@@ -308,7 +342,7 @@ def _output(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _quantized(rows: Tensor, format: Format, symmetric: bool) -> Tensor:
-    """Each row rounded to its own extrema; in formats without a scale, as they are."""
+    """Fake-quantize (rows, values), each row to its own extrema; formats without a scale need none."""
     if not isinstance(format, IntFormat | FloatFormat):
         return fake_quantize(rows, format)
     scale, zero_point = scale_from_range(rows.amin(dim=1), rows.amax(dim=1), format, symmetric)
@@ -317,19 +351,31 @@ def _quantized(rows: Tensor, format: Format, symmetric: bool) -> Tensor:
 
 @dataclass
 class Inputs:
-    """What a layer has read: largest magnitude of each channel, and some of it."""
+    """Statistics of a layer's input."""
 
     amax: Tensor
+    """float32 (channels,): largest magnitude."""
     kept: list[Tensor] = field(default_factory=list)
+    """Some of the inputs: (tokens, channels), or (B, channels, H, W)."""
 
 
 @torch.no_grad()
 def watch_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], samples: int
 ) -> dict[str, Inputs]:
-    """What `layers` read over `batches`, in eval mode; inputs of the first `samples` examples are kept.
+    """Collect statistics of layers' inputs, in eval mode.
 
-    Of those at most `TOKENS` tokens a batch, evenly spaced. Raises UserError without batches.
+    Args:
+        model: The model.
+        layers: Layers by name.
+        batches: Inputs of the model.
+        samples: Number of examples whose inputs are kept, with at most TOKENS evenly spaced tokens per batch.
+
+    Returns:
+        Statistics by layer name; layers that are never called are missing.
+
+    Raises:
+        UserError: If there is no batch.
     """
     seen: dict[str, Inputs] = {}
     room = samples
@@ -370,14 +416,19 @@ def _thinned(x: Tensor, layer: nn.Module) -> Tensor:
     return tokens[:: max(-(-len(tokens) // TOKENS), 1)].contiguous()
 
 
-# ------------------------------------------------------ both, as a run asks for them
+# ------------------------------------------------------ both
 
 
 def sound_groups(model: nn.Module, example: Any, groups: Sequence[Group]) -> list[Group]:
-    """The groups whose scales can move with the outputs of a float model unchanged, as tried on a copy of it.
+    """Select the groups whose scales can move without changing the model's outputs, by trying it on a copy.
 
-    Watching a forward pass does not see who reads a tensor past torch's functions, nor layers that do more with their
-    weight than multiply by it. Such groups are left out with a warning.
+    `find_groups` cannot see code that reads a tensor without torch functions, nor layers that do more with their weight
+    than multiply by it. Such groups are left out with a warning.
+
+    Args:
+        model: The float model; not changed.
+        example: A batch.
+        groups: Groups of `find_groups`.
     """
     if _unchanged(model, example, groups):
         return list(groups)
@@ -393,11 +444,12 @@ def sound_groups(model: nn.Module, example: Any, groups: Sequence[Group]) -> lis
 
 @torch.no_grad()
 def _unchanged(model: nn.Module, example: Any, groups: Iterable[Group]) -> bool:
-    """Whether a copy of the model has the same outputs with powers of two moved in these groups.
+    """Whether a copy of the model keeps its outputs when powers of two are moved in these groups.
 
-    Only where a shortcut is multiplied do these leave a rounding error, of a few eps: far below sqrt(eps).
+    Powers of two are exact except for a shortcut's gain, whose rounding error of a few eps is far below the tolerance
+    of sqrt(eps).
     """
-    # A weight that hooks compute (weight norm) cannot be copied; the next forward pass makes it anew.
+    # A weight that hooks compute (weight norm) cannot be copied; the next forward pass computes it again.
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     trial = copy.deepcopy(model, {id(tensor): tensor for tensor in computed}).eval()
     before, modules = _seeded_outputs(trial, example), dict(trial.named_modules())
@@ -414,7 +466,7 @@ def _unchanged(model: nn.Module, example: Any, groups: Iterable[Group]) -> bool:
 
 
 def _seeded_outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """The model's outputs, alike every time even if it draws random numbers."""
+    """Return the model's outputs, with a fixed seed in case it draws random numbers."""
     with torch.random.fork_rng({p.device.index for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(0)
         return outputs(model, example)
@@ -430,14 +482,19 @@ def fold(
     smooth: SmoothQuantConfig | None = None,
     formats: tuple[Format, Format] = (IntFormat(8), IntFormat(8)),
 ) -> None:
-    """Gamma Migration, then SmoothQuant, as far as asked for, on a float model, in place.
+    """Apply Gamma Migration, then SmoothQuant, each if requested, to a float model.
 
     Args:
-        example: a batch that shows who reads what.
-        batches: gives the calibration data.
-        layers: names of the layers that will be quantized; the others change only where they share an input with them.
+        model: The float model; changed in place.
+        example: A batch; a forward pass over it shows which modules read which tensors.
+        batches: Returns the calibration data.
+        layers: Names of the layers that will be quantized; others change only if they share an input with these.
+        gamma: Whether to apply Gamma Migration.
+        smooth: Settings of SmoothQuant; None: do not apply it.
+        formats: (weight format, activation format) that auto alpha quantizes to.
 
-    Raises UserError if Gamma Migration finds no norm that can be migrated.
+    Raises:
+        UserError: If Gamma Migration finds no norm that it can be applied to.
     """
     groups = [group.only(layers) for group in find_groups(model, example)]
     groups = [group for group in groups if group.consumers and (smooth is not None or group.has_gamma)]

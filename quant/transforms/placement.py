@@ -1,9 +1,9 @@
-"""Placement: what is quantized besides the inputs and weights of layers, found by watching one forward pass.
+"""Placement: quantize tensors other than the inputs and weights of layers, at sites found in one forward pass.
 
-Norms, GELU and softmax compute in float between quantized inputs and outputs; residual additions add quantized
-tensors; products of activations (queries with keys, attention probabilities with values) multiply quantized ones;
-embeddings are rounded row by row. Each of these sites belongs to the quantized layer that was called last before it
-(the first layer, where there is none yet) and takes that layer's format, so that a search decides on both together.
+Norms, GELU and softmax compute in float between quantized inputs and outputs; residual additions and products of
+activations (queries with keys, attention probabilities with values) read quantized tensors; embeddings are rounded row
+by row. Each of these sites belongs to the quantized layer that was called last before it (the first layer, if none was)
+and takes its format, so that a search decides on both together.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _TABLE = QuantizerConfig(range="dynamic", granularity="token", observer="minmax", symmetric=True)
-"""embeddings: a symmetric scale for each row, which is the weight's scale per channel"""
+"""For embeddings: a symmetric scale per row, which corresponds to a weight's scale per channel."""
 _PLAIN_OBSERVER = {"avg_prune_minmax": "minmax"}
-"""Token-Wise Clipping is not for attention probabilities (arXiv 2209.13325)"""
+"""Observer -> replacement for attention probabilities: Token-Wise Clipping does not apply there (arXiv 2209.13325)."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Placement:
     """Which tensors are quantized besides inputs and weights of layers."""
 
     high_precision_ops: Collection[str] = ()
-    """of `HIGH_PRECISION_OPS`: these compute in float, between quantized inputs and outputs"""
+    """Names of `HIGH_PRECISION_OPS` that compute in float between quantized inputs and outputs."""
     residual_adds: bool = False
-    """both inputs of every residual addition"""
+    """Quantize both inputs of residual additions."""
     products: bool = False
-    """both inputs of products between activations: queries, keys, attention probabilities, values"""
+    """Quantize both inputs of products of activations: queries, keys, attention probabilities, values."""
     embeddings: bool = False
-    """embedding tables, with one scale a row, in the format of the first layer's weight"""
+    """Quantize embeddings, with a scale per row, in the format of the first layer's weight."""
 
     def __post_init__(self) -> None:
         for op in self.high_precision_ops:
@@ -64,13 +64,16 @@ class Placement:
 def place_quantizers(
     model: nn.Module, modules: Mapping[str, QuantModule], example: Any, placement: Placement
 ) -> dict[str, str]:
-    """Quantize what `placement` names, in place, in the formats that the quantized layers have and are set to.
+    """Find the sites of a placement and quantize there, in place, in the current formats of the layers.
 
     Args:
-        modules: the quantized layers of `model`, by name.
-        example: a batch that shows what is called.
+        model: The quantized model.
+        modules: Its quantized layers, by name.
+        example: A batch; sites are those that a forward pass over it reaches.
+        placement: What to quantize.
 
-    Returns site -> layer that it belongs to, which is what `attach_quantizers` takes.
+    Returns:
+        Site -> name of the layer that it belongs to, for `attach_quantizers`.
     """
     watching = _Placer(model, modules, placement)
     try:
@@ -83,23 +86,29 @@ def place_quantizers(
 
 
 def attach_quantizers(model: nn.Module, modules: Mapping[str, QuantModule], sites: Mapping[str, str]) -> None:
-    """Quantize at these sites, as a saved model does. Their ranges come from calibration or from a state dict."""
+    """Quantize at known sites, as when a saved model is loaded; calibration or a state dict sets the ranges.
+
+    Args:
+        model: The quantized model; changed in place.
+        modules: Its quantized layers, by name.
+        sites: Site -> name of the layer that it belongs to.
+    """
     if not sites:
         return
     for site, name in sites.items():
         modules[name].place(f"{site}_quantizer", _quantizer(site, modules[name].input_quantizer))
-    # Past nn.Module's bookkeeping: as a child it would be one more step of an nn.Sequential.
+    # Not set as an attribute: as a child module it would be one more step of an nn.Sequential.
     model.__dict__["placer"] = _Placer(model, modules, sites=sites)
 
 
 def placed_sites(model: nn.Module) -> dict[str, str]:
-    """Site -> layer, for a file; empty where nothing was placed."""
+    """Return site -> layer name, as `place_quantizers` did; empty if nothing was placed."""
     placer = model.__dict__.get("placer")
     return dict(placer.sites) if placer is not None else {}
 
 
 def _quantizer(site: str, beside: Quantizer) -> Quantizer:
-    """A new quantizer like the layer's own `beside`, with room for the same formats."""
+    """Create a quantizer like a layer's own, prepared for the same formats."""
     config, op = beside.config, site.rpartition(":")[2]
     if op == TABLE:
         config = _TABLE
@@ -112,7 +121,7 @@ def _quantizer(site: str, beside: Quantizer) -> Quantizer:
 
 
 class _Frame:
-    """A call of a module that is under way."""
+    """A module call in progress."""
 
     def __init__(self, path: str, closed: bool) -> None:
         self.path, self.closed = path, closed
@@ -120,9 +129,9 @@ class _Frame:
 
 
 class _Placer:
-    """Hooks in every module of a model: while it runs, tensors at the sites go through their quantizers.
+    """Hooks in every module of a model, which pass the tensors at the sites through their quantizers.
 
-    Without `sites` it looks for them: `found` then names those of a placement.
+    With a placement instead of sites, it only records its sites in `found`.
     """
 
     def __init__(
@@ -146,14 +155,15 @@ class _Placer:
         for dotted, module in model.named_modules():
             if isinstance(module, Shortcut | Quantizer):
                 continue
-            path = dotted.replace(".", "/")  # sites become names of modules, which may hold no dot
+            path = dotted.replace(".", "/")  # sites become names of modules, which must not contain dots
             leave: Any = partial(self.leave, path, _kind(module), names.get(module))  # type: ignore[call-overload]
             hooks.append(module.register_forward_pre_hook(partial(self.enter, path, _kind(module)), with_kwargs=True))
             hooks.append(module.register_forward_hook(leave, always_call=True))
-        if placement is not None:  # what stays is copied with the model, and handles cannot be
+        if placement is not None:  # a permanent placer is copied with the model, and hook handles cannot be copied
             self.hooks = hooks
 
     def remove(self) -> None:
+        """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
 
@@ -162,6 +172,7 @@ class _Placer:
     def enter(
         self, path: str, kind: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
+        """Forward pre-hook: quantize what the module reads."""
         outer = bool(self.frames) and self.frames[-1].closed
         if not self.frames:
             self.mode.__enter__()
@@ -176,8 +187,9 @@ class _Placer:
     def leave(
         self, path: str, kind: str, name: str | None, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Tensor | None:
+        """Forward hook: quantize what the module returns."""
         if name is not None:
-            # What came before all layers belongs to the first that is called: see `quant.quantizers.prefix_cache`.
+            # Sites before all layers belong to the first one that is called, as `quantizers.prefix_cache` requires.
             if not self.owner:
                 self.found = {site: owner or name for site, owner in self.found.items()}
             self.owner = name
@@ -194,7 +206,16 @@ class _Placer:
     # ------------------------------------------------------ functions
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """function(*args, **kwargs), with the tensors quantized that a site names."""
+        """Call a torch function, with quantizers at its sites.
+
+        Args:
+            function: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            What the function returns for the quantized arguments.
+        """
         frame = self.frames[-1]
         if frame.closed:
             return function(*args, **kwargs)
@@ -219,17 +240,18 @@ class _Placer:
         return function(*args, **kwargs)
 
     def site(self, frame: _Frame, op: str) -> str:
-        """Module and which of its calls of `op` this is."""
+        """Return the name of a site: the module, the operation, and the number of the call."""
         frame.calls[op] += 1
         return f"{frame.path}:{op}{frame.calls[op]}"
 
     def add(self, frame: _Frame, function: Any, left: Tensor, right: Tensor) -> Tensor:
+        """Add two tensors of the same shape, quantized if the sum is a residual addition."""
         start = self.site(frame, "add")
         if self.placement is not None and not (self.was_read(left) or self.was_read(right)):
             return function(left, right)
-        kept = left.clone() if function in _IN_PLACE else left  # a quantizer's backward pass looks at what it rounded
+        kept = left.clone() if function in _IN_PLACE else left  # a quantizer's backward pass needs its input
         parts = [self.pass_on(f"{start}:{side}", x, "add") for side, x in (("left", kept), ("right", right))]
-        for shortcut in self.shortcuts:  # a migrated shortcut adds its gain later: to what is added here
+        for shortcut in self.shortcuts:  # a migrated shortcut must apply its gain to the quantized tensor
             for x, rounded in zip((left, right), parts, strict=True):
                 if shortcut.latest is not None and shortcut.latest.data_ptr() == x.data_ptr():
                     shortcut.latest = rounded
@@ -238,12 +260,22 @@ class _Placer:
         return function(*parts)
 
     def was_read(self, x: Tensor) -> bool:
-        """Whether a layer or norm has read x already in this pass: only then is x on a shortcut."""
+        """Whether a layer or norm has already read x in this pass: only then is x a shortcut."""
         known = self.read.get(id(x))
         return known is not None and known() is x
 
     def attend(self, start: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Scaled dot-product attention; in explicit steps where its inside is quantized."""
+        """Compute scaled dot-product attention, in explicit steps if scores or probabilities are quantized.
+
+        Args:
+            start: Name of the call.
+            function: F.scaled_dot_product_attention.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            (..., T, head_dim).
+        """
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         query, key, value = (
@@ -263,12 +295,12 @@ class _Placer:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         made = torch.softmax(scores.float(), dim=-1).to(query)
         if mask is not None:
-            made = torch.nan_to_num(made)  # a padded query that may look at nothing
+            made = torch.nan_to_num(made)  # a padded query may have no key to attend to
         made = self.pass_on(f"{start}:probabilities", made, "softmax", tokens=2)
         return F.dropout(made, given.get("dropout_p", 0.0)) @ value
 
     def scores(self, site: str, x: Tensor) -> Tensor:
-        """Quantized softmax inputs; entries that a mask has taken out stay out, and out of the range."""
+        """Quantize softmax inputs, (..., T, S); masked entries keep their value and do not count for the range."""
         if not self.wants(site, "softmax"):
             return x
         masked = x < torch.finfo(x.dtype).min / 4
@@ -277,7 +309,7 @@ class _Placer:
     # ------------------------------------------------------ quantizers
 
     def wants(self, site: str, op: str) -> bool:
-        """Whether `site` is quantized; while looking for sites, notes it if it will be."""
+        """Whether a site is quantized; while searching for sites, records it if it will be."""
         if self.placement is None:
             return site in self.owners
         placement, part = self.placement, site.rpartition(":")[2]
@@ -292,7 +324,14 @@ class _Placer:
         return site in self.found
 
     def pass_on(self, site: str, x: Tensor, op: str, tokens: int = 1) -> Tensor:
-        """x as the site has it: rounded, where that is quantized. tokens: the axis of x that tokens stand on."""
+        """Quantize x if the site is quantized, and observe it during calibration.
+
+        Args:
+            site: Name of the site.
+            x: The tensor.
+            op: The operation.
+            tokens: The axis of x that belongs to tokens.
+        """
         if not self.wants(site, op) or self.placement is not None:
             return x
         owner: Any = self.owners[site]
@@ -312,7 +351,7 @@ class _Mode(TorchFunctionMode):
 
 
 def _kind(module: nn.Module) -> str:
-    """What a module counts as; its inside is then its own affair. '': a module whose inside matters."""
+    """Return the kind of a module that is treated as a unit; '' for one whose inner operations are looked at."""
     if isinstance(module, QuantModule | nn.Linear | nn.Conv2d):
         return "layer"
     if isinstance(module, nn.Embedding):
@@ -330,5 +369,5 @@ def _alike(left: Any, right: Any) -> bool:
 
 
 def _tokens_of(x: Tensor, place: int) -> int:
-    """The axis of a product's factor that tokens stand on: keys come transposed, queries and values do not."""
+    """Return the axis of a product's factor that belongs to tokens: keys are transposed, queries and values are not."""
     return x.dim() - 1 if place == 1 and x.stride(-1) > x.stride(-2) else x.dim() - 2

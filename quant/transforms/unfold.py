@@ -1,6 +1,6 @@
-"""Modules that read several weights at once, taken apart in place into layers that can be quantized one by one.
+"""Unfold modules that use several weights at once into layers that can be quantized one by one, in place.
 
-They compute what they did, up to the rounding of float arithmetic, and give and take the same state dicts as before.
+Outputs stay the same up to float rounding, and state dicts are saved and loaded under the same names as before.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ PROJECTIONS = "q_proj", "k_proj", "v_proj"
 
 
 def unfold(model: nn.Module) -> nn.Module:
-    """`model`, changed in place: weights that no layer call reached are layers of their own.
+    """Turn weights that are used without calling a layer into layers of their own.
 
-    `nn.MultiheadAttention` becomes four linear layers and their attention; experts of transformers that hold their
-    matrices in one tensor become an `ExpertLinear` for each tensor. Subclasses of the former with a forward of their
-    own, and modules whose weights are computed (parametrizations), stay as they are. Parameters that are divided are
-    new ones: make the optimizer after.
+    `nn.MultiheadAttention` becomes four linear layers and their attention. Experts of transformers that hold their
+    matrices in one tensor become an `ExpertLinear` per tensor. Subclasses of `nn.MultiheadAttention` with a forward of
+    their own, and modules with parametrized weights, stay as they are. Packed parameters are split into new ones, so
+    create the optimizer afterwards.
+
+    Args:
+        model: The model; changed in place.
+
+    Returns:
+        The same model.
     """
     divided: dict[int, list[nn.Parameter]] = {}
     for module in list(model.modules()):
@@ -37,23 +43,29 @@ def unfold(model: nn.Module) -> nn.Module:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether it computes as `nn.MultiheadAttention` does, from weights that it reads itself."""
+    """Whether a module is an `nn.MultiheadAttention` that can be unfolded."""
     own = isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnfoldedAttention)
     return own and type(module).forward is nn.MultiheadAttention.forward and not is_parametrized(module)
 
 
 class _Unfolded(nn.Module):
-    """What both have in common: they save under the names that they had, and load from these and from their layers'."""
+    """Saves state dicts under the names of the original module; loads from these and from the layers' names."""
 
     def fold_names(self, state: dict[str, Any], prefix: str) -> None:
-        """Change a state dict in place: from the layers' names to those of the original."""
+        """Rename the layers' tensors, in place, to those of the original module.
+
+        Args:
+            state: A state dict.
+            prefix: Name of the module, with a dot behind unless it is empty.
+        """
         raise NotImplementedError
 
     def unfold_names(self, state: dict[str, Any], prefix: str) -> None:
-        """The way back from `fold_names`."""
+        """Invert `fold_names`."""
         raise NotImplementedError
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the state dict under the names of the original module."""
         state: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
         self.fold_names(state, prefix)
         return state
@@ -64,7 +76,7 @@ class _Unfolded(nn.Module):
 
 
 def layer_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of `model` under the names of its layers, also where it was taken apart."""
+    """Return the state dict of a model under the names of its layers, also within unfolded modules."""
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _Unfolded):
@@ -81,7 +93,12 @@ class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
 
     @classmethod
     def take(cls, attention: Any, divided: dict[int, list[nn.Parameter]]) -> None:
-        """Make one of an `nn.MultiheadAttention`, in place. divided: id of a packed weight -> what it became."""
+        """Convert an `nn.MultiheadAttention` in place.
+
+        Args:
+            attention: The module.
+            divided: id of a packed parameter -> its parts; shared by all calls, so that tied parameters stay tied.
+        """
 
         def thirds(packed: nn.Parameter) -> list[nn.Parameter]:
             parts = [nn.Parameter(part.detach().clone(), packed.requires_grad) for part in packed.chunk(3)]
@@ -94,7 +111,7 @@ class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
         attention.__class__ = cls
         for name in ("in_proj_weight", "in_proj_bias", *(f"{name}_weight" for name in PROJECTIONS)):
             setattr(attention, name, None)
-        attention._qkv_same_embed_dim = False  # or PyTorch's fast path would look for what is gone
+        attention._qkv_same_embed_dim = False  # keeps PyTorch's fast path from reading in_proj_weight
         for name, part, part_bias in zip(PROJECTIONS, weights, biases, strict=True):
             setattr(attention, name, _linear(part, part_bias))
         attention.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
@@ -111,7 +128,21 @@ class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As that of `nn.MultiheadAttention`."""
+        """Compute attention; arguments and results are those of `nn.MultiheadAttention.forward`.
+
+        Args:
+            query: (B, T, features); without `batch_first` (T, B, features); without a batch (T, features).
+            key: As query, with S tokens.
+            value: As key.
+            key_padding_mask: (B, S); bool, True for padding, or float, added to the scores.
+            need_weights: Whether to return the attention weights.
+            attn_mask: (T, S) or (B * heads, T, S); bool, True where attention is not allowed, or float, added.
+            average_attn_weights: Whether to average the returned weights over heads.
+            is_causal: Hint that attn_mask is causal.
+
+        Returns:
+            The output, shaped as query, and the weights, (B, T, S) or (B, heads, T, S), or None.
+        """
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint: attn_mask must hold the causal mask")
         single = query.dim() == 2
@@ -156,6 +187,7 @@ class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
         return self.out_proj(mixed), weights
 
     def fold_names(self, state: dict[str, Any], prefix: str) -> None:
+        """Join the projections into in_proj_weight and in_proj_bias."""
         for kind in ("weight", "bias"):
             parts = [f"{prefix}{name}.{kind}" for name in PROJECTIONS]
             found = [state[part] for part in parts if part in state]
@@ -166,6 +198,7 @@ class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
         _rename(state, {f"{prefix}{name}.weight": f"{prefix}{name}_weight" for name in PROJECTIONS})
 
     def unfold_names(self, state: dict[str, Any], prefix: str) -> None:
+        """Invert `fold_names`."""
         for kind in ("weight", "bias"):
             if (packed := state.pop(f"{prefix}in_proj_{kind}", None)) is not None:
                 parts = [f"{prefix}{name}.{kind}" for name in PROJECTIONS]
@@ -174,7 +207,7 @@ class UnfoldedAttention(_Unfolded, nn.MultiheadAttention):
 
 
 def is_experts(module: Any) -> bool:
-    """Whether these are experts that compute as transformers' interface for experts says, from tensors of matrices."""
+    """Whether a module has experts of transformers, as stacked tensors of matrices, that can be unfolded."""
     if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")) or isinstance(module, UnfoldedExperts):
         return False
     weights = [module._parameters.get(name) for name in _projections(module)]
@@ -183,21 +216,21 @@ def is_experts(module: Any) -> bool:
 
 
 def _projections(experts: Any) -> tuple[str, str]:
-    """Names of the two tensors of matrices: into the experts, and out of them."""
+    """Return the names of the two tensors of matrices: into the experts, and out of them."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
 class UnfoldedExperts(_Unfolded):
-    """Experts whose tensors of matrices are layers: an `ExpertLinear` in the place of each.
+    """Experts with an `ExpertLinear` in place of each tensor of matrices.
 
-    Mixed into the class of the experts, which says how they gate and activate.
+    A mixin of the experts' own class, which implements gate and activation.
     """
 
     own: ClassVar[type[nn.Module]]
 
     @staticmethod
     def take(experts: Any) -> None:
-        """Make them of experts in place."""
+        """Convert a module of experts in place."""
         for name in _projections(experts):
             weight, bias = experts._parameters.pop(name), experts._parameters.pop(f"{name}_bias", None)
             setattr(experts, name, ExpertLinear(weight, bias, experts.is_transposed))
@@ -205,7 +238,16 @@ class UnfoldedExperts(_Unfolded):
         experts.train(experts.training)
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (tokens, features); top_k_index and top_k_weights (tokens, k): each token's experts."""
+        """Compute the mixture.
+
+        Args:
+            hidden_states: (tokens, features).
+            top_k_index: Integers (tokens, k): the experts of each token.
+            top_k_weights: (tokens, k): their weights.
+
+        Returns:
+            (tokens, features).
+        """
         chosen = top_k_index.shape[-1]
         experts = top_k_index.reshape(-1)
         into, out_of = (getattr(self, name) for name in _projections(self))
@@ -217,9 +259,11 @@ class UnfoldedExperts(_Unfolded):
         return weighted.unflatten(0, (-1, chosen)).sum(1).to(hidden_states.dtype)
 
     def fold_names(self, state: dict[str, Any], prefix: str) -> None:
+        """Rename the layers' weights and biases to those of the experts."""
         _rename(state, {new: old for old, new in self._names(prefix)})
 
     def unfold_names(self, state: dict[str, Any], prefix: str) -> None:
+        """Invert `fold_names`."""
         _rename(state, dict(self._names(prefix)))
 
     def _names(self, prefix: str) -> list[tuple[str, str]]:
@@ -227,7 +271,7 @@ class UnfoldedExperts(_Unfolded):
         return [*((name, f"{name}.weight") for name in names), *((f"{name}_bias", f"{name}.bias") for name in names)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """How a pickle names a class that was made here, and that no module holds: by what it was made of."""
+        """Pickle an instance of a dynamic class by its original class, since no module holds the class itself."""
         return _blank, (self.own,), self.__getstate__()
 
 
@@ -242,7 +286,7 @@ def _blank(own: type[nn.Module]) -> UnfoldedExperts:
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear layer that holds these very parameters."""
+    """Return a linear layer that holds these parameters themselves."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = weight
     layer.register_parameter("bias", bias)
@@ -250,7 +294,7 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _as_added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as what is added to scores: -inf where a bool one is true."""
+    """Convert a bool mask to one that is added to scores: -inf where it is True."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

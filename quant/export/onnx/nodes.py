@@ -15,8 +15,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from quant.export.onnx.layers import INT8, OnnxLayer, Storage
-from quant.export.weights import RoundedWeight, block_unit
-from quant.formats import BlockFormat, FloatFormat, IntFormat
+from quant.export.weights import RoundedWeight
+from quant.formats import BlockFormat, FloatFormat, IntFormat, mx_element
 
 DOMAIN = "mpq"
 """of the placeholders"""
@@ -151,7 +151,7 @@ class Replacement:
         blocked = isinstance(weight.format, BlockFormat)
         elements, scale = weight.elements, weight.scale
         if isinstance(weight.format, BlockFormat):
-            factor = block_unit(weight.format) * (1 if weight.tensor_scale is None else weight.tensor_scale)
+            factor = mx_element(weight.format)[1] * (1 if weight.tensor_scale is None else weight.tensor_scale)
             scale = scale * factor
         point = None if weight.zero_point is None else weight.zero_point
         if point is not None:
