@@ -1,4 +1,4 @@
-"""What a model costs in each assignment of formats."""
+"""The cost of a model under an assignment of formats: layer profiles, memory and compute."""
 
 from typing import TYPE_CHECKING
 

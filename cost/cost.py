@@ -1,4 +1,4 @@
-"""What an assignment costs, and how a reward weighs cost against quality: arithmetic over layer profiles."""
+"""Cost of an assignment, computed from layer profiles, and rewards that combine quality and cost."""
 
 from __future__ import annotations
 
@@ -20,18 +20,31 @@ MIB_BITS = 8 * 2**20
 
 
 def memory_cost(profiles: Sequence[LayerProfile], assignment: Assignment) -> float:
-    """MiB of the profiled layers' weights: sum of weights x weight bits / 8 / 2^20. Scales: `overhead_memory`.
+    """Return the memory of the profiled layers' weights in MiB: sum of weights x weight bits / 8 / 2^20.
 
-    Raises ValueError unless profiles and assignment name the same layers.
+    Scales and zero points are not included, see `overhead_memory`.
+
+    Args:
+        profiles: Profiles of the layers.
+        assignment: Layer name -> (weight format, activation format).
+
+    Raises:
+        ValueError: Unless profiles and assignment have the same layers.
     """
     return cost_of_bits(profiles, _bits(profiles, assignment), "memory")
 
 
 def compute_cost(profiles: Sequence[LayerProfile], assignment: Assignment) -> float:
-    """GBOPs per example: sum of MACs x weight bits x activation bits / 1e9.
+    """Return the bit operations per example in GBOPs: sum of MACs x weight bits x activation bits / 1e9.
 
-    Profiles made with `charge_attention` add their share of the attention products: MACs x activation bits squared.
-    Raises ValueError unless profiles and assignment name the same layers.
+    Profiles made with `charge_attention` add their share of attention products: MACs x activation bits squared.
+
+    Args:
+        profiles: Profiles of the layers.
+        assignment: Layer name -> (weight format, activation format).
+
+    Raises:
+        ValueError: Unless profiles and assignment have the same layers.
     """
     return cost_of_bits(profiles, _bits(profiles, assignment), "compute")
 
@@ -43,9 +56,17 @@ COSTS: dict[CostType, Callable[[Sequence[LayerProfile], Assignment], float]] = {
 
 
 def cost_of_bits(profiles: Sequence[LayerProfile], bits: Sequence[tuple[float, float]], cost_type: CostType) -> float:
-    """Cost with one (weight bits, activation bits) pair per profile, fractions such as 4.5 included.
+    """Return the cost for given bits.
 
-    The sum is rounded once, before the division: equal bit totals give equal costs, however layers are grouped.
+    The sum is rounded once, before the division, so equal totals give equal costs, however layers are grouped.
+
+    Args:
+        profiles: Profiles of the layers.
+        bits: (weight bits, activation bits) per profile; fractions such as 4.5 are allowed.
+        cost_type: 'memory' or 'compute'.
+
+    Returns:
+        MiB or GBOPs.
     """
     pairs = zip(profiles, bits, strict=True)
     if cost_type == "memory":
@@ -54,12 +75,19 @@ def cost_of_bits(profiles: Sequence[LayerProfile], bits: Sequence[tuple[float, f
 
 
 def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, per_channel: bool = True) -> float:
-    """MiB of scales and zero points beside the weights. Charges, per layer:
+    """Return the memory of scales and zero points in MiB, which `memory_cost` does not include.
 
-    - weight: a float32 scale per output channel, or one a layer without `per_channel`; weights have no zero point;
+    Charged per layer:
+
+    - weight: a float32 scale per output channel, or per layer without `per_channel`; weights have no zero point;
     - activation: one float32 scale, and for integers a zero point of 1 byte (2 bytes above int8);
-    - block formats: nothing, their scales are part of the effective bits, but nvfp4's one float32 a tensor;
+    - block formats: nothing, as their scales are part of the effective bits, except nvfp4's float32 per tensor;
     - float: nothing.
+
+    Args:
+        profiles: Profiles of the layers.
+        assignment: Layer name -> (weight format, activation format).
+        per_channel: Whether weights have a scale per output channel.
     """
     total = 0
     for profile in profiles:
@@ -73,11 +101,19 @@ def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, pe
 
 
 def unsearched_memory(model: nn.Module, names: Collection[str]) -> float:
-    """MiB of the parameters that stay in float, at 16 bits: all but the weights of the layers in `names`.
+    """Return the memory of the parameters that stay in float, at 16 bits each, in MiB.
 
-    A tied parameter counts once, and not at all where searched layers alone use it: an embedding that is a searched
-    head's weight as well is read in float, beside the head's rounded one. Parameters that a searched layer
-    holds beside its bias, such as learned scales, belong to its weight. Raises ValueError for an unknown name.
+    Those are all parameters but the weights of the searched layers. A tied parameter counts once, and not at all if
+    only searched layers use it: an embedding that is tied to a searched head is read in float, in addition to the
+    head's rounded weight. All parameters of a searched layer except its bias count as its weight, for example learned
+    scales.
+
+    Args:
+        model: The model.
+        names: Names of the searched layers.
+
+    Raises:
+        ValueError: For an unknown name.
     """
     modules = dict(model.named_modules())
     if unknown := sorted(set(names) - modules.keys()):
@@ -90,12 +126,19 @@ def unsearched_memory(model: nn.Module, names: Collection[str]) -> float:
 
 
 def assignment_to_json(assignment: Assignment) -> dict[str, list[str]]:
-    """The assignment as JSON values: layer -> [weight format, activation format], by name."""
+    """Convert an assignment to JSON values: layer -> [weight format, activation format], by name."""
     return {layer: [weight.name, activation.name] for layer, (weight, activation) in assignment.items()}
 
 
 def assignment_from_json(values: object) -> dict[str, tuple[Format, Format]]:
-    """The assignment that `assignment_to_json` wrote. Raises UserError, naming the layer, for anything else."""
+    """Read an assignment from the values that `assignment_to_json` returned.
+
+    Args:
+        values: JSON values.
+
+    Raises:
+        UserError: If they are not an assignment; the message names the layer.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"assignment must map layers to [weight format, activation format], got {values!r}")
     assignment = {}
@@ -110,17 +153,37 @@ def assignment_from_json(values: object) -> dict[str, tuple[Format, Format]]:
 
 
 def tunas_abs(quality: float, cost: float, target: float, beta: float) -> float:
-    """Q - beta |r - 1| with r = cost / target: the target is met from both sides. Source: TuNAS, arXiv 2008.06120."""
+    """Return Q - beta |r - 1| with r = cost / target (TuNAS, arXiv 2008.06120); deviations on both sides are penalized.
+
+    Args:
+        quality: Q, in (0, 1].
+        cost: In the unit of the target, not negative.
+        target: Positive.
+        beta: Not negative.
+
+    Raises:
+        ValueError: If an argument is out of its range. The other rewards have the same arguments.
+    """
     return quality - beta * abs(_ratio(quality, cost, target, beta) - 1)
 
 
 def one_sided_tunas_abs(quality: float, cost: float, target: float, beta: float) -> float:
-    """Q - beta max(0, r - 1): only a cost over the target is charged."""
+    """Return Q - beta max(0, r - 1): only a cost above the target is penalized; arguments as for `tunas_abs`."""
     return quality - beta * max(0.0, _ratio(quality, cost, target, beta) - 1)
 
 
 def soft_exponential(quality: float, cost: float, target: float, beta: float) -> float:
-    """Q r^(-beta): cheaper is always better. Source: MnasNet, arXiv 1807.11626. Raises ValueError for cost 0."""
+    """Return Q r^(-beta) (MnasNet, arXiv 1807.11626): a lower cost is always better.
+
+    Args:
+        quality: Q, in (0, 1].
+        cost: In the unit of the target, positive.
+        target: Positive.
+        beta: Not negative.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
     ratio = _ratio(quality, cost, target, beta)
     if ratio == 0:
         raise ValueError("soft_exponential needs a cost above 0")
@@ -128,7 +191,7 @@ def soft_exponential(quality: float, cost: float, target: float, beta: float) ->
 
 
 def hard_exponential(quality: float, cost: float, target: float, beta: float) -> float:
-    """Q max(1, r)^(-beta): only a cost over the target is charged."""
+    """Return Q max(1, r)^(-beta): only a cost above the target is penalized; arguments as for `tunas_abs`."""
     return quality * max(1.0, _ratio(quality, cost, target, beta)) ** -beta
 
 
@@ -138,11 +201,11 @@ REWARDS: dict[str, Callable[[float, float, float, float], float]] = {
     "soft_exponential": soft_exponential,
     "hard_exponential": hard_exponential,
 }
-"""Name -> reward(quality, cost, target, beta). Quality never lowers it; over the target, cost never raises it."""
+"""Name -> reward(quality, cost, target, beta), which rises with quality and, above the target, falls with cost."""
 
 
 def _ratio(quality: float, cost: float, target: float, beta: float) -> float:
-    """cost / target, once every argument is in its range: outside, the rewards would turn around."""
+    """Return cost / target; raise ValueError for arguments out of range, for which rewards would change direction."""
     if not 0 < quality <= 1:
         raise ValueError(f"quality must be in (0, 1], got {quality}")
     if not 0 <= cost < math.inf:
@@ -155,7 +218,7 @@ def _ratio(quality: float, cost: float, target: float, beta: float) -> float:
 
 
 def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tuple[float, float]]:
-    """(weight bits, activation bits) per profile."""
+    """Return (weight bits, activation bits) per profile."""
     if differing := sorted({profile.name for profile in profiles} ^ assignment.keys()):
         raise ValueError(f"layers with a profile or a format, but not both: {', '.join(differing)}")
     return [(assignment[profile.name][0].bits, assignment[profile.name][1].bits) for profile in profiles]

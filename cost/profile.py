@@ -1,4 +1,4 @@
-"""What one example costs a model: a record per quantizable layer, counted by running the model once."""
+"""Profile a model: a record per quantizable layer with its MACs and weights, counted in one forward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quant.quant_experts import ExpertLinear
 from quant.transforms.unfold import unfold
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
-"""What the model is called with: model(tensor), model(*list or tuple) or model(**mapping)."""
+"""Inputs of a model, called as model(tensor), model(*list or tuple) or model(**mapping)."""
 
 
 _KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d, "experts": ExpertLinear}
@@ -26,25 +26,25 @@ _KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d, "expert
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One quantizable layer. MACs and positions are per example, summed over the layer's calls."""
+    """One quantizable layer; MACs and positions are per example, summed over the layer's calls."""
 
     name: str
     macs: int
-    """multiply-accumulates of weights with activations: params x positions; of experts, those of one x positions"""
+    """Multiply-accumulates of weights with activations: params x positions; for experts, params of one x positions."""
     params: int
-    """weights, without the bias"""
+    """Number of weights, without the bias."""
     positions: int
-    """output positions: tokens (of experts, once for each that a token is sent to), or pixels of the output map"""
+    """Output positions: tokens (for experts, counted once per expert that a token is routed to), or output pixels."""
     channels: int
-    """output channels, each with a weight scale of its own"""
+    """Number of output channels, each of which has a weight scale."""
     kind: str
-    """'linear' (also GPT-2's Conv1D), 'experts', 'conv1d', 'conv2d' or 'conv3d'"""
+    """'linear' (also GPT-2's Conv1D), 'experts', 'conv1d', 'conv2d' or 'conv3d'."""
     calls: int
-    """times one forward pass runs the layer; 0 where the model reads the weight without calling the layer"""
+    """Number of calls in a forward pass; 0 if the model reads the weight without calling the layer."""
     attention: int = 0
-    """multiply-accumulates of activations with activations that are charged to this layer, see `profile_model`"""
+    """Multiply-accumulates of activations with activations charged to this layer, see `profile_model`."""
     tied_to: str | None = None
-    """an earlier layer that has the same weight: `params` is 0 here then, since it is charged there"""
+    """An earlier layer with the same weight; `params` is 0 then, since the weight is charged there."""
 
 
 def profile_model(
@@ -53,13 +53,23 @@ def profile_model(
     names: Collection[str] | None = None,
     charge_attention: bool = False,
 ) -> list[LayerProfile]:
-    """The profile of every quantizable layer, or of those in `names`, in module order, from one forward pass.
+    """Profile the quantizable layers of a model in one forward pass, in eval mode without gradients.
 
-    The model is taken apart as `quantize_model` would, see `quant.transforms.unfold`.
-    It runs in eval mode without gradients, on real or meta tensors. Counts are divided by the batch: the first
-    dimension of the first input that has two or more. With `charge_attention`, the products of `attention_macs` are
-    shared out evenly among the layers of the smallest module around each product, so that costs stay additive.
-    Raises ValueError for a name that is no quantizable layer and for positions that the batch does not divide.
+    Attention and experts are unfolded first, as `quantize_model` does, see `quant.transforms.unfold`.
+
+    Args:
+        model: The model, on any device, meta included.
+        example_inputs: Its inputs. Counts are divided by the batch size, which is the first dimension of the first
+            input with two or more dimensions.
+        names: Names of the layers to profile; None: all quantizable layers.
+        charge_attention: Whether to distribute the products of `attention_macs` evenly over the layers of the smallest
+            module around each product, so that costs stay additive.
+
+    Returns:
+        The profiles in module order.
+
+    Raises:
+        ValueError: For a name that is no quantizable layer, and if positions are not a multiple of the batch size.
     """
     layers = find_layers(unfold(model))
     if unknown := sorted(set(names or ()) - layers.keys()):
@@ -69,9 +79,9 @@ def profile_model(
 
     def count(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:
-            if module is not layers[name]:  # one that was replaced shares its hooks, and the model still calls it
+            if module is not layers[name]:  # a layer that was replaced shares its hooks and may still be called
                 return
-            # The output knows what stride, padding, dilation and their subclasses' own arithmetic came to.
+            # Counting on the output accounts for stride, padding, dilation and subclasses' own arithmetic.
             positions[name] += output.numel() // _channels(module)
             calls[name] += 1
 
@@ -107,22 +117,26 @@ def profile_model(
 
 
 def tied_in(profiles: Sequence[LayerProfile]) -> list[list[str]]:
-    """Layers that share a weight, together."""
+    """Return lists of layers that share a weight."""
     return tied_groups({profile.name: profile.tied_to for profile in profiles})
 
 
 def attention_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
-    """Multiply-accumulates per example of activations with activations: Q K^T, A V and any other batched product.
+    """Count multiply-accumulates per example of activations with activations: Q K^T, A V and other batched products.
 
-    Masks are not looked at: a causal model counts the full square, as the kernels compute it.
+    Masks are ignored: a causal model counts the full square, as the kernels compute it.
+
+    Args:
+        model: The model.
+        example_inputs: Its inputs, see `profile_model`.
     """
     return _attention_by_module(model, example_inputs).get("", 0)
 
 
 def _attention_by_module(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
-    """Dotted module name ('' is the model) -> MACs per example of the batched products inside it."""
-    # The math backend spells attention out as two batched products, which every device and head layout counts alike.
-    # The fused path of nn.MultiheadAttention hides them.
+    """Return module name ('' is the model) -> MACs per example of the batched products inside it."""
+    # The math backend computes attention as two batched products, so that counts are the same on every device and for
+    # every layout of heads. The fused path of nn.MultiheadAttention hides them.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -140,7 +154,7 @@ def _attention_by_module(model: nn.Module, example_inputs: ExampleInputs) -> dic
 
 
 def _share(inside: Mapping[str, int], layers: Sequence[str]) -> dict[str, int]:
-    """MACs inside each module, shared out among `layers`: layer name -> whole number, with the same total."""
+    """Distribute the MACs inside each module over layers: layer name -> integer, with the same total."""
     shares = dict.fromkeys(layers, 0)
     for module in sorted(inside, key=lambda name: len(name.split(".")) if name else 0, reverse=True):
         around = [name for name in layers if not module or name == module or name.startswith(f"{module}.")]
@@ -151,12 +165,12 @@ def _share(inside: Mapping[str, int], layers: Sequence[str]) -> dict[str, int]:
 
 
 def experts_of(layer: nn.Module) -> int:
-    """Matrices in its weight, each of which computes some of the positions."""
+    """Return the number of matrices in a layer's weight, each of which computes some of the positions."""
     return layer.experts if isinstance(layer, ExpertLinear) else 1
 
 
 def _channels(layer: nn.Module) -> int:
-    """Output channels of a Conv2d, a Linear, a transformers Conv1D or an expert."""
+    """Return the output channels of a convolution, Linear, transformers Conv1D or expert."""
     return next(getattr(layer, name) for name in ("out_channels", "out_features", "nf") if hasattr(layer, name))
 
 
@@ -168,6 +182,6 @@ def _batch_size(example_inputs: ExampleInputs) -> int:
 
 
 def _run(model: nn.Module, example_inputs: ExampleInputs) -> None:
-    """One forward pass in eval mode."""
+    """Run a forward pass in eval mode."""
     with torch.no_grad(), evaluating(model):
         run_model(model, example_inputs)

@@ -38,9 +38,9 @@ def check_fused(groups: Iterable[Sequence[str]], modules: Mapping[str, QuantModu
         members = [name for name in group if isinstance(modules.get(name), QuantLinear)]
         pairs = {name: "/".join(format.name for format in modules[name].formats) for name in members}
         if len(set(pairs.values())) > 1:
-            named = ", ".join(f"{name} {pair}" for name, pair in pairs.items())
+            each = ", ".join(f"{name} {pair}" for name, pair in pairs.items())
             raise UserError(
-                f"--format compressed-tensors: engines fuse {named}, which must share formats: search with --fuse_groups"
+                f"--format compressed-tensors: engines fuse {each}, which must share formats: search with --fuse_groups"
             )
 
 

@@ -212,7 +212,7 @@ class PackedKernels:
 
 
 def _packed(layout: Layout, on: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """x (outer, groups, inner), scale (1, groups, 1) and params (5, ...)."""
+    """Return x (outer, groups, inner), scale (1, groups, 1) and params (5, ...)."""
     scale = on.scale.detach().clamp(min=on.least_scale) if on.least_scale > 0 else on.scale
     return layout.pack(on.x), layout.pack_scale(scale), layout.pack_params(on.params)
 

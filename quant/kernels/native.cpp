@@ -1,8 +1,9 @@
-/* The kernels of quant/kernels/eager.py for CPUs, one pass over memory each; quant/kernels/native.py compiles and calls them.
+/* The kernels of quant/kernels/eager.py for CPUs, each a single pass over memory; quant/kernels/native.py compiles and
+   calls them.
 
-   A tensor is seen as (outer, groups, inner), the elements of one group share a scale. All arithmetic is float32 and
-   must not be contracted to fused multiply-adds: values and input gradients equal the eager kernels' bit for bit. Sums
-   are cut at fixed places and added in one order, so that they do not depend on the number of threads. */
+   Tensors are (outer, groups, inner), and the elements of a group share a scale. All arithmetic is float32, without
+   contraction to fused multiply-adds, so that values and input gradients are bit-identical to the eager kernels. Sums
+   are split at fixed positions and added in a fixed order, so that they do not depend on the number of threads. */
 
 #include <cstdint>
 #include <cstring>
@@ -12,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 16384; // elements of a task: they fit a core's first caches
+constexpr int64_t CHUNK = 16384; // elements per task; they fit into the L1 and L2 caches of a core
 
 INLINE int32_t bits(float f) { int32_t i; std::memcpy(&i, &f, 4); return i; }
 INLINE float from_bits(int32_t i) { float f; std::memcpy(&f, &i, 4); return f; }
@@ -31,21 +32,22 @@ INLINE float load(_Float16 v) { return float(v); }
 INLINE void store(_Float16 &to, float v) { to = _Float16(v); }
 #endif
 
-/* The five numbers of `Rounding` lie `stride` apart; those of neighbouring groups `step`: 0 where all share them. */
-struct Rows {
+/* Rounding parameters: the five numbers of a group are `stride` apart, those of neighbouring groups `step`, which is 0
+   if all groups share them. */
+struct Params {
     const float *numbers;
     int64_t stride, step;
 };
 
 struct Scales {
     const float *values;
-    float least; // what a learned scale is used as at least
+    float least; // lower bound applied to the scales; -inf disables it
 };
 
 INLINE float at_least(float scale, float least) { return scale < least ? least : scale; }
 
-/* `round_to_grid`. Dividing by a power of two is multiplying by its inverse, whose exponent is a subtraction away; only
-   that of 2^127 is subnormal. The comparisons let NaN through. */
+/* `eager.round_to_grid`. The division by a power of two is a multiplication by its inverse, whose exponent takes one
+   subtraction; only the inverse of 2^127 is subnormal. The comparisons are such that NaN stays NaN. */
 INLINE float round_to(float v, float low, float high, float smallest_power, float magic, float keep_sign) {
     float y = v < low ? low : v;
     y = y > high ? high : y;
@@ -58,15 +60,15 @@ INLINE float round_to(float v, float low, float high, float smallest_power, floa
     return from_bits((bits(r) & ~sign) | (bits(v) & sign));
 }
 
-/* A run of elements that lie side by side, from `group` on. own_scales, own_grids: whether each element has its own,
-   that of the next group; else all have that of `group`. The numbers are scalars because compilers vectorize these
-   loops, and only then: a struct or a choice inside them costs a factor of ten. */
+/* Rounds contiguous elements. own_scales, own_grids: whether element i uses the scale or parameters of group + i; else
+   all use those of `group`. Parameters are copied to scalars because compilers vectorize the loop only then: a struct or a
+   branch in it costs a factor of ten. */
 template <bool own_scales, bool own_grids, typename T>
-INLINE void round_run(const T *x, T *out, int64_t size, Scales scales, Rows rows, int64_t group) {
+INLINE void round_run(const T *x, T *out, int64_t size, Scales scales, Params params, int64_t group) {
     const float *scale = scales.values + group;
     const float least = scales.least;
-    const float *lows = rows.numbers + group * rows.step, *highs = lows + rows.stride, *powers = highs + rows.stride;
-    const float *magics = powers + rows.stride, *signs = magics + rows.stride;
+    const float *lows = params.numbers + group * params.step, *highs = lows + params.stride;
+    const float *powers = highs + params.stride, *magics = powers + params.stride, *signs = magics + params.stride;
     const float low = *lows, high = *highs, power = *powers, magic = *magics, sign = *signs;
     const float one_scale = at_least(*scale, least);
 #pragma omp simd
@@ -78,15 +80,15 @@ INLINE void round_run(const T *x, T *out, int64_t size, Scales scales, Rows rows
     }
 }
 
-/* The same run for gradients: dx straight through (it may be `grad` itself), that of the scale (LSQ) added up where
-   `learned`, in sums[0] or with own_scales in sums[i], and the rounded values where `again`. */
+/* Computes gradients for contiguous elements: dx straight-through (may alias `grad`); if `learned`, the scale's (LSQ),
+   summed in sums[0] or, with own_scales, in sums[i]; if `again`, the rounded values as well. */
 template <bool own_scales, bool own_grids, bool learned, bool again, typename T>
-INLINE void gradient_run(const T *grad, const T *x, T *dx, T *out, int64_t size, Scales scales, Rows rows,
+INLINE void gradient_run(const T *grad, const T *x, T *dx, T *out, int64_t size, Scales scales, Params params,
                          int64_t group, float *sums) {
     const float *scale = scales.values + group;
     const float least = scales.least;
-    const float *lows = rows.numbers + group * rows.step, *highs = lows + rows.stride, *powers = highs + rows.stride;
-    const float *magics = powers + rows.stride, *signs = magics + rows.stride;
+    const float *lows = params.numbers + group * params.step, *highs = lows + params.stride;
+    const float *powers = highs + params.stride, *magics = powers + params.stride, *signs = magics + params.stride;
     const float low = *lows, high = *highs, power = *powers, magic = *magics, sign = *signs;
     const float one_scale = at_least(*scale, least);
     float sum = 0;
@@ -107,43 +109,43 @@ INLINE void gradient_run(const T *grad, const T *x, T *dx, T *out, int64_t size,
     if constexpr (learned && !own_scales) *sums = sum;
 }
 
-/* Calls work(offset, size, group) for runs of elements that share a scale, or for neighbours of which each has its own,
-   cut where tasks end. Returns the bits that any of the calls gave. */
+/* Calls work(offset, size, group) for runs of elements that share a scale, or of which each has its own; runs are split
+   at the ends of tasks. Returns the bitwise or of the results. */
 template <typename Work>
 INLINE int32_t for_runs(int64_t outer, int64_t groups, int64_t inner, int threads, Work work) {
     const int64_t size = outer * groups * inner, tasks = (size + CHUNK - 1) / CHUNK;
     const int64_t run = inner == 1 ? groups : inner;
-    int32_t given = 0;
-#pragma omp parallel for num_threads(threads) if (tasks > 1) reduction(| : given)
+    int32_t result = 0;
+#pragma omp parallel for num_threads(threads) if (tasks > 1) reduction(| : result)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t end = task + 1 < tasks ? (task + 1) * CHUNK : size;
         for (int64_t a = task * CHUNK, b; a < end; a = b) {
             b = (a / run + 1) * run < end ? (a / run + 1) * run : end;
-            given |= work(a, b - a, inner > 1 ? a / inner % groups : a % groups);
+            result |= work(a, b - a, inner > 1 ? a / inner % groups : a % groups);
         }
     }
-    return given;
+    return result;
 }
 
 template <typename T>
-void round_all(const T *x, T *out, Scales scales, Rows rows, int64_t outer, int64_t groups, int64_t inner,
+void round_all(const T *x, T *out, Scales scales, Params params, int64_t outer, int64_t groups, int64_t inner,
                int threads) {
     for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
-        if (inner > 1) round_run<false, false>(x + a, out + a, size, scales, rows, group);
-        else if (rows.step) round_run<true, true>(x + a, out + a, size, scales, rows, group);
-        else round_run<true, false>(x + a, out + a, size, scales, rows, group);
+        if (inner > 1) round_run<false, false>(x + a, out + a, size, scales, params, group);
+        else if (params.step) round_run<true, true>(x + a, out + a, size, scales, params, group);
+        else round_run<true, false>(x + a, out + a, size, scales, params, group);
         return 0;
     });
 }
 
-/* The same values as codes: value = scale * step * (code - shift), both numbers exact. Returns whether there was a NaN,
-   which has no code. */
+/* Rounds contiguous elements to codes: value = scale * step * (code - shift), with codes_of_one = 1 / step, all exact.
+   Returns whether there was a NaN, which has no code. */
 template <bool own_scales, typename T>
-INLINE int32_t codes_run(const T *x, uint8_t *out, int64_t size, Scales scales, const float *row, int64_t group,
+INLINE int32_t codes_run(const T *x, uint8_t *out, int64_t size, Scales scales, const float *params, int64_t group,
                          float codes_of_one, float shift) {
     const float *scale = scales.values + group;
     const float least = scales.least, one_scale = at_least(*scale, least);
-    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+    const float low = params[0], high = params[1], power = params[2], magic = params[3], sign = params[4];
     int32_t missing = 0;
 #pragma omp simd reduction(| : missing)
     for (int64_t i = 0; i < size; i++) {
@@ -155,17 +157,17 @@ INLINE int32_t codes_run(const T *x, uint8_t *out, int64_t size, Scales scales, 
 }
 
 template <typename T>
-int codes_all(const T *x, uint8_t *out, Scales scales, const float *row, float codes_of_one, float shift, int64_t outer,
-              int64_t groups, int64_t inner, int threads) {
+int codes_all(const T *x, uint8_t *out, Scales scales, const float *params, float codes_of_one, float shift,
+              int64_t outer, int64_t groups, int64_t inner, int threads) {
     return for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
-        return inner > 1 ? codes_run<false>(x + a, out + a, size, scales, row, group, codes_of_one, shift)
-                         : codes_run<true>(x + a, out + a, size, scales, row, group, codes_of_one, shift);
+        return inner > 1 ? codes_run<false>(x + a, out + a, size, scales, params, group, codes_of_one, shift)
+                         : codes_run<true>(x + a, out + a, size, scales, params, group, codes_of_one, shift);
     });
 }
 
-/* One scale for each run of `inner` elements: tasks are pieces of runs, or several short runs. */
+/* Gradients if each run of `inner` elements shares a scale. A task is a piece of a run, or several short runs. */
 template <bool learned, bool again, typename T>
-void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows rows, int64_t outer,
+void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, int64_t outer,
                        int64_t groups, int64_t inner, float *dscale, int threads) {
     const int64_t runs = outer * groups, pieces = (inner + CHUNK - 1) / CHUNK;
     const int64_t together = inner < CHUNK ? CHUNK / inner : 1;
@@ -176,7 +178,7 @@ void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, 
             const int64_t a = k / pieces * inner + k % pieces * CHUNK, end = (k / pieces + 1) * inner;
             const int64_t size = a + CHUNK < end ? CHUNK : end - a;
             gradient_run<false, false, learned, again>(grad + a, x + a, dx + a, again ? out + a : out, size, scales,
-                                                       rows, k / pieces % groups, learned ? &sums[k] : nullptr);
+                                                       params, k / pieces % groups, learned ? &sums[k] : nullptr);
         }
     }
     if constexpr (learned) {
@@ -186,9 +188,9 @@ void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, 
     }
 }
 
-/* Neighbours have scales of their own: tasks are a fixed number of slices of the outer axis. */
+/* Gradients if neighbouring elements have different scales. Tasks are a fixed number of slices of the outer axis. */
 template <bool learned, bool again, typename T>
-void gradients_of_columns(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows rows, int64_t outer,
+void gradients_of_columns(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, int64_t outer,
                           int64_t groups, float *dscale, int threads) {
     const int64_t slices = outer < 16 ? outer : 16;
     std::vector<float> sums(learned ? slices * groups : 0);
@@ -198,8 +200,9 @@ void gradients_of_columns(const T *grad, const T *x, T *dx, T *out, Scales scale
             const int64_t a = k * groups;
             float *own = learned ? &sums[slice * groups] : nullptr;
             T *rounded = again ? out + a : out;
-            auto run = rows.step ? gradient_run<true, true, learned, again, T> : gradient_run<true, false, learned, again, T>;
-            run(grad + a, x + a, dx + a, rounded, groups, scales, rows, 0, own);
+            auto run = params.step ? gradient_run<true, true, learned, again, T>
+                                   : gradient_run<true, false, learned, again, T>;
+            run(grad + a, x + a, dx + a, rounded, groups, scales, params, 0, own);
         }
     }
     if constexpr (learned) {
@@ -212,34 +215,36 @@ void gradients_of_columns(const T *grad, const T *x, T *dx, T *out, Scales scale
 }
 
 template <bool learned, bool again, typename T>
-void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Rows rows, int64_t outer, int64_t groups,
-                   int64_t inner, float *dscale, int threads) {
-    if (inner == 1) gradients_of_columns<learned, again>(grad, x, dx, out, scales, rows, outer, groups, dscale, threads);
-    else gradients_of_runs<learned, again>(grad, x, dx, out, scales, rows, outer, groups, inner, dscale, threads);
+void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, int64_t outer,
+                   int64_t groups, int64_t inner, float *dscale, int threads) {
+    if (inner == 1)
+        gradients_of_columns<learned, again>(grad, x, dx, out, scales, params, outer, groups, dscale, threads);
+    else
+        gradients_of_runs<learned, again>(grad, x, dx, out, scales, params, outer, groups, inner, dscale, threads);
 }
 
-/* Block formats: x seen as (outer, length, inner), blocks of `block` along the middle; the last may be shorter. */
+/* Block formats: x is (outer, length, inner), with blocks of `block` elements along the middle axis; the last may be shorter. */
 struct Blocks { int64_t outer, length, inner, block; };
 
-/* One float scale g of the tensor over block scales that are rounded themselves (nvfp4), or powers of two (MX). */
+/* nvfp4: rounded block scales b under one float scale g of the tensor. MX: powers of two. */
 struct BlockScales {
-    int64_t two_level, largest_exponent; // of the element format
-    float unit, largest_element;         // MX: the element's own step; nvfp4: what a block's maximum is mapped to
-    float scale_row[5];                  // nvfp4: the format of its block scales
+    int64_t two_level, largest_exponent; // exponent of the element's largest value
+    float unit, largest_element;         // MX: step of the elements; nvfp4: value that a block's maximum maps to
+    float scale_params[5];               // nvfp4: rounding parameters of its block scales
     float tensor_scale;
 };
 
-/* What a block's elements are divided by, and then multiplied by, twice. */
+/* The divisor of a block's elements before rounding, and two factors after. */
 struct Factors { float divisor, first, second; };
 
-/* largest: the bits of the block's largest magnitude; as integers, NaN is above infinity and that above the rest. */
+/* largest: bits of the block's largest magnitude, compared as integers: NaN > infinity > all else. */
 INLINE Factors factors_of(int32_t largest, const BlockScales &scales) {
     const bool finite = largest < 0x7F800000;
     if (scales.two_level) {
-        const float *n = scales.scale_row, g = scales.tensor_scale;
+        const float *n = scales.scale_params, g = scales.tensor_scale;
         float b = round_to(from_bits(largest) / scales.largest_element / g, n[0], n[1], n[2], n[3], n[4]);
         if (!finite) b = from_bits(0x7FC00000);
-        else if (!(b * g > 0)) b = 0; // an all-zero block, or a scale that underflowed
+        else if (!(b * g > 0)) b = 0; // the block is all zero, or its scale underflows
         return {b * g == 0 ? from_bits(0x7F800000) : b * g, b, g};
     }
     int64_t exponent = (largest >> 23) - 127 - scales.largest_exponent;
@@ -249,9 +254,9 @@ INLINE Factors factors_of(int32_t largest, const BlockScales &scales) {
     return {scale, scale, 1.0f};
 }
 
-constexpr int64_t LANES = 64; // blocks side by side that are worked on together, where they do not run along memory
+constexpr int64_t LANES = 64; // neighbouring blocks processed together, if inner > 1
 
-/* The largest magnitudes of `lanes` blocks that start at x and run along `inner`. */
+/* Largest magnitudes of `lanes` neighbouring blocks that start at x, with a stride of `inner` between elements. */
 template <typename T>
 INLINE void largest_of(const T *x, int64_t size, int64_t inner, int64_t lanes, int32_t *largest) {
     if (inner == 1) {
@@ -273,7 +278,7 @@ INLINE void largest_of(const T *x, int64_t size, int64_t inner, int64_t lanes, i
         }
 }
 
-/* Calls work(offset, size, lanes) for every block, or for neighbouring ones together. */
+/* Calls work(offset, size, lanes) for each group of up to LANES neighbouring blocks. */
 template <typename Work> void for_blocks(Blocks shape, int threads, Work work) {
     const int64_t count = (shape.length + shape.block - 1) / shape.block;
     const int64_t wide = (shape.inner + LANES - 1) / LANES, total = shape.outer * count * wide;
@@ -288,8 +293,8 @@ template <typename Work> void for_blocks(Blocks shape, int threads, Work work) {
 }
 
 template <bool gradient, bool again, typename T>
-INLINE void one_block(const T *grad, const T *x, T *dx, T *out, int64_t size, Factors factors, const float *row) {
-    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+INLINE void one_block(const T *grad, const T *x, T *dx, T *out, int64_t size, Factors factors, const float *params) {
+    const float low = params[0], high = params[1], power = params[2], magic = params[3], sign = params[4];
     const float divisor = factors.divisor, first = factors.first, second = factors.second;
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) {
@@ -304,8 +309,8 @@ INLINE void one_block(const T *grad, const T *x, T *dx, T *out, int64_t size, Fa
 
 template <bool gradient, bool again, typename T>
 INLINE void across_blocks(const T *grad, const T *x, T *dx, T *out, int64_t lanes, const float *divisors,
-                          const float *firsts, float second, const float *row) {
-    const float low = row[0], high = row[1], power = row[2], magic = row[3], sign = row[4];
+                          const float *firsts, float second, const float *params) {
+    const float low = params[0], high = params[1], power = params[2], magic = params[3], sign = params[4];
 #pragma omp simd
     for (int64_t l = 0; l < lanes; l++) {
         const float v = load(x[l]) / divisors[l];
@@ -318,7 +323,7 @@ INLINE void across_blocks(const T *grad, const T *x, T *dx, T *out, int64_t lane
 }
 
 template <bool gradient, bool again, typename T>
-void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockScales scales, const float *row,
+void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockScales scales, const float *params,
                 int threads) {
     if (scales.two_level) {
         int32_t most = 0;
@@ -330,14 +335,14 @@ void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockSca
                 for (int64_t l = 0; l < lanes; l++)
                     if (largest[l] < 0x7F800000 && largest[l] > most) most = largest[l];
             });
-        scales.tensor_scale = from_bits(most) / (scales.largest_element * scales.scale_row[1]);
+        scales.tensor_scale = from_bits(most) / (scales.largest_element * scales.scale_params[1]);
     }
     for_blocks(shape, threads, [&](int64_t a, int64_t size, int64_t lanes) {
         int32_t largest[LANES];
         float divisors[LANES], firsts[LANES], second = 1;
         largest_of(x + a, size, shape.inner, lanes, largest);
         if (shape.inner == 1) {
-            one_block<gradient, again>(grad + a, x + a, dx + a, out + a, size, factors_of(*largest, scales), row);
+            one_block<gradient, again>(grad + a, x + a, dx + a, out + a, size, factors_of(*largest, scales), params);
             return;
         }
         for (int64_t l = 0; l < lanes; l++) {
@@ -345,14 +350,14 @@ void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockSca
             divisors[l] = factors.divisor, firsts[l] = factors.first, second = factors.second;
         }
         for (int64_t k = a; k < a + size * shape.inner; k += shape.inner)
-            across_blocks<gradient, again>(grad + k, x + k, dx + k, out + k, lanes, divisors, firsts, second, row);
+            across_blocks<gradient, again>(grad + k, x + k, dx + k, out + k, lanes, divisors, firsts, second, params);
     });
 }
 
 } // namespace
 
 #define EXPORT(name, T)                                                                                                \
-    extern "C" void round_##name(const T *x, T *out, const float *scale, float least, const float *numbers,           \
+    extern "C" void round_##name(const T *x, T *out, const float *scale, float least, const float *numbers,            \
                                  int64_t stride, int64_t step, int64_t outer, int64_t groups, int64_t inner,           \
                                  int threads) {                                                                        \
         round_all(x, out, {scale, least}, {numbers, stride, step}, outer, groups, inner, threads);                     \
@@ -365,18 +370,19 @@ void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockSca
         run(grad, x, dx, out, {scale, least}, {numbers, stride, step}, outer, groups, inner, dscale, threads);         \
     }                                                                                                                  \
     extern "C" void blocks_##name(const T *grad, const T *x, T *dx, T *out, int64_t outer, int64_t length,             \
-                                  int64_t inner, int64_t block, const float *row, int64_t two_level,                   \
+                                  int64_t inner, int64_t block, const float *params, int64_t two_level,                \
                                   int64_t largest_exponent, float unit, float largest_element,                         \
-                                  const float *scale_row, int threads) {                                               \
+                                  const float *scale_params, int threads) {                                            \
         BlockScales scales = {two_level, largest_exponent, unit, largest_element, {}, 1};                              \
-        std::memcpy(scales.scale_row, scale_row, sizeof scales.scale_row);                                             \
-        auto run = !grad ? blocks_all<false, true, T> : (out ? blocks_all<true, true, T> : blocks_all<true, false, T>); \
-        run(grad, x, dx, out, {outer, length, inner, block}, scales, row, threads);                                    \
+        std::memcpy(scales.scale_params, scale_params, sizeof scales.scale_params);                                    \
+        auto run = !grad ? blocks_all<false, true, T> : (out ? blocks_all<true, true, T> : blocks_all<true, false, T>);\
+        run(grad, x, dx, out, {outer, length, inner, block}, scales, params, threads);                                 \
     }
 
-extern "C" int codes_float32(const float *x, uint8_t *out, const float *scale, float least, const float *row,
-                             float codes_of_one, float shift, int64_t outer, int64_t groups, int64_t inner, int threads) {
-    return codes_all(x, out, {scale, least}, row, codes_of_one, shift, outer, groups, inner, threads);
+extern "C" int codes_float32(const float *x, uint8_t *out, const float *scale, float least, const float *params,
+                             float codes_of_one, float shift, int64_t outer, int64_t groups, int64_t inner,
+                             int threads) {
+    return codes_all(x, out, {scale, least}, params, codes_of_one, shift, outer, groups, inner, threads);
 }
 
 EXPORT(float32, float)

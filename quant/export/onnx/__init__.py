@@ -1,1 +1,1 @@
-"""ONNX with QuantizeLinear and DequantizeLinear."""
+"""Export to ONNX with QuantizeLinear and DequantizeLinear."""

@@ -1,9 +1,8 @@
-"""ONNX with QuantizeLinear/DequantizeLinear: weights in the smallest type that holds their codes, inputs on their grid.
+"""Export to ONNX with QuantizeLinear and DequantizeLinear.
 
-The model is traced by torch.onnx.export with two placeholders a layer, one where its input is rounded and one for its
-weight; these are then replaced by ONNX's own nodes. Types: int4, int8, int16, float8e4m3fn and float8e5m2 of opset 21.
-A format without a type of its own is stored in the next wider one that holds every value of its grid: the values stay
-the same.
+torch.onnx.export traces the model with two placeholders per layer, one that rounds its input and one for its weight,
+which are then replaced by nodes of ONNX. Types: int4, int8, int16, float8e4m3fn and float8e5m2 of opset 21. A format
+without a type of its own is stored in the smallest type that holds all its values, so values do not change.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from quant.quant_module import QuantModule
 from quant.transforms.computed_weights import norm_hook, weight_of
 
 OPSET = 21
-"""the first with int4, and with block scales in DequantizeLinear"""
+"""The first opset with int4 and with block scales in DequantizeLinear."""
 LARGEST_FILE = 2**31 - 1
-"""bytes of a protobuf message; more would have to stand in files of their own"""
+"""Limit of a protobuf message, in bytes; larger models would need external data files."""
 OUTPUT = "logits"
 HALF = (torch.float16, torch.bfloat16)
 PRIVATE = "public."
-"""what the names of inputs and outputs begin with while the model is traced, so that no node takes them"""
+"""Prefix of inputs' and outputs' names during tracing, so that no node takes the same name."""
 HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 
 
@@ -56,18 +55,27 @@ def export_onnx(
     inputs: Mapping[str, Tensor],
     examples: Sequence[Mapping[str, Tensor]] = (),
 ) -> dict[str, LayerVerdict]:
-    """Write `model` with the quantized layers `modules`, in the formats they are set to now, to `path`.
+    """Write a model in its current formats.
+
+    The file takes the inputs by name and returns `logits`. All floats are float32, even if the model computes in half
+    precision. Layers that the model never calls are left out.
 
     Args:
-        inputs: an example of one or more rows: what the model is called with, by name. The first axis is the batch; it
-            and the last axis of whole numbers (token ids, masks) may have other sizes when the file is run.
-        examples: batches of such inputs. If there are any, what convolutions of integers return is rounded to 8 bits as
-            well, in the range that these reach, and ONNX Runtime computes them in integers: faster, but biases and
+        path: The file to write.
+        model: The quantized model.
+        modules: Its quantized layers, by name.
+        inputs: Example inputs of the model, by name, with one or more rows. The first axis is the batch; it and the
+            last axis of integer tensors (token ids, masks) may have other sizes when the file is run.
+        examples: Batches of such inputs. If given, the outputs of integer convolutions are also rounded to 8 bits, with
+            the ranges of these batches, and ONNX Runtime computes them in integers. That is faster, but biases and
             shortcuts are rounded too, and logits differ by more than float rounding.
 
-    The file takes these inputs by name and returns `logits`, all floats in float32, also where the model computes in
-    half precision. Layers that the model never calls are not in it. Raises UserError for experts, for ranges that only
-    exist at run time, for an operation that ONNX lacks and for a model that does not pass ONNX's checker.
+    Returns:
+        How each layer is stored, by name.
+
+    Raises:
+        UserError: For experts, ranges that exist only at run time, operations that ONNX lacks, and models that ONNX's
+            checker rejects.
     """
     return write_onnx(path, trace(model, modules, inputs), modules, examples)
 
@@ -78,7 +86,20 @@ def write_onnx(
     modules: Mapping[str, QuantModule],
     examples: Sequence[Mapping[str, Tensor]] = (),
 ) -> dict[str, LayerVerdict]:
-    """`export_onnx` of a model that was traced, possibly in other formats: only blocks of inputs are in the trace."""
+    """Write a model that was traced before, maybe in other formats: a trace depends only on block formats of inputs.
+
+    Args:
+        path: The file to write.
+        traced: What `trace` returned.
+        modules: The quantized layers, by name, in the formats to write.
+        examples: See `export_onnx`.
+
+    Returns:
+        How each layer is stored, by name.
+
+    Raises:
+        UserError: See `export_onnx`.
+    """
     uncalled = never_called(modules)
     check_uncalled(traced, uncalled)
     layers = {name: OnnxLayer.of(name, m, bool(examples)) for name, m in modules.items() if name not in uncalled}
@@ -105,13 +126,13 @@ def write_onnx(
 
 
 def check_uncalled(traced: onnx.ModelProto, uncalled: Mapping[str, QuantModule]) -> None:
-    """Raises UserError for a layer that calibration did not reach, but the trace did."""
+    """Raise UserError for a layer that calibration did not reach although the model calls it."""
     for name in {layer_of(node) for node in traced.graph.node if node.domain == DOMAIN} & uncalled.keys():
         static_range(name, uncalled[name])
 
 
 def set_opset(proto: onnx.ModelProto) -> None:
-    """Only ONNX's own operators, at `OPSET`, are left."""
+    """Declare the opset of a model whose placeholders have been replaced."""
     del proto.opset_import[:]
     proto.opset_import.append(helper.make_opsetid("", OPSET))
     proto.ir_version = helper.find_min_ir_version_for(list(proto.opset_import))
@@ -119,11 +140,15 @@ def set_opset(proto: onnx.ModelProto) -> None:
 
 
 def session_settings(layers: Iterable[OnnxLayer], rounded: int) -> dict[str, str]:
-    """What ONNX Runtime's sessions should be told: it changes speed and exactness, never what the file says.
+    """Return settings for ONNX Runtime's sessions, which affect speed and exactness but not the file's meaning.
 
-    It has integer operations for matrix products of integers, and for convolutions whose output is `rounded`. All other
-    weights it had better take as float constants: it would unpack them at every call, or, in products with inputs in
-    float, round these inputs to 8 bits unasked (its accuracy level 4, the default).
+    ONNX Runtime has integer operations for matrix products, and for convolutions whose outputs are rounded. All other
+    weights are better treated as float constants. By default it would dequantize them at every call, or round the float
+    inputs of products to 8 bits (accuracy level 4).
+
+    Args:
+        layers: The layers of the file.
+        rounded: Number of outputs of convolutions that are rounded to 8 bits.
     """
     counts = {True: 0, False: 0}
     for layer in layers:
@@ -135,7 +160,12 @@ def session_settings(layers: Iterable[OnnxLayer], rounded: int) -> dict[str, str
 
 
 def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict]) -> dict[str, int]:
-    """Bytes of an ONNX file by what they hold, as `packed_sizes`; `header` is the graph."""
+    """Return the bytes of an ONNX file by content, with the keys of `packed_sizes`; `header` is the graph.
+
+    Args:
+        path: The file.
+        layers: What `export_onnx` returned.
+    """
     sizes = dict.fromkeys(("codes", "block_scales", "scales", "zero_points", "float_weights", "rest"), 0)
     for tensor in onnx.load(path).graph.initializer:
         layer, _, part = tensor.name.partition(".weight.")
@@ -154,27 +184,28 @@ def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict]) -> dict[str, int]
 
 
 class _Traced(nn.Module):
-    """Stands in for a layer while the model is traced: placeholders where its input and weight are rounded."""
+    """Replaces a layer during tracing, with placeholders for the rounding of its input and for its weight."""
 
     def __init__(self, name: str, module: QuantModule) -> None:
         super().__init__()
         self.name = name
         self.module = module
-        self.weight_shape = weight_of(module).shape  # read before tracing: what computes a weight is not in the file
-        for hooks in HOOKS:  # a migrated layer divides its input, or shows it to a shortcut; users have their own
+        self.weight_shape = weight_of(module).shape  # before tracing, so that its computation is not part of the file
+        for hooks in HOOKS:  # migrated layers divide their input or store it for a shortcut; users add hooks
             setattr(self, hooks, copy.copy(getattr(module, hooks)))
         for key, hook in list(self._forward_pre_hooks.items()):
-            if hook is norm_hook(module):  # the file holds the weight that it computes
+            if hook is norm_hook(module):  # the file holds the computed weight
                 del self._forward_pre_hooks[key]
 
     def __getattr__(self, name: str) -> Any:
-        """What models ask their layers for: MobileNetV2 pads by a convolution's stride."""
+        """Return an attribute of the layer: MobileNetV2 reads a convolution's stride, for example."""
         own = self._modules.get("module")
         if name in self._modules or own is None:
             return super().__getattr__(name)
         return getattr(own, name)
 
-    def forward(self, input: Tensor) -> Tensor:  # called by keyword as the layer is
+    def forward(self, input: Tensor) -> Tensor:  # models may pass it by keyword
+        """Return the layer's output for placeholders."""
         module, x = self.module, input
         activation = module.input_quantizer
         if isinstance(activation.format, BlockFormat):
@@ -183,20 +214,30 @@ class _Traced(nn.Module):
             x = placeholder("Input", self.name, x.shape, x)
         shape, source = self.weight_shape, input.new_empty(1)
         if isinstance(module, QuantLinear | QuantConv1D):
-            # A plain product with the weight as (in, out), which engines recognise behind quantized operands.
+            # A plain product with the weight as (in, out), the pattern that engines fuse with quantized operands.
             x = x @ placeholder("Weight", self.name, shape if isinstance(module, QuantConv1D) else shape[::-1], source)
             return x if module.bias is None else x + module.bias
         return module.compute(x, placeholder("Weight", self.name, shape, source))
 
 
 def placeholder(kind: str, layer: str, shape: Any, x: Tensor) -> Tensor:
-    """A node of our own domain, float32 of `shape`, to be replaced in the file."""
+    """Insert a node of our own domain, to be replaced after tracing.
+
+    Args:
+        kind: 'Input' or 'Weight'.
+        layer: Name of the layer.
+        shape: Shape of the result.
+        x: Input of the node.
+
+    Returns:
+        float32 of that shape.
+    """
     symbolic = torch.onnx.ops.symbolic
     return symbolic(f"{DOMAIN}::{kind}", (x,), {"layer": layer}, dtype=torch.float32, shape=shape, version=1)
 
 
 class _Logits(nn.Module):
-    """The model as a function from its inputs, in order, to its logits."""
+    """The model as a function of its inputs, in order, that returns the logits."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -204,7 +245,8 @@ class _Logits(nn.Module):
         self.names = names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        single = isinstance(self.model, nn.Sequential)  # its forward has a name for its input that says nothing
+        """Return the logits; raise UserError if there are none."""
+        single = isinstance(self.model, nn.Sequential)  # the name of its forward's argument is arbitrary
         output = self.model(*inputs) if single else self.model(**dict(zip(self.names, inputs, strict=True)))
         if isinstance(output, Tensor):
             return output
@@ -215,7 +257,16 @@ class _Logits(nn.Module):
 
 
 def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
-    """The model as ONNX with placeholders. Raises UserError for an operation that ONNX lacks."""
+    """Trace a model to ONNX with placeholders.
+
+    Args:
+        model: The quantized model.
+        modules: Its quantized layers, by name.
+        inputs: Example inputs, see `export_onnx`.
+
+    Raises:
+        UserError: For experts, float64 weights and operations that ONNX lacks.
+    """
     if stacked := [name for name, layer in model.named_modules() if isinstance(layer, ExpertLinear)]:
         raise UserError(
             f"--format onnx: {stacked[0]} holds the matrices of many experts, of which each token takes some only when "
@@ -224,9 +275,9 @@ def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[
     if double := [name for name, weight in model.named_parameters() if weight.dtype == torch.float64]:
         raise UserError(f"--format onnx: {double[0]} is float64, files hold float32: export model.float()")
     names = list(inputs)
-    # One row would be taken for a model of batches of one.
+    # With a single row, the exporter would specialize on a batch of one.
     rows = [x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for x in _widened(inputs).values()]
-    # Whether the last axis of whole numbers may have another size is the model's matter: features have a fixed number.
+    # AUTO: the model decides whether the last axis of integers can vary; a number of features is fixed.
     last = torch.export.Dim.AUTO
     axes = [{0: "batch", **({x.dim() - 1: last} if x.dim() > 1 and not x.is_floating_point() else {})} for x in rows]
     traced = _Logits(model, names)
@@ -242,7 +293,7 @@ def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[
                 dynamo=True,
                 verbose=False,
             )
-            proto: onnx.ModelProto = program.model_proto  # made anew each time it is asked for, from the tensors
+            proto: onnx.ModelProto = program.model_proto  # a property that converts all tensors at each access
         except torch.onnx.errors.OnnxExporterError as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
@@ -254,7 +305,7 @@ def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[
 
 
 def rename_values(graph: onnx.GraphProto) -> None:
-    """Take `PRIVATE` off the names of inputs and outputs; what has such a name inside the graph gets another."""
+    """Remove `PRIVATE` from the names of inputs and outputs; rename inner tensors with the same names."""
     public = {value.name.removeprefix(PRIVATE) for value in (*graph.input, *graph.output)}
 
     def renamed(name: str) -> str:
@@ -268,15 +319,15 @@ def rename_values(graph: onnx.GraphProto) -> None:
 
 
 def _widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs of half precision in float32, as the file takes them."""
+    """Convert half-precision inputs to float32."""
     return {name: x.float() if x.dtype in HALF else x for name, x in inputs.items()}
 
 
 @contextlib.contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Within, what `model` holds in half precision is float32, which has all of its values; then it is as before.
+    """Within, half-precision tensors of a model are float32, which is exact; restores them on exit.
 
-    A layer's scales are float32 in any model: the nodes between would have operands of two types.
+    Scales are always float32, so nodes would otherwise have operands of different types.
     """
     halves = [(x, x.data) for x in (*model.parameters(), *model.buffers()) if x.dtype in HALF]
     for tensor, data in halves:
@@ -290,7 +341,7 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _placeholders(model: nn.Module, modules: Mapping[str, QuantModule]) -> Iterator[None]:
-    """Within, the quantized layers of `model` are placeholders."""
+    """Within, the quantized layers of a model are replaced by placeholders."""
     traced = {id(module): _Traced(name, module) for name, module in modules.items()}
     swapped = [
         (parent, key, child)
@@ -309,7 +360,7 @@ def _placeholders(model: nn.Module, modules: Mapping[str, QuantModule]) -> Itera
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its progress on stdout and through loggers; what fails is raised anyway."""
+    """Suppress the exporter's progress on stdout and through loggers; failures are exceptions."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():

@@ -1,8 +1,8 @@
-"""What convolutions return, rounded to 8 bits: ONNX Runtime then computes them, and what joins them, in integers.
+"""Round the outputs of convolutions to 8 bits, so that ONNX Runtime computes them, and what combines them, in integers.
 
-Its integer convolution writes 8 bits, and nothing else; one whose output goes on in float is computed in float, and so
-is what lies between. The ranges are those that calibration examples reach. A tensor that a layer of 8 bits reads takes
-that layer's own grid instead of a second one.
+Its integer convolution can only write 8-bit outputs; a convolution with a float output is computed in float, and so are
+the operations in between. The ranges are measured on calibration examples. A tensor that an 8-bit layer reads uses that
+layer's grid instead of a second one.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from quant.export.onnx.nodes import replace_nodes
 
 UINT8 = TensorProto.UINT8
 JOINING = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
-"""operations that ONNX Runtime computes on 8 bits where all their inputs are"""
+"""Operations that ONNX Runtime computes on 8 bits if all their inputs have 8 bits."""
 MOVING = ("Pad", "Slice")
-"""operations that leave values as they are, and zeros beside them"""
+"""Operations that only move values, or add zeros."""
 ACTIVATIONS = ("Relu", "Clip")
-"""operations that become the bounds of the rounding behind them"""
+"""Operations that become the bounds of the rounding behind them."""
 
 
 def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor]]) -> int:
-    """Round what convolutions return, and what joins it, in place; returns the number of tensors rounded.
+    """Round the outputs of convolutions, and of operations that combine them.
 
     Args:
-        proto: with quantized convolutions.
-        examples: batches of the model's inputs, by name, that the ranges are found on.
+        proto: A model with quantized convolutions; changed in place.
+        examples: Batches of the model's inputs, by name, to measure ranges on.
+
+    Returns:
+        The number of tensors rounded.
     """
     graph = proto.graph
     round_before_padding(graph)
@@ -49,14 +52,14 @@ def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor
 
 
 def round_before_padding(graph: onnx.GraphProto) -> None:
-    """Where zeros are put around a tensor and a layer then rounds it to 8 bits, round first: the same, on fewer values.
+    """Swap zero padding with a rounding to 8 bits that follows: the same values, from fewer roundings.
 
-    The rounding then stands right behind the operation that makes the tensor, and can be joined with it.
+    The rounding then directly follows the operation that computes the tensor, and can be fused with it.
     """
     readers = readers_of(graph)
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     earlier: dict[str, NodeProto] = {}
-    """what a Pad returns now -> the rounding that goes before it"""
+    """New output of a Pad -> the rounding to place before it."""
     for pad in [node for node in graph.node if pads_with_zero(graph, node)]:
         rounding = readers.get(pad.output[0], [])
         if len(rounding) != 1 or rounding[0].op_type != "QuantizeLinear" or not of_bytes(rounding[0], types):
@@ -78,7 +81,7 @@ def round_before_padding(graph: onnx.GraphProto) -> None:
 
 
 def move_codes(graph: onnx.GraphProto) -> None:
-    """What only moves values (parts of a tensor, zeros around it) moves codes of 8 bits instead."""
+    """Let Slice and zero Pad operate on 8-bit codes instead of their values."""
     made_by = {output: node for node in graph.node for output in node.output}
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     nodes: list[NodeProto] = []
@@ -100,12 +103,17 @@ def move_codes(graph: onnx.GraphProto) -> None:
 
 
 def of_bytes(node: NodeProto, types: Mapping[str, int]) -> bool:
-    """Whether a QuantizeLinear or DequantizeLinear is of codes of 8 bits; `types` are those of constants."""
+    """Whether a QuantizeLinear or DequantizeLinear has 8-bit codes.
+
+    Args:
+        node: The node.
+        types: Constant -> its type.
+    """
     return len(node.input) > 2 and types.get(node.input[2]) == UINT8
 
 
 def pads_with_zero(graph: onnx.GraphProto, node: NodeProto) -> bool:
-    """Whether a node puts zeros around a tensor."""
+    """Whether a node pads with zeros."""
     if node.op_type != "Pad" or any(a.name == "mode" and a.s != b"constant" for a in node.attribute):
         return False
     if len(node.input) < 3 or not node.input[2]:
@@ -115,18 +123,18 @@ def pads_with_zero(graph: onnx.GraphProto, node: NodeProto) -> bool:
 
 
 def pad_with(node: NodeProto, value: str) -> None:
-    """Let a Pad put the constant `value` around its input."""
+    """Set the constant that a Pad node pads with, by name."""
     node.input[:] = [*node.input[:2], value, *node.input[3:]]
 
 
 def tensors_to_round(graph: onnx.GraphProto) -> list[str]:
-    """Outputs of convolutions and of what joins them, behind the activation, in the order they are computed."""
+    """Return outputs of convolutions and of operations that combine them, after activations, in execution order."""
     readers = readers_of(graph)
     constants = {tensor.name for tensor in graph.initializer}
     codes = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
     rounded: dict[str, None] = {}
     moved: dict[str, None] = {}
-    """these, and what only moves them"""
+    """These, and outputs of operations that only move them."""
     for node in graph.node:
         sources = [name for name in node.input if name and name not in constants]
         if node.op_type in MOVING and sources and sources[0] in moved:
@@ -144,7 +152,7 @@ def tensors_to_round(graph: onnx.GraphProto) -> list[str]:
 
 
 def readers_of(graph: onnx.GraphProto) -> dict[str, list[NodeProto]]:
-    """The nodes that read each tensor."""
+    """Return tensor -> the nodes that read it."""
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in dict.fromkeys(node.input):
@@ -153,9 +161,10 @@ def readers_of(graph: onnx.GraphProto) -> dict[str, list[NodeProto]]:
 
 
 def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
-    """The QuantizeLinear to 8 bits that one layer rounds this tensor with.
+    """Return the QuantizeLinear to 8 bits that a tensor's only rounding reader uses.
 
-    None if no layer does, if several do, or if the layer's grid is narrower than 8 bits: others should not read it.
+    None if no layer rounds the tensor, several do, or the grid is narrower than 8 bits, so that others should not use
+    it.
     """
     readers = readers_of(graph)
     rounding = roundings(graph, name)
@@ -167,12 +176,12 @@ def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
 
 
 def roundings(graph: onnx.GraphProto, name: str) -> list[NodeProto]:
-    """The nodes that round a tensor to layers' own grids."""
+    """Return the QuantizeLinear nodes of the layers that read a tensor."""
     return [node for node in readers_of(graph).get(name, ()) if node.op_type == "QuantizeLinear"]
 
 
 def coarsest_scale(graph: onnx.GraphProto, name: str) -> float | None:
-    """The largest of the steps that layers round this tensor to; None if none does."""
+    """Return the largest scale that layers round a tensor with; None if none does."""
     values = {tensor.name: tensor for tensor in graph.initializer}
     return max((float(numpy_helper.to_array(values[n.input[1]])) for n in roundings(graph, name)), default=None)
 
@@ -180,7 +189,16 @@ def coarsest_scale(graph: onnx.GraphProto, name: str) -> float | None:
 def observed(
     proto: onnx.ModelProto, names: Iterable[str], examples: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, tuple[float, float]]:
-    """The least and the largest value of each tensor, over all examples; 0 is always within."""
+    """Measure the ranges of tensors with ONNX Runtime.
+
+    Args:
+        proto: The model.
+        names: The tensors.
+        examples: Batches of the model's inputs, by name.
+
+    Returns:
+        Tensor -> (smallest, largest value), extended to include 0.
+    """
     import onnxruntime
 
     names = list(names)
@@ -202,7 +220,13 @@ def observed(
 
 
 def share(graph: onnx.GraphProto, name: str, own: NodeProto) -> None:
-    """Whoever reads tensor `name` reads it as the layer behind `own` does."""
+    """Let all readers of a tensor use the rounding of one layer.
+
+    Args:
+        graph: The graph; changed in place.
+        name: The tensor.
+        own: The layer's QuantizeLinear.
+    """
     others = [node for node in readers_of(graph)[name] if node is not own]
     if not others:
         return
@@ -213,7 +237,13 @@ def share(graph: onnx.GraphProto, name: str, own: NodeProto) -> None:
 
 
 def insert(graph: onnx.GraphProto, name: str, grid: list[str]) -> None:
-    """Round tensor `name` to `grid` = [scale, zero point] for all its readers."""
+    """Round a tensor for all its readers.
+
+    Args:
+        graph: The graph; changed in place.
+        name: The tensor.
+        grid: Names of scale and zero point.
+    """
     codes, rounded = f"{name}/codes8bit", f"{name}/8bit"
     redirect(readers_of(graph)[name], name, rounded)
     added = [
@@ -224,21 +254,34 @@ def insert(graph: onnx.GraphProto, name: str, grid: list[str]) -> None:
 
 
 def redirect(nodes: Iterable[NodeProto], old: str, new: str) -> None:
+    """Let nodes read the tensor `new` in place of `old`."""
     for node in nodes:
         node.input[:] = [new if source == old else source for source in node.input]
 
 
 def put_behind(graph: onnx.GraphProto, nodes: list[NodeProto], name: str, added: list[NodeProto]) -> None:
-    """The graph's nodes are `nodes`, with `added` behind the one that makes `name`."""
+    """Set the nodes of a graph, and insert some.
+
+    Args:
+        graph: The graph; changed in place.
+        nodes: Its nodes.
+        name: Output of the node to insert behind.
+        added: Nodes to insert.
+    """
     place = next(index for index, node in enumerate(nodes) if name in node.output) + 1
     replace_nodes(graph, [*nodes[:place], *added, *nodes[place:]])
 
 
 def grid_of(low: float, high: float, layers: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, zero point) of at most 256 steps that reach from `low` to `high`, 0 being one of them.
+    """Return scale and zero point of a uint8 grid that covers a range.
 
-    Where a layer rounds the result again, to steps of `layers`, these hold an odd number of ours: rounding twice is
-    then rounding once, since the middle between two of its steps is the middle between two of ours.
+    If a layer rounds the result again, with a larger step, that step is an odd multiple of ours. Rounding twice then
+    equals rounding once, since the midpoint between two of its values is also the midpoint between two of ours.
+
+    Args:
+        low: Smallest value, at most 0.
+        high: Largest value, at least 0.
+        layers: The step of the layer that rounds again; None: there is none.
     """
     scale = max((high - low) / 255, float(np.finfo(np.float32).tiny))
     if layers is not None and layers >= scale:
@@ -248,5 +291,6 @@ def grid_of(low: float, high: float, layers: float | None) -> tuple[np.ndarray, 
 
 
 def constant(graph: onnx.GraphProto, name: str, value: Any) -> str:
+    """Add an initializer and return its name."""
     graph.initializer.append(numpy_helper.from_array(value, name))
     return name

@@ -1,4 +1,4 @@
-"""How an ONNX file holds one layer's weight and input: in which types, and what the verdict says of that."""
+"""Which ONNX types a layer's weight and input are stored in, and the verdict on that."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from quant.quant_module import QuantModule
 
 @dataclass(frozen=True)
 class Storage:
-    """A type that a file can hold values in."""
+    """A type of ONNX."""
 
     name: str
     dtype: Any
-    """its numpy type"""
+    """Its numpy dtype."""
     bits: int
     dequantized: bool = True
-    """whether DequantizeLinear reads it; else Cast does"""
+    """Whether DequantizeLinear reads it; otherwise Cast does."""
 
 
 INT_STORAGE = (Storage("int4", ml_dtypes.int4, 4), Storage("int8", np.int8, 8), Storage("int16", np.int16, 16))
 INT8, INT16 = INT_STORAGE[1:]
 INT32_SUMS = 2**31
-"""the least size of a sum that int32 does not hold"""
+"""Smallest magnitude of a sum that does not fit into int32."""
 FLOAT8_STORAGE = (
     Storage("float8e4m3fn", ml_dtypes.float8_e4m3fn, 8),
     Storage("float8e5m2", ml_dtypes.float8_e5m2, 8),
@@ -45,12 +45,12 @@ FLOAT_STORAGE = (
     Storage("bfloat16", ml_dtypes.bfloat16, 16, dequantized=False),
 )
 NAMES = {"float8e4m3fn": "e4m3", "float8e5m2": "e5m2", "float16": "fp16", "bfloat16": "bf16"}
-"""ONNX's names of types that are formats of ours"""
+"""ONNX type -> the format with the same values."""
 
 
 @dataclass(frozen=True)
 class OnnxLayer:
-    """How one layer's weight and input are held in the file."""
+    """How a layer's weight and input are stored in the file."""
 
     name: str
     formats: tuple[Format, Format]
@@ -58,18 +58,27 @@ class OnnxLayer:
     weight_storage: Storage | None
     range: StaticRange | None
     input_storage: Storage | None
-    """None with a format: the input is rounded by float operations alone"""
+    """None although there is a format: float operations round the input."""
     transposed: bool
-    """whether the file holds the weight as (in, out), what a matrix product takes, and the layer as (out, in)"""
+    """Whether the file stores the weight as (in, out), for MatMul, while the layer has (out, in)."""
     float_weight: Tensor
     overflows: bool = False
-    """whether int32, in which engines add products of integers up, may not hold what one output adds up to"""
+    """Whether an output could overflow int32, in which engines accumulate products of integers."""
     owner: str = ""
-    """the layer that a weight is stored with which several share; empty: this one"""
+    """The layer that a shared weight is stored under; empty: this one."""
 
     @classmethod
     def of(cls, name: str, module: QuantModule, integers: bool = False) -> OnnxLayer:
-        """integers: a convolution of integers is to be computed in integers, which have 8 bits."""
+        """Choose the types for a layer in its current formats.
+
+        Args:
+            name: Name of the layer.
+            module: The layer.
+            integers: Whether integer convolutions are to run in integers, which requires 8-bit inputs.
+
+        Raises:
+            UserError: If the range of the input exists only at run time, or see `round_weight`.
+        """
         weight, quantizer = round_weight(name, module), module.input_quantizer
         range = static_range(name, module)
         if quantizer.format.scaled and range is None:
@@ -82,7 +91,7 @@ class OnnxLayer:
         transposed = isinstance(module, QuantLinear)
         overflows = sums_overflow(weight, range, module.weight_quantizer.reduction_dim)
         if overflows:
-            inputs = INT16  # the same values, which no engine multiplies as integers
+            inputs = INT16  # holds the same values, and no engine multiplies int16
         elif integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
             inputs = INT8
         made = weight, storage, range, inputs, transposed, plain_weight(name, module).float(), overflows
@@ -90,27 +99,28 @@ class OnnxLayer:
 
     @property
     def in_integers(self) -> bool:
-        """Whether weight and input are integers of at most 8 bits: engines multiply those of 8."""
+        """Whether engines can multiply weight and input as 8-bit integers."""
         return all(map(narrow, self.formats)) and not self.overflows
 
     @property
     def is_product(self) -> bool:
-        """Whether this is a matrix product, not a convolution."""
+        """Whether the layer is a matrix product, not a convolution."""
         return self.float_weight.dim() == 2
 
     @property
     def float8(self) -> bool:
-        """Whether the weight or the input is held in a type of 8 bits that is no integer."""
+        """Whether weight or input is stored in a float8 type."""
         return not {self.weight_storage, self.input_storage}.isdisjoint(FLOAT8_STORAGE)
 
     @property
     def emulated(self) -> bool:
-        """Whether float operations round the input, since no type has its grid."""
+        """Whether float operations round the input, because no type has exactly its values."""
         own = self.input_storage is not None and own_name(self.input_storage) == self.formats[1].name
         return not isinstance(self.formats[1], FloatOff | IntFormat) and not own
 
     @property
     def verdict(self) -> LayerVerdict:
+        """Return the types in the file, and the reasons where they differ from the formats."""
         weight, activation = self.formats
         stored, bits, why = weight.name, weight.bits, []
         if self.weight is not None:
@@ -136,7 +146,13 @@ class OnnxLayer:
 
 
 def sums_overflow(weight: RoundedWeight | None, range: StaticRange | None, reduction_dim: int | None) -> bool:
-    """Whether products of integers of at most 8 bits could add up to more than int32 holds, for inputs on the grid."""
+    """Whether an output of a layer in integers of at most 8 bits could overflow int32.
+
+    Args:
+        weight: The rounded weight.
+        range: The range of the input.
+        reduction_dim: The weight's axis that is summed over; None: all but the first.
+    """
     if weight is None or range is None or not (narrow(weight.format) and narrow(range.format)):
         return False
     rows = to_rows(weight.elements.abs(), reduction_dim).sum(1, dtype=torch.float64)
@@ -144,24 +160,24 @@ def sums_overflow(weight: RoundedWeight | None, range: StaticRange | None, reduc
 
 
 def narrow(format: Format) -> bool:
-    """Whether a format is integers of at most 8 bits."""
+    """Whether a format has integers of at most 8 bits."""
     return isinstance(format, IntFormat) and format.width <= 8
 
 
 def own_name(storage: Storage) -> str:
-    """A type by our name for it, where it is one of our formats."""
+    """Return the name of the format with the type's values, or the type's own name."""
     return NAMES.get(storage.name, storage.name)
 
 
 def weight_storage(weight: RoundedWeight) -> Storage | None:
-    """The smallest type that holds every element; None: float32."""
+    """Return the smallest type that holds every element of a weight; None: float32."""
     if isinstance(weight.element, IntFormat):
         return next(storage for storage in INT_STORAGE if weight.element.width <= storage.bits)
     return storage_of(weight.element)
 
 
 def input_storage(format: Format) -> Storage | None:
-    """The type that QuantizeLinear rounds an input of `format` to; None: there is none."""
+    """Return the type that QuantizeLinear rounds an input of this format to; None if there is none."""
     if isinstance(format, IntFormat):
         return next(storage for storage in INT_STORAGE if format.width <= storage.bits)
     storage = storage_of(format) if isinstance(format, FloatFormat) else None
@@ -169,7 +185,7 @@ def input_storage(format: Format) -> Storage | None:
 
 
 def storage_of(format: FloatFormat) -> Storage | None:
-    """The smallest type that holds every value of a minifloat."""
+    """Return the smallest type that holds every value of a minifloat; None: float32."""
     for storage in FLOAT_STORAGE:
         limits = ml_dtypes.finfo(storage.dtype)
         step = float(limits.smallest_subnormal)

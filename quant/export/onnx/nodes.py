@@ -1,4 +1,4 @@
-"""The placeholders of a traced model become ONNX's own nodes."""
+"""Replace the placeholders of a traced model by nodes of ONNX."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from quant.export.weights import RoundedWeight
 from quant.formats import BlockFormat, FloatFormat, IntFormat, mx_element
 
 DOMAIN = "mpq"
-"""of the placeholders"""
+"""Domain of the placeholders."""
 UNSIGNED = {4: ml_dtypes.uint4, 8: np.uint8, 16: np.uint16}
-"""bits -> the type of an input's integer codes"""
+"""Bits -> type of an input's integer codes."""
 
 
 class Replacement:
     """Replaces the placeholders of a traced model, in place.
 
-    With `integers`, convolutions are made ready for `export_onnx_integer`.
+    Args:
+        proto: The traced model.
+        layers: How each layer is stored, by name.
+        integers: Whether convolutions will be computed in integers, see `integer_ops`.
     """
 
     def __init__(self, proto: onnx.ModelProto, layers: Mapping[str, OnnxLayer], integers: bool) -> None:
@@ -36,10 +39,11 @@ class Replacement:
         self.graph = proto.graph
         self.layers = dict(layers)
         self.made: dict[str, str] = {}
-        """layer -> its weight's tensor: made once, however often the layer is called"""
+        """Layer -> name of its weight's tensor, which all calls of the layer share."""
         self.new_nodes: list[NodeProto] = []
 
     def run(self) -> None:
+        """Replace all placeholders."""
         self._settle_convolutions()
         self._settle_products()
         for node in list(self.graph.node):
@@ -48,7 +52,7 @@ class Replacement:
                 continue
             layer = self.layers[layer_of(node)]
             source = self._weight(layer) if node.op_type == "Weight" else self._input(layer, node)
-            # The name that the rest of the graph reads.
+            # The placeholder's output keeps its name.
             self.new_nodes.append(helper.make_node("Identity", [source], list(node.output)))
         replace_nodes(self.graph, self.new_nodes)
         self._drop_identities()
@@ -65,7 +69,7 @@ class Replacement:
         return output
 
     def _input(self, layer: OnnxLayer, node: NodeProto) -> str:
-        """Nodes that round a layer's input; returns the rounded tensor."""
+        """Add nodes that round a layer's input; return the name of the rounded tensor."""
         range, storage, x = layer.range, layer.input_storage, node.input[0]
         if range is None:
             return x
@@ -82,17 +86,17 @@ class Replacement:
         return x if range.offset is None else self._node("Add", [x, offset], f"{start}/back")
 
     def _minifloats(self, layer: OnnxLayer, storage: Storage, x: str, scale: str, start: str) -> str:
-        """Nodes that round an input to a minifloat that the file has a type of."""
-        # No zero point: ONNX Runtime would take one of 0 for the least code, and drop a Relu before it.
+        """Add nodes that round an input to a minifloat with a type of its own."""
+        # No zero point: ONNX Runtime would take a zero point of 0 for the smallest code, and drop a Relu before it.
         to = helper.np_dtype_to_tensor_dtype(np.dtype(storage.dtype))
         codes = self._node("QuantizeLinear", [x, scale], f"{start}/codes", output_dtype=to)
         return self._node("DequantizeLinear", [codes, scale], f"{start}/rounded")
 
     def _integers(self, layer: OnnxLayer, storage: Storage, x: str, scale: str, start: str) -> str:
-        """Nodes that round an input to integers."""
+        """Add nodes that round an input to integers."""
         range, bits = layer.range, storage.bits
         assert range is not None
-        # Unsigned, the same codes moved: what processors multiply with signed weights.
+        # The same codes, shifted to unsigned: processors multiply unsigned inputs with signed weights.
         dtype, zero_point = UNSIGNED[bits], range.zero_point + 2 ** (bits - 1)
         narrower = range.high - range.low + 1 < 2**bits
         point = self._constant(f"{layer.name}.input.zero_point", np.asarray(zero_point).astype(dtype))
@@ -100,11 +104,11 @@ class Replacement:
         if layer.in_integers and layer.is_product and bits < 8:
             codes, bits = self._node("Cast", [codes], f"{start}/codes8", to=TensorProto.UINT8), 8
             point = self._constant(f"{layer.name}.input.zero_point8", np.asarray(zero_point).astype(np.uint8))
-        if narrower and bits == 8:  # engines join the rounding with the operation before it
+        if narrower and bits == 8:  # engines fuse the rounding with the operation before it
             bounds = np.asarray([range.low + zero_point, range.high + zero_point]).astype(np.uint8)
             codes = self._clip(codes, f"{layer.name}.input", bounds, f"{start}/clip")
         rounded = self._node("DequantizeLinear", [codes, scale, point], f"{start}/rounded")
-        if narrower and bits != 8:  # ONNX clips no codes of 4 bits
+        if narrower and bits != 8:  # Clip does not support 4-bit codes
             ends = np.asarray([range.low, range.high], np.float32) * np.float32(range.scale)
             rounded = self._clip(rounded, f"{layer.name}.input", ends, f"{start}/clip")
         return rounded
@@ -114,7 +118,7 @@ class Replacement:
         return self._node("Clip", [x, *ends], output)
 
     def _emulated(self, layer: OnnxLayer, x: str, start: str) -> str:
-        """Float operations that round to a minifloat, see `export_emulation`."""
+        """Add float operations that round to a minifloat, as `quant.kernels.emulation` does."""
         format, range = layer.formats[1], layer.range
         assert isinstance(format, FloatFormat) and range is not None
 
@@ -140,7 +144,7 @@ class Replacement:
         return op("Mul", op("Mul", op("Round", op("Div", y, step)), step), scale)
 
     def _weight(self, layer: OnnxLayer) -> str:
-        """Nodes that make a layer's weight from its codes; returns the weight's tensor."""
+        """Add nodes that compute a layer's weight from its codes; return the name of the weight's tensor."""
         if layer.name in self.made:
             return self.made[layer.name]
         weight, storage, name = layer.weight, layer.weight_storage, f"{layer.name}.weight"
@@ -156,7 +160,7 @@ class Replacement:
         point = None if weight.zero_point is None else weight.zero_point
         if point is not None:
             elements = elements + point
-        # To the layout that the layer computes with: (in, out) behind a matrix product, else the weight's own.
+        # The layout that the operation reads: (in, out) for a matrix product, else the weight's own.
         rows_last = layer.transposed or (blocked and layer.float_weight.dim() == 2)
         if rows_last:
             elements = elements.T
@@ -168,12 +172,12 @@ class Replacement:
         else:
             codes = self._constant(f"{stored}.codes", values.astype(storage.dtype))
             if storage.bits < 8 and layer.in_integers and (layer.is_product or self.integers):
-                # ONNX Runtime widens constants as it loads, and multiplies integers of 8 bits only.
+                # ONNX Runtime folds this Cast when it loads the model, and multiplies only 8-bit integers.
                 codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
             made = self._dequantized(layer, storage, codes, scale, point, name, rows_last)
         if (blocked and (not layer.is_product or layer.input_storage is not None)) or layer.overflows:
-            # A product of blocks with an input that has a scale, too, ONNX Runtime would take for one of integers;
-            # and of rows too long for that it would round the input once more, to bytes.
+            # The Reshape keeps ONNX Runtime from fusing: it would compute products of block formats with scaled inputs
+            # in integers, and round the input of long rows once more, to bytes.
             sizes = layer.float_weight.T.shape if layer.transposed else layer.float_weight.shape
             shape = self._constant(f"{name}.shape", np.asarray(sizes, dtype=np.int64))
             made = self._node("Reshape", [made, shape], f"{name}.shaped")
@@ -206,7 +210,7 @@ class Replacement:
             zero_points = point.numpy().reshape(flat).astype(storage.dtype)
             points.append(self._constant(f"{name}.zero_point", zero_points))
         if layer.float8:
-            # ONNX Runtime takes float8 operands of a product for integers: the scales stand apart.
+            # ONNX Runtime treats float8 operands of a product as integers, so the scale is applied by a separate Mul.
             ones = np.ones((), np.float32) if point is None else np.ones_like(scale.numpy().reshape(flat))
             one = self._constant(f"{DOMAIN}.one" if point is None else f"{name}.ones", ones)
             values = self._node("DequantizeLinear", [codes, one, *points], f"{name}.values", **(axis if points else {}))
@@ -215,10 +219,10 @@ class Replacement:
         return self._node("DequantizeLinear", [codes, factors, *points], name, **axis)
 
     def _settle_convolutions(self) -> None:
-        """Where a convolution's bias goes: ONNX Runtime rounds it to steps of input scale x weight scale.
+        """Move the biases of convolutions to float additions: ONNX Runtime rounds them to input scale x weight scale.
 
-        So it stays apart, in float. With `integers`, a batch norm behind becomes part of scales and bias instead, and
-        convolution and activation can be one integer operation.
+        With `integers`, biases stay, and a batch norm that follows is folded into scales and bias, so that convolution
+        and activation can become a single integer operation.
         """
         values = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.initializer}
         readers: dict[str, list[NodeProto]] = {}
@@ -257,7 +261,7 @@ class Replacement:
         replace_nodes(self.graph, nodes)
 
     def _apart(self, conv: NodeProto, layer: OnnxLayer, bias: np.ndarray) -> NodeProto:
-        """The addition that takes over a convolution's bias."""
+        """Remove a convolution's bias; return the Add node that replaces it."""
         output = conv.output[0]
         del conv.input[2:]
         conv.output[0] = f"{output}/product"
@@ -265,10 +269,10 @@ class Replacement:
         return helper.make_node("Add", [conv.output[0], added], [output], name=f"{output}/bias")
 
     def _settle_products(self) -> None:
-        """A bias behind a product of matrices is subtracted with its sign turned: the same values, bit for bit.
+        """Replace the addition of a bias after a matrix product by the subtraction of its negative, which is exact.
 
-        ONNX Runtime makes one operation of product and addition, and then rounds the bias, and a weight in float, to
-        integers where the input was rounded. Products of more axes it leaves apart, and joins the addition with others.
+        ONNX Runtime fuses product and addition, and then rounds the bias, and a float weight, to integers if the input
+        is rounded. It does not fuse products of more than two axes, whose additions it can fuse with other operations.
         """
         values = {tensor.name: tensor for tensor in self.graph.initializer}
         ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in self.graph.value_info}
@@ -289,7 +293,7 @@ class Replacement:
             node.op_type, node.input[:] = "Sub", [product, negative]
 
     def _drop_identities(self) -> None:
-        """Every Identity made above, by giving its readers the name of its source."""
+        """Remove the Identity nodes: their readers read the source."""
         outputs = {output.name for output in self.graph.output}
         names = {
             n.output[0]: n.input[0] for n in self.graph.node if n.op_type == "Identity" and n.output[0] not in outputs
@@ -303,10 +307,10 @@ class Replacement:
         replace_nodes(self.graph, rest)
 
     def _spell_out_bounds(self) -> None:
-        """Relu and Clip before codes of 4 bits become Max and Min.
+        """Replace Relu and Clip before 4-bit codes by Max and Min.
 
-        ONNX Runtime joins either with the rounding behind it: it then loses a Relu whose zero is not the least code,
-        and does not load a Clip at all.
+        ONNX Runtime fuses them with the rounding: it then loses a Relu whose zero is not the smallest code, and fails
+        to load a Clip.
         """
         points = {
             tensor.name: int(numpy_helper.to_array(tensor))
@@ -332,31 +336,36 @@ class Replacement:
         replace_nodes(self.graph, nodes)
 
     def _drop_unused(self) -> None:
-        """Initializers that nothing reads any more, and the shapes noted for tensors that are gone."""
+        """Remove unused initializers, shapes of tensors that no longer exist, and metadata."""
         used = {source for node in self.graph.node for source in node.input} | {o.name for o in self.graph.output}
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
         del self.graph.initializer[:]
         self.graph.initializer.extend(kept)
         del self.graph.value_info[:]
         for part in (self.proto, self.graph, *self.graph.node, *self.graph.input, *self.graph.output):
-            del part.metadata_props[:]  # where in the source each node came from: as large as the weights
+            del part.metadata_props[:]  # source locations, which can be as large as the weights
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
-    """The graph's nodes are `nodes`, which may be its own."""
+    """Set the nodes of a graph, which may be among its present ones."""
     kept = list(nodes)
     del graph.node[:]
     graph.node.extend(kept)
 
 
 def layer_of(node: NodeProto) -> str:
-    """The layer that a placeholder stands for."""
+    """Return the name of a placeholder's layer."""
     name: bytes = helper.get_node_attr_value(node, "layer")
     return name.decode()
 
 
 def norm_of(node: NodeProto, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """A batch norm as y = factor * x + offset; parts: gamma, beta, mean, variance."""
+    """Return (factor, offset) of a batch norm as y = factor * x + offset.
+
+    Args:
+        node: The BatchNormalization.
+        parts: Gamma, beta, mean and variance, float64 (channels,) each.
+    """
     gamma, beta, mean, variance = parts
     epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
     factor = gamma / np.sqrt(variance + epsilon)
@@ -364,10 +373,15 @@ def norm_of(node: NodeProto, parts: list[np.ndarray]) -> tuple[np.ndarray, np.nd
 
 
 def scaled(weight: RoundedWeight, factor: Tensor) -> RoundedWeight:
-    """The weight of a convolution times `factor` (channels,), its elements unchanged but for signs."""
+    """Multiply the scales of a convolution's weight, so that elements change at most their sign.
+
+    Args:
+        weight: The rounded weight.
+        factor: float64 (channels,).
+    """
     shape = (-1, *(1,) * (weight.elements.dim() - 1))
     gone = factor == 0
     elements = weight.elements * torch.where(gone, 0, factor.sign()).view(shape).to(weight.elements)
-    # A scale of 0 is none: such a channel is 0 by its elements.
+    # A scale must not be 0: such a channel gets elements of 0 instead.
     size = torch.where(gone, 1, factor.abs()).view(shape)
     return replace(weight, elements=elements, scale=(weight.scale.double() * size).float())
