@@ -61,8 +61,8 @@ INLINE float round_to(float v, float low, float high, float smallest_power, floa
 }
 
 /* Rounds contiguous elements. own_scales, own_grids: whether element i uses the scale or parameters of group + i; else
-   all use those of `group`. Parameters are copied to scalars because compilers vectorize the loop only then: a struct or a
-   branch in it costs a factor of ten. */
+   all use those of `group`. Parameters are copied to scalars because compilers vectorize the loop only then: a struct
+   or a branch in it costs a factor of ten. */
 template <bool own_scales, bool own_grids, typename T>
 INLINE void round_run(const T *x, T *out, int64_t size, Scales scales, Params params, int64_t group) {
     const float *scale = scales.values + group;
@@ -223,7 +223,7 @@ void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Para
         gradients_of_runs<learned, again>(grad, x, dx, out, scales, params, outer, groups, inner, dscale, threads);
 }
 
-/* Block formats: x is (outer, length, inner), with blocks of `block` elements along the middle axis; the last may be shorter. */
+/* Block formats: x is (outer, length, inner), with blocks along the middle axis; the last one may be shorter. */
 struct Blocks { int64_t outer, length, inner, block; };
 
 /* nvfp4: rounded block scales b under one float scale g of the tensor. MX: powers of two. */
