@@ -1,7 +1,8 @@
-"""Where the installed commands begin: `mpq-search`, `mpq-run`, `mpq-report` and the others of pyproject.toml.
+"""Entry points of the installed commands: `mpq-search`, `mpq-run`, `mpq-report` and the others of pyproject.toml.
 
-No other package has this module's name, but those of ours are common words: before one of them is imported, this sees
-to it that Python would find ours. It needs the standard library alone.
+The packages of this project have common names (`eval`, `policy`) that other packages on the path of a user may share.
+This module has a unique name, imports only the standard library, and checks that Python finds our packages before it
+imports one of them.
 """
 
 from __future__ import annotations
@@ -16,37 +17,37 @@ PACKAGES = ("quant", "cost", "policy", "trainer", "eval")
 
 
 def search() -> None:
-    """`mpq-search`: one run or a grid of runs."""
+    """`mpq-search`: execute one run or a grid of runs."""
     start("eval_parallel")
 
 
 def run() -> None:
-    """`mpq-run`: one run in this process."""
+    """`mpq-run`: execute one run in this process."""
     start("eval.eval_run")
 
 
 def report() -> None:
-    """`mpq-report`: finished runs as tables, pictures and one page."""
+    """`mpq-report`: summarize finished runs as tables, figures and an HTML page."""
     start("eval.eval_parse")
 
 
 def export() -> None:
-    """`mpq-export`: a finished run as a model for deployment."""
+    """`mpq-export`: export the model of a finished run for deployment."""
     start("eval.export.__main__")
 
 
 def latency() -> None:
-    """`mpq-latency`: a finished run's latencies on ONNX Runtime."""
+    """`mpq-latency`: measure the latencies of a finished run on ONNX Runtime."""
     start("eval.latency")
 
 
 def sensitivity() -> None:
-    """`mpq-sensitivity`: what each layer's formats do, without training."""
+    """`mpq-sensitivity`: measure the sensitivity of each layer to each format, without training."""
     start("eval.sensitivity")
 
 
 def start(module: str) -> None:
-    """Run `module.main` with the words of the command line, and exit: 2, after one line, where it cannot start."""
+    """Run `main` of a module with the command line and exit; exit code 2 if another package shadows one of ours."""
     for name in PACKAGES:
         if (found := place_of(name)) != ROOT / name:
             print(
@@ -60,10 +61,10 @@ def start(module: str) -> None:
 
 
 def place_of(package: str) -> Path | None:
-    """The folder of the package, or the file of the module, that Python would import under this name."""
+    """Return the folder of the package, or the file of the module, that Python would import under this name."""
     try:
         spec = find_spec(package)
-    except ValueError:  # a module that somebody made by hand
+    except ValueError:  # a module in sys.modules without a spec
         return None
     if spec is None or spec.origin is None:
         return None

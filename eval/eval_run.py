@@ -32,7 +32,7 @@ from eval.export.reach import export_reach
 from eval.launch.state import set_aside
 from eval.report.records import Excluded, read_run
 from eval.run.full_disk import is_full_disk
-from eval.run.lock import alone_in
+from eval.run.lock import exclusive_lock
 from eval.run.plan import Plan, make_plan
 from eval.run.progress import RunProgress, make_console
 from eval.run.record import RISEN, costs_of, describe, outcome
@@ -83,10 +83,10 @@ def run(
         progress("loading PyTorch and transformers")
         plan = make_plan(config, progress)
         if first_process():
-            held.enter_context(alone_in(config.run_folder, "run", "--run_id", patience))
+            held.enter_context(exclusive_lock(config.run_folder, "run", "--run_id", patience))
             held.enter_context(tracked(config))
             progress.keep_in(config.run_folder)
-        return carry_out(plan, on_step, progress, started)
+        return execute(plan, on_step, progress, started)
 
 
 def refuse_other_flags(config: RunConfig) -> None:
@@ -116,7 +116,7 @@ def _flags_in(written: Path) -> dict[str, Any]:
     return flags
 
 
-def carry_out(
+def execute(
     plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, progress: RunProgress, started: float
 ) -> dict[str, Any]:
     """`run` of a plan, as it was `started` on the monotonic clock."""
@@ -256,12 +256,12 @@ def make_way(config: RunConfig) -> None:
 
 def show_plan(config: RunConfig) -> int:
     """What --dry_run prints: as the launcher does."""
-    from eval.launch.estimates import learn
+    from eval.launch.estimates import estimate_runs
     from eval.launch.plan_table import print_plan
     from eval.run.progress import make_console
 
     runs = {config.run_name: config}
-    print_plan(make_console(sys.stdout), runs, learn(runs, measure=True))
+    print_plan(make_console(sys.stdout), runs, estimate_runs(runs, measure=True))
     return 0
 
 

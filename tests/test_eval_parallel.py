@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import eval_parallel
 from eval.config.parser import read_flags, to_yaml
-from eval.launch.estimates import Facts
-from eval.launch.grid import Progress, by_name, expand, launch_folder, look_up
+from eval.launch.estimates import RunEstimate
+from eval.launch.grid import RunState, by_name, expand, launch_folder, read_state
 from eval.launch.hyperparameters import check_tuning, tried
 from eval.launch.progress import Watch, last_entry, note_lines, result_table, watching
 from eval.launch.ray_cluster import check_request, clean, plan_share, ray_session
@@ -105,7 +105,7 @@ def test_a_run_is_the_same_however_its_numbers_are_written(tmp_path, fake):
     given = ["--search", "--max_steps", "3", "--output_root_dir", str(tmp_path)]
     fake.run(runs_of(*given, "--target_bits", "6.0")[0])
     for same in (["--targets", "6"], ["--target_bits", "6", "--search_space", "int4,int8"]):
-        assert look_up(runs_of(*given, *same)[0]).finished, same
+        assert read_state(runs_of(*given, *same)[0]).finished, same
 
 
 def test_runs_of_several_tasks_are_told_apart(tmp_path):
@@ -172,23 +172,23 @@ def test_two_tasks_share_a_launch_folder_of_their_own(tmp_path):
 
 def test_our_own_record_decides_what_is_finished(tmp_path, fake):
     run = runs_of("--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
-    assert (look_up(run).finished, look_up(run).reason) == (False, None)
+    assert (read_state(run).finished, read_state(run).reason) == (False, None)
     fake.run(run)
-    assert look_up(run).finished
+    assert read_state(run).finished
     record = run.run_folder / "result.json"
     whole = record.read_text()
     record.write_text(whole[: len(whole) // 2])
-    assert not look_up(run).finished and "truncated" in look_up(run).reason
+    assert not read_state(run).finished and "truncated" in read_state(run).reason
     record.write_text(whole.replace('"finished"', '"failed"'))
-    assert look_up(run).failed
+    assert read_state(run).failed
     set_aside([run])
-    assert not record.exists() and not look_up(run).failed and not look_up(run).finished
+    assert not record.exists() and not read_state(run).failed and not read_state(run).finished
 
 
 def test_a_failure_before_the_run_began_is_seen(tmp_path):
     run = runs_of("--output_root_dir", str(tmp_path))[0]
     record_failure(run, "no disk")
-    assert look_up(run).failed and look_up(run).reason == "failed: no disk"
+    assert read_state(run).failed and read_state(run).reason == "failed: no disk"
 
 
 def test_a_folder_of_other_flags_is_refused_by_name(tmp_path, fake):
@@ -199,12 +199,12 @@ def test_a_folder_of_other_flags_is_refused_by_name(tmp_path, fake):
         ["--num_cpus", "1"],
         ["--train_batch_size", "16", "--gradient_accumulation_steps", "2"],
     ):
-        assert look_up(runs_of(*given, *same)[0]).finished, same
+        assert read_state(runs_of(*given, *same)[0]).finished, same
     with pytest.raises(UserError, match=r"--learning_rate 0.1 \(there: 5e-05\)"):
-        look_up(runs_of(*given, "--learning_rate", "0.1")[0])
+        read_state(runs_of(*given, "--learning_rate", "0.1")[0])
     (runs_of(*given)[0].run_folder / "config.yaml").write_text("task: [")
     with pytest.raises(UserError, match="not readable"):
-        look_up(runs_of(*given)[0])
+        read_state(runs_of(*given)[0])
 
 
 def test_resume_reads_the_flags_of_the_launch_where_it_lies_now(tmp_path):
@@ -334,7 +334,7 @@ def test_out_of_memory_runs_once_more_with_half_the_batch(tmp_path, fake):
     record = _run_within_memory(oom, run, Reporter(lambda measures: None))
     assert "--train_batch_size 32: run with 16 and --gradient_accumulation_steps 2" in record["notes"][-1]
     assert json.loads((run.run_folder / "result.json").read_text()) == record
-    assert look_up(run).finished, "the halved run counts as the one that was asked for"
+    assert read_state(run).finished, "the halved run counts as the one that was asked for"
     with pytest.raises(MemoryError):
         _run_within_memory(oom, run.updated(train_batch_size=33, run_id="odd"), Reporter(lambda measures: None))
     with pytest.raises(MemoryError):
@@ -414,7 +414,7 @@ def test_progress_shows_step_cost_target_and_time_left(tmp_path, monkeypatch):
     for folder in folders.values():
         folder.mkdir()
     (folders["c"] / "result.json").write_text("{}")
-    watch = Watch(lambda: folders, {"a": Facts(100, (1.0, 4.0), 2.5)}.get, 4, "MiB")
+    watch = Watch(lambda: folders, {"a": RunEstimate(100, (1.0, 4.0), 2.5)}.get, 4, "MiB")
     entry = {"step": 10, "phase": "search", "loss": 0.5, "reward": 0.25, "cost": 3.0, "entropy": 4.0}
     (folders["a"] / "history.jsonl").write_text(json.dumps(entry) + "\n")
     watch._started = 0.0
@@ -430,7 +430,7 @@ def test_without_a_terminal_each_change_of_state_is_one_line(tmp_path, fake, mon
     runs = runs_of("--seeds", "0,1", "--max_steps", "3", "--output_root_dir", str(tmp_path))
     first, second = (run.run_name for run in runs)
     watch = Watch(
-        lambda: {run.run_name: run.run_folder for run in runs}, {first: Facts(3, (1.0, 4.0), 2.5)}.get, 2, "MiB"
+        lambda: {run.run_name: run.run_folder for run in runs}, {first: RunEstimate(3, (1.0, 4.0), 2.5)}.get, 2, "MiB"
     )
     watch._started -= 1  # a file's time is coarser than the clock's
     assert watch.news() == []
@@ -438,6 +438,14 @@ def test_without_a_terminal_each_change_of_state_is_one_line(tmp_path, fake, mon
         run.run_folder.mkdir(parents=True)
         (run.run_folder / "run.log").touch()
     assert watch.news() == [f"{name}: started: reading data and model" for name in (first, second)]
+    monkeypatch.setattr("eval.launch.progress.NEWS_SECONDS", 0.0)
+    assert watch.news() == [], "a line that says nothing new is not repeated"
+    state = {"phase": "calibrating", "done": 0, "total": None, "what": "", "seconds_left": None}
+    (runs[0].run_folder / "progress.json").write_text(json.dumps(state))
+    assert watch.news() == [f"{first}: calibrating"]
+    (runs[0].run_folder / "progress.json").write_text(json.dumps({**state, "phase": "training", "total": 3}))
+    assert watch.news() == [], "training without a first step is not a second start"
+    monkeypatch.setattr("eval.launch.progress.NEWS_SECONDS", 30.0)
     history = runs[0].run_folder / "history.jsonl"
     for step, phase in ((1, "delay"), (2, "delay"), (3, "search")):
         history.write_text(json.dumps({"step": step, "phase": phase}) + "\n")
@@ -450,7 +458,7 @@ def test_without_a_terminal_each_change_of_state_is_one_line(tmp_path, fake, mon
     ]
     assert watch.news() == []
     monkeypatch.setattr("eval.launch.progress.PLAIN_SECONDS", 60.0)
-    watch._told.clear()
+    watch._printed.clear()
     file = io.StringIO()
     with watching(watch, make_console(file)):
         pass
@@ -495,7 +503,7 @@ def test_the_result_table_names_every_run_once(tmp_path, fake):
     runs = runs_of("--seeds", "0,1,2", "--max_steps", "3", "--output_root_dir", str(tmp_path))
     fake.run(runs[0])
     record_failure(runs[1], "row 7 has no label")
-    text = shown(result_table({run.run_name: look_up(run) for run in runs}, {}))
+    text = shown(result_table({run.run_name: read_state(run) for run in runs}, {}))
     assert [text.count(run.run_name) for run in runs] == [1, 1, 1]
     assert f"accuracy {fake.digest(runs[0]):.4f}" in text and "failed: row 7 has no label" in text
     assert "not started" in text
@@ -506,9 +514,9 @@ def test_a_note_is_told_once_with_the_runs_that_it_holds_for(tmp_path, fake):
     for run, notes in zip(runs, (["random weights", "damaged"], *[["random weights"]] * 3), strict=True):
         record = fake.run(run)
         (run.run_folder / "result.json").write_text(json.dumps({**record, "notes": notes}))
-    known = {run.run_name: look_up(run) for run in runs}
+    known = {run.run_name: read_state(run) for run in runs}
     assert note_lines(known) == ["note: random weights", "note: damaged (resnet20-float-s0)"]
-    known = dict(reversed(known.items())) | {"another": Progress(runs[0], None, None)}
+    known = dict(reversed(known.items())) | {"another": RunState(runs[0], None, None)}
     assert note_lines(known)[0].endswith("(resnet20-float-s3, resnet20-float-s2, resnet20-float-s1 and 1 more)")
 
 
@@ -519,7 +527,7 @@ def test_a_run_for_several_budgets_has_a_line_for_each(tmp_path, fake):
     record = json.loads((whole.run_folder / "result.json").read_text())
     record |= {"cost": 0.0625, "contest": {"within_drop": False, "max_drop": 0.01}}
     (whole.run_folder / "5b" / "result.json").write_text(json.dumps(record))
-    first, second = shown(result_table({whole.run_name: look_up(whole)}, {})).splitlines()[1:3]
+    first, second = shown(result_table({whole.run_name: read_state(whole)}, {})).splitlines()[1:3]
     assert first.startswith(f"{whole.run_name}/5b") and "0.0625" in first and "NOT within 0.01 of float" in first
     assert second.startswith(f"{whole.run_name} ") and "NOT" not in second
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXPORT_VERSION = 1
 """schema_version of the export.json beside an exported file, which is another thing than a run's record"""
 MIB = 2**20
-LOST = 0.01
+MAX_METRIC_DROP = 0.01
 """a metric that falls by more than this in the file is said to be lost: it is no rounding"""
 
 
@@ -64,7 +64,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
             "record": run.record["metrics"],
             "exported": evaluated(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
         }
-        verdict["notes"] += lost(run.record, verdict["metrics"]["exported"] or {})
+        verdict["notes"] += metric_drop_warnings(run.record, verdict["metrics"]["exported"] or {})
         usage = written.usage or EXPORT_FORMATS[format].usage
         assert usage is not None
         card = model_card(run, verdict, folder, usage)
@@ -194,15 +194,15 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     console.print("\n".join(["", *summary(verdict)]), markup=False)
 
 
-def lost(record: dict[str, Any], exported: dict[str, dict[str, float]]) -> list[str]:
-    """A line for each split on which the file falls short of its run by more than `LOST`, in the run's own metric."""
+def metric_drop_warnings(record: dict[str, Any], exported: dict[str, dict[str, float]]) -> list[str]:
+    """Return a warning for each split whose main metric is worse in the file by more than `MAX_METRIC_DROP`."""
     from eval.report.records import lower_is_better
 
     name, lines = record["metric"], []
     for split, metrics in exported.items():
         before, after = record["metrics"][split][name], metrics[name]
         worse = after / before - 1 if lower_is_better(name) else before - after
-        if not worse <= LOST:  # NaN is lost as well
+        if not worse <= MAX_METRIC_DROP:  # NaN is lost as well
             lines.append(
                 f"warning: {split} {name} {before:.5g} -> {after:.5g}: the file does not compute what the run trained; "
                 "--format packed does"

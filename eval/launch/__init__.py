@@ -1,1 +1,1 @@
-"""Many runs as trials of Ray Tune."""
+"""Launching many runs as Ray Tune trials."""

@@ -1,11 +1,10 @@
-"""What is known of the runs before they start: their steps, budget and cost range, and about how long they take.
+"""Estimates of runs before they start: number of steps, budget, range of reachable costs and approximate duration.
 
-Every run is planned here once, with its data and its model: whatever is wrong ends the launch before Ray starts.
+Estimating a run loads its data and builds its model, so that invalid settings end the launch before Ray starts.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,64 +18,79 @@ if TYPE_CHECKING:
 
 _SHAPING = [entry.name for group in (DataFlags, LayerFlags) for entry in fields(group)]
 _SHAPING += ["load_model_path", "fuse_groups"]
-"""what data, model and layers depend on"""
+"""Flags that the data, the model and its layers depend on. Runs with equal values share one `Plan`."""
 PASS_SHARE = 1 / 3
-"""a forward pass takes about a third of a training step"""
-REPLAYED_SHARE = 0.6
-"""of a forward pass, where what comes before the first changed layer is played back; benchmarks/RESULTS.md"""
-JUDGED_BESIDE = 40
-"""assignments that a contest judges beside the neighbours of the best: proposals, samples, the certificate's"""
+"""Duration of a forward pass as a share of a training step."""
+CACHED_PASS_SHARE = 0.6
+"""Duration of a forward pass that reuses cached activations up to the first changed layer, as a share of a full one.
+
+Measured in benchmarks/RESULTS.md.
+"""
+OTHER_CANDIDATES = 40
+"""Assignments that the final selection evaluates besides neighbours of the best: proposals, samples, alternatives."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Of one run."""
+class RunEstimate:
+    """Estimate of one run."""
 
     steps: int
     cost_range: tuple[float, float]
-    """[MiB or GBOPs]"""
+    """Lowest and highest cost of the search space [MiB or GBOPs]."""
     cost_target: float | None
     seconds: float | None = None
-    """about how long it takes on this machine; None where it was not measured"""
+    """Approximate duration on this machine; None if not measured."""
     outside_cost: str = ""
-    """the matrices that stay in float, and how much they are; empty: none"""
+    """Matrices that stay in float and their share of the weights; empty if there are none."""
     held_out: int = 0
-    """training examples that a search judges on"""
-    found: tuple[str, ...] = ()
-    """lines that tell what data and model are, where that was asked for"""
+    """Number of training examples that a search holds out to evaluate assignments."""
+    summary: tuple[str, ...] = ()
+    """Lines that describe the data and the model; empty if not measured."""
 
 
-def learn(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, Facts]:
-    """The facts of every run, by its name in the launch. Raises UserError for data, models, targets that do not work.
+def estimate_runs(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[str, RunEstimate]:
+    """Estimate every run of a launch.
 
-    Runs that differ in training and search flags alone share one look at data and model.
+    Runs that differ only in training and search flags share one plan.
+
+    Args:
+        runs: runs by their names in the launch.
+        measure: also time a training step, and describe the data and the model.
+
+    Returns:
+        Estimates by the same names.
+
+    Raises:
+        UserError: The data or the model of a run cannot be loaded, or its budget cannot be met.
     """
     from eval.run.plan import make_plan
     from eval.run.plan_summary import summary_of
 
-    facts: dict[str, Facts] = {}
+    estimates: dict[str, RunEstimate] = {}
     plans: dict[Any, tuple[Plan, float | None]] = {}
     for name, run in runs.items():
         key = tuple(getattr(run, name) for name in _SHAPING)
         if key not in plans:
-            plans.clear()  # one model in memory at a time: runs of a kind stand together
+            plans.clear()  # keeps one model in memory; runs that share a plan follow each other
             plan = make_plan(run)
             plans[key] = plan, _seconds_per_step(plan) if measure else None
         plan, seconds = plans[key]
         own = replace(plan, config=run)
-        facts[name] = replace(_facts(own, seconds), found=summary_of(own) if measure else ())
-    return facts
+        estimates[name] = replace(_estimate(own, seconds), summary=summary_of(own) if measure else ())
+    return estimates
 
 
-def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
-    from eval.run.plan import budget, check_phases, search_space
+def _estimate(plan: Plan, seconds_per_step: float | None) -> RunEstimate:
+    from eval.run.plan import budget, check_phases, count_steps, search_space
     from eval.run.trainer import teacher_share
     from quant.analysis.float_share import float_share
+    from trainer.training.sampler import held_out_size
 
-    run = plan.config
+    run, examples = plan.config, len(plan.prepared.train)
     check_phases(run)
     cost_type: Any = run.cost_type
-    steps = _steps(plan)
+    held_out = held_out_size(examples, run.search_fraction) if run.method == "search" else 0
+    steps = count_steps(run, examples - held_out)
     seconds = None
     if seconds_per_step is not None:
         passes = _passes(plan, steps) if run.method == "search" else 0.0
@@ -84,12 +98,11 @@ def _facts(plan: Plan, seconds_per_step: float | None) -> Facts:
         seconds = seconds_per_step * (steps + passes * PASS_SHARE)
     reach = search_space(plan).cost_range(plan.profiles, cost_type)
     outside = float_share(plan.bundle.model, plan.layers)
-    held = held_out(plan) if run.method == "search" else 0
-    return Facts(steps, reach, budget(plan), seconds, str(outside) if outside.left else "", held)
+    return RunEstimate(steps, reach, budget(plan), seconds, str(outside) if outside.left else "", held_out)
 
 
 def _passes(plan: Plan, steps: int) -> float:
-    """Forward passes over a step's examples that a search takes beside training: rewards, sensitivities, contests."""
+    """Forward passes, in batches of a training step, that a search makes for rewards, sensitivities and selection."""
     from eval.run.plan import search_settings, search_space
     from trainer.search.evaluator import LEAST_MEASURED
     from trainer.search.search_state import Phases, examples_to_judge, examples_to_measure
@@ -98,36 +111,19 @@ def _passes(plan: Plan, steps: int) -> float:
     phases = Phases.of(config, steps)
     batch = run.train_batch_size * run.gradient_accumulation_steps
     neighbours = 2 * space.num_decisions
-    judged = 0.0
+    evaluated = 0.0
     if config.policy_prior == "measured":
         pairs = space.num_decisions * space.num_choices
-        judged += pairs * examples_to_measure(steps, batch, pairs, LEAST_MEASURED, config.measure_share)
+        evaluated += pairs * examples_to_measure(steps, batch, pairs, LEAST_MEASURED, config.measure_share)
     if config.contest:
         targets = max(1, len(run.target_list))
-        judged += targets * (neighbours + JUDGED_BESIDE) * examples_to_judge(steps, batch, neighbours)
+        evaluated += targets * (neighbours + OTHER_CANDIDATES) * examples_to_judge(steps, batch, neighbours)
     rewards = config.reward_draws * config.reward_share * (phases.settle - phases.delay)
-    return rewards + REPLAYED_SHARE * judged / batch
-
-
-def _steps(plan: Plan) -> int:
-    """Optimizer steps of the run, counted as transformers' Trainer counts them."""
-    run = plan.config
-    if run.max_steps >= 0:
-        return run.max_steps
-    examples = len(plan.prepared.train)
-    if run.method == "search":
-        examples -= held_out(plan)
-    batches = math.ceil(examples / run.train_batch_size)
-    return math.ceil(run.num_train_epochs * max(1, math.ceil(batches / run.gradient_accumulation_steps)))
-
-
-def held_out(plan: Plan) -> int:
-    """Training examples that a search keeps apart for the reward."""
-    return max(1, round(len(plan.prepared.train) * plan.config.search_fraction))
+    return rewards + CACHED_PASS_SHARE * evaluated / batch
 
 
 def _seconds_per_step(plan: Plan) -> float:
-    """A float step forward and backward on this machine, the second of two: the first one allocates."""
+    """Time a forward and a backward pass of the float model: the second of two, because the first one allocates."""
     train, model = plan.prepared.train, plan.bundle.model
     batch = plan.prepared.data_collator([train[i] for i in range(min(plan.config.train_batch_size, len(train)))])
     model.train()

@@ -1,4 +1,4 @@
-"""What a launch is made of: the runs of the grid, and how far each of them already is."""
+"""The grid of a launch: its runs, and which of them are already finished."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from quant.formats import parse_search_space
 
 _FOLDERS = ("data_dir", "model_path", "load_model_path", "save_model_path", "output_root_dir", "log_dir")
 _FREE = (PLACE_SETTINGS - {"seed", "data_dir"}) | {"train_batch_size", "gradient_accumulation_steps"}
-"""settings in which a relaunch may differ; of the last two only the product counts (see `launch_trial`)"""
+"""Settings that a relaunch may change. Of the last two only the product counts: see `trial._run_within_memory`."""
 
 
 def expand(config: RunConfig) -> list[RunConfig]:
-    """Every run that the launcher flags ask for, complete and checked, with absolute paths, each in its own folder.
+    """Expand the grid flags to the list of runs, with all defaults filled in and absolute paths.
 
-    Raises UserError for the first run that is wrong, for a grid flag beside its single form, and for two runs that
-    would share a folder.
+    Raises:
+        UserError: A run is invalid, a grid flag contradicts its single form (--seeds and --seed), or two runs would
+            share a folder.
     """
     launcher = {entry.name: entry.default for entry in fields(LauncherFlags)}
     runs = list(dict.fromkeys(complete(_absolute(run)).updated(**launcher) for run in _grid(config)))
@@ -40,14 +41,14 @@ def expand(config: RunConfig) -> list[RunConfig]:
             differ = ", ".join(f"--{name} {mine} and {other}" for name, mine, other in differences(twin, run))
             raise UserError(f"two runs would share the folder {run.run_folder}: {differ}")
         seen[run.run_folder] = run
-    if len(runs) > 1:  # the curves of each in a folder of its own
+    if len(runs) > 1:  # each run needs its own folder for TensorBoard curves
         named = by_name(runs)
         runs = [r.updated(log_dir=str(Path(r.log_dir) / name)) if r.log_dir else r for name, r in named.items()]
     return runs
 
 
 def by_name(runs: Iterable[RunConfig]) -> dict[str, RunConfig]:
-    """The runs of a launch by what it calls them: their names, behind their tasks' where there are several tasks."""
+    """Map names to runs: a run's own name, prefixed by its task if the launch has several tasks."""
     runs = list(runs)
     several = len({run.task_name for run in runs}) > 1
     return {f"{run.task_name}/{run.run_name}" if several else run.run_name: run for run in runs}
@@ -80,7 +81,8 @@ def _items(config: RunConfig, name: str) -> list[Any] | None:
         try:
             items.append(kind(item.strip()))
         except ValueError:
-            raise UserError(f"--{name} {text}: {item.strip()!r} is no {'whole ' * (kind is int)}number") from None
+            expected = "whole number" if kind is int else "number"
+            raise UserError(f"--{name} {text}: {item.strip()!r} is no {expected}") from None
     if "" in items or len(set(items)) < len(items):
         raise UserError(f"--{name} {text} has an empty entry or names one twice")
     return items
@@ -94,87 +96,96 @@ _NOT_IN_FLOAT = ("distill", "gamma_migration", "smooth_quant", "smooth_quant_alp
 
 
 def _fit_method(run: RunConfig) -> RunConfig:
-    """In a grid over methods the flags of one method are not errors for the others: each run keeps what it uses."""
+    """Reset the flags that `run.method` does not use, which would be errors outside a grid over methods."""
     if run.method == "float":
         return _without(run, *_SEARCH, *_BITS, *_BUDGET, *_NOT_IN_FLOAT)
     if run.method == "uniform":
         if all(getattr(run, name) is None for name in _BITS):
             if run.target_bits is None or any(getattr(run, name) is not None for name in _LIMITS):
-                return _without(run, *_SEARCH)  # the best uniform within the budget
+                return _without(run, *_SEARCH)  # the run itself selects the best uniform format within its budget
             run = run.updated(bits=str(int(run.target_list[0])))  # the widest uniform format within the target
         return _without(run, *_SEARCH, *_BUDGET)
     return _without(run, *_BITS)
 
 
 def _without(run: RunConfig, *names: str) -> RunConfig:
-    """`run` with the defaults of some flags."""
+    """Return `run` with the named flags reset to their defaults."""
     return run.updated(**{entry.name: entry.default for entry in fields(RunConfig) if entry.name in names})
 
 
 def _absolute(run: RunConfig) -> RunConfig:
-    """`run` with absolute paths: a trial works in a folder of its own."""
+    """Return `run` with absolute paths, because a trial has another working directory."""
     paths = {name: value for name in _FOLDERS if (value := getattr(run, name)) is not None}
     paths |= {name: value for name in ("task", "model") if (value := getattr(run, name)) and is_path(value)}
     return run.updated(**{name: str(Path(value).expanduser().resolve()) for name, value in paths.items()})
 
 
 STOPPED = "stopped early"
-"""how the reason of a run begins that --asha gave up"""
+"""First words of the recorded reason of a run that --asha stopped."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is on disk."""
+class RunState:
+    """State of a run according to its folder."""
 
     config: RunConfig
     run: Run | None
-    """its finished record"""
+    """The finished record; None if there is none."""
     reason: str | None
-    """why it does not count as finished, where it was started"""
+    """Why a run that was started has no finished record."""
 
     @property
     def finished(self) -> bool:
+        """Whether the run has a finished record."""
         return self.run is not None
 
     @property
     def failed(self) -> bool:
-        """Whether it ended with a record that says why there is no result."""
+        """Whether the run ended with the record of a failure."""
         return self.reason is not None and self.reason.startswith("failed") and not self.stopped
 
     @property
     def stopped(self) -> bool:
-        """Whether --asha gave it up."""
+        """Whether --asha stopped the run."""
         return self.reason is not None and STOPPED in self.reason
 
 
-def look_up(config: RunConfig) -> Progress:
-    """What the run's folder holds. Raises UserError if it belongs to a run with other flags."""
+def read_state(config: RunConfig) -> RunState:
+    """Read the state of a run from its folder.
+
+    Raises:
+        UserError: The folder belongs to a run with other flags.
+    """
     folder = config.run_folder
     if (folder / RUN_FILE).exists() and (differ := differences(read_config(folder), config)):
         changes = ", ".join(f"--{name} {now} (there: {before})" for name, before, now in differ)
         raise UserError(f"{folder} holds a run with other flags: {changes}; choose another --exp_name")
     if not folder.exists():
-        return Progress(config, None, None)
+        return RunState(config, None, None)
     found = read_run(folder)
-    return Progress(config, None, found.reason) if isinstance(found, Excluded) else Progress(config, found, None)
+    return RunState(config, None, found.reason) if isinstance(found, Excluded) else RunState(config, found, None)
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The flags of the run in `folder`. Raises UserError where its config.yaml is damaged."""
+    """Read the flags of the run in `folder`.
+
+    Raises:
+        UserError: Its config.yaml is damaged.
+    """
     return read_values(read_yaml(folder / RUN_FILE, "--exp_name"), f"{folder / RUN_FILE}")
 
 
 def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Of two runs: (flag, first's value, second's value) of what makes a different result."""
+    """List the flags that change the result and differ: tuples of flag, value of `first`, value of `second`."""
     names = [f.name for f in fields(RunConfig) if f.name not in _FREE]
     pairs: list[tuple[str, Any, Any]] = [(name, getattr(first, name), getattr(second, name)) for name in names]
     first_batch, second_batch = (run.train_batch_size * run.gradient_accumulation_steps for run in (first, second))
     pairs.append(("train_batch_size", first_batch, second_batch))
-    return [(name, a, b) for name, a, b in pairs if a != b and _meant(name, a) != _meant(name, b)]
+    return [(name, a, b) for name, a, b in pairs if a != b and _normalized(name, a) != _normalized(name, b)]
 
 
-def _meant(name: str, value: Any) -> Any:
-    """What a value stands for: 4,8 and int4,int8 are one search space, 6 and 6.0 one target."""
+def _normalized(name: str, value: Any) -> Any:
+    """Normalize equivalent values of a flag: search spaces 4,8 and int4,int8, or targets 6 and 6.0."""
     if name == "search_space":
         return parse_search_space(value)
     if name == "target_bits" and value is not None:
@@ -183,12 +194,12 @@ def _meant(name: str, value: Any) -> Any:
 
 
 def experiment_folders(runs: Sequence[RunConfig]) -> list[Path]:
-    """The folders that hold the runs' folders, each once."""
+    """List the distinct parent folders of the runs."""
     return list(dict.fromkeys(run.experiment_folder for run in runs))
 
 
 def launch_folder(runs: Sequence[RunConfig]) -> Path:
-    """Where the launch keeps its own files: beside the runs, or `<root>/a+b/<exp_name>` for tasks a and b."""
+    """Return the folder for the launch's own files: that of the runs, or `<root>/a+b/<exp_name>` for tasks a and b."""
     folders = experiment_folders(runs)
     if len(folders) == 1:
         return folders[0]

@@ -1,4 +1,4 @@
-"""Tune's own algorithms over our runs: ASHA stops hopeless ones early, Optuna looks for better search settings."""
+"""Ray Tune algorithms for our runs: early stopping by ASHA, hyperparameter search by Optuna."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.config.run_config import RUN_FILE, RunConfig
-from eval.launch.grid import Progress, differences, look_up, read_config
+from eval.launch.grid import RunState, differences, read_config, read_state
 from eval.launch.trial import TUNED, objective, with_settings
 from quant.errors import UserError
 
 GRACE = 5
-"""no run is stopped in the first 1/GRACE of its steps"""
+"""ASHA stops no run during the first 1/GRACE of its steps."""
 REDUCTION = 2
-"""at each rung the better half goes on"""
+"""ASHA keeps the best 1/REDUCTION of the runs at each rung."""
 RANGES = {"cost_beta": (0.1, 10.0), "rl_learning_rate": (0.005, 0.5), "max_entropy_beta": (0.001, 0.1)}
-"""what --hpo draws from, evenly on a logarithmic scale"""
+"""Setting -> range that --hpo samples from, log-uniformly."""
 
 
 def check_tuning(config: RunConfig, runs: Sequence[RunConfig]) -> None:
-    """Raises UserError for an --hpo that has nothing to tune."""
+    """Check that --hpo has exactly one search run to tune.
+
+    Raises:
+        UserError: There are several runs, the method is not a search, or Optuna is not installed.
+    """
     if config.hpo is None:
         return
     if len(runs) > 1 or runs[0].method != "search":
@@ -32,7 +36,11 @@ def check_tuning(config: RunConfig, runs: Sequence[RunConfig]) -> None:
 
 
 def early_stopping(steps: Sequence[int]) -> dict[str, Any]:
-    """Tune's settings for --asha: runs are compared by how probable they find the truth, at the same steps."""
+    """Return the Tune settings of --asha, which compares runs by their score at the same steps.
+
+    Args:
+        steps: number of steps of each run.
+    """
     from ray.tune.schedulers import ASHAScheduler
 
     longest = max(1, *steps)
@@ -43,43 +51,51 @@ def early_stopping(steps: Sequence[int]) -> dict[str, Any]:
         max_t=longest,
         grace_period=max(1, longest // GRACE),
         reduction_factor=REDUCTION,
-        stop_last_trials=False,  # a run at its last step still has to settle and to be evaluated
+        stop_last_trials=False,  # a run must still be evaluated after its last step
     )
     return {"scheduler": scheduler}
 
 
 def hyperparameter_search(base: RunConfig, trials: int) -> dict[str, Any]:
-    """Tune's settings for --hpo, empty when enough was tried: what earlier launches found is told to Optuna."""
+    """Return the Tune settings of --hpo, with the results of earlier launches as starting points.
+
+    Args:
+        base: the run whose settings are tuned.
+        trials: total number of trials, including those of earlier launches.
+
+    Returns:
+        Keyword arguments of `ray_cluster.fit`; empty if earlier launches already made all trials.
+    """
     from optuna.distributions import FloatDistribution
     from ray.tune.search.optuna import OptunaSearch
 
-    known = tried(base)
-    if len(known) >= trials:
+    earlier = tried(base)
+    if len(earlier) >= trials:
         return {}
-    done = [one for one in known if one.run is not None]
+    finished = [state for state in earlier if state.run is not None]
     search = OptunaSearch(
         space={name: FloatDistribution(low, high, log=True) for name, (low, high) in RANGES.items()},
         metric="objective",
         mode="max",
-        points_to_evaluate=[{name: getattr(one.config, name) for name in TUNED} for one in done] or None,
-        evaluated_rewards=[objective(one.run.record) for one in done if one.run is not None] or None,
-        seed=base.seed + len(known),  # the same seed would draw the first settings once more
+        points_to_evaluate=[{name: getattr(state.config, name) for name in TUNED} for state in finished] or None,
+        evaluated_rewards=[objective(state.run.record) for state in finished if state.run is not None] or None,
+        seed=base.seed + len(earlier),  # the same seed would sample the first settings again
     )
-    return {"search_alg": search, "num_samples": trials - len(known), "param_space": {"run": base.run_name}}
+    return {"search_alg": search, "num_samples": trials - len(earlier), "param_space": {"run": base.run_name}}
 
 
-def tried(base: RunConfig) -> list[Progress]:
-    """The runs that --hpo has made of `base` so far."""
+def tried(base: RunConfig) -> list[RunState]:
+    """List the runs that --hpo has made of `base` so far."""
     found = []
     for path in sorted(base.experiment_folder.glob(f"{glob.escape(base.run_name)}-*/{RUN_FILE}")):
         run = read_config(path.parent)
         settings = {name: getattr(run, name) for name in TUNED}
         if run.run_id == with_settings(base, settings).run_id and not differences(base.updated(**settings), run):
-            found.append(look_up(run.updated(output_root_dir=base.output_root_dir, exp_name=base.exp_name)))
+            found.append(read_state(run.updated(output_root_dir=base.output_root_dir, exp_name=base.exp_name)))
     return found
 
 
-def best(runs: Sequence[Progress]) -> Progress | None:
-    """The finished run with the best metric."""
-    finished = [known for known in runs if known.run is not None]
-    return max(finished, key=lambda known: objective(known.run.record) if known.run else 0.0, default=None)
+def best(runs: Sequence[RunState]) -> RunState | None:
+    """Return the finished run with the best metric; None if no run is finished."""
+    finished = [state for state in runs if state.run is not None]
+    return max(finished, key=lambda state: objective(state.run.record) if state.run else 0.0, default=None)

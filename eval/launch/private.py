@@ -1,4 +1,4 @@
-"""What Ray opens and leaves on a machine that others use too: its ports, its files, its token."""
+"""Keeps Ray private on a shared machine: its network address, its temporary files and its access token."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""environment in which Ray's address is 127.0.0.1, as it always is on macOS and Windows: no other machine reaches it"""
+"""Environment that binds Ray to 127.0.0.1, as on macOS and Windows, so that no other machine can connect."""
 PREFIX = "mpq-ray-"
 INNER = "ray"
-"""Ray opens the folder that it is given to everybody: it gets one within ours"""
+"""Sub-folder for Ray, which makes its folder accessible to all users; ours around it stays closed."""
 REMOVAL_ATTEMPTS = 20
-"""tenths of a second in which processes that are ending may still write"""
+"""Attempts, 0.1 s apart, at removing a folder that ending processes may still write to."""
 
 
 @contextmanager
 def own_folder() -> Iterator[str | None]:
-    """A folder for Ray's logs and sockets that nobody else can look into, and that goes at the end.
+    """Create a temporary folder for Ray's logs and sockets that no other user can read.
 
-    What launches left that were killed goes as well. None where RAY_TMPDIR names a folder: what is in that stays.
+    Also removes the folders of launches that were killed.
+
+    Yields:
+        The folder, which is removed on exit; None if RAY_TMPDIR names a folder, whose content is kept.
     """
     if "RAY_TMPDIR" in os.environ:
         yield None
@@ -43,7 +46,10 @@ def own_folder() -> Iterator[str | None]:
 
 
 def keep_token_private() -> None:
-    """Ray's token opens its dashboard and runs code: its file is for its owner alone. Ray makes it readable by all."""
+    """Make Ray's token file readable by its owner only.
+
+    Whoever knows the token can run code through Ray's dashboard, and Ray itself creates the file readable by all.
+    """
     if "RAY_AUTH_TOKEN" in os.environ or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")).expanduser()
@@ -53,7 +59,7 @@ def keep_token_private() -> None:
             file.write(secrets.token_hex(32))
         if path.stat().st_uid == os.getuid():
             path.chmod(0o600)
-    except OSError as error:  # Ray may still be able to read it, or says itself what is wrong
+    except OSError as error:  # not fatal: Ray may be able to read the token, or reports the problem itself
         print(f"{path}: {error.strerror}")
 
 
@@ -62,7 +68,7 @@ def _for_the_owner(path: str, flags: int) -> int:
 
 
 def _remove_leftovers(above: Path) -> None:
-    """The folders of launches that are no more: a lock goes with its process."""
+    """Remove the folders of launches that have ended: the lock of a process is released when it ends."""
     for folder in above.glob(f"{PREFIX}*"):
         if not _lock_of(folder).is_file() or folder.stat().st_uid != os.getuid():
             continue
@@ -75,7 +81,7 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """The lock goes last: what could not be removed is found by the next launch."""
+    """Remove a folder, its lock file last, so that the next launch finds what could not be removed now."""
     for _ in range(REMOVAL_ATTEMPTS):
         shutil.rmtree(folder / INNER, ignore_errors=True)
         if not (folder / INNER).exists():

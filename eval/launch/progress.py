@@ -1,4 +1,4 @@
-"""What a launch shows: a table that follows the runs while they work, and one with their results at the end."""
+"""Console output of a launch: a live table while runs are in progress, and a table of results at the end."""
 
 from __future__ import annotations
 
@@ -15,48 +15,49 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from eval.launch.estimates import Facts
-from eval.launch.grid import Progress
+from eval.launch.estimates import RunEstimate
+from eval.launch.grid import RunState
 from eval.report.records import Excluded, Run, read_run
 from eval.run.outcome import COUNTED, FILE, file_sizes
 from eval.run.progress import TRAINING, describe, duration, number, read_progress
 from eval.run.schema import loss_rise
 
 PLAIN_SECONDS = 2.0
-"""how often the state is looked at where there is no terminal"""
+"""Polling interval without a terminal."""
 NEWS_SECONDS = 30.0
-"""how often a run that stays in one phase is told of"""
+"""Interval at which the progress of a run within one phase is printed."""
 TAIL_BYTES = 1 << 16
-NAMED = 3
-"""runs that a note names"""
+"""Bytes read from the end of a history file."""
+MAX_NAMES = 3
+"""Maximum number of runs named after a note."""
 
 
 class Watch:
-    """Follows runs through their own files, so that it does not matter which machine they are on.
+    """Follows runs through the files in their folders, so that it works for runs on other machines as well.
 
     Args:
-        folders: the runs' folders by name, asked again at every look.
-        facts: what is known of a run by its name, if anything.
-        total: how many runs there will be.
-        unit: of their costs.
+        folders: returns the folders of the runs by name; called at every update.
+        estimate: returns the estimate of a run by its name, or None.
+        total: total number of runs.
+        unit: unit of their costs.
     """
 
     def __init__(
         self,
         folders: Callable[[], Mapping[str, Path]],
-        facts: Callable[[str], Facts | None],
+        estimate: Callable[[str], RunEstimate | None],
         total: int,
         unit: str,
     ) -> None:
-        self._folders, self._facts, self._total, self._unit = folders, facts, total, unit
+        self._folders, self._estimate, self._total, self._unit = folders, estimate, total, unit
         self._started = time.time()
         self._first: dict[str, tuple[float, int]] = {}
-        """run -> (clock in seconds, step) when it was first seen at work"""
-        self._told: dict[str, tuple[str, float]] = {}
-        """run -> the state that `news` has last told of it, and when [clock in seconds]"""
+        """Run -> (clock in seconds, step) when its first step was seen."""
+        self._printed: dict[str, tuple[str, str, float]] = {}
+        """Run -> (state, line, clock in seconds) of its last line from `news`."""
 
     def render(self) -> Table:
-        """One line for each run that is at work, and a line for the rest."""
+        """Make a table with one row per run in progress, and a caption about all others."""
         table = Table(box=None, pad_edge=False)
         table.add_column("run", overflow="fold")
         for title in ("step", "loss", "reward", "cost", "entropy", "left"):
@@ -86,20 +87,23 @@ class Watch:
         return table
 
     def news(self) -> list[str]:
-        """A line for each run that has started, entered another phase or ended since the last call."""
+        """Return a line for each run that has started, entered another phase or ended since the last call.
+
+        A run that stays in one phase for longer than NEWS_SECONDS gets a line if its progress has changed.
+        """
         lines = []
         now = time.monotonic()
         for name, folder in self._folders().items():
             state, detail = self._state(name, folder)
-            told, when = self._told.get(name, ("", now))
-            over = (folder / "result.json").exists()
-            if state and (state != told or (not over and now - when >= NEWS_SECONDS)):
-                self._told[name] = state, now
-                lines.append(f"{name}: {state}{detail}")
+            last_state, last_line, printed_at = self._printed.get(name, ("", "", now))
+            line = f"{name}: {state}{detail}"
+            if state and (state != last_state or (line != last_line and now - printed_at >= NEWS_SECONDS)):
+                self._printed[name] = state, line, now
+                lines.append(line)
         return lines
 
     def _state(self, name: str, folder: Path) -> tuple[str, str]:
-        """(what the run is doing, more about it); empty before it has started."""
+        """Return the state of a run and details about it; two empty strings before it has started."""
         if (folder / "result.json").exists():
             found = read_run(folder)
             if isinstance(found, Excluded):
@@ -112,22 +116,23 @@ class Watch:
         if state and state["phase"] != TRAINING:
             return state["phase"], describe(**state).removeprefix(state["phase"])
         if entry := last_entry(folder / "history.jsonl", since=self._started):
-            facts = self._facts(name)
-            return str(entry.get("phase", "train")), f", step {entry['step']}/{facts.steps if facts else '?'}"
+            estimate = self._estimate(name)
+            return str(entry.get("phase", "train")), f", step {entry['step']}/{estimate.steps if estimate else '?'}"
         log = folder / "run.log"
-        begun = log.exists() and log.stat().st_mtime >= self._started
+        # Between the start of training and its first history entry there is nothing new to report.
+        begun = not state and log.exists() and log.stat().st_mtime >= self._started
         return ("started", ": reading data and model") if begun else ("", "")
 
     def _cells(self, name: str, entry: Mapping[str, Any]) -> list[str]:
-        facts = self._facts(name)
+        estimate = self._estimate(name)
         cost = ""
         if entry.get("cost") is not None:
-            target = f"/{number(facts.cost_target)}" if facts and facts.cost_target is not None else ""
+            target = f"/{number(estimate.cost_target)}" if estimate and estimate.cost_target is not None else ""
             cost = f"{number(entry['cost'])}{target} {self._unit}"
         pace = self._pace(name, entry["step"])
-        left = (facts.steps - entry["step"]) / pace if facts and pace else None
+        left = (estimate.steps - entry["step"]) / pace if estimate and pace else None
         return [
-            f"{entry['step']}/{facts.steps if facts else '?'} {entry.get('phase', '')}",
+            f"{entry['step']}/{estimate.steps if estimate else '?'} {entry.get('phase', '')}",
             number(entry.get("loss")),
             number(entry.get("reward")),
             cost,
@@ -136,22 +141,32 @@ class Watch:
         ]
 
     def _pace(self, name: str, step: int) -> float:
-        """Steps in a second since the run was first seen; 0 before there is a pace."""
+        """Return the steps per second since the first call for this run; 0 at the first call."""
         clock, first = self._first.setdefault(name, (time.monotonic(), step))
         return (step - first) / max(time.monotonic() - clock, 1e-9)
 
     def _all_left(self, at_work: Mapping[str, Mapping[str, Any]], waiting: int) -> str:
-        """'about 12 min left', if those that wait are like those at work."""
+        """Return text such as 'about 12 min left', assuming that waiting runs are like those in progress."""
         paces = [self._pace(name, entry["step"]) for name, entry in at_work.items()]
-        steps = [(facts.steps, entry["step"]) for name, entry in at_work.items() if (facts := self._facts(name))]
-        if not steps or not all(paces):
+        estimates = {name: estimate for name in at_work if (estimate := self._estimate(name))}
+        if not estimates or not all(paces):
             return ""
-        left = sum(total - step for total, step in steps) + max(0, waiting) * sum(t for t, _ in steps) / len(steps)
+        total = sum(estimate.steps for estimate in estimates.values())
+        done = sum(at_work[name]["step"] for name in estimates)
+        left = total - done + max(0, waiting) * total / len(estimates)
         return f"about {duration(left / sum(paces))} left"
 
 
 def last_entry(path: Path, since: float = 0.0) -> dict[str, Any]:
-    """The last whole line of a history file; empty where nothing was written since then [seconds since the epoch]."""
+    """Read the last complete line of a history file.
+
+    Args:
+        path: the history.jsonl of a run.
+        since: seconds since the epoch; a file that was last modified earlier counts as empty.
+
+    Returns:
+        The entry; empty if there is none.
+    """
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -172,7 +187,7 @@ def last_entry(path: Path, since: float = 0.0) -> dict[str, Any]:
 
 @contextmanager
 def waiting(console: Console, what: str) -> Iterator[None]:
-    """Say what is waited for while the block runs; a spinner turns in a terminal."""
+    """Show `what` while the block runs, with a spinner if the console is a terminal."""
     if console.is_terminal and not console.quiet:
         with console.status(what):
             yield
@@ -183,8 +198,10 @@ def waiting(console: Console, what: str) -> Iterator[None]:
 
 @contextmanager
 def watching(watch: Watch, console: Console) -> Iterator[None]:
-    """Show `watch` while the block runs: a live table in a terminal, elsewhere a line for each change of a run's state,
-    nothing if quiet."""
+    """Show the progress of the runs while the block runs.
+
+    Shows a live table in a terminal, prints a line for each change of a run's state elsewhere, and nothing if quiet.
+    """
     if console.quiet:
         yield
     elif console.is_terminal:
@@ -211,54 +228,59 @@ def watching(watch: Watch, console: Console) -> Iterator[None]:
 def _print_news(watch: Watch, console: Console, stop: threading.Event) -> None:
     ended = False
     while not ended:
-        ended = stop.wait(PLAIN_SECONDS)  # what happened last is told as well
+        ended = stop.wait(PLAIN_SECONDS)  # after the end, print the last changes once more
         for line in watch.news():
             console.print(line)
 
 
-def result_table(runs: Mapping[str, Progress], died: Mapping[str, str]) -> Table:
-    """One line a run: its metric and cost, or why there is none (`died`: the reason of runs without a record)."""
+def result_table(runs: Mapping[str, RunState], died: Mapping[str, str]) -> Table:
+    """Make a table with one row per run: its metric and cost, or the reason why it has none.
+
+    Args:
+        runs: states of the runs by name.
+        died: name -> reason, for runs whose process ended without a record.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("result", overflow="fold")
     for title in ("cost", "target", "file", "time"):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, known in runs.items():
-        if known.run is None:
-            table.add_row(name, died.get(name) or known.reason or "not started")
+    for name, state in runs.items():
+        if state.run is None:
+            table.add_row(name, died.get(name) or state.reason or "not started")
             continue
-        for folder in known.config.smaller_targets.values():
+        for folder in state.config.smaller_targets.values():
             part = read_run(folder)
             table.add_row(f"{name}/{folder.name}", *([part.reason] if isinstance(part, Excluded) else _result(part)))
-        table.add_row(name, *_result(known.run))
-    if any(known.run for known in runs.values()):
+        table.add_row(name, *_result(state.run))
+    if any(state.run for state in runs.values()):
         table.caption = f"{COUNTED}\n{FILE}"
         table.caption_justify = "left"
     return table
 
 
-def note_lines(runs: Mapping[str, Progress]) -> list[str]:
-    """What the records of the finished runs note, each once, with the runs that it holds for if these are not all."""
+def note_lines(runs: Mapping[str, RunState]) -> list[str]:
+    """Return each distinct note of the finished runs, with the names of its runs unless all have it."""
     noted: dict[str, list[str]] = {}
-    for name, known in runs.items():
-        for note in known.run.record.get("notes", ()) if known.run else ():
+    for name, state in runs.items():
+        for note in state.run.record.get("notes", ()) if state.run else ():
             noted.setdefault(note, []).append(name)
     lines = []
     for note, names in noted.items():
-        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        shown = ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
         lines.append(f"note: {note}" if len(names) == len(runs) else f"note: {note} ({shown})")
     return lines
 
 
 def _result(run: Run) -> list[str]:
-    """Its metric, cost, target and time."""
+    """Return the cells of a finished run: metric, cost, target, file size and time."""
     record = run.record
     target, contest = record["cost_target"], record.get("contest") or {}
     sizes = file_sizes(record)
-    lost = "" if contest.get("within_drop", True) else f" (NOT within {contest['max_drop']:g} of float)"
+    over_drop = "" if contest.get("within_drop", True) else f" (NOT within {contest['max_drop']:g} of float)"
     risen = f" (loss ROSE from {rise})" if (rise := loss_rise(record)) else ""
     return [
-        f"{record['metric']} {run.quality:.4f}{lost}{risen}",
+        f"{record['metric']} {run.quality:.4f}{over_drop}{risen}",
         f"{number(record['cost'])} {record['cost_unit']}",
         "" if target is None else f"{number(target)} {record['cost_unit']}",
         "" if sizes is None else f"{number(sizes[0])} MiB",

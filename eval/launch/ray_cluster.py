@@ -1,4 +1,4 @@
-"""Ray from our side: started or joined, quiet, asked for no more than there is, and its trials run to the end."""
+"""Running trials on Ray: starting or joining a cluster, dividing its resources, and running Tune to the end."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from eval.launch.trial import Runner, one_line, trial
 from quant.errors import UserError
 
 MAX_FAILURES = 2
-"""how often a run whose process died starts again from its checkpoint"""
+"""Number of restarts, from the last checkpoint, of a run whose process died."""
 START_ATTEMPTS = 3
 LOW_DISK = 16 << 20
-"""bytes"""
+"""Free bytes below which a failure is attributed to a full disk."""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,7 +43,7 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Share:
-    """What one run gets, and how many run at a time."""
+    """Resources of one run, and the number of concurrent runs."""
 
     cpus: float
     gpus: float
@@ -52,14 +52,16 @@ class Share:
 
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[str | None]:
-    """Ray, started on this machine for as long as the block runs, or the cluster at `--ray_address`.
+    """Start Ray on this machine while the block runs, or connect to the cluster at `--ray_address`.
 
-    Gives the address of its dashboard, where it has one.
+    Ray's workers search the folder that Ray was started in for packages first. The user's folder may contain a package
+    named `policy` or `eval`, so Ray is started in the root of this project; paths in the flags are absolute anyway.
 
-    Ray looks for packages in the folder where it was started first, and a user's own `policy` or `eval` may stand in
-    theirs: it is started where ours are. What runs are told of files is absolute.
+    Yields:
+        The address of Ray's dashboard; None if it has none.
 
-    Raises UserError where the cluster does not answer, or this machine is too busy for Ray to start in time.
+    Raises:
+        UserError: The cluster does not answer, or Ray did not start on this machine in time.
     """
     with ExitStack() as session:
         here = config.ray_address is None
@@ -82,7 +84,7 @@ def ray_session(config: RunConfig) -> Iterator[str | None]:
 
 
 def _join_cluster(address: str, **settings: Any) -> Any:
-    """What `ray.init` tells of the cluster. UserError where it does not answer."""
+    """Connect to the cluster at `address` and return what `ray.init` returns; UserError if it does not answer."""
     import ray
 
     try:
@@ -94,9 +96,9 @@ def _join_cluster(address: str, **settings: Any) -> Any:
 
 
 def _start_here(**settings: Any) -> Any:
-    """Start Ray on this machine, again where its processes did not come up in the half minute that it gives them.
+    """Start Ray on this machine and return what `ray.init` returns.
 
-    Returns what `ray.init` tells of it.
+    Ray gives its processes 30 s to start, which is too short on a busy machine, so a failed start is repeated.
     """
     import ray
 
@@ -104,7 +106,7 @@ def _start_here(**settings: Any) -> Any:
         try:
             with chdir(ROOT):
                 return ray.init(address="local", **settings)
-        except Exception as error:  # Ray raises plain ones for this
+        except Exception as error:  # Ray raises a plain Exception for a timeout
             for child in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
@@ -115,7 +117,18 @@ def _start_here(**settings: Any) -> Any:
 
 
 def check_request(config: RunConfig, runs: int) -> Share | None:
-    """What each run gets on this machine; None where a cluster decides. Raises UserError for more than there is."""
+    """Check the requested resources against this machine.
+
+    Args:
+        config: flags of the launch.
+        runs: number of runs.
+
+    Returns:
+        The share of each run; None for a cluster, whose resources are known only after `join`.
+
+    Raises:
+        UserError: The flags request more than this machine has, or the cluster does not answer.
+    """
     if config.gpus_per_trial is not None and config.gpus_per_trial > 1:
         raise UserError(
             f"--gpus_per_trial {config.gpus_per_trial:g}: a run of the launcher uses at most one GPU; "
@@ -132,7 +145,7 @@ def check_request(config: RunConfig, runs: int) -> Share | None:
 
 
 def _check_address(address: str) -> None:
-    """Ray's own client takes half a minute to give up on an address where nothing listens."""
+    """Check that something listens at `address`, because Ray's own client takes half a minute to report a failure."""
     if address == "auto":
         return
     if address.startswith("ray://"):
@@ -147,15 +160,23 @@ def _check_address(address: str) -> None:
 
 
 def local_node(config: RunConfig) -> dict[str, float]:
-    """What this launch may use of this machine, as Ray counts it."""
+    """Return the resources of this machine that the launch may use, by Ray's names."""
     gpus = gpu_count(config.cuda_visible_devices) if config.num_gpus is None else config.num_gpus
     return {"CPU": config.num_cpus or os.cpu_count() or 1, "GPU": gpus}
 
 
 def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: int) -> Share:
-    """What each of `runs` runs gets on `nodes` (resources by name). Raises UserError where no node can hold one run.
+    """Divide the resources of `nodes` among runs.
 
-    Without flags: a GPU a run where there are GPUs, and a node's cores divided among as many runs as it holds.
+    By default each run gets one GPU if there are GPUs, and an equal part of the cores of its node.
+
+    Args:
+        config: flags of the launch.
+        nodes: resources of each machine, by Ray's names.
+        runs: number of runs.
+
+    Raises:
+        UserError: No machine has the resources of one run.
     """
     usable = [node for node in nodes if node.get("CPU", 0) > 0]
     gpus = config.gpus_per_trial
@@ -173,7 +194,7 @@ def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: in
             f"no machine can hold a run of {cpus or 1:g} CPU and {gpus:g} GPU (per machine: {have or 'nothing'})"
         )
     slots = sum(min(int(n["CPU"] / cpus), _runs_on_gpus(n, gpus) if gpus else runs) for n in fitting)
-    if config.ray_address is not None:  # a cluster has more than this launch may want to use
+    if config.ray_address is not None:  # the launch may use only a part of the cluster
         if config.num_cpus is not None:
             slots = min(slots, int(config.num_cpus / cpus))
         if config.num_gpus is not None and gpus:
@@ -182,12 +203,21 @@ def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: in
 
 
 def _runs_on_gpus(node: Mapping[str, float], share: float) -> int:
-    """Runs with a share of a GPU each that a node's GPUs hold: none is spread over two."""
+    """Return how many runs fit on the GPUs of a node if each needs the given share of one GPU."""
     return int(node.get("GPU", 0)) * int(1 / share + 1e-9)
 
 
 def join(config: RunConfig, folder: Path, runs: Sequence[RunConfig]) -> Share:
-    """What each run gets on the cluster. Raises UserError where one of its machines does not see the runs' folders."""
+    """Divide the resources of the connected cluster among the runs.
+
+    Args:
+        config: flags of the launch.
+        folder: folder of the launch.
+        runs: its runs.
+
+    Raises:
+        UserError: A machine of the cluster has no access to the folders of the runs.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -196,20 +226,20 @@ def join(config: RunConfig, folder: Path, runs: Sequence[RunConfig]) -> Share:
     paths = {str(folder)} | {
         path for run in runs for path in (run.data_dir, run.model_path, run.load_model_path) if path
     }
-    look = ray.remote(num_cpus=0)(_unseen)
-    asked = {
-        node["NodeManagerHostname"]: look.options(
+    find_missing = ray.remote(num_cpus=0)(_missing_paths)
+    answers = {
+        node["NodeManagerHostname"]: find_missing.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(sorted(paths))
         for node in nodes
     }
-    for host, answer in asked.items():
-        if unseen := ray.get(answer):
-            raise UserError(f"--ray_address: the machine {host} does not see {unseen[0]}: keep it on shared storage")
+    for host, answer in answers.items():
+        if missing := ray.get(answer):
+            raise UserError(f"--ray_address: the machine {host} does not see {missing[0]}: keep it on shared storage")
     return share
 
 
-def _unseen(paths: Sequence[str]) -> list[str]:
+def _missing_paths(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if not Path(path).exists()]
 
 
@@ -222,22 +252,32 @@ def fit(
     param_space: dict[str, Any] | None = None,
     **tune_config: Any,
 ) -> dict[str, str]:
-    """Run every trial to its end. Returns, for runs whose process ended without a record, why (by name).
+    """Run every trial to its end, or until Ctrl-C.
 
-    Tune's own files stay in `storage` while it runs; only its TensorBoard events are kept: the rest are pickles, and
-    our records decide what is finished. After Ctrl-C it returns as well.
+    Args:
+        runs: runs by name.
+        share: resources of each run.
+        storage: folder for the files of Tune. Only its TensorBoard events are kept, because the run records, not the
+            pickles of Tune, say which runs are finished.
+        console: console for reports of restarts.
+        runner: replaces `eval.eval_run.run`.
+        param_space: search space of Tune; by default one trial per run.
+        **tune_config: further arguments of `tune.TuneConfig`.
+
+    Returns:
+        Name -> reason, for the runs whose process ended without a record.
     """
     from ray import tune
     from ray.tune.logger import TBXLoggerCallback
 
-    from eval.launch.callbacks import Notices
+    from eval.launch.callbacks import TrialCallbacks
 
-    notices = Notices(runs, console)
+    callbacks = TrialCallbacks(runs, console)
     clean(storage)
     storage.mkdir(parents=True, exist_ok=True)
 
-    def name_of_trial(tried: Any) -> str:
-        return notices.run_of(tried)[1].replace("/", "-")
+    def name_of_trial(trial: Any) -> str:
+        return callbacks.run_of(trial)[1].replace("/", "-")
 
     function = tune.with_parameters(trial, runs=dict(runs), runner=runner)
     tuner = tune.Tuner(
@@ -245,7 +285,7 @@ def fit(
         param_space=param_space or {"run": tune.grid_search(list(runs))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=share.concurrent,
-            reuse_actors=True,  # importing torch and transformers again takes longer than a short run
+            reuse_actors=True,  # importing torch and transformers in a new process takes longer than a short run
             trial_name_creator=name_of_trial,
             trial_dirname_creator=name_of_trial,
             **tune_config,
@@ -254,16 +294,16 @@ def fit(
             name=datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[TBXLoggerCallback(), notices],
+            callbacks=[TBXLoggerCallback(), callbacks],
             verbose=0,
         ),
     )
-    died = notices.died
+    died = callbacks.died
     try:
         tuner.fit()
     except (EOFError, OSError):
         if not disk_is_full(storage):
-            raise  # else Tune has read back a file of its own that the full disk has cut short
+            raise  # on a full disk, Tune fails to read back its own truncated file
     finally:
         clean(storage)
     if disk_is_full(storage):
@@ -273,12 +313,12 @@ def fit(
 
 
 def disk_is_full(folder: Path) -> bool:
-    """Whether so little is free that a failure is the disk's."""
+    """Whether less than LOW_DISK bytes are free."""
     return shutil.disk_usage(folder).free < LOW_DISK
 
 
 def clean(storage: Path) -> None:
-    """Remove what Tune left but its TensorBoard events."""
+    """Remove the files of Tune in `storage`, except TensorBoard events."""
     for path in sorted(storage.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):

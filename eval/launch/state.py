@@ -1,4 +1,4 @@
-"""What a launch keeps on disk: its flags, for `--resume`, and a lock, so that no second launch works beside it."""
+"""Files of a launch: its flags, for `--resume`, and locks against a second launch in the same folder."""
 
 from __future__ import annotations
 
@@ -9,33 +9,41 @@ from pathlib import Path
 
 from eval.config.parser import read_flags, resumed, to_yaml
 from eval.config.run_config import LAUNCH_FILE, RunConfig
-from eval.launch.grid import expand, look_up
-from eval.run.lock import alone_in
+from eval.launch.grid import expand, read_state
+from eval.run.lock import exclusive_lock
 from quant.errors import UserError
 
 
 def read_launch(argv: Sequence[str]) -> RunConfig:
-    """The launch that `argv` asks for: its own flags, over those of the launch in the folder of `--resume`.
+    """Parse the flags of a launch, on top of the saved flags if `--resume` is given.
 
-    Raises UserError where that folder holds no launch.
+    Raises:
+        UserError: A flag is invalid, or the folder of `--resume` holds no launch.
     """
     config = read_flags(argv)
     if config.resume is None:
         return config
     folder = Path(config.resume).expanduser().resolve()
     path = folder / LAUNCH_FILE
-    if folder.is_file():  # an earlier launch's, see `write_launch`
+    if folder.is_file():  # flags of an earlier launch, see `write_launch`
         folder, path = folder.parent, folder
     if not path.exists():
         raise UserError(f"--resume {config.resume}: no {LAUNCH_FILE} there; name the folder of a launch")
-    # <output_root_dir>/<task>/<exp_name> is where it is now.
+    # The folder may have been moved: its current place is <output_root_dir>/<task>/<exp_name>.
     return resumed(path, argv, {"output_root_dir": str(folder.parents[1]), "exp_name": folder.name})
 
 
 def write_launch(folder: Path, config: RunConfig, runs: Sequence[RunConfig]) -> Path | None:
-    """The flags of this launch, for `--resume`; those of another one that is not finished are kept beside them.
+    """Write the flags of this launch for `--resume`, and keep those of an unfinished earlier launch.
 
-    Returns the file of those, which `--resume` takes as well; None where nothing is left to do for another launch.
+    Args:
+        folder: folder of the launch.
+        config: its flags.
+        runs: its runs.
+
+    Returns:
+        The file with the flags of the earlier launch, which `--resume` accepts; None if no such launch has unfinished
+        runs.
     """
     path, text, kept = folder / LAUNCH_FILE, to_yaml(config), None
     if path.exists() and path.read_text() != text and _left_to_do(path, runs):
@@ -43,33 +51,34 @@ def write_launch(folder: Path, config: RunConfig, runs: Sequence[RunConfig]) -> 
         kept = next(file for n in numbers if not (file := path.with_suffix(f".{n}.yaml")).exists())
         path.replace(kept)
     for file in folder.glob("launch.*.yaml"):
-        if file.read_text() == text:  # it is this launch that goes on
+        if file.read_text() == text:  # this launch resumes that one
             file.unlink()
     path.write_text(text)
     return kept
 
 
 def _left_to_do(path: Path, runs: Sequence[RunConfig]) -> bool:
-    """Whether the launch of a file has runs that are not finished, apart from `runs`."""
-    mine = {run.run_folder for run in runs}
+    """Whether the launch saved in `path` has unfinished runs that are not among `runs`."""
+    own_folders = {run.run_folder for run in runs}
     try:
         other = read_launch(["--resume", str(path)])
-        theirs = [run for run in expand(other) if run.run_folder not in mine]
-        return any(other.hpo is not None or not look_up(run).finished for run in theirs)
-    except UserError:  # what it needs is gone: who wants to go on with it will be told
+        others = [run for run in expand(other) if run.run_folder not in own_folders]
+        return any(other.hpo is not None or not read_state(run).finished for run in others)
+    except UserError:  # its data or model is gone; resuming it will report that
         return True
 
 
 @contextmanager
 def locked(folders: Sequence[Path]) -> Iterator[None]:
-    """Holds every folder for this launch, making it where there is none.
+    """Lock every folder while the block runs, creating missing ones.
 
-    Raises UserError where another launch holds one, or where nothing can be written.
+    Raises:
+        UserError: Another launch holds one of the locks, or a folder is not writable.
     """
-    with ExitStack() as held:
+    with ExitStack() as locks:
         for folder in folders:
             try:
-                held.enter_context(alone_in(folder, "launch", "--exp_name"))
+                locks.enter_context(exclusive_lock(folder, "launch", "--exp_name"))
                 probe = folder / ".probe"
                 probe.write_bytes(b"\0" * 4096)
                 probe.unlink()
@@ -79,7 +88,7 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def set_aside(runs: Iterable[RunConfig]) -> None:
-    """Move the records of failed and damaged runs out of the way: a run with a result.json is over."""
+    """Rename the records of failed and damaged runs, because a run with a result.json counts as over."""
     for run in runs:
         path = run.run_folder / "result.json"
         if path.exists():

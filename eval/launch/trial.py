@@ -1,4 +1,4 @@
-"""One run inside its Ray worker: where its output goes, what Tune hears of it, and what happens when it fails."""
+"""A run inside a Ray worker: output redirection, reports to Tune, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ from eval.run.schema import SCHEMA_VERSION
 from quant.errors import UserError
 
 Runner = Callable[..., dict[str, Any]]
-"""`eval.eval_run.run` or what stands in for it: (config, on_step=...) -> record"""
+"""`eval.eval_run.run` or a replacement for it: (config, on_step=...) -> record."""
 
 REPORT_SECONDS = 1.0
-"""Tune hears of a run at most this often: each report waits for the driver"""
+"""Minimum interval between two reports to Tune, because each report waits for the driver."""
 LOCK_SECONDS = 60.0
+"""Time to wait for the lock of a run folder, which the process of a killed launch may hold for some seconds more."""
 MEASURES = ("loss", "reward", "quality", "cost", "entropy")
 TUNED = {"cost_beta": "beta", "rl_learning_rate": "lr", "max_entropy_beta": "entropy"}
-"""what --hpo tries -> how a run's name shortens it"""
+"""Setting that --hpo tunes -> its short form in the names of runs."""
 
 
 def trial(params: Mapping[str, Any], runs: Mapping[str, RunConfig], runner: Runner | None = None) -> None:
-    """The function that Tune calls: the run named `params["run"]`, from its checkpoint if it has one.
+    """Trainable of Tune: execute the run named `params["run"]`, from its last checkpoint if it has one.
 
-    A run with a record is over: Tune may come back to it after a failure, or from an old snapshot of its own.
+    Returns at once if the run has a record. Tune may start such a run again after a failure.
+
+    Args:
+        params: parameters of the trial: the name of the run and, with --hpo, settings to try.
+        runs: runs by name.
+        runner: replaces `eval.eval_run.run`.
     """
     from ray import tune
 
@@ -45,21 +51,20 @@ def trial(params: Mapping[str, Any], runs: Mapping[str, RunConfig], runner: Runn
         (folder / "run.log").open("a", buffering=1) as log,
         redirect_stdout(log),
         redirect_stderr(log),
-        _FailureRecorded(config),
+        _FailureRecorder(config),
     ):
         reporter = Reporter(tune.report)
         reporter.finish(_run_within_memory(runner or _real_run(), config, reporter))
 
 
 def _real_run() -> Runner:
-    from eval.eval_run import run  # seconds of imports, which only the process of a trial should pay for
+    from eval.eval_run import run  # a slow import, needed only in the process of a trial
 
-    # `run` locks its folder. A process of a launch that was killed may hold it for some seconds more.
     return partial(run, patience=LOCK_SECONDS)
 
 
 def with_settings(config: RunConfig, params: Mapping[str, Any]) -> RunConfig:
-    """`config` under the settings that a hyperparameter search drew, in a folder named after them."""
+    """Return `config` with the settings that --hpo sampled, and a folder named after them."""
     settings = {name: float(f"{params[name]:.4g}") for name in TUNED if params.get(name) is not None}
     if not settings:
         return config
@@ -68,20 +73,21 @@ def with_settings(config: RunConfig, params: Mapping[str, Any]) -> RunConfig:
 
 
 def objective(record: Mapping[str, Any]) -> float:
-    """What --hpo maximises: the main metric of the first evaluated split, turned round where less is better."""
+    """Return the objective of --hpo: the metric of the first evaluated split, negated if lower is better."""
     value = _number(next(iter(record["metrics"].values()), {}).get(record["metric"]))
     return -value if lower_is_better(record["metric"]) else value
 
 
 class Reporter:
-    """Passes a run's steps on to Tune, always with the same keys: a missing one would end the whole experiment."""
+    """Reports the steps of a run to Tune, always with the same keys, because Tune aborts if one is missing."""
 
     def __init__(self, report: Callable[[dict[str, float]], None]) -> None:
         self._report, self._last, self._score = report, -math.inf, math.nan
 
     def __call__(self, step: Mapping[str, Any]) -> None:
+        """Update the score with an entry of history.jsonl, and report it every REPORT_SECONDS."""
         measures = {name: _number(step.get(name)) for name in MEASURES}
-        # The mean probability of the truth, in a search on the held-out batch, else on the training batch.
+        # Mean probability of the correct answer: on held-out examples in a search, otherwise on the training batch.
         score = measures["quality"] if not math.isnan(measures["quality"]) else math.exp(-abs(measures["loss"]))
         self._score = score if math.isnan(self._score) else 0.8 * self._score + 0.2 * score
         if time.monotonic() - self._last >= REPORT_SECONDS:
@@ -89,7 +95,7 @@ class Reporter:
             self._report({"step": int(step["step"]), "score": self._score, "objective": math.nan, **measures})
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """The finished run's metric and cost, beside which TensorBoard shows its settings."""
+        """Report the metric and the cost of a finished run, which TensorBoard shows next to its settings."""
         if record["status"] == "finished":
             last = dict.fromkeys(MEASURES, math.nan) | {"cost": record["cost"], "objective": objective(record)}
             self._report({"step": record["steps"], "score": self._score, **last})
@@ -100,7 +106,7 @@ def _number(value: Any) -> float:
 
 
 def _run_within_memory(runner: Runner, config: RunConfig, on_step: Reporter) -> dict[str, Any]:
-    """The run; when memory runs out, once more with half the batch and twice the accumulation, and a note."""
+    """Execute a run; if memory runs out, repeat it with half the batch size and twice the accumulation steps."""
     try:
         return runner(config, on_step=on_step)
     except (MemoryError, RuntimeError) as error:
@@ -119,7 +125,7 @@ def _run_within_memory(runner: Runner, config: RunConfig, on_step: Reporter) -> 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on a CPU (where torch raises a plain RuntimeError)."""
+    """Whether an error means that a GPU or the CPU ran out of memory; for the CPU torch raises a RuntimeError."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -128,7 +134,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def amend_record(config: RunConfig, record: dict[str, Any], note: str) -> dict[str, Any]:
-    """`record` with one more note, on disk as well."""
+    """Add a note to `record`, and write it to the run's result.json."""
     from trainer.training.checkpoint import write_json
 
     record = {**record, "notes": [*record.get("notes", ()), note]}
@@ -137,7 +143,7 @@ def amend_record(config: RunConfig, record: dict[str, Any], note: str) -> dict[s
 
 
 def record_failure(config: RunConfig, reason: str) -> None:
-    """A result.json that says why there is no result, unless the run has written one itself."""
+    """Write a result.json with the reason of a failure, unless the run has written its own."""
     from trainer.training.checkpoint import write_json
 
     path = config.run_folder / "result.json"
@@ -148,8 +154,8 @@ def record_failure(config: RunConfig, reason: str) -> None:
         write_json(path, record)
 
 
-class _FailureRecorded:
-    """Whatever ends the run early becomes its record's reason, and still reaches Tune, which replaces the process."""
+class _FailureRecorder:
+    """Context manager that records the reason of a failure, and passes the error on to Tune."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -158,20 +164,20 @@ class _FailureRecorded:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FolderInUse):
-            return  # the folder is another process's, and so is the record in it
+            return  # the record in the folder belongs to the other process
         if isinstance(error, Exception):
             traceback.print_exception(error)
             record_failure(self._config, one_line(error))
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one line: its message, and its kind where the message was not written for users."""
+    """Format an exception as one line: its message, preceded by its type unless it is a UserError."""
     message = " ".join(str(error).split())[:500]
     return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
 def _use_threads(cpus: float) -> None:
-    """As many threads as the trial has cores, also in a process that another trial has used before."""
+    """Use one thread per core of the trial. Tune reuses processes, so this is set for every trial."""
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))

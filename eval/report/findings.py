@@ -9,7 +9,7 @@ from statistics import mean
 
 from eval.report.paired import Answers, group_answers, half_width
 from eval.report.records import Excluded, Group, lower_is_better
-from eval.run.outcome import file_sizes, told_choice
+from eval.run.outcome import choice_line, file_sizes
 
 MAX_BUDGETS = 4
 """budgets of one task and model that get sentences"""
@@ -172,7 +172,7 @@ def _price(best: Group) -> str:
 
 def _why(best: Group) -> list[str]:
     """How the assignment of the first seed was chosen, and how it ranks among the others that were evaluated."""
-    if not (told := told_choice(best.record)):
+    if not (told := choice_line(best.record)):
         return []
     lines = [f"Why this one (seed {best.record['seed']}): {told.removeprefix('chosen: ')}."]
     if report := (best.record.get("contest") or {}).get("certificate"):

@@ -16,7 +16,7 @@ class FolderInUse(UserError):
 
 
 @contextmanager
-def alone_in(folder: Path, what: str, flag: str, timeout: float = 0) -> Iterator[None]:
+def exclusive_lock(folder: Path, what: str, flag: str, timeout: float = 0) -> Iterator[None]:
     """Holds `folder`, making it where there is none; the lock goes with the process, however that ends.
 
     Args:

@@ -29,7 +29,7 @@ def file_sizes(record: Mapping[str, Any]) -> tuple[float, float] | None:
     return costs["total"], searched + costs["unsearched"]
 
 
-def told_choice(record: Mapping[str, Any]) -> str | None:
+def choice_line(record: Mapping[str, Any]) -> str | None:
     """Who won, among how many, and by how much; None where nothing was chosen."""
     if record["search_space"] is None:
         return None
@@ -50,7 +50,7 @@ def told_choice(record: Mapping[str, Any]) -> str | None:
     return f"{line}, {harm - nearest:.2g} more than {name}'s, a lead that did not last on other examples or in cost"
 
 
-def told_cost(record: Mapping[str, Any]) -> str:
+def cost_line(record: Mapping[str, Any]) -> str:
     """The cost against the budget, and the whole file against float's."""
     contest = record.get("contest") or {}
     found = record["cost_target"] is None or "max_drop" in contest  # then the target is what was found, not asked for
@@ -62,7 +62,7 @@ def told_cost(record: Mapping[str, Any]) -> str:
     return line
 
 
-def told_engines(record: Mapping[str, Any], folder: Path) -> str | None:
+def export_lines(record: Mapping[str, Any], folder: Path) -> str | None:
     """Which exports hold the formats as chosen, which do not, and the command; None where nothing is quantized."""
     reach = record.get("exports")
     if not reach:

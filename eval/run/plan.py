@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,14 @@ def check_phases(config: RunConfig) -> None:
         Phases.of(search_settings(config), config.max_steps)
 
 
+def count_steps(config: RunConfig, examples: int) -> int:
+    """Optimizer steps of a run on `examples` training examples, counted as the Trainer of transformers counts them."""
+    if config.max_steps >= 0:
+        return config.max_steps
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    return math.ceil(config.num_train_epochs * max(1, math.ceil(examples / batch)))
+
+
 def search_settings(config: RunConfig) -> ReinforceConfig:
     """The search flags as the trainer's configuration; what a flag leaves open, the recipe decides."""
     from trainer.search.search_state import ReinforceConfig
@@ -200,11 +209,12 @@ def budget(plan: Plan) -> float | None:
         except InfeasibleError as error:
             asked = [(flag if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
             asked += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
-            told = [
-                f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g}{', not even alone' * (value < low)})"
+            limit_texts = [
+                f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g}"
+                + (", not even alone)" if value < low else ")")
                 for (flag, value, unit), (low, high) in zip(asked, error.ranges, strict=True)
             ]
-            raise UserError(f"no assignment meets all limits: {', '.join(dict.fromkeys(told))}") from None
+            raise UserError(f"no assignment meets all limits: {', '.join(dict.fromkeys(limit_texts))}") from None
     return targets[-1]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
 from eval.run.limits import limits_of
-from eval.run.outcome import told_choice, told_cost, told_engines
+from eval.run.outcome import choice_line, cost_line, export_lines
 from eval.run.plan import Plan, budget, search_space
 from eval.run.schema import SCHEMA_VERSION, loss_rise
 from eval.run.trainer import teacher_share
@@ -155,7 +155,7 @@ def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
         for split, metrics in record["metrics"].items()
     ]
     contest = record.get("contest") or {}
-    lines += [told_choice(record) or "", f"{told_cost(record)}{outside_cost(record)}"]
+    lines += [choice_line(record) or "", f"{cost_line(record)}{outside_cost(record)}"]
     for limit in record["limits"]:
         lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")
     if "max_drop" in contest:
@@ -165,5 +165,5 @@ def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
     if risen := loss_rise(record):
         lines.append(f"{RISEN} {risen}")
     if folder is not None:
-        lines.append(told_engines(record, folder) or "")
+        lines.append(export_lines(record, folder) or "")
     return [line for line in lines if line]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
 from eval.run.limits import limits_of
-from eval.run.plan import Plan, partition, search_settings
+from eval.run.plan import Plan, count_steps, partition, search_settings
 from quant.formats import Format
 
 if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags m
     from trainer.reinforce_trainer import ReinforceTrainer
     from trainer.training.distillation import Teacher
 
-SAVED_EVERY = 0.1
-"""share of the run's steps between two checkpoints of --save_strategy steps, where --eval_steps gives no interval"""
 COMPILE_ABOVE = 1e8
-"""activation elements rounded over a whole CPU run, from which compiling the kernels (three seconds, once) pays"""
+"""Activation elements rounded in a whole CPU run above which --compile auto compiles the kernels, which costs 3 s."""
+SAVE_INTERVAL = 0.1
+"""Default of the Trainer's `save_steps`, which reads values below 1 as a share of the run's steps."""
 
 
 def make_trainer(
@@ -173,7 +173,7 @@ def training_arguments(config: RunConfig) -> Any:
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,
         save_strategy=config.save_strategy,
-        save_steps=config.eval_steps or SAVED_EVERY,
+        save_steps=config.eval_steps or SAVE_INTERVAL,
         save_total_limit=2,  # the older one is there for when the newer is damaged
         report_to=config.report_to,
         use_cpu=config.device == "cpu" or not torch.cuda.is_available(),  # else the Trainer looks for a GPU's bfloat16
@@ -190,10 +190,8 @@ def compile_mode(plan: Plan, examples: int) -> Any:
     config = plan.config
     if config.compile != "auto" or not plan.formats:
         return config.compile if plan.formats else "off"
-    batches = -(-examples // (config.train_batch_size * config.gradient_accumulation_steps))
-    steps = config.max_steps if config.max_steps >= 0 else config.num_train_epochs * batches
     elements = sum(p.positions * p.channels for p in plan.profiles) * config.train_batch_size
-    return "auto" if elements * steps > COMPILE_ABOVE else "off"
+    return "auto" if elements * count_steps(config, examples) > COMPILE_ABOVE else "off"
 
 
 def evaluate(
@@ -208,12 +206,12 @@ def evaluate(
     from trainer.training.progress import counted
 
     metrics = {}
-    judge = trainer.compute_metrics
+    compute_metrics = trainer.compute_metrics
     for name, split in plan.prepared.validation.items():
         if name in plan.prepared.judges:
             trainer.compute_metrics = plan.prepared.judges[name]
-        elif judge is not None and answers is not None:
-            trainer.compute_metrics = lambda seen, name=name: _noting(seen, plan, name, answers) or judge(seen)  # type: ignore
+        elif compute_metrics is not None and answers is not None:
+            trainer.compute_metrics = partial(_compute_and_record, compute_metrics, plan, name, answers)
         told = trainer.evaluate(split, metric_key_prefix=name)
         own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
         kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
@@ -223,14 +221,24 @@ def evaluate(
                 batches = counted(trainer.batches_of(split), size, f"writing answers for {name}", trainer.tell)
                 kept |= plan.prepared.writer(name, trainer.model, batches)
         metrics[name] = {**kept, "n": len(plan.data.validation[name] if name in plan.prepared.judges else split)}
-    trainer.compute_metrics = judge
+    trainer.compute_metrics = compute_metrics
     return metrics
 
 
-def _noting(seen: Any, plan: Plan, name: str, answers: dict[str, dict[str, list[Any]]]) -> None:
-    """Note the answers of a split with classes: logits (examples, classes) and whole-numbered labels (examples,)."""
-    logits = seen.predictions[0] if isinstance(seen.predictions, tuple) else seen.predictions
-    labels = seen.label_ids
+def _compute_and_record(
+    compute_metrics: Callable[[Any], dict[str, float]],
+    plan: Plan,
+    name: str,
+    answers: dict[str, dict[str, list[Any]]],
+    prediction: Any,
+) -> dict[str, float]:
+    """Compute the metrics of split `name`, and add its predicted classes and labels to `answers`.
+
+    Only for classification: logits of shape (examples, classes) and integer labels of shape (examples,).
+    """
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    labels = prediction.label_ids
     if getattr(logits, "ndim", 0) == 2 and getattr(labels, "ndim", 0) == 1 and labels.dtype.kind in "iu":
         answers[name] = {"predicted": logits.argmax(1).tolist(), "label": labels.tolist()}
         answers[name]["classes"] = list(plan.data.label_names)
+    return compute_metrics(prediction)

@@ -12,6 +12,11 @@ from torch.utils.data import Sampler
 from quant.errors import UserError
 
 
+def held_out_size(rows: int, fraction: float) -> int:
+    """Number of training rows that the search keeps for itself, of `rows`."""
+    return max(1, round(rows * fraction))
+
+
 def hold_out(dataset: Any, fraction: float, seed: int) -> list[int]:
     """Pick the training rows that the search keeps for itself, stratified by class where there are classes.
 
@@ -32,7 +37,7 @@ def hold_out(dataset: Any, fraction: float, seed: int) -> list[int]:
     from sklearn.model_selection import train_test_split
 
     rows = len(dataset)
-    size = max(1, round(rows * fraction))
+    size = held_out_size(rows, fraction)
     if not 0 < fraction < 1 or size >= rows:
         raise UserError(f"--search_fraction {fraction}: needs a share in (0, 1) that leaves some of {rows} rows")
     labels = _labels(dataset)

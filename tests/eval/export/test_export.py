@@ -15,7 +15,7 @@ from torch import nn
 from cost.cost import memory_cost
 from eval.config.parser import parse
 from eval.eval_run import run
-from eval.export.__main__ import export, lost, main, print_verdict
+from eval.export.__main__ import export, main, metric_drop_warnings, print_verdict
 from eval.export.finished_run import finished_run
 from eval.latency import layer_calls
 from eval.latency import main as latency
@@ -235,9 +235,9 @@ def test_compressed_tensors_is_for_models_of_transformers(folder, tmp_path):
 )
 def test_a_file_that_computes_something_else_is_said_to(metric, before, after, said):
     record = {"metric": metric, "metrics": {"validation": {metric: before, "n": 100}}}
-    lines = lost(record, {"validation": {metric: after, "n": 100}})
+    lines = metric_drop_warnings(record, {"validation": {metric: after, "n": 100}})
     assert len(lines) == said and all(f"{metric} {before:.5g} -> {after:.5g}" in line for line in lines)
-    assert len(lost(record, {"validation": {metric: float("nan"), "n": 100}})) == 1
+    assert len(metric_drop_warnings(record, {"validation": {metric: float("nan"), "n": 100}})) == 1
 
 
 def test_outputs_are_rounded_in_onnx_alone(folder, tmp_path):

@@ -2,7 +2,7 @@ import pytest
 
 from eval import eval_run
 from eval.config.parser import parse
-from eval.launch import estimates as launch_facts
+from eval.launch import estimates
 from eval.run import trainer as run_trainer
 from quant.errors import UserError
 
@@ -21,16 +21,16 @@ RUN = ["--task", "digits", "--model", "convnet", "--max_steps", "80", "--train_b
     ],
 )
 def test_a_search_takes_longer_by_the_passes_that_it_makes(monkeypatch, flags, seconds):
-    monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
+    monkeypatch.setattr(estimates, "_seconds_per_step", lambda plan: 1.0)
     run = parse([*RUN, *flags])
-    assert launch_facts.learn({"a": run}, measure=True)["a"].seconds == pytest.approx(seconds)
+    assert estimates.estimate_runs({"a": run}, measure=True)["a"].seconds == pytest.approx(seconds)
 
 
 def test_a_teacher_takes_a_pass_more_at_every_step(monkeypatch):
-    monkeypatch.setattr(launch_facts, "_seconds_per_step", lambda plan: 1.0)
+    monkeypatch.setattr(estimates, "_seconds_per_step", lambda plan: 1.0)
     monkeypatch.setattr(run_trainer, "teacher_share", lambda plan: 0.9)
     run = parse([*RUN, "--bits", "4"])
-    assert launch_facts.learn({run.run_name: run}, measure=True)[run.run_name].seconds == pytest.approx(
+    assert estimates.estimate_runs({run.run_name: run}, measure=True)[run.run_name].seconds == pytest.approx(
         80 * (1 + 1 / 3)
     )
 
@@ -38,7 +38,7 @@ def test_a_teacher_takes_a_pass_more_at_every_step(monkeypatch):
 def test_a_run_that_shares_its_plan_is_checked_all_the_same():
     runs = {name: parse([*RUN, "--max_steps", "2", *flags]) for name, flags in (("a", []), ("b", ["--search"]))}
     with pytest.raises(UserError, match=r"2 steps .* of which the last 2 settle"):
-        launch_facts.learn(runs)
+        estimates.estimate_runs(runs)
 
 
 def test_what_was_found_is_told_of_data_and_model(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from eval import eval_parse
 from eval.config.parser import parse
 from eval.eval_run import run
-from eval.launch.grid import look_up
+from eval.launch.grid import read_state
 from eval.launch.progress import result_table
 from eval.run.progress import make_console
 from eval.run.record import outcome
@@ -46,7 +46,7 @@ def test_a_run_whose_loss_exploded_says_so_everywhere(tmp_path, capsys):
     assert [note for note in record["notes"] if "ended far above where it started" in note and told in note]
     assert told in outcome(record)[-1]
     file = io.StringIO()
-    make_console(file).print(result_table({config.run_name: look_up(config)}, {}))
+    make_console(file).print(result_table({config.run_name: read_state(config)}, {}))
     assert f"(loss ROSE from {told})" in file.getvalue()
     capsys.readouterr()
     page = tmp_path / "page.html"
