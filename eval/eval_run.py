@@ -35,7 +35,7 @@ from eval.run.full_disk import is_full_disk
 from eval.run.lock import exclusive_lock
 from eval.run.plan import Plan, make_plan
 from eval.run.progress import RunProgress, make_console
-from eval.run.record import RISEN, costs_of, describe, outcome
+from eval.run.record import LOSS_ROSE, costs_of, describe, outcome
 from eval.run.schema import LOSS_RISE, loss_rise
 from eval.run.tracking import tracked
 from eval.run.trainer import evaluate, make_trainer
@@ -85,7 +85,7 @@ def run(
         if first_process():
             held.enter_context(exclusive_lock(config.run_folder, "run", "--run_id", patience))
             held.enter_context(tracked(config))
-            progress.keep_in(config.run_folder)
+            progress.write_to(config.run_folder)
         return execute(plan, on_step, progress, started)
 
 
@@ -176,7 +176,7 @@ def write_result(
     record["notes"] = [*record["notes"], *trainer.notes]
     if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):
         record[LOSS_RISE] = list(rise)
-        record["notes"].append(f"{RISEN} {loss_rise(record)}")
+        record["notes"].append(f"{LOSS_ROSE} {loss_rise(record)}")
     if plan.config.chooses:
         record["cost_target"] = trainer.cost_target
     if trainer.contest is not None:

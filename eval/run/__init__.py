@@ -1,1 +1,1 @@
-"""One run: its plan, its trainer, its record."""
+"""A single run: its plan, its trainer and its record."""

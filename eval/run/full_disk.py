@@ -1,4 +1,4 @@
-"""A full disk: which errors mean it, whoever raises them."""
+"""Detection of errors that are caused by a full disk."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import errno
 from collections.abc import Iterator
 
 _ERRORS = (errno.ENOSPC, errno.EDQUOT)
-_WORDS = ("No space left on device", "Disk quota exceeded")
-"""as libraries in other languages (safetensors, HDF5) pass it on"""
+_MESSAGES = ("No space left on device", "Disk quota exceeded")
+"""Messages of libraries that do not raise OSError, such as safetensors and HDF5."""
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is that nothing more can be written."""
+    """Whether an error, or one in its chain of causes, means that the disk is full."""
     return any(
-        (isinstance(one, OSError) and one.errno in _ERRORS) or any(word in str(one) for word in _WORDS)
+        (isinstance(one, OSError) and one.errno in _ERRORS) or any(word in str(one) for word in _MESSAGES)
         for one in _chain(error)
     )
 

@@ -1,4 +1,4 @@
-"""Hard limits beside the target: --max_memory, --max_compute, and --max_latency from the user's own measurements."""
+"""Hard limits in addition to the target: --max_memory, --max_compute, and --max_latency with measured latencies."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ if TYPE_CHECKING:  # wrong flags must not wait for torch
     from policy.budget import Limit
 
 COLUMNS = ("layer", "weight_format", "activation_format", "ms")
+"""Columns of the file that --max_latency names."""
 LIMIT_FLAGS = {"memory": "--max_memory", "compute": "--max_compute", "latency": "--latency_target"}
-"""what is limited -> the flag that says how far"""
+"""Name of a limit -> the flag that sets its value."""
 
 
 def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit]:
-    """The limits that the flags set. Raises UserError for a latency table that lacks something or cannot be read."""
+    """Return the limits that the flags set.
+
+    Raises:
+        UserError: The latency table is not readable or lacks an entry.
+    """
     from cost.cost import COSTS, UNITS
     from policy.budget import Limit
 
@@ -53,9 +58,13 @@ def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit
 
 
 def read_latencies(path: Path) -> dict[tuple[str, Format, Format], float]:
-    """(layer, weight format, activation format) -> milliseconds, from a CSV with COLUMNS. Nothing is interpolated.
+    """Read a CSV file with COLUMNS. Missing entries are not interpolated.
 
-    Raises UserError, naming file, line and value, for anything else.
+    Returns:
+        (layer, weight format, activation format) -> latency in milliseconds.
+
+    Raises:
+        UserError: The file is not readable, or a line is invalid; the message names the file and the line.
     """
     flag = f"--max_latency {path}"
     try:

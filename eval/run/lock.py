@@ -1,4 +1,4 @@
-"""One process works in a folder at a time: two would write over each other's checkpoints, histories and records."""
+"""Folder locks: two processes in one folder would overwrite each other's checkpoints, histories and records."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from quant.errors import UserError
 
 
 class FolderInUse(UserError):
-    """Another process works in the folder."""
+    """Another process holds the lock of the folder."""
 
 
 @contextmanager
 def exclusive_lock(folder: Path, what: str, flag: str, timeout: float = 0) -> Iterator[None]:
-    """Holds `folder`, making it where there is none; the lock goes with the process, however that ends.
+    """Lock `folder` while the block runs. The operating system releases the lock if the process is killed.
 
     Args:
-        what: is at work there, as the error says it: 'launch', 'run'.
-        flag: that names another folder.
-        timeout: seconds to wait for one that is about to end.
+        folder: folder to lock; created if missing.
+        what: kind of process, named in the error ('launch' or 'run').
+        flag: flag that selects another folder, named in the error.
+        timeout: seconds to wait for the lock.
 
-    Raises FolderInUse where another process holds it, OSError where the folder cannot be made.
+    Raises:
+        FolderInUse: Another process holds the lock.
+        OSError: The folder cannot be created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=timeout)

@@ -1,4 +1,4 @@
-"""The end of a run in a few lines: what was chosen and why, what it costs, where it can run. From its record alone."""
+"""Summary lines of a run, from its record: the selected assignment, its cost, and the exports that support it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from eval.commands import command
 
 FLOAT_BITS = 16
-"""what a weight in float is charged"""
+"""Bits that the cost charges for a weight in float."""
 COUNTED = f"cost: of the searched layers alone, a weight in float at {FLOAT_BITS} bits"
 FILE = f"file: the whole model, with scales and embeddings; what stays in float counts {FLOAT_BITS} bits a number"
-"""what tables and pictures say of their numbers"""
-HARMS = {"divergence": "distance from the float model's answers", "loss": "loss"}
-"""`contest.judged_by` -> what was compared, on held-out data"""
+"""Captions of tables and figures."""
+CRITERIA = {"divergence": "distance from the float model's answers", "loss": "loss"}
+"""`contest.judged_by` of a record -> name of the degradation that was compared on held-out data."""
 
 
 def file_sizes(record: Mapping[str, Any]) -> tuple[float, float] | None:
-    """MiB of the whole model, searched layers, scales and all else: as it is now, and in float at 16 bits a weight.
+    """Return the size in MiB of the whole model as quantized, and in float with 16 bits per weight.
 
-    None for a record that does not know.
+    The whole model includes scales and layers that were not searched. None if the record is too old to hold the sizes.
     """
     costs = record["costs"]
     if "total" not in costs or "unsearched" not in costs:
@@ -30,7 +30,7 @@ def file_sizes(record: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def choice_line(record: Mapping[str, Any]) -> str | None:
-    """Who won, among how many, and by how much; None where nothing was chosen."""
+    """Return a line about the selected assignment and its lead over others; None if the run searched nothing."""
     if record["search_space"] is None:
         return None
     contest = record.get("contest")
@@ -38,23 +38,26 @@ def choice_line(record: Mapping[str, Any]) -> str | None:
         return f"chosen: by {record['method']}, before training"
     if not contest:
         return "chosen: the policy's most probable assignment within the budget"
-    harm, winner = contest["held_out_harm"], contest["winner"]
+    degradation, winner = contest["held_out_harm"], contest["winner"]
     others = {name: value for name, value in contest["candidates"].items() if name != winner}
     line = f"chosen: {winner}, of {contest['compared']} assignments compared; "
-    line += f"held-out {HARMS[contest['judged_by']]} {harm:.4g}"
+    line += f"held-out {CRITERIA[contest['judged_by']]} {degradation:.4g}"
     if not others:
         return line
     name, nearest = min(others.items(), key=lambda other: other[1])
-    if nearest >= harm:
-        return f"{line}, {nearest - harm:.2g} less than {name}'s"
-    return f"{line}, {harm - nearest:.2g} more than {name}'s, a lead that did not last on other examples or in cost"
+    if nearest >= degradation:
+        return f"{line}, {nearest - degradation:.2g} less than {name}'s"
+    return (
+        f"{line}, {degradation - nearest:.2g} more than {name}'s, a lead that did not last on other examples or in cost"
+    )
 
 
 def cost_line(record: Mapping[str, Any]) -> str:
-    """The cost against the budget, and the whole file against float's."""
+    """Return a line with the cost and its target, and the size of the whole file relative to float."""
     contest = record.get("contest") or {}
-    found = record["cost_target"] is None or "max_drop" in contest  # then the target is what was found, not asked for
-    target = "" if found else f" (target {record['cost_target']:.6g})"
+    # With --max_drop, the recorded target is a result of the search, not a request of the user.
+    no_target = record["cost_target"] is None or "max_drop" in contest
+    target = "" if no_target else f" (target {record['cost_target']:.6g})"
     line = f"cost: {record['cost']:.6g} {record['cost_unit']}{target} in {len(record['layers'])} layers"
     if sizes := file_sizes(record):
         line += f"; the whole file {sizes[0]:.4g} MiB, {sizes[0] / sizes[1]:.0%} of float's {sizes[1]:.4g}"
@@ -63,13 +66,13 @@ def cost_line(record: Mapping[str, Any]) -> str:
 
 
 def export_lines(record: Mapping[str, Any], folder: Path) -> str | None:
-    """Which exports hold the formats as chosen, which do not, and the command; None where nothing is quantized."""
+    """Return lines about the exports that keep all formats, the others, and the command; None for a float run."""
     reach = record.get("exports")
     if not reach:
         return None
-    whole = [name for name, why in reach.items() if why is None]
-    rest = [f"{name}: {why}" for name, why in reach.items() if why is not None]
-    best = "onnx" if "onnx" in whole else next(iter(whole), None)
-    line = f"runs as chosen in: {', '.join(whole) or 'no export'}"
-    line += f"; in part or not: {'; '.join(rest)}" if rest else ""
+    complete = [name for name, why in reach.items() if why is None]
+    incomplete = [f"{name}: {why}" for name, why in reach.items() if why is not None]
+    best = "onnx" if "onnx" in complete else next(iter(complete), None)
+    line = f"runs as chosen in: {', '.join(complete) or 'no export'}"
+    line += f"; in part or not: {'; '.join(incomplete)}" if incomplete else ""
     return line if best is None else f"{line}\nexport: {command('mpq-export', folder, '--format', best)}"

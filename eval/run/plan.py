@@ -1,4 +1,4 @@
-"""What a run works on: its data, model, layers and budget, loaded and checked before anything is trained."""
+"""The plan of a run: its data, model, layers and budget, loaded and checked before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quant.errors import UserError
 from quant.formats import FLOAT, Format
 from trainer.training.saved_files import WEIGHTS
 
-if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are checked without them
     from cost.profile import LayerProfile
     from eval.data.dataset import PreparedData, TaskData
     from eval.eval_partitions import Blocks
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Plan:
-    """What a run works on, after everything that can be wrong with it was checked and before anything is trained."""
+    """Data, model, layers and profiles of a run, after all checks and before training."""
 
     config: RunConfig
     data: TaskData
@@ -40,26 +40,31 @@ class Plan:
     layers: list[str]
     profiles: list[LayerProfile]
     fused: Blocks = field(default_factory=dict)
-    """with --fuse_groups: the finest partition that divides no fused group"""
+    """With --fuse_groups: the finest partition that keeps each fused group together."""
 
     @property
     def compute_metrics(self) -> Any:
-        """The Trainer's own metrics; None, the loss alone, where metrics need a split's texts: see `evaluate`."""
+        """Metrics for the Trainer; None if metrics need the texts of a split, see `eval.run.trainer.evaluate`."""
         own = self.prepared.judges or self.prepared.writer
         return None if own else self.data.compute_metrics
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """The formats that layers may take, float left out."""
+        """Formats that layers may have, without float."""
         config = self.config
         wanted = config.search_formats if config.chooses else config.uniform_formats
         return tuple(dict.fromkeys(format for format in wanted if format != FLOAT))
 
 
-def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
-    """Load data and model, find and profile the layers, check the budget. Raises UserError for anything wrong.
+def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
+    """Load the data and the model, find and profile the layers, and check the budget.
 
-    `tell` hears what is being done.
+    Args:
+        config: flags of the run.
+        on_progress: called with the name of each phase.
+
+    Raises:
+        UserError: The data or the model cannot be loaded, or they contradict the flags.
     """
     from cost.profile import profile_model
     from eval.data.loading import load_task, prepare
@@ -71,7 +76,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     from trainer.training.progress import unheard
 
     check_phases(config)
-    tell = tell or unheard
+    tell = on_progress or unheard
     tell("reading data")
     data = load_task(config)
     check_kind(config, data.kind)
@@ -84,7 +89,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
     if config.channels_last:
         import torch
 
-        bundle.model.to(memory_format=torch.channels_last)  # convolutions pass it on to what they compute
+        bundle.model.to(memory_format=torch.channels_last)  # convolutions keep this layout in their outputs
     if config.load_model_path is not None and saved_model(config.load_model_path) is None:
         start_from(bundle, config)
     log_notes(bundle, config)
@@ -105,7 +110,7 @@ def make_plan(config: RunConfig, tell: Listener | None = None) -> Plan:
 
 
 def check_phases(config: RunConfig) -> None:
-    """UserError for a search that has no step to learn in."""
+    """Raise UserError if a search has no steps in which the policy learns."""
     from trainer.search.search_state import Phases
 
     if config.method == "search" and config.max_steps > 0:
@@ -121,7 +126,7 @@ def count_steps(config: RunConfig, examples: int) -> int:
 
 
 def search_settings(config: RunConfig) -> ReinforceConfig:
-    """The search flags as the trainer's configuration; what a flag leaves open, the recipe decides."""
+    """Convert the search flags to the configuration of the trainer; the recipe sets the defaults."""
     from trainer.search.search_state import ReinforceConfig
 
     names = {field.name for field in fields(ReinforceConfig)}
@@ -132,7 +137,7 @@ def search_settings(config: RunConfig) -> ReinforceConfig:
 
 
 def _refuse_untrained(config: RunConfig) -> None:
-    """UserError for what only makes sense with a trained model: all of its weights, the head's included."""
+    """Raise UserError for flags that need a model whose weights, including the head, are all trained."""
     reasons = {"max_drop": "counts from what the float model scores", "distill": "has the float model teach"}
     for flag, why in reasons.items():
         if value := getattr(config, flag):
@@ -143,9 +148,10 @@ def _refuse_untrained(config: RunConfig) -> None:
 
 
 def start_from(bundle: ModelBundle, config: RunConfig) -> None:
-    """Copy the weights of --load_model_path where that is no run's: a safetensors file, or a folder with one.
+    """Copy the weights of a --load_model_path that is not a finished run: a safetensors file, or a folder with one.
 
-    UserError for text models whose tokenizer was just trained: the weights are for the words of another one.
+    Raises:
+        UserError: There are no weights, or the tokenizer was trained for this run, so that the token ids differ.
     """
     from eval.modeling.bundle import copy_tensors, read_tensors
 
@@ -159,13 +165,13 @@ def start_from(bundle: ModelBundle, config: RunConfig) -> None:
             f"{subject}: is no finished run, so its tokenizer is not known, and --from_scratch trains another one; "
             "give the run's folder, or a save_pretrained folder as --model_path"
         )
-    # Weights now come from the file; what the builder had to say of its own is no longer true.
+    # The notes of the builder concern weights that have just been replaced.
     bundle.notes = copy_tensors(bundle.model, read_tensors(file, subject), subject)
     bundle.trained = not bundle.notes
 
 
 def log_notes(bundle: ModelBundle, config: RunConfig) -> None:
-    """Log what of the model is not as it was read; a warning where nothing was read and nobody said so."""
+    """Log the notes of the model, as a warning if its weights are random and --from_scratch was not given."""
     from eval.modeling.bundle import RANDOM_WEIGHTS
 
     for note in bundle.notes:
@@ -179,9 +185,10 @@ def log_notes(bundle: ModelBundle, config: RunConfig) -> None:
 
 
 def budget(plan: Plan) -> float | None:
-    """The run's target (its largest) in its cost's unit; None without one. UserError, with the range, if none fits it.
+    """Return the target of the run, the largest of several, in the unit of its cost; None without a target.
 
-    So it does if no assignment meets the target and every limit together.
+    Raises:
+        UserError: No assignment meets the target, or the target and all limits together; names the reachable range.
     """
     from cost.cost import UNITS
     from policy.allocators import MAX_EXHAUSTIVE
@@ -193,9 +200,9 @@ def budget(plan: Plan) -> float | None:
     if config.cost_target is None and config.target_bits is None:
         return None
     cost_type: Any = config.cost_type
-    space, limits, own = search_space(plan), limits_of(config, plan.profiles), (cost_type, config.cost_target)
-    # Without a target, a limit on the run's own cost has become it.
-    flag = next((LIMIT_FLAGS[one.name] for one in limits if (one.name, one.value) == own), "--cost_target")
+    space, limits, target = search_space(plan), limits_of(config, plan.profiles), (cost_type, config.cost_target)
+    # Without --cost_target, the limit on the same type of cost serves as the target; errors name its flag.
+    flag = next((LIMIT_FLAGS[limit.name] for limit in limits if (limit.name, limit.value) == target), "--cost_target")
     targets = [
         resolve_target(space, plan.profiles, cost_type, config.cost_target, bits, flag)
         for bits in config.target_list or (None,)
@@ -207,19 +214,19 @@ def budget(plan: Plan) -> float | None:
         try:
             Budget.of(space, table, targets[0], limits).solve(-table)
         except InfeasibleError as error:
-            asked = [(flag if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
-            asked += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
+            requested = [(flag if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
+            requested += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
             limit_texts = [
                 f"{flag} {value:.4g} {unit} (reachable: {low:.4g} to {high:.4g}"
                 + (", not even alone)" if value < low else ")")
-                for (flag, value, unit), (low, high) in zip(asked, error.ranges, strict=True)
+                for (flag, value, unit), (low, high) in zip(requested, error.ranges, strict=True)
             ]
             raise UserError(f"no assignment meets all limits: {', '.join(dict.fromkeys(limit_texts))}") from None
     return targets[-1]
 
 
 def search_space(plan: Plan) -> SearchSpace:
-    """What the flags let a search decide."""
+    """Build the search space that the flags describe."""
     from cost.profile import tied_in
     from policy.space import build_space
 
@@ -229,7 +236,7 @@ def search_space(plan: Plan) -> SearchSpace:
 
 
 def partition(plan: Plan) -> Partition:
-    """Which layers share a decision, as the flags say."""
+    """Return the partition of the layers into groups that share a decision."""
     from eval.eval_partitions import block_partition
     from eval.layers.fused_groups import merge
 
@@ -240,7 +247,7 @@ def partition(plan: Plan) -> Partition:
 
 
 def inputs_of(plan: Plan) -> ModelInputs:
-    """What the run of `plan` feeds its model."""
+    """Describe the inputs of the model, as saved with it."""
     from eval.modeling.inputs import ModelInputs
 
     task, config = plan.data.task, plan.config

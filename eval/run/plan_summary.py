@@ -1,4 +1,4 @@
-"""Lines that describe a plan: where its data comes from, what its model is, and how much of it is searched."""
+"""Text summary of a plan: its data, its model, and the searched part of the model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from eval.data.files import Source
     from eval.run.plan import Plan
 
-MOST_SHOWN = 20
-"""classes that are told by name"""
+MAX_CLASSES = 20
+"""Maximum number of classes listed by name."""
 
 
 def summary_of(plan: Plan) -> tuple[str, ...]:
-    """Lines that tell what the data and the model of a plan are."""
+    """Describe the data and the model of a plan, in lines of text."""
     return (*data_lines(plan), *model_lines(plan))
 
 
 def data_lines(plan: Plan) -> list[str]:
-    """Where the rows of each split come from, their columns and classes, and what was done to them."""
+    """Describe the source of each split, its columns and classes, and notes about its preparation."""
     data, config = plan.data, plan.config
     task = data.task
     lines = [f"data: {config.task}, {task.kind}"]
@@ -32,8 +32,8 @@ def data_lines(plan: Plan) -> list[str]:
         columns.append(f"{task.label} (truth)")
     lines.append(f"  {'columns':<12}{' -> '.join(columns)}")
     if data.label_names:
-        more = ", ..." if len(data.label_names) > MOST_SHOWN else ""
-        lines.append(f"  {'classes':<12}{data.num_labels}: {', '.join(data.label_names[:MOST_SHOWN])}{more}")
+        more = ", ..." if len(data.label_names) > MAX_CLASSES else ""
+        lines.append(f"  {'classes':<12}{data.num_labels}: {', '.join(data.label_names[:MAX_CLASSES])}{more}")
     elif task.regression:
         lines.append(f"  {'classes':<12}none: numbers, a regression")
     lines.append(f"  {'metric':<12}{data.metric}")
@@ -41,7 +41,7 @@ def data_lines(plan: Plan) -> list[str]:
 
 
 def origin(source: Source, config: Any) -> str:
-    """The files that rows come from, the first by name; or the data set."""
+    """Describe the origin of rows: the first file and the number of others, or the dataset."""
     if not source.files:
         return f"{config.task} ({source.split})"
     first, *others = source.files
@@ -49,7 +49,7 @@ def origin(source: Source, config: Any) -> str:
 
 
 def model_lines(plan: Plan) -> list[str]:
-    """The model's size, what of it is searched, and what its inputs are."""
+    """Describe the size of the model, its searched layers and its inputs."""
     model, inputs = plan.bundle.model, plan.prepared.pixels
     total = sum(parameter.numel() for parameter in model.parameters())
     searched = sum(profile.params for profile in plan.profiles)
@@ -59,19 +59,19 @@ def model_lines(plan: Plan) -> list[str]:
         f"  {'layers':<12}{len(plan.layers)}, with {searched:,} weights ({percent(searched, total)} of the model)",
     ]
     if inputs is None:
-        taken = f"at most {min(plan.config.max_length, plan.bundle.max_length)} tokens"
+        shape = f"at most {min(plan.config.max_length, plan.bundle.max_length)} tokens"
     else:
-        taken = f"{inputs.channels} x {inputs.size} x {inputs.size}, {colours(inputs.mean, inputs.std)}"
-    lines.append(f"  {'input':<12}{taken}")
+        shape = f"{inputs.channels} x {inputs.size} x {inputs.size}, {colours(inputs.mean, inputs.std)}"
+    lines.append(f"  {'input':<12}{shape}")
     return lines + [f"  note: {note}" for note in plan.bundle.notes]
 
 
 def colours(mean: Sequence[float], std: Sequence[float]) -> str:
-    """'mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225'."""
+    """Format channel statistics: 'mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225'."""
     first, second = (", ".join(f"{value:.4g}" for value in values) for values in (mean, std))
     return f"mean {first}, std {second}"
 
 
 def percent(part: int, whole: int) -> str:
-    """A share, rounded down: 99.9 % are not all."""
+    """Format a share in percent, rounded down, so that only the whole is 100 %."""
     return f"{math.floor(1000 * part / whole) / 10:g} %"

@@ -1,7 +1,7 @@
-"""What a run shows while it works: its phase, how much of that is done, about how long the rest takes.
+"""Progress of a run: its phase, the completed part of it, and the estimated time left.
 
-A line that moves in a terminal; elsewhere, and in run.log, lines at intervals; and `progress.json` in the run's
-folder, from which the launcher shows the same. No torch here: there is something to see from the first second on.
+In a terminal a live line, elsewhere (also in run.log) a line at intervals. The launcher reads the same state from
+`progress.json` in the folder of the run. This module does not import torch, so that output starts immediately.
 """
 
 from __future__ import annotations
@@ -20,72 +20,77 @@ from rich.text import Text
 PROGRESS_FILE = "progress.json"
 TRAINING = "training"
 WRITE_SECONDS = 1.0
-"""how often the file is written anew, but at each new phase"""
+"""Minimum interval between two writes of the file within one phase."""
 LINE_SECONDS = 20.0
-"""how often a long phase is told of where there is no terminal; first as soon as its time is known"""
-WORTH_TELLING = 5.0
-"""seconds left that are told of at once when they are known"""
-TELLING = 3, 2.0
-"""parts that must be done, and seconds passed, before the time left is worth telling"""
-WIDE = 200
-"""characters of a line that no terminal folds"""
-LEFT_OUT = ("grad_norm", "epoch", "_runtime", "_per_second", "learning_rate", "total_flos")
-"""what the Trainer logs and no one looks at while waiting"""
+"""Interval between two lines of one phase without a terminal."""
+LONG_SECONDS = 5.0
+"""Time left from which a phase gets a line as soon as the time left can be estimated."""
+MIN_DONE, MIN_SECONDS = 3, 2.0
+"""Completed parts and elapsed time that an estimate of the time left needs."""
+WIDTH = 200
+"""Characters per line of a console that is not a terminal."""
+HIDDEN = ("grad_norm", "epoch", "_runtime", "_per_second", "learning_rate", "total_flos")
+"""Endings of the names of logged values that are not printed."""
 
 
 class RunProgress:
-    """Hears how far a run is (`trainer.training.progress.Listener`) and shows it on `console`."""
+    """Listener (`trainer.training.progress.Listener`) that shows the progress of a run on a console.
+
+    Args:
+        console: a terminal shows a live line; any other console gets lines at intervals.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._file: Path | None = None
         self._phase, self._done, self._total, self._what = "", 0, None, ""  # type: str, int, int | None, str
-        self._began = self._written = self._told = 0.0
+        self._began = self._written = self._printed = 0.0
         self._live: Live | None = None
 
     def __call__(self, phase: str, done: int = 0, total: int | None = None, what: str = "") -> None:
+        """Update the state, and print and write it if due; see `Listener.__call__` for the arguments."""
         now = time.monotonic()
         new = phase != self._phase or done < self._done
         if new:
-            self._began = self._told = now
+            self._began = self._printed = now
         self._phase, self._done, self._total, self._what = phase, done, total, what
         if self._live is None and (new or self._worth_a_line(now)):
-            self._told = now
-            if not (new and phase == TRAINING):  # its own lines follow at once
+            self._printed = now
+            if not (new and phase == TRAINING):  # training logs its own lines
                 self._console.print(self.line())
         if self._file is not None and (new or now - self._written >= WRITE_SECONDS):
             self._written = now
             self._write(self._file)
 
-    def keep_in(self, folder: Path) -> None:
-        """From now on also write `folder`/progress.json, which goes when the run is over."""
+    def write_to(self, folder: Path) -> None:
+        """Also write the state to `folder`/progress.json from now on, until `shown` exits and removes the file."""
         self._file = folder / PROGRESS_FILE
         self._write(self._file)
 
     def log(self, logs: Mapping[str, Any]) -> None:
-        """The Trainer's measures, as one line."""
-        told = {
+        """Print values that the Trainer logs as one line."""
+        values = {
             name.removeprefix("search/"): value
             for name, value in logs.items()
-            if isinstance(value, (int, float)) and not name.endswith(LEFT_OUT)
+            if isinstance(value, (int, float)) and not name.endswith(HIDDEN)
         }
-        if told and "train_loss" not in told:
-            measures = "  ".join(f"{name} {number(value)}" for name, value in told.items())
-            self._told = time.monotonic()
+        if values and "train_loss" not in values:
+            measures = "  ".join(f"{name} {number(value)}" for name, value in values.items())
+            self._printed = time.monotonic()
             head = self.line() if self._phase == TRAINING else self._phase
             self._console.print(f"{head}:  {measures}")
 
     def line(self) -> str:
-        """'measuring: layer 12 of 36, about 40 s left'."""
+        """Return the state as text: 'measuring: layer 12 of 36, about 40 s left'."""
         return describe(**self._state())
 
     @contextmanager
     def shown(self) -> Iterator[RunProgress]:
-        """Show the line while the block runs, if the console is a terminal; without `keep_in`'s file afterwards."""
+        """Show the live line while the block runs, if the console is a terminal; remove progress.json on exit."""
         try:
             if self._console.is_terminal and not self._console.quiet:
-                moving = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
-                with moving as self._live:
+                live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+                with live as self._live:
                     yield self
             else:
                 yield self
@@ -98,16 +103,15 @@ class RunProgress:
         return Text(self.line(), no_wrap=True, overflow="ellipsis")
 
     def _left(self) -> float | None:
-        """Seconds that the rest of the phase takes, if its parts go on as they did; None where that is not known."""
-        least, seconds = TELLING
+        """Estimate the seconds left in the phase, at its speed so far; None until that can be estimated."""
         passed = time.monotonic() - self._began
-        if not self._total or self._done < least or passed < seconds:
+        if not self._total or self._done < MIN_DONE or passed < MIN_SECONDS:
             return None
         return passed / self._done * (self._total - self._done)
 
     def _worth_a_line(self, now: float) -> bool:
-        first_known = self._told == self._began and (self._left() or 0) >= WORTH_TELLING
-        return self._phase != TRAINING and (first_known or now - self._told >= LINE_SECONDS)
+        first_estimate = self._printed == self._began and (self._left() or 0) >= LONG_SECONDS
+        return self._phase != TRAINING and (first_estimate or now - self._printed >= LINE_SECONDS)
 
     def _write(self, path: Path) -> None:
         temporary = path.with_suffix(".tmp")
@@ -115,37 +119,54 @@ class RunProgress:
         temporary.replace(path)
 
     def _state(self) -> dict[str, Any]:
-        """What `describe` takes, and progress.json holds."""
-        told = {"phase": self._phase, "done": self._done, "total": self._total, "what": self._what}
-        return {**told, "seconds_left": self._left()}
+        """Return the arguments of `describe`, which are also the content of progress.json."""
+        state = {"phase": self._phase, "done": self._done, "total": self._total, "what": self._what}
+        return {**state, "seconds_left": self._left()}
 
 
 def describe(
     phase: str, done: int = 0, total: int | None = None, what: str = "", seconds_left: float | None = None
 ) -> str:
-    """How far a phase is, in one line."""
+    """Format the progress of a phase as one line.
+
+    Args:
+        phase: name of the phase.
+        done: completed parts.
+        total: number of parts; None if unknown.
+        what: the part that was completed last.
+        seconds_left: estimated time left; None if unknown.
+    """
     if phase == TRAINING:
-        of = f"step {done}/{total}" + (f" {what}" if what and what != "train" else "")
+        text = f"step {done}/{total}" + (f" {what}" if what and what != "train" else "")
     else:
-        of = f"{phase}: {what}" if what else phase
-    return f"{of}, about {duration(seconds_left)} left" if seconds_left is not None and done != total else of
+        text = f"{phase}: {what}" if what else phase
+    return f"{text}, about {duration(seconds_left)} left" if seconds_left is not None and done != total else text
 
 
 def read_progress(folder: Path, since: float = 0.0) -> dict[str, Any]:
-    """What a run's progress.json says; empty where nothing was written since then [seconds since the epoch]."""
+    """Read the progress.json of a run.
+
+    Args:
+        folder: folder of the run.
+        since: seconds since the epoch; a file that was last modified earlier counts as missing.
+
+    Returns:
+        Its content, the arguments of `describe`; empty if the file is missing.
+    """
     path = folder / PROGRESS_FILE
     try:
         return dict(json.loads(path.read_text())) if path.stat().st_mtime >= since else {}
-    except (OSError, ValueError):  # not there, or gone by now
+    except (OSError, ValueError):  # missing, or removed in the meantime
         return {}
 
 
 def number(value: float | None) -> str:
+    """Format a number with four significant digits; None as an empty string."""
     return "" if value is None else f"{value:.4g}"
 
 
 def duration(seconds: float | None) -> str:
-    """'about' as people say it: 45 s, 12 min, 3.2 h."""
+    """Format a duration: '45 s', '12 min', '3.2 h'; None as an empty string."""
     if seconds is None:
         return ""
     if seconds < 90:
@@ -154,6 +175,6 @@ def duration(seconds: float | None) -> str:
 
 
 def make_console(file: TextIO, quiet: bool = False) -> Console:
-    """A terminal's own width; elsewhere wide enough for one line a run. Names and reasons are shown as they are."""
+    """Make a console without markup, as wide as the terminal, or WIDTH characters wide if `file` is no terminal."""
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    return Console(file=file, quiet=quiet, soft_wrap=True, width=None if file.isatty() else WIDE, **plain)
+    return Console(file=file, quiet=quiet, soft_wrap=True, width=None if file.isatty() else WIDTH, **plain)

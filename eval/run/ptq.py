@@ -1,4 +1,4 @@
-"""Post-training quantization as the flags of a run ask for it: quantizers, migrations, clipping of tokens."""
+"""Post-training quantization according to the flags of a run: quantizers, outlier migration, token clipping."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from trainer.reinforce_trainer import ReinforceTrainer
 
 FOR_WEIGHTS = ("minmax", "mse", "mse_fast", "mse_grid", "lsq_plus")
-"""observers that --observer means for weights too: the others average over batches, or count on a bell's shape"""
+"""Observers that --observer sets for weights too; the others average over batches or assume a normal distribution."""
 
 
 def quantizer_configs(config: RunConfig) -> tuple[QuantizerConfig, QuantizerConfig]:
-    """(weight, activation) quantizers of the flags."""
+    """Return the quantizer configurations for weights and for activations."""
     learned = config.quantizer != "fixed"
-    # Learned scales start where the squared error is least; a percentile that the user names goes first.
+    # Learned scales are initialized with the minimal squared error, unless the user names another observer.
     observer = config.observer or ("mse" if learned else "minmax")
     weight_learned = (config.weight_quantizer or config.quantizer) != "fixed"
     own = config.weight_observer or (
@@ -53,7 +53,7 @@ def quantizer_configs(config: RunConfig) -> tuple[QuantizerConfig, QuantizerConf
 
 
 def migrate_outliers(plan: Plan, trainer: ReinforceTrainer) -> None:
-    """Fold what --gamma_migration and --smooth_quant ask for, once, into the float model of a run."""
+    """Fold the factors of --gamma_migration and --smooth_quant into the float model."""
     config = plan.config
     if not (config.gamma_migration or config.smooth_quant):
         return
@@ -75,7 +75,7 @@ def migrate_outliers(plan: Plan, trainer: ReinforceTrainer) -> None:
 
 
 def place_around_layers(plan: Plan, trainer: ReinforceTrainer) -> None:
-    """Quantize what the flags name besides layers: after migrations, before ranges are looked for."""
+    """Quantize operations other than layers, as the flags say; after migration and before calibration."""
     config = plan.config
     placement = Placement(
         [op.strip() for op in (config.high_precision_ops or "").split(",") if op.strip()],
@@ -88,12 +88,12 @@ def place_around_layers(plan: Plan, trainer: ReinforceTrainer) -> None:
 
 
 def clips_tokens(config: RunConfig) -> bool:
-    """Whether the run looks for the ratio of Token-Wise Clipping."""
+    """Whether the run searches for the clipping ratio of Token-Wise Clipping."""
     return config.observer == "avg_prune_minmax" and not config.per_token
 
 
 def clip_outlier_tokens(plan: Plan, trainer: ReinforceTrainer) -> None:
-    """Token-Wise Clipping in every format that activations may take; its fine stage where nothing is trained after."""
+    """Apply Token-Wise Clipping for every format of activations, with its fine stage if no training follows."""
     config = plan.config
     formats: list[Format] = [*(plan.formats if config.chooses else [config.uniform_formats[1]])]
     batches = list(trainer.calibration_batches())

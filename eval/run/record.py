@@ -1,4 +1,4 @@
-"""What a run's record says beside its metrics: settings, layers, costs, versions; and the lines that tell of it."""
+"""Parts of the record of a run: settings, layers, costs and versions; and a text summary of a record."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from eval.run.schema import SCHEMA_VERSION, loss_rise
 from eval.run.trainer import teacher_share
 from quant.formats import Format
 
-RISEN = "the loss ended far above where it started, so training harmed the model (lower --learning_rate):"
-if TYPE_CHECKING:  # wrong flags must not wait for torch
+LOSS_ROSE = "the loss ended far above where it started, so training harmed the model (lower --learning_rate):"
+if TYPE_CHECKING:  # importing torch takes seconds; flags are checked without it
     from quant.quant_module import Reach
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The part of the record that is known before training."""
+    """Return the part of the record that is known before training."""
     from quant.analysis.float_share import float_share
 
     config = plan.config
@@ -62,9 +62,12 @@ def describe(plan: Plan) -> dict[str, Any]:
 def costs_of(
     plan: Plan, assignment: dict[str, tuple[Format, Format]], reach: Mapping[str, Reach] | None = None
 ) -> dict[str, Any]:
-    """Cost of the assignment, and the range that assignments of the search space have.
+    """Return the cost entries of the record: the costs of the assignment and the range of the search space.
 
-    reach: of the layers that calibration did not reach.
+    Args:
+        plan: plan of the run.
+        assignment: layer name -> (weight format, activation format).
+        reach: formats that are left to layers without calibration data, by layer name.
     """
     from cost.cost import COSTS, UNITS, overhead_memory, unsearched_memory
     from cost.profile import tied_in
@@ -96,7 +99,7 @@ def costs_of(
 
 
 def layer_notes(plan: Plan) -> list[str]:
-    """What a reader of the cost must know: matrices that it leaves out, layers that were never called."""
+    """Return notes on the cost: matrices that it excludes, and layers that are never called."""
     from quant.analysis.float_share import float_share
 
     outside = float_share(plan.bundle.model, plan.layers)
@@ -107,31 +110,31 @@ def layer_notes(plan: Plan) -> list[str]:
 
 
 def commit() -> str | None:
-    """The revision of this code: of its checkout, or the one that it was installed from; None where neither tells."""
+    """Return the commit of the checkout, or of the source of the installation; None if neither is known."""
     if (ROOT / ".git").exists() and shutil.which("git"):
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-        return asked.stdout.strip() or None
-    ours = installed()
-    source = None if ours is None else ours.read_text("direct_url.json")
-    found = json.loads(source or "{}").get("vcs_info", {}).get("commit_id")
-    return None if found is None else str(found)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        return git.stdout.strip() or None
+    distribution = installed()
+    source = None if distribution is None else distribution.read_text("direct_url.json")
+    revision = json.loads(source or "{}").get("vcs_info", {}).get("commit_id")
+    return None if revision is None else str(revision)
 
 
 def installed() -> Distribution | None:
-    """This code as an installed distribution; None in a checkout, also where another copy is installed besides."""
+    """Return the distribution that this file belongs to; None for a checkout, even if another copy is installed."""
     found = next(iter(distributions(name=DISTRIBUTION)), None)
     return found if found is not None and Path(str(found.locate_file(""))).resolve() == ROOT else None
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of what decides results, and of this code where it is installed."""
-    ours = installed()
-    told = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return told | ({} if ours is None else {DISTRIBUTION: ours.version})
+    """Return the versions of Python, of the packages that affect results, and of this project if it is installed."""
+    distribution = installed()
+    own = {} if distribution is None else {DISTRIBUTION: distribution.version}
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}} | own
 
 
 def device_name(config: RunConfig) -> str:
-    """'cuda: its name', or 'cpu: threads'."""
+    """Describe the device: 'cuda: NVIDIA H100', or 'cpu: 8 threads'."""
     import torch
 
     if config.device != "cpu" and torch.cuda.is_available():
@@ -140,15 +143,17 @@ def device_name(config: RunConfig) -> str:
 
 
 def outside_cost(record: Mapping[str, Any]) -> str:
-    """What a cost leaves out, to be put behind it; nothing where that is nothing, or a record is too old to know."""
+    """Return a suffix for the cost about weights that it excludes; empty if there are none or the record is too old."""
     share = record.get("float_share") or 0.0
     return f"; outside it, in float: {100 * share:.3g} % of the weights in matrices" if share else ""
 
 
 def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
-    """What a finished run has reached, in lines: metrics, choice, cost, and whether what was asked for was kept.
+    """Summarize a finished run in lines of text: metrics, selected assignment, cost, limits and quality.
 
-    With its `folder` also where it can run, and how to export it.
+    Args:
+        record: the record of the run.
+        folder: folder of the run; adds lines about the available exports.
     """
     lines = [
         f"{split}: " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
@@ -163,7 +168,7 @@ def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
         quality, of_float, drop = contest["held_out_quality"], contest["float_quality"], contest["max_drop"]
         lines.append(f"held-out quality: {quality:.5f} when chosen, float {of_float:.5f}: {kept} {drop:g}")
     if risen := loss_rise(record):
-        lines.append(f"{RISEN} {risen}")
+        lines.append(f"{LOSS_ROSE} {risen}")
     if folder is not None:
         lines.append(export_lines(record, folder) or "")
     return [line for line in lines if line]

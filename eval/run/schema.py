@@ -1,4 +1,4 @@
-"""What a run's `result.json` holds: the one place that says so, for the run that writes it and all that read it."""
+"""Schema of `result.json`, shared by the run that writes it and by all readers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
-"""rises when a key that readers need changes its name or its meaning"""
+"""Increases when a key that readers need changes its name or its meaning."""
 NUMBER = (int, float)
 FIELDS: dict[str, tuple[type, ...]] = {
     "task": (str,),
@@ -27,13 +27,13 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "steps": (int,),
     "wall_seconds": NUMBER,
 }
-"""keys of a finished record that every reader may count on -> the types of their values"""
+"""Required keys of a finished record -> types of their values."""
 LOSS_RISE = "loss_rise"
-"""key of a finished record whose loss ended far above where it started -> [start, end]; others have none"""
+"""Optional key of a finished record whose loss ended far above its start. Value: [start, end]."""
 
 
 def loss_rise(record: Mapping[str, Any]) -> str | None:
-    """How such a loss reads: '2.3 to 4e+06'."""
+    """Format the rise of the loss: '2.3 to 4e+06'; None if the record has none."""
     if LOSS_RISE not in record:
         return None
     start, end = record[LOSS_RISE]

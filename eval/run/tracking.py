@@ -1,4 +1,4 @@
-"""Weights & Biases, for who asks for it: `--report_to wandb`, offline with WANDB_MODE=offline."""
+"""Tracking by Weights & Biases: `--report_to wandb`, offline with WANDB_MODE=offline."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from eval.config.run_config import RunConfig
 
 PROJECT = "mixed-precision-search"
-"""where runs go unless WANDB_PROJECT says otherwise"""
+"""Default of the environment variable WANDB_PROJECT."""
 
 
 def check_tracking(config: RunConfig) -> None:
-    """Raises UserError where `--report_to wandb` has no package, or would stop to ask for a key."""
+    """Check that `--report_to wandb` can start without asking the user for input.
+
+    Raises:
+        UserError: The package is not installed, or there is no key.
+    """
     if config.report_to != "wandb":
         return
     found = find_spec("wandb")
-    if found is None or found.origin is None:  # a folder `wandb`, as it leaves one behind, is no package
+    if found is None or found.origin is None:  # wandb writes to a folder `wandb`, which is found as a namespace package
         raise UserError(f"--report_to wandb: the package is not installed: {python()} -m pip install wandb")
     if os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
@@ -36,7 +40,7 @@ def check_tracking(config: RunConfig) -> None:
 
 @contextmanager
 def tracked(config: RunConfig) -> Iterator[None]:
-    """Within, what the Trainer logs goes to a W&B run of this run's name and flags, its files into the run's folder."""
+    """Log to a W&B run with the name and the flags of this run while the block runs; its files go to the run folder."""
     if config.report_to != "wandb":
         yield
         return
@@ -48,7 +52,7 @@ def tracked(config: RunConfig) -> Iterator[None]:
         name=config.run_name,
         group=config.exp_name,
         dir=config.run_folder,
-        mode=os.environ.get("WANDB_MODE"),  # type: ignore[arg-type]  # as it is now, not as it was at the first import
+        mode=os.environ.get("WANDB_MODE"),  # type: ignore[arg-type]  # else wandb uses its value at the first import
         config={entry.name: getattr(config, entry.name) for entry in fields(config)},
     ):
         yield

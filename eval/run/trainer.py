@@ -1,4 +1,4 @@
-"""The trainer of a run, made of its plan and its flags, and what it scores."""
+"""Builds the trainer of a run from its plan and its flags, and evaluates the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eval.run.limits import limits_of
 from eval.run.plan import Plan, count_steps, partition, search_settings
 from quant.formats import Format
 
-if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are checked without them
     from transformers import TrainerCallback
 
     from eval.run.progress import RunProgress
@@ -34,9 +34,17 @@ def make_trainer(
     assignment: dict[str, tuple[Format, Format]] | None = None,
     progress: RunProgress | None = None,
 ) -> tuple[ReinforceTrainer, dict[str, QuantModule], dict[str, Any] | None]:
-    """The trainer of the run, its quantized layers, and what the float model scores where it comes trained.
+    """Build the trainer of a run.
 
-    With an `assignment`, that is trained and nothing is chosen. `progress` shows how far it is, and what is logged.
+    Args:
+        plan: plan of the run.
+        on_step: called with each step's entry of history.jsonl.
+        assignment: layer name -> (weight format, activation format). Trains it without a search.
+        progress: shows the progress and the logged values.
+
+    Returns:
+        The trainer; its quantized layers by name; the metrics of the float model, or None if its weights are not
+        trained or the run itself is in float.
     """
     from transformers import PrinterCallback
     from transformers.trainer_utils import set_seed
@@ -58,10 +66,10 @@ def make_trainer(
     set_seed(config.seed)
     chooses = config.chooses and assignment is None
     train = prepared.train
-    held_rows: list[int] = []
+    held_out_rows: list[int] = []
     if chooses and config.method == "search":
-        held_rows = hold_out(train, config.search_fraction, config.seed)
-    judged_on = not_augmented(train.select(held_rows) if held_rows else train) if chooses else None
+        held_out_rows = hold_out(train, config.search_fraction, config.seed)
+    search_dataset = not_augmented(train.select(held_out_rows) if held_out_rows else train) if chooses else None
     modules: dict[str, QuantModule] = {}
     teacher = float_teacher(plan)
     if plan.formats:
@@ -74,7 +82,7 @@ def make_trainer(
     arguments = training_arguments(config)
     if config.save_strategy == "best":
         arguments.metric_for_best_model, arguments.greater_is_better = f"{next(iter(prepared.validation))}_loss", False
-    use_compiled(compile_mode(plan, len(train) - len(held_rows)), arguments.device)
+    use_compiled(compile_mode(plan, len(train) - len(held_out_rows)), arguments.device)
     trainer = ReinforceTrainer(
         plan.bundle.model,
         arguments,
@@ -87,8 +95,8 @@ def make_trainer(
         modules=modules,
         profiles=plan.profiles,
         train_dataset=train,
-        search_dataset=judged_on,
-        search_rows=held_rows,
+        search_dataset=search_dataset,
+        search_rows=held_out_rows,
         limits=limits_of(config, plan.profiles) if chooses else (),
         teacher=teacher,
         eval_dataset=prepared.validation,
@@ -103,53 +111,53 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     if progress is not None:
-        trainer.add_callback(shown_on(progress))
+        trainer.add_callback(progress_callback(progress))
     migrate_outliers(plan, trainer)
     place_around_layers(plan, trainer)
-    known = plan.bundle.trained and config.method != "float"
-    return trainer, modules, evaluate(trainer, plan) if known else None
+    has_baseline = plan.bundle.trained and config.method != "float"
+    return trainer, modules, evaluate(trainer, plan) if has_baseline else None
 
 
-def shown_on(progress: RunProgress) -> TrainerCallback:
-    """What the Trainer logs, as lines of `progress`."""
+def progress_callback(progress: RunProgress) -> TrainerCallback:
+    """Make a callback that passes the values that the Trainer logs to `progress`."""
     from transformers import TrainerCallback
 
-    class Shown(TrainerCallback):
+    class ProgressCallback(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
             if state.is_world_process_zero:
                 progress.log(logs or {})
 
-    return Shown()
+    return ProgressCallback()
 
 
 def float_teacher(plan: Plan) -> Teacher | None:
-    """The float model as it comes, before its layers are replaced, where it teaches or a search judges by it."""
+    """Copy the float model, before its layers are replaced, if it is needed for distillation or for the search."""
     from trainer.training.distillation import Teacher
 
     share, data = teacher_share(plan), plan.data
-    knows = plan.bundle.trained and data.kind in ("image", "text") and not data.task.regression
-    judges = knows and plan.config.method in ("search", "exhaustive") and search_settings(plan.config).contest
-    return Teacher(copy.deepcopy(plan.bundle.model), share) if share or judges else None
+    classifies = plan.bundle.trained and data.kind in ("image", "text") and not data.task.regression
+    compares = classifies and plan.config.method in ("search", "exhaustive") and search_settings(plan.config).contest
+    return Teacher(copy.deepcopy(plan.bundle.model), share) if share or compares else None
 
 
 def teacher_share(plan: Plan) -> float:
-    """The share of the loss that the float model's answers have, in [0, 1]; 0: it does not teach.
+    """Return the weight of the distillation loss in [0, 1]; 0 disables distillation.
 
-    Where the flag leaves it open, it teaches where it helps: images that are cropped and mirrored, as it has not
-    learned them by heart. On texts it gained nothing (benchmarks/RESULTS.md).
+    By default, only tasks with augmented images are distilled: the teacher has not memorized randomly cropped and
+    mirrored images. For texts, distillation had no benefit (benchmarks/RESULTS.md).
     """
     from trainer.training.distillation import SHARE
 
     config = plan.config
     if config.distill is not None:
         return config.distill
-    unseen = plan.data.kind == "image" and plan.data.task.augmented and config.augment
+    augmented = plan.data.kind == "image" and plan.data.task.augmented and config.augment
     quantizes = config.method != "float" and config.recipe != "fliqs" and config.max_steps != 0
-    return SHARE if unseen and quantizes and plan.bundle.trained else 0.0
+    return SHARE if augmented and quantizes and plan.bundle.trained else 0.0
 
 
 def training_arguments(config: RunConfig) -> Any:
-    """The flags as transformers' TrainingArguments."""
+    """Convert the flags to TrainingArguments of transformers."""
     import torch
     from transformers import TrainingArguments
 
@@ -174,19 +182,20 @@ def training_arguments(config: RunConfig) -> Any:
         logging_steps=config.log_steps,
         save_strategy=config.save_strategy,
         save_steps=config.eval_steps or SAVE_INTERVAL,
-        save_total_limit=2,  # the older one is there for when the newer is damaged
+        save_total_limit=2,  # the older one is a fallback if the newer is damaged
         report_to=config.report_to,
-        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),  # else the Trainer looks for a GPU's bfloat16
-        ddp_find_unused_parameters=True,  # each format has scales of its own, of which a step uses one
+        use_cpu=config.device == "cpu"
+        or not torch.cuda.is_available(),  # else the Trainer checks a GPU for bfloat16 support
+        ddp_find_unused_parameters=True,  # a step uses only the scales of the sampled formats
         remove_unused_columns=False,
         dataloader_num_workers=config.num_workers,
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
-        disable_tqdm=True,  # `eval.run.progress` shows how far the run is
+        disable_tqdm=True,  # `eval.run.progress` shows the progress instead
     )
 
 
 def compile_mode(plan: Plan, examples: int) -> Any:
-    """'auto' compiles where the run is long enough to win back the time that compiling takes."""
+    """Resolve --compile: 'auto' compiles if the run is long enough to regain the time for compilation."""
     config = plan.config
     if config.compile != "auto" or not plan.formats:
         return config.compile if plan.formats else "off"
@@ -197,10 +206,16 @@ def compile_mode(plan: Plan, examples: int) -> Any:
 def evaluate(
     trainer: ReinforceTrainer, plan: Plan, answers: dict[str, dict[str, list[Any]]] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Metrics of every labelled evaluation split, by split: the task's own, 'loss' and 'n' (examples).
+    """Evaluate the model on every labelled evaluation split.
 
-    Where there are classes, `answers` gets each split's 'predicted' and 'label', one number an example in its order:
-    two runs can then be compared example by example. 'classes' are the names by number.
+    Args:
+        trainer: trainer of the run.
+        plan: plan of the run.
+        answers: for classification, receives 'predicted' and 'label' of each split, one class index per example in the
+            order of the split, and 'classes', their names. Two runs can then be compared example by example.
+
+    Returns:
+        Split -> metrics of the task, 'loss', and 'n', the number of examples.
     """
     from quant.convert import rounded_weights_cached
     from trainer.training.progress import counted
@@ -212,8 +227,8 @@ def evaluate(
             trainer.compute_metrics = plan.prepared.judges[name]
         elif compute_metrics is not None and answers is not None:
             trainer.compute_metrics = partial(_compute_and_record, compute_metrics, plan, name, answers)
-        told = trainer.evaluate(split, metric_key_prefix=name)
-        own = {key.removeprefix(f"{name}_"): value for key, value in told.items() if key.startswith(f"{name}_")}
+        prefixed = trainer.evaluate(split, metric_key_prefix=name)
+        own = {key.removeprefix(f"{name}_"): value for key, value in prefixed.items() if key.startswith(f"{name}_")}
         kept = {key: value for key, value in own.items() if not key.endswith(("runtime", "per_second", "time"))}
         if plan.prepared.writer is not None:
             with rounded_weights_cached(trainer.modules):

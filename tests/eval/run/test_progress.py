@@ -53,7 +53,7 @@ def test_the_file_is_whole_at_every_moment_and_goes_with_the_run(monkeypatch, tm
     with progress.shown():
         progress("calibrating", 0, 8)
         assert read_progress(tmp_path) == {}
-        progress.keep_in(tmp_path)
+        progress.write_to(tmp_path)
         now[0] += 4
         progress("calibrating", 4, 8, "batch 4 of 8")
         state = read_progress(tmp_path)
