@@ -26,11 +26,11 @@ from benchmarks.quality import parse_for_rows, searching
 from policy.allocators import MAX_EXHAUSTIVE
 from quant.convert import set_formats
 from quant.quantizers.prefix_cache import prefix_cached
-from trainer.reinforce_trainer import ReinforceTrainer, Target
-from trainer.search.selection import Contest
-from trainer.search.sensitivity import divergence
+from trainer.reinforce_trainer import ReinforceTrainer
+from trainer.search.selection import CandidateSelector
+from trainer.search.targets import MultiTargetSearch, SearchTarget
 from trainer.training.batch_norm import statistics_of_batch
-from trainer.training.distillation import class_logits
+from trainer.training.distillation import class_logits, divergence
 
 AROUND, MOVES = 60, 4
 """assignments around the choice, and how many decisions of it they change at most"""
@@ -69,7 +69,7 @@ def _truth(seen: Answers) -> torch.Tensor:
 def around(trainer: ReinforceTrainer, chosen: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """At most so many choices with a few decisions of `chosen` changed, which fit the budget and use it."""
     budget, generator = trainer.budget, np.random.default_rng(0)
-    moves = Contest(budget, trainer.judge).moves(tuple(chosen))
+    moves = CandidateSelector(budget, trainer.evaluator.evaluate_assignments).moves(tuple(chosen))
     choices: dict[tuple[int, ...], None] = {}
     for _ in range(100 * count):
         moved = list(chosen)
@@ -82,7 +82,7 @@ def around(trainer: ReinforceTrainer, chosen: Sequence[int], count: int) -> list
 
 
 @torch.no_grad()
-def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answers:
+def look(trainer: ReinforceTrainer, target: SearchTarget, chosen: Sequence[int]) -> Answers:
     """What the assignments around `chosen` answer to all that is held out."""
     assert target.search is not None and trainer.teacher is not None
     candidates = [tuple(choice) for choice in target.search.candidates.values() if trainer.budget.fits(choice)]
@@ -102,19 +102,19 @@ def look(trainer: ReinforceTrainer, target: Target, chosen: list[int]) -> Answer
         with statistics_of_batch(trainer.teacher.model, batch):
             teacher.append(trainer.teacher.answers(batch))
         labels.append(batch["labels"])
-    judged = trainer._judging_examples(2 * trainer.space.num_decisions)
+    judged = trainer.evaluator.sizes.to_evaluate()
     return Answers(torch.cat(own, 1).double(), torch.cat(teacher).double(), torch.cat(labels), judged)
 
 
 def answers(name: str, shared: Path, output: Path, seed: int) -> Answers:
     """Of a row's search, at its contest."""
-    plain = ReinforceTrainer._choose
+    plain = MultiTargetSearch._select
     trainer = searching(name, shared, output, seed, f"contest-s{seed}")
 
-    def stop(self: ReinforceTrainer, target: Target) -> Any:
-        raise look(self, target, plain(self, target))
+    def stop(self: MultiTargetSearch, target: SearchTarget, best: tuple[int, ...]) -> Any:
+        raise look(trainer, target, plain(self, target, best))
 
-    with patch.object(ReinforceTrainer, "_choose", stop):
+    with patch.object(MultiTargetSearch, "_select", stop):
         try:
             trainer.train()
         except Answers as seen:

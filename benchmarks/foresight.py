@@ -25,9 +25,8 @@ from benchmarks.quality import parse_for_rows, searching
 from quant.convert import calibrate, set_formats
 from trainer.reinforce_trainer import ReinforceTrainer
 from trainer.search.baselines import allocate
-from trainer.search.sensitivity import divergence
 from trainer.training.batch_norm import statistics_of_batch
-from trainer.training.distillation import class_logits
+from trainer.training.distillation import class_logits, divergence
 
 TEMPERATURES = (1.0, 4.0)
 
@@ -71,7 +70,7 @@ def measured(name: str, arguments: argparse.Namespace) -> tuple[NDArray[np.float
     seed = arguments.seed
     trainer = searching(name, arguments.shared, arguments.output_root_dir, seed, f"foresight-s{seed}")
     calibrate(trainer.model, trainer.modules, trainer.calibration_batches())
-    chosen = tuple(allocate("measured", trainer))
+    chosen = tuple(allocate("measured", trainer.evaluator, trainer.budget, seed))
     start = copy.deepcopy(trainer.model.state_dict())
     loader = trainer.get_train_dataloader()
     batches = [trainer._prepare_inputs(batch) for batch in islice(_again(loader), arguments.steps)]

@@ -29,7 +29,8 @@ from policy.space import build_space
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.quant_utils import use_compiled
 from quant.quantizers.prefix_cache import prefix_cached
-from trainer.search.sensitivity import divergence, measure_sensitivity
+from trainer.search.sensitivity import measure_sensitivity
+from trainer.training.distillation import divergence
 
 TEMPERATURES, POWERS = (1.0, 2.0, 4.0, 8.0), (1.0, 0.5)
 """what logits are divided by; of the mean over examples"""
@@ -91,7 +92,7 @@ def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[N
         return seen[-1][0]
 
     for batch in trainer.batches_of(held_out):
-        measure_sensitivity(trainer.model, modules, trainer.space, [batch], trainer._logits, note)
+        measure_sensitivity(trainer.model, modules, trainer.space, [batch], trainer.evaluator.logits, note)
     pairs = trainer.space.num_decisions * trainer.space.num_choices
     whole = torch.cat([torch.stack(seen[i : i + pairs], 1) for i in range(0, len(seen), pairs)], 2).double().numpy()
     return whole.reshape(len(TEMPERATURES), trainer.space.num_decisions, trainer.space.num_choices, -1), trainer.budget

@@ -38,32 +38,30 @@ def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
 
     from policy.hessian import hessian_traces, top_eigenvalues
     from quant.convert import in_float
-    from trainer.search.baselines import effects
+    from trainer.search.baselines import sensitivities
 
-    space, modules = trainer.space, trainer.modules
+    space, modules, evaluator = trainer.space, trainer.modules, trainer.evaluator
     formats = [weight.name if weight == act else f"{weight}/{act}" for weight, act in space.decisions[0].choices]
     columns: Columns = {}
     if "measured" in kinds:
-        told = trainer.measure()
+        told = evaluator.measure()
         for index, name in enumerate(formats):
-            columns[f"measured {name}"] = list(zip(told.effect[:, index], told.error[:, index], strict=True))
+            columns[f"measured {name}"] = list(zip(told.mean[:, index], told.error[:, index], strict=True))
     if "fisher" in kinds:
-        table = effects("fisher", trainer)
+        table = sensitivities("fisher", evaluator, trainer.args.seed)
         for index, name in enumerate(formats):
             columns[f"fisher {name}"] = [(float(value), None) for value in table[:, index]]
     layers = {layer: modules[layer] for decision in space.decisions for layer in decision.layers}
-    batches = trainer.judging_batches(space.num_decisions * space.num_choices)
+    batches = evaluator.evaluation_batches(space.num_decisions * space.num_choices)
     generator = torch.Generator().manual_seed(trainer.args.seed)
     with in_float(modules):
         if "trace" in kinds:
-            traces = hessian_traces(
-                trainer.model, layers, batches, trainer.plain_loss, generator=generator, jointly=True
-            )
+            traces = hessian_traces(trainer.model, layers, batches, evaluator.loss, generator=generator, jointly=True)
             own = [[traces[layer] for layer in decision.layers] for decision in space.decisions]
             columns["trace"] = [(sum(t.trace for t in ts), sum(t.error**2 for t in ts) ** 0.5) for ts in own]
         if "eigenvalue" in kinds:
             tops = top_eigenvalues(
-                trainer.model, layers, batches, trainer.plain_loss, max_iterations=20, generator=generator
+                trainer.model, layers, batches, evaluator.loss, max_iterations=20, generator=generator
             )
             columns["eigenvalue"] = [
                 max(((tops[layer].mean, tops[layer].spread) for layer in d.layers), key=lambda pair: abs(pair[0]))

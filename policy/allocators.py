@@ -100,6 +100,6 @@ def greedy(effect: Table, budget: Budget) -> list[int]:
     return choice
 
 
-def least_harm(effect: Table, budget: Budget) -> list[int]:
+def least_degradation(effect: Table, budget: Budget) -> list[int]:
     """The choice whose effects add up to the least, exactly: what every additive sensitivity asks for."""
     return budget.solve(-effect)

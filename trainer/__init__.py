@@ -6,7 +6,7 @@ from quant.lazy import names_of, renamed
 
 if TYPE_CHECKING:
     from trainer.reinforce_trainer import ReinforceTrainer
-    from trainer.search.search_state import ReinforceConfig
+    from trainer.search.config import ReinforceConfig
     from trainer.training.distillation import Teacher
     from trainer.tuning.nlp_trainer import NLPTrainer
     from trainer.tuning.strategy import QuantizationConfig
@@ -23,7 +23,7 @@ __getattr__ = names_of(
     __name__,
     {
         "trainer.reinforce_trainer": ["ReinforceTrainer"],
-        "trainer.search.search_state": ["ReinforceConfig"],
+        "trainer.search.config": ["ReinforceConfig"],
         "trainer.training.distillation": ["Teacher"],
         "trainer.tuning.nlp_trainer": ["NLPTrainer"],
         "trainer.tuning.strategy": ["QuantizationConfig"],

@@ -104,8 +104,8 @@ def _estimate(plan: Plan, seconds_per_step: float | None) -> RunEstimate:
 def _passes(plan: Plan, steps: int) -> float:
     """Forward passes, in batches of a training step, that a search makes for rewards, sensitivities and selection."""
     from eval.run.plan import search_settings, search_space
-    from trainer.search.evaluator import LEAST_MEASURED
-    from trainer.search.search_state import Phases, examples_to_judge, examples_to_measure
+    from trainer.search.evaluation_sizes import LEAST_MEASURED, examples_to_evaluate, examples_to_measure
+    from trainer.search.search_state import Phases
 
     run, config, space = plan.config, search_settings(plan.config), search_space(plan)
     phases = Phases.of(config, steps)
@@ -117,7 +117,7 @@ def _passes(plan: Plan, steps: int) -> float:
         evaluated += pairs * examples_to_measure(steps, batch, pairs, LEAST_MEASURED, config.measure_share)
     if config.contest:
         targets = max(1, len(run.target_list))
-        evaluated += targets * (neighbours + OTHER_CANDIDATES) * examples_to_judge(steps, batch, neighbours)
+        evaluated += targets * (neighbours + OTHER_CANDIDATES) * examples_to_evaluate(steps, batch, neighbours)
     rewards = config.reward_draws * config.reward_share * (phases.settle - phases.delay)
     return rewards + CACHED_PASS_SHARE * evaluated / batch
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are ch
     from eval.modeling.bundle import ModelBundle
     from eval.modeling.inputs import ModelInputs
     from policy.space import Partition, SearchSpace
-    from trainer.search.search_state import ReinforceConfig
+    from trainer.search.config import ReinforceConfig
     from trainer.training.progress import Listener
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def count_steps(config: RunConfig, examples: int) -> int:
 
 def search_settings(config: RunConfig) -> ReinforceConfig:
     """Convert the search flags to the configuration of the trainer; the recipe sets the defaults."""
-    from trainer.search.search_state import ReinforceConfig
+    from trainer.search.config import ReinforceConfig
 
     names = {field.name for field in fields(ReinforceConfig)}
     given = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
@@ -194,7 +194,7 @@ def budget(plan: Plan) -> float | None:
     from policy.allocators import MAX_EXHAUSTIVE
     from policy.budget import Budget
     from policy.solve import InfeasibleError
-    from trainer.search.search_state import resolve_target
+    from trainer.search.config import resolve_target
 
     config = plan.config
     if config.cost_target is None and config.target_bits is None:

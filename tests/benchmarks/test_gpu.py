@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import step_time
-from trainer.search.search_state import ReinforceConfig
+from trainer.search.config import ReinforceConfig
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (

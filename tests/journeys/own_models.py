@@ -137,7 +137,8 @@ def journey(folder: Path, build: Callable[[], nn.Module], columns: tuple[str, ..
         compute_loss_func=bare_loss if build is Bare else None,
     )
     trainer.train()
-    told: dict[str, Any] = {"cost": trainer.cost, "target": trainer.cost_target, "judged_by": trainer.judged_by}
+    criterion = trainer.evaluator.criterion
+    told: dict[str, Any] = {"cost": trainer.cost, "target": trainer.cost_target, "judged_by": criterion}
     told["eval_loss"] = trainer.evaluate()["eval_loss"]
     told["predicted"] = len(main_tensor_of_predictions(trainer.predict(data[:20]).predictions))
     trainer.save_model(str(folder / "saved"))

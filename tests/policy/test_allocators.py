@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.allocators import best_uniform, greedy, head_tail, least_harm, random_choice
+from policy.allocators import best_uniform, greedy, head_tail, least_degradation, random_choice
 from policy.budget import Budget
 from policy.solve import InfeasibleError
 
@@ -34,7 +34,7 @@ def test_every_competitor_fits_the_budget(instance, seed):
     chosen = [
         greedy(effect, limits),
         head_tail(limits),
-        least_harm(effect, limits),
+        least_degradation(effect, limits),
         random_choice(limits, np.random.default_rng(seed), tries=20),
     ]
     for choice in chosen:
@@ -43,11 +43,11 @@ def test_every_competitor_fits_the_budget(instance, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(instance=instances())
-def test_least_harm_equals_trying_everything(instance):
+def test_least_degradation_equals_trying_everything(instance):
     limits, effect = instance
     decisions = np.arange(len(effect))
     best = min(effect[decisions, list(choice)].sum() for choice in limits.all_fitting())
-    assert effect[decisions, least_harm(effect, limits)].sum() == pytest.approx(best, abs=1e-9)
+    assert effect[decisions, least_degradation(effect, limits)].sum() == pytest.approx(best, abs=1e-9)
 
 
 def test_uniform_is_the_widest_that_fits():

@@ -315,25 +315,25 @@ def test_quality_is_a_probability():
     assert quality(torch.tensor(1e6), {}, {}, "likelihood") > 0
 
 
-def test_judging_leaves_every_module_in_its_own_mode(tmp_path):
+def test_evaluating_leaves_every_module_in_its_own_mode(tmp_path):
     trainer = make(tmp_path)
     trainer.prepare()
     trainer.model.train()
     trainer.model.body.eval()  # frozen
     before = [module.training for module in trainer.model.modules()]
     choice = [0] * trainer.space.num_decisions
-    trainer.measure()  # which also asks whether there are classes
+    trainer.evaluator.measure()  # which also asks whether there are classes
     assert [module.training for module in trainer.model.modules()] == before
-    trainer.judge([choice])
+    trainer.evaluator.evaluate_assignments([choice])
     assert [module.training for module in trainer.model.modules()] == before
-    trainer.qualities(torch.tensor([choice]), step=3)
+    trainer.evaluator.rewarded_qualities(torch.tensor([choice]), step=3)
     assert [module.training for module in trainer.model.modules()] == before
 
 
 def test_examples_that_decide_are_none_that_proposed(tmp_path):
     config = ReinforceConfig(target_bits=4.5, calibration_batches=2)
     trainer = make(tmp_path, config, train_dataset=Data(2000))
-    proposing, deciding = trainer.judging_batches(2 * trainer.space.num_decisions), trainer._deciding_batches()
+    proposing, deciding = trainer.evaluator.evaluation_batches(), trainer.evaluator.deciding_batches()
     seen, others = (
         {image.numpy().tobytes() for batch in batches for image in batch["pixel_values"]}
         for batches in (proposing, deciding)
@@ -341,21 +341,21 @@ def test_examples_that_decide_are_none_that_proposed(tmp_path):
     assert len(seen) == 64 and len(others) == 136 and not seen & others
     assert len(deciding) >= 4, "they come with an error"
     few = make(tmp_path, config, train_dataset=Data(1200))
-    assert not few._deciding_batches() and few.decide_by is None, "56 examples are too few"
+    assert not few.evaluator.deciding_batches() and few.evaluator.decide is None, "56 examples are too few"
 
 
-def test_a_teacher_judges_by_the_distance_from_its_answers(tmp_path):
+def test_a_teacher_compares_by_the_distance_from_its_answers(tmp_path):
     teacher = Net()
     trainer = make(tmp_path, model=copy.deepcopy(teacher))
     trainer.prepare()
     choice = [0] * trainer.space.num_decisions
-    assert trainer.judged_by == "loss"
-    by_loss = trainer.judge([choice])[0]
-    trainer.teacher = Teacher(teacher)
-    harm, same = trainer.judge([choice])[0]
-    assert trainer.judged_by == "divergence" and np.array_equal(same, by_loss[1])
+    assert trainer.evaluator.criterion == "loss"
+    by_loss = trainer.evaluator.evaluate_assignments([choice])[0]
+    trainer.evaluator.teacher = Teacher(teacher)
+    degradation, same = trainer.evaluator.evaluate_assignments([choice])[0]
+    assert trainer.evaluator.criterion == "divergence" and np.array_equal(same, by_loss[1])
     set_formats(trainer.modules, trainer.space.assignment(choice))
-    for batch, got in zip(trainer.judging_batches(2 * len(choice)), harm, strict=True):
+    for batch, got in zip(trainer.evaluator.evaluation_batches(), degradation, strict=True):
         with torch.no_grad():
             known, own = (m.eval()(**batch)["logits"] / TEMPERATURE for m in (teacher, trainer.model))
         wanted = nn.functional.kl_div(own.log_softmax(1), known.softmax(1), reduction="batchmean")

@@ -11,7 +11,8 @@ from quant.formats import parse_format, parse_search_space
 from quant.quant_utils import use_compiled
 from quant.quantizers.quantizer import QuantizerConfig
 from tests.trainer.test_reinforce_trainer import Data, Net, make
-from trainer.reinforce_trainer import FLUSH_STEPS, ReinforceConfig
+from trainer.reinforce_trainer import ReinforceConfig
+from trainer.training.step_logger import FLUSH_STEPS
 
 WAITS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::item"}
 """operations that read a value from the device"""
@@ -77,7 +78,7 @@ def test_the_trainers_step_waits_for_the_device_no_more_often_than_the_float_one
             trainer.modules, trainer.search_config = {}, None
         trainer.create_optimizer_and_scheduler(100)
         if searching:
-            trainer._start_search()
+            trainer.searches.start(trainer.target)
         calibrate(trainer.model, trainer.modules, [batch()]) if searching else None
         with Watch() as watch:
             for step in range(FLUSH_STEPS - 1):
@@ -124,8 +125,8 @@ def test_draws_are_rewarded_on_a_share_of_a_training_batch(tmp_path, monkeypatch
     trainer = make(tmp_path, config)
     trainer.prepare()
     seen = []
-    monkeypatch.setattr(trainer, "_batch", lambda data, rows: seen.append(len(rows)) or batch())
-    trainer.qualities(torch.zeros(2, trainer.space.num_decisions, dtype=torch.long), step=3)
+    monkeypatch.setattr(trainer.evaluator.reader, "read", lambda data, rows: seen.append(len(rows)) or batch())
+    trainer.evaluator.rewarded_qualities(torch.zeros(2, trainer.space.num_decisions, dtype=torch.long), step=3)
     assert seen == [examples]
 
 
@@ -133,9 +134,10 @@ def test_rewards_are_those_of_a_pass_without_inference_mode_and_training_goes_on
     trainer = make(tmp_path)
     trainer.prepare()
     choices = torch.tensor([[0] * trainer.space.num_decisions, [2] * trainer.space.num_decisions])
-    got = trainer.qualities(choices, step=3)
-    inference = type(trainer).qualities
-    plain = torch.no_grad()(inference.__wrapped__)(trainer, choices, 3)
+    evaluator = trainer.evaluator
+    got = evaluator.rewarded_qualities(choices, step=3)
+    inference = type(evaluator).rewarded_qualities
+    plain = torch.no_grad()(inference.__wrapped__)(evaluator, choices, 3)
     assert got == plain and got[0] != got[1]
     set_formats(trainer.modules, dict.fromkeys(trainer.modules, (parse_format("int4"), parse_format("int4"))))
     trainer.model.train()(**batch())["loss"].backward()

@@ -1,86 +1,102 @@
-"""What the competitors of the search choose, from a trainer's model and data before its first step."""
+"""The competitors of the search: each decides once, from an evaluator's model and data, before the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from policy.allocators import best_uniform, greedy, head_tail, least_harm, random_choice
+from policy.allocators import best_uniform, greedy, head_tail, least_degradation, random_choice
+from policy.budget import Budget
 from policy.hessian import MOST_DRAWS, held_weights
 from policy.solve import InfeasibleError
 from trainer.search import sensitivity
+from trainer.search.evaluator import AssignmentEvaluator
 from trainer.training.distributed import of_first_process
 from trainer.training.progress import Passes
 
-if TYPE_CHECKING:
-    from trainer.reinforce_trainer import ReinforceTrainer
-
 ADDITIVE = ("measured", "fisher", "hawq_v2", "qbert")
-"""sensitivities whose effects are added up: any of them is a method, and a prior of the policy"""
+"""Sensitivities that add up over decisions: each is a method of its own and can be the prior of the policy."""
 
 
-def allocate(method: str, trainer: ReinforceTrainer) -> list[int]:
-    """The choice of a competitor (`policy.allocators.Allocator`) within the trainer's budget."""
-    budget = trainer.budget
+def allocate(method: str, evaluator: AssignmentEvaluator, budget: Budget, seed: int) -> list[int]:
+    """Return the choice of a competing method within the budget.
+
+    Args:
+        method: one of `policy.allocators.Allocator`.
+        evaluator: model, layers and held-out data.
+        budget: limits that the choice has to meet.
+        seed: seed of random choices and random vectors.
+    """
     match method:
         case "uniform":
             return best_uniform(budget)
         case "head_tail":
             return head_tail(budget)
         case "random":
-            return random_choice(budget, np.random.default_rng(trainer.args.seed))
+            return random_choice(budget, np.random.default_rng(seed))
         case "greedy":
-            return greedy(trainer.measure("errors").effect, budget)
+            return greedy(evaluator.measure("errors").mean, budget)
         case "exhaustive":
             choices = list(budget.all_fitting())
-            trainer.passes = Passes("judging every assignment", len(choices) * trainer.judging_passes)
-            return list(choices[int(trainer.judge(choices)[:, 0].mean(1).argmin())])
-    return least_harm(effects(method, trainer), budget)
+            evaluator.passes = Passes("judging every assignment", len(choices) * evaluator.sizes.passes)
+            return list(choices[int(evaluator.evaluate_assignments(choices)[:, 0].mean(1).argmin())])
+    return least_degradation(sensitivities(method, evaluator, seed), budget)
 
 
-def effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
-    """(decisions, choices): what each choice alone does to the loss, as one of `ADDITIVE` estimates it.
+def sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDArray[np.float64]:
+    """Return the degradation from each choice alone, float64 (decisions, choices).
 
-    Of several processes, all get the first one's.
+    With several processes, all return the result of the first.
+
+    Args:
+        kind: one of `ADDITIVE`.
+        evaluator: model, layers and held-out data.
+        seed: seed of the random vectors of Hessian methods.
     """
-    agreed = of_first_process(torch.from_numpy(_effects(method, trainer)))
+    agreed = of_first_process(torch.from_numpy(_sensitivities(kind, evaluator, seed)))
     assert agreed is not None
     return agreed.numpy()
 
 
-def _effects(method: str, trainer: ReinforceTrainer) -> NDArray[np.float64]:
-    if method == "measured":
-        return trainer.measure().effect
-    batches = trainer.judging_batches(trainer.space.num_decisions * trainer.space.num_choices)
-    model, modules, space = trainer.model, trainer.modules, trainer.space
-    most = {"hawq_v2": MOST_DRAWS * len(batches)}.get(method, len(batches))
-    passes = Passes(f"measuring ({method})", most)
-    trainer.tell(passes.phase, 0, most)
+def _sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDArray[np.float64]:
+    if kind == "measured":
+        return evaluator.measure().mean
+    model, modules, space = evaluator.model, evaluator.modules, evaluator.space
+    batches = evaluator.evaluation_batches(space.num_decisions * space.num_choices)
+    most = {"hawq_v2": MOST_DRAWS * len(batches)}.get(kind, len(batches))
+    passes = Passes(f"measuring ({kind})", most)
+    evaluator.tell(passes.phase, 0, most)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        value = trainer.plain_loss(model, batch)
-        passes.count(trainer.tell)
+        value = evaluator.loss(model, batch)
+        passes.count(evaluator.tell)
         return value
 
-    if method == "fisher":
+    if kind == "fisher":
         with held_weights(modules):
-            return sensitivity.fisher_effect(model, modules, space, batches, loss)
-    return sensitivity.hessian_effect(model, modules, space, batches, loss, method, trainer.args.seed)
+            return sensitivity.fisher_sensitivity(model, modules, space, batches, loss)
+    return sensitivity.hessian_sensitivity(model, modules, space, batches, loss, kind, seed)
 
 
-def propose(trainer: ReinforceTrainer, known: Mapping[str, NDArray[np.float64]]) -> dict[str, list[int]]:
-    """What the cheap competitors would choose, by name, without repetitions: candidates of the search's contest.
+def propose(
+    evaluator: AssignmentEvaluator, budget: Budget, measured: Mapping[str, NDArray[np.float64]], seed: int
+) -> dict[str, list[int]]:
+    """Return the different choices of the cheap competitors, by name: candidates of the final selection.
 
-    `known` effects are used; fisher's take one backward pass and are measured.
+    Args:
+        evaluator: model, layers and held-out data.
+        budget: limits that the choices have to meet.
+        measured: kind -> sensitivities at hand; Fisher's, which take one backward pass, are added.
+        seed: seed of random vectors.
     """
-    table = {**known} if "fisher" in known else {**known, "fisher": effects("fisher", trainer)}
-    choices = {name: least_harm(effect, trainer.budget) for name, effect in table.items()}
+    tables = {**measured} if "fisher" in measured else {**measured, "fisher": sensitivities("fisher", evaluator, seed)}
+    choices = {name: least_degradation(table, budget) for name, table in tables.items()}
     with suppress(InfeasibleError):  # no uniform choice fits
-        choices["uniform"] = best_uniform(trainer.budget)
+        choices["uniform"] = best_uniform(budget)
     return {name: choice for n, (name, choice) in enumerate(choices.items()) if choice not in [*choices.values()][:n]}

@@ -1,4 +1,4 @@
-"""The dual of a budget: the cheapest assignment whose quality stays within a drop."""
+"""The dual of a budget: the cheapest assignment whose held-out quality stays within a drop."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from dataclasses import replace
 
 from policy.budget import Budget
 from policy.solve import Table
-from trainer.search.selection import Choice, Contest
+from trainer.search.selection import CandidateSelector, Choice
 
-STEPS = 10
-"""halvings of the range of costs: to a thousandth of it"""
+HALVINGS = 10
+"""Bisection steps: the limit is found to a thousandth of the range of costs."""
 
 
 def cheapest_budget(budget: Budget, values: Table, quality: Callable[[Sequence[int]], float], floor: float) -> Budget:
-    """`budget` with its first limit lowered, by bisection, as far as the most valuable choice within keeps its quality.
+    """Lower the first limit by bisection as far as the most valuable choice within it keeps its quality.
 
     Args:
-        values: (decisions, choices); within each limit the choice with the largest sum of them is tried.
-        quality: of a choice.
+        budget: limits to start from; returned unchanged if not even its best choice keeps the quality.
+        values: (decisions, choices); every limit is tried with the choice of the largest sum of values within it.
+        quality: choice -> held-out quality.
         floor: least quality.
-
-    Where not even the whole budget keeps the quality, it comes back unchanged.
     """
     best = budget.solve(values)
     low, high = float(budget.tables[0].min(1).sum()), budget.costs(best)[0]
@@ -30,7 +29,7 @@ def cheapest_budget(budget: Budget, values: Table, quality: Callable[[Sequence[i
     cheapest = limited(budget, low).solve(values)
     if quality(cheapest) >= floor:
         return limited(budget, low)
-    for _ in range(STEPS):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         choice = limited(budget, middle).solve(values)
         if quality(choice) >= floor:
@@ -40,31 +39,36 @@ def cheapest_budget(budget: Budget, values: Table, quality: Callable[[Sequence[i
     return limited(budget, high)
 
 
-def cheapest_choice(contest: Contest, choice: Choice, floor: float, everything: Sequence[Choice] | None) -> Choice:
-    """The cheapest choice found that keeps the quality; `choice` itself where none does.
+def cheapest_choice(
+    selector: CandidateSelector, choice: Choice, floor: float, everything: Sequence[Choice] | None
+) -> Choice:
+    """Return the cheapest choice found that keeps the quality; `choice` itself if none does.
 
-    What bisects over budgets sees one choice for each of them, the most valuable by what is known of single decisions.
-    So it is done again with the effects measured around the best choice so far, as long as that finds a cheaper one.
+    A bisection sees one choice per budget, the most valuable by the sensitivities of single decisions. It is repeated
+    with sensitivities measured around the best choice so far, as long as that finds a cheaper one.
 
     Args:
-        everything: all fitting choices, where so many can be judged: then nothing is left to search.
+        selector: evaluates and remembers choices.
+        choice: choice to improve on.
+        floor: least quality.
+        everything: all choices within the budget if all of them can be evaluated, else None.
     """
-    budget = contest.budget
+    budget = selector.budget
 
     def quality(choice: Sequence[int]) -> float:
-        return float(contest.judged([tuple(choice)])[0, 1].mean())
+        return float(selector.evaluated([tuple(choice)])[0, 1].mean())
 
     def cheapest() -> Choice:
-        keeping = (c for c in contest.seen if budget.fits(c) and quality(c) >= floor)
+        keeping = (c for c in selector.seen if budget.fits(c) and quality(c) >= floor)
         return min(keeping, key=lambda c: budget.costs(c)[0], default=choice)
 
     if everything is not None:
-        contest.judged(everything)
+        selector.evaluated(everything)
         return cheapest()
     choice = cheapest()
-    for _ in range(contest.rounds):
-        effect, _ = contest.effect_table(choice)
-        cheapest_budget(limited(budget, budget.costs(choice)[0]), -effect, quality, floor)
+    for _ in range(selector.rounds):
+        sensitivity, _ = selector.sensitivity_table(choice)
+        cheapest_budget(limited(budget, budget.costs(choice)[0]), -sensitivity, quality, floor)
         before, choice = choice, cheapest()
         if choice == before:
             break
@@ -72,5 +76,5 @@ def cheapest_choice(contest: Contest, choice: Choice, floor: float, everything: 
 
 
 def limited(budget: Budget, limit: float) -> Budget:
-    """`budget` with another first limit."""
+    """Return the budget with another first limit."""
     return replace(budget, limits=(limit, *budget.limits[1:]))

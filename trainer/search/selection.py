@@ -1,8 +1,8 @@
-"""The final choice: candidates, and the swaps around the best of them, compared on held-out data.
+"""CandidateSelector: compares candidates, and the neighbours of the best of them, on held-out data.
 
-A policy gradient's noise is larger than a layer's effect, and effects measured one layer at a time on the float model
-miss what training has changed. So neither has the last word: both propose, the trained weights decide. What is best of
-many on the examples that proposed it is so by luck, in part; so other examples decide.
+The noise of a policy gradient exceeds the effect of a single layer, and sensitivities measured one layer at a time on
+the float model miss what training has changed. Policy and allocators therefore only propose. The trained weights
+decide, on examples disjoint from those used to propose, because the best of many is optimistically biased.
 """
 
 from __future__ import annotations
@@ -18,49 +18,54 @@ from policy.budget import Budget
 from policy.solve import Table
 
 Choice: TypeAlias = tuple[int, ...]
-Judge: TypeAlias = Callable[[Sequence[Choice]], NDArray[np.float64]]
-"""choices -> held-out (harm, quality), (choices, 2, batches), each choice on the same batches"""
+Evaluate: TypeAlias = Callable[[Sequence[Choice]], NDArray[np.float64]]
+"""Choices -> held-out (degradation, quality), (choices, 2, batches), every choice on the same batches."""
 
 ROUNDS = 3
-"""times at most that the neighbourhood of the best choice is measured"""
+"""Largest number of rounds in which the neighbourhood of the best choice is measured."""
 PROPOSALS = 12
-"""choices that are proposed from what was measured, and then tried for real"""
-TOLLS = (1e-3, 0.5)
-"""least and greatest charge for a change, as a share of the largest effect"""
+"""Choices per round that are proposed from the measured sensitivities and then evaluated."""
+CHANGE_PENALTIES = (1e-3, 0.5)
+"""Smallest and largest penalty per changed decision, relative to the largest sensitivity."""
 
 
 @dataclass
-class Contest:
-    """Compares choices by their harm on held-out data and remembers all that it has seen."""
+class CandidateSelector:
+    """Compares choices by their degradation on held-out data and remembers all evaluations."""
 
     budget: Budget
-    judge: Judge
+    evaluate: Evaluate
+    """Evaluates on the examples that propose."""
     rounds: int = ROUNDS
-    decide_by: Judge | None = None
-    """judges on examples that have proposed nothing; None: there are no others, those of `judge` decide too"""
+    decide_by: Evaluate | None = None
+    """Evaluates on examples that have proposed nothing; None: those of `evaluate` decide too."""
     seen: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
-    """choice -> its (harm, quality) on each batch, (2, batches)"""
+    """Choice -> its (degradation, quality) per batch, (2, batches)."""
     decided: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
-    """the same on the examples that decide"""
+    """The same on the deciding examples."""
 
-    def judged(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
-        """Harm and quality, (choices, 2, batches); what was seen before is not judged again."""
-        return _remembered(self.judge, self.seen, choices)
+    def evaluated(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+        """Return degradation and quality, (choices, 2, batches); nothing is evaluated twice."""
+        return _remembered(self.evaluate, self.seen, choices)
 
-    def harms(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
-        """(choices, batches)"""
-        return self.judged(choices)[:, 0]
+    def degradations(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+        """Return the degradations on the proposing examples, (choices, batches)."""
+        return self.evaluated(choices)[:, 0]
 
-    def deciding_harms(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
-        """(choices, batches), on the examples that decide."""
-        return (
-            self.harms(choices) if self.decide_by is None else _remembered(self.decide_by, self.decided, choices)[:, 0]
-        )
+    def deciding_degradations(self, choices: Sequence[Choice]) -> NDArray[np.float64]:
+        """Return the degradations on the deciding examples, (choices, batches)."""
+        if self.decide_by is None:
+            return self.degradations(choices)
+        return _remembered(self.decide_by, self.decided, choices)[:, 0]
 
-    def decide(self, candidates: Mapping[str, Sequence[int]]) -> Verdict:
-        """The first candidate, unless another or a local swap of the best of them is better, see `better_of`.
+    def select(self, candidates: Mapping[str, Sequence[int]]) -> SelectionResult:
+        """Return the first candidate, unless another or a neighbour of the best one is better (see `better_of`).
 
-        Raises ValueError for a candidate over the budget.
+        Args:
+            candidates: name -> choice.
+
+        Raises:
+            ValueError: for a candidate over the budget.
         """
         named = {name: tuple(choice) for name, choice in candidates.items()}
         if over := [name for name, choice in named.items() if not self.budget.fits(choice)]:
@@ -69,59 +74,62 @@ class Contest:
         best = self.better_of(others, first) or first
         winner = origin = next(name for name, choice in named.items() if choice == best)
         for round_ in range(self.rounds):
-            better = self.better_of(self.swaps(best), best)
+            better = self.better_of(self.neighbours(best), best)
             if better is None:
                 break
             best, origin = better, f"swap {round_ + 1} of {winner}"
-        means = self.harms(list(named.values())).mean(1)
-        return Verdict(best, origin, {name: float(mean) for name, mean in zip(named, means, strict=True)}, self)
+        means = self.degradations(list(named.values())).mean(1)
+        by_name = {name: float(mean) for name, mean in zip(named, means, strict=True)}
+        return SelectionResult(best, origin, by_name, self)
 
     def better_of(self, challengers: Sequence[Choice], best: Choice) -> Choice | None:
-        """The challenger of least harm, if the deciding examples call it better than `best` by more than the error.
+        """Return the challenger with the least degradation if it is significantly better than `best`.
 
-        That is the standard error of the difference, taken on the same batches.
+        The deciding examples have to confirm it by more than the standard error of the paired difference.
         """
         if not challengers:
             return None
-        challenger = challengers[int(self.harms(challengers).mean(1).argmin())]
-        if self.harms([challenger]).mean() >= self.harms([best]).mean():
+        challenger = challengers[int(self.degradations(challengers).mean(1).argmin())]
+        if self.degradations([challenger]).mean() >= self.degradations([best]).mean():
             return None
-        before, after = self.deciding_harms([best, challenger])
+        before, after = self.deciding_degradations([best, challenger])
         gain = before - after
         return challenger if gain.mean() > standard_error(gain) else None
 
     def best_of_all(self, everything: Sequence[Choice], best: Choice) -> Choice:
-        """Where every choice there is can be judged: the one of least harm, `best` if it is as good.
+        """Return the choice with the least degradation where all choices can be evaluated; ties keep `best`.
 
-        All held-out examples have then spoken for all choices, and the prior's own has no claim of its own any more.
-        Where other examples are left, these decide between the two, as in `better_of`.
+        Every choice has then been compared on the same examples, so no candidate has precedence. If there are deciding
+        examples, they have to confirm the difference as in `better_of`.
         """
         if self.decide_by is not None:
             return self.better_of(everything, best) or best
         choices = [best, *everything]
-        return choices[int(self.harms(choices).mean(1).argmin())]
+        return choices[int(self.degradations(choices).mean(1).argmin())]
 
-    def effects(self, around: Choice) -> dict[tuple[int, int], float]:
-        """(decision, other index) -> harm with that one decision changed, less the harm of `around`; measured."""
+    def sensitivities(self, around: Choice) -> dict[tuple[int, int], float]:
+        """Measure (decision, other index) -> increase of the degradation from that single change of `around`."""
         moves = self.moves(around)
-        harms = self.harms([around, *(_moved(around, move) for move in moves)]).mean(1)
-        return {move: float(harm - harms[0]) for move, harm in zip(moves, harms[1:], strict=True)}
+        values = self.degradations([around, *(_moved(around, move) for move in moves)]).mean(1)
+        return {move: float(value - values[0]) for move, value in zip(moves, values[1:], strict=True)}
 
-    def effect_table(self, around: Choice) -> tuple[Table, float]:
-        """`effects` as (decisions, choices), out of reach where none was measured; and the largest magnitude of one."""
-        effects = self.effects(around)
-        largest = max((abs(value) for value in effects.values()), default=0.0)
+    def sensitivity_table(self, around: Choice) -> tuple[Table, float]:
+        """Return `sensitivities` as (decisions, choices) and their largest magnitude.
+
+        Entries without a measurement are too large to be chosen.
+        """
+        measured = self.sensitivities(around)
+        largest = max((abs(value) for value in measured.values()), default=0.0)
         table = np.full(self.budget.tables[0].shape, 1e3 * (largest or 1.0))
         table[np.arange(len(around)), around] = 0
-        for move, value in effects.items():
+        for move, value in measured.items():
             table[move] = value
         return table, largest
 
     def moves(self, around: Choice) -> list[tuple[int, int]]:
-        """(decision, other index) for every step to the next cheaper, the same or the next dearer cost.
+        """Return (decision, other index) for every change to the next lower, the same or the next higher cost.
 
-        A decision that should go further gets there in another round; what lies far off would mostly be measured in
-        vain.
+        Decisions that should move further get there in another round; measuring distant formats is mostly wasted.
         """
         table, moves = self.budget.tables[0], []
         for decision, taken in enumerate(around):
@@ -132,56 +140,57 @@ class Contest:
         return moves
 
     def single_swaps(self, around: Choice) -> list[Choice]:
-        """Every fitting choice that differs in one decision, however far."""
+        """Return every choice within the budget that differs in one decision, however far."""
         choices = self.budget.tables[0].shape[1]
         swaps = [_moved(around, (d, c)) for d, taken in enumerate(around) for c in range(choices) if c != taken]
         return [swap for swap in swaps if self.budget.fits(swap)]
 
-    def swaps(self, around: Choice) -> list[Choice]:
-        """Fitting choices from a single swap to all that the measured effects ask for, each the best of its reach.
+    def neighbours(self, around: Choice) -> list[Choice]:
+        """Propose choices within the budget that change few to many decisions, by the measured sensitivities.
 
-        Effects add up less the more decisions change at once. So each change is charged a toll, and a ladder of tolls
-        gives, solved exactly, the best choice with few changes, with more, and with any number.
+        Sensitivities are the less additive the more decisions change at once. Each change is therefore charged a
+        penalty; every penalty of a geometric series gives one exactly solved choice, from few changes to any number.
         """
-        effect, largest = self.effect_table(around)
-        changed = np.ones_like(effect)
+        sensitivity, largest = self.sensitivity_table(around)
+        changed = np.ones_like(sensitivity)
         changed[np.arange(len(around)), around] = 0
-        tolls = [0.0, *np.geomspace(TOLLS[0], TOLLS[1], PROPOSALS - 1) * largest]
-        found = [tuple(self.budget.solve(-effect - toll * changed)) for toll in tolls]
+        lowest, highest = CHANGE_PENALTIES
+        penalties = [0.0, *np.geomspace(lowest, highest, PROPOSALS - 1) * largest]
+        found = [tuple(self.budget.solve(-sensitivity - penalty * changed)) for penalty in penalties]
         return [choice for choice in dict.fromkeys(found) if choice != around]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was chosen, and against what."""
+class SelectionResult:
+    """The selected choice and what it was compared with."""
 
     choice: Choice
     origin: str
-    """the candidate that won, or the swap of it"""
+    """Name of the winning candidate, or the swap of it."""
     candidates: dict[str, float]
-    """held-out harm of each candidate"""
-    contest: Contest
+    """Name -> held-out degradation of each candidate."""
+    selector: CandidateSelector
 
     def describe(self) -> dict[str, Any]:
-        """The part of the record that says how the choice was made."""
-        harm, quality = self.contest.judged([self.choice])[0].mean(1)
+        """Return the `contest` entries of the run's record."""
+        degradation, quality = self.selector.evaluated([self.choice])[0].mean(1)
         return {
             "winner": self.origin,
-            "held_out_harm": float(harm),
+            "held_out_harm": float(degradation),
             "held_out_quality": float(quality),
             "candidates": self.candidates,
-            "compared": len(self.contest.seen),
+            "compared": len(self.selector.seen),
         }
 
 
 def _remembered(
-    judge: Judge, known: dict[Choice, NDArray[np.float64]], choices: Sequence[Choice]
+    evaluate: Evaluate, results: dict[Choice, NDArray[np.float64]], choices: Sequence[Choice]
 ) -> NDArray[np.float64]:
-    """What `judge` says of the choices, asked only of those that are not `known`, which then are."""
-    new = [choice for choice in dict.fromkeys(choices) if choice not in known]
+    """Look up the choices in `results`, evaluating and adding those that are missing."""
+    new = [choice for choice in dict.fromkeys(choices) if choice not in results]
     if new:
-        known.update(zip(new, judge(new), strict=True))
-    return np.array([known[choice] for choice in choices])
+        results.update(zip(new, evaluate(new), strict=True))
+    return np.array([results[choice] for choice in choices])
 
 
 def _moved(choice: Choice, move: tuple[int, int]) -> Choice:
@@ -190,5 +199,5 @@ def _moved(choice: Choice, move: tuple[int, int]) -> Choice:
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean of values (batches,); 0 for a single one."""
+    """Return the standard error of the mean of (batches,) values; 0 for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Measured sensitivity: what each single decision costs in quality, and the policy that believes it."""
+"""Sensitivity: the loss of quality from each single decision, and the policy prior that follows it."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from trainer.training.batch_norm import statistics_of_batch
 from trainer.training.progress import Listener, unheard
 
 Table = NDArray[np.float64]
-"""(decisions, choices)"""
+"""float64 (decisions, choices)."""
 
 PRIOR_ENTROPY = 0.2
-"""entropy of the starting policy as a share of a uniform one: it mostly follows the measurement, and still explores"""
+"""Entropy of the starting policy relative to a uniform one: it mostly follows the measurement and still explores."""
 
 MEASURING = "measuring"
-"""what listeners hear of the measurements here"""
+"""Name of the phase in progress reports."""
 
 EIGEN_STEPS = 20
-"""power iterations a layer: they rank layers, and a tenth of an eigenvalue changes no rank that matters"""
+"""Power iterations per layer. They only rank layers, for which a tenth of an eigenvalue makes no difference."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one decision does to the outputs while all others are in float, on the same batches."""
+    """Degradation from one decision at a time, all others in float, on the same batches."""
 
-    effect: Table
-    """mean over what was compared, in its unit"""
+    mean: Table
+    """Mean over the compared values, in their unit."""
     error: Table
-    """its standard error"""
+    """Standard error of the mean."""
 
 
 @torch.no_grad()
@@ -51,68 +51,74 @@ def measure_sensitivity(
     modules: Mapping[str, QuantModule],
     space: SearchSpace,
     batches: Sequence[Mapping[str, Any]],
-    look: Callable[[nn.Module, Any], Any],
+    observe: Callable[[nn.Module, Any], Any],
     compare: Callable[[Any, Any], Tensor],
     tell: Listener = unheard,
 ) -> Sensitivity:
-    """Decisions x choices forward passes a batch. The model runs in eval mode, batch norms on the batch's
-    statistics; its mode and formats come back.
+    """Measure every decision in each of its choices, in decisions x choices forward passes per batch.
+
+    The model runs in eval mode, batch norms on the statistics of the batch. Its mode and formats are restored.
 
     Args:
-        look: (model, batch) -> what is seen of the model, such as its loss or its logits.
-        compare: (seen in float, seen now) -> effects, one for the batch, as `increase`, or one for each example, as
-            `divergence`.
-        tell: hears of each decision that is measured.
+        model: model whose layers are `modules`.
+        modules: layer name -> quantized layer.
+        space: decisions and their choices.
+        batches: batches of held-out data.
+        observe: (model, batch) -> what is compared, such as the loss or the logits.
+        compare: (observed in float, observed now) -> degradation: one value for the batch, as `increase`, or one per
+            example, as `divergence`.
+        tell: listener of the progress.
     """
-    seen = []
+    observed = []
     decisions, total = len(space.decisions), len(space.decisions) * len(batches)
     noun = "layers" if all(len(decision.layers) == 1 for decision in space.decisions) else "groups of layers"
     examples = sum(map(examples_of, batches))
     tell(MEASURING, 0, total, f"{decisions} {noun} in {space.num_choices} formats on {examples} examples")
     with evaluating(model):
         for number, batch in enumerate(batches):
-            effects: list[list[Tensor]] = [[] for _ in space.decisions]
+            changes: list[list[Tensor]] = [[] for _ in space.decisions]
             with in_float(modules), statistics_of_batch(model, batch), prefix_cached(modules) as cache:
-                reference = look(model, batch)
+                reference = observe(model, batch)
                 for d, decision in enumerate(space.decisions):
                     for formats in decision.choices:
                         set_formats(modules, dict.fromkeys(decision.layers, formats))
                         cache.restart()
-                        effects[d].append(compare(reference, look(model, batch)).view(-1))
+                        changes[d].append(compare(reference, observe(model, batch)).view(-1))
                     set_formats(modules, dict.fromkeys(decision.layers, (FLOAT, FLOAT)))
                     of_batches = f", batch {number + 1} of {len(batches)}" if len(batches) > 1 else ""
                     tell(MEASURING, number * decisions + d + 1, total, f"{noun} {d + 1} of {decisions}{of_batches}")
-            seen.append(np.array([[own.double().cpu().numpy() for own in row] for row in effects]))
-    values = np.concatenate(seen, axis=-1)
+            observed.append(np.array([[own.double().cpu().numpy() for own in row] for row in changes]))
+    values = np.concatenate(observed, axis=-1)
     mean, count = values.mean(axis=-1), values.shape[-1]
     return Sensitivity(mean, values.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros_like(mean))
 
 
 def increase(reference: Tensor, now: Tensor) -> Tensor:
-    """How much a scalar, such as a loss, has grown, float64 0-d."""
+    """Return the increase of a scalar such as a loss, float64 0-d."""
     return now.double() - reference.double()
 
 
-def divergence(reference: Tensor, now: Tensor) -> Tensor:
-    """KL(reference || now) >= 0 of each example, float32 (examples,) in nats, from logits (examples, classes).
-
-    The loss of a well-trained model hangs on the few examples it gets wrong; in this, every example has a say.
-    """
-    before, after = reference.float().log_softmax(-1), now.float().log_softmax(-1)
-    return (before.exp() * (before - after)).sum(-1).clamp(min=0)
-
-
-def fisher_effect(
+def fisher_sensitivity(
     model: nn.Module,
     modules: Mapping[str, QuantModule],
     space: SearchSpace,
     batches: Sequence[Mapping[str, Any]],
     loss: Any,
 ) -> Table:
-    """First-order sensitivity, (decisions, choices): sum of squared gradient x squared change of a layer's output.
+    """Estimate the sensitivity to first order: squared gradient x squared change of a layer's output, summed.
 
-    One forward and one backward pass a batch; each layer also computes its own output in every choice, from its float
-    input. Mean over examples. Source: the score of NVIDIA Model Optimizer's gradient-based auto_quantize.
+    One forward and one backward pass per batch; each layer also computes its own output in every choice, from its
+    float input. Source: the score of NVIDIA Model Optimizer's gradient-based auto_quantize.
+
+    Args:
+        model: model whose layers are `modules`.
+        modules: layer name -> quantized layer.
+        space: decisions and their choices.
+        batches: batches of held-out data.
+        loss: (model, batch) -> mean loss, scalar.
+
+    Returns:
+        Mean over the examples, float64 (decisions, choices).
     """
     scores = {name: np.zeros(space.num_choices) for name in modules}
     choices = {layer: decision.choices for decision in space.decisions for layer in decision.layers}
@@ -122,7 +128,7 @@ def fisher_effect(
         layer = modules[name]
 
         def hook(module: Any, inputs: Any, named: Any, output: Tensor) -> None:
-            # A layer that was replaced shares its hooks with the new one: a model that still calls it calls them.
+            # A replaced layer shares its hooks with the new one, and some models still call the old one.
             if module is not layer or not output.requires_grad:
                 return
             with torch.no_grad():
@@ -133,7 +139,7 @@ def fisher_effect(
                 layer.set_formats(FLOAT, FLOAT)
 
             def add(gradient: Tensor) -> None:
-                squared = (gradient * examples).square()  # of each example's own loss, not of their mean
+                squared = (gradient * examples).square()  # the gradient of each example's own loss
                 scores[name] += [float((squared * change).sum()) / examples for change in changes]
 
             output.register_hook(add)
@@ -160,7 +166,7 @@ def fisher_effect(
 
 @torch.no_grad()
 def weight_errors(modules: Mapping[str, QuantModule], space: SearchSpace) -> dict[str, NDArray[np.float64]]:
-    """Layer -> squared error of its rounded weight in each choice, (choices,)."""
+    """Return the squared rounding error of each layer's weight: layer -> float64 (choices,)."""
     errors = {}
     with in_float(modules):
         for decision in space.decisions:
@@ -174,7 +180,7 @@ def weight_errors(modules: Mapping[str, QuantModule], space: SearchSpace) -> dic
     return errors
 
 
-def hessian_effect(
+def hessian_sensitivity(
     model: nn.Module,
     modules: Mapping[str, QuantModule],
     space: SearchSpace,
@@ -183,13 +189,22 @@ def hessian_effect(
     kind: str,
     seed: int,
 ) -> Table:
-    """Second-order sensitivity, (decisions, choices): curvature of a layer's loss x squared error of its weight.
+    """Estimate the sensitivity to second order: curvature of the loss in a weight x its squared rounding error.
+
+    Neither method takes activations into account.
 
     Args:
-        kind: 'hawq_v2': the mean diagonal of the layer's Hessian, Tr(H) / n, negative ones as 0 (arXiv 1911.03852);
-            'qbert': |mean| + standard deviation over the batches of its top eigenvalue (arXiv 1909.05840).
+        model: model whose layers are `modules`.
+        modules: layer name -> quantized layer.
+        space: decisions and their choices.
+        batches: batches of held-out data.
+        loss: (model, batch) -> mean loss, scalar.
+        kind: 'hawq_v2' takes the mean diagonal of the layer's Hessian, Tr(H) / n, with negative ones as 0 (arXiv
+            1911.03852); 'qbert' |mean| + standard deviation over the batches of its top eigenvalue (arXiv 1909.05840).
+        seed: seed of the random vectors.
 
-    Activations do not enter: neither method sees them.
+    Returns:
+        float64 (decisions, choices).
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {layer: modules[layer] for decision in space.decisions for layer in decision.layers}
@@ -206,19 +221,21 @@ def hessian_effect(
     )
 
 
-def believing_prior(effect: Table, budget: Budget) -> tuple[Tensor, Tensor]:
-    """Policy logits that follow measured effects at an expected cost that meets the budget.
+def sensitivity_prior(sensitivity: Table, budget: Budget) -> tuple[Tensor, Tensor]:
+    """Return policy logits that follow sensitivities, at an expected cost that meets the budget.
 
-    The logits are -effect / temperature - pressure x cost. The temperature gives the policy `PRIOR_ENTROPY` of a
-    uniform one's entropy: a decision whose formats differ clearly starts decided, one whose formats hardly differ
-    starts open. Returns the logits and the part of them that is cost pressure, each float64 (decisions, choices).
+    The logits are -sensitivity / temperature - pressure x cost. The temperature gives the policy `PRIOR_ENTROPY` times
+    the entropy of a uniform one: decisions with clearly different formats start decided, the others start open.
+
+    Returns:
+        The logits, and the part of them that is cost pressure, each float64 (decisions, choices).
     """
-    spread = float(np.median(effect.max(axis=1) - effect.min(axis=1))) or 1.0
-    wanted = PRIOR_ENTROPY * np.log(effect.shape[1]) * len(effect)
+    spread = float(np.median(sensitivity.max(axis=1) - sensitivity.min(axis=1))) or 1.0
+    wanted = PRIOR_ENTROPY * np.log(sensitivity.shape[1]) * len(sensitivity)
     coldest, hottest = spread * 1e-4, spread * 1e4
     for _ in range(60):  # entropy grows with the temperature
         temperature = np.sqrt(coldest * hottest)
-        logits, pressure = _at_cost(-effect / temperature, budget)
+        logits, pressure = _at_cost(-sensitivity / temperature, budget)
         if _entropy(logits) < wanted:
             coldest = temperature
         else:
@@ -227,9 +244,9 @@ def believing_prior(effect: Table, budget: Budget) -> tuple[Tensor, Tensor]:
 
 
 def _at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
-    """logits less the pressure of the costs that brings every expected cost down to its limit; and that pressure."""
+    """Subtract the cost pressure that lowers every expected cost to its limit; also return the pressure."""
     pressure = np.zeros_like(logits)
-    for _ in range(1 if len(budget.tables) == 1 else 20):  # several limits take turns until none gives way any more
+    for _ in range(1 if len(budget.tables) == 1 else 20):  # several limits take turns to converge
         for costs, limit in zip(budget.tables, budget.limits, strict=True):
             unit = costs / costs.sum(axis=0).max()
             low, high = 0.0, 1e6

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from quant.convert import run_model
 from quant.errors import UserError
-from trainer.search.sensitivity import divergence
 
 TEMPERATURE = 4.0
 """What logits are divided by: of what it was trained on, a teacher is so sure that nothing but the label is left at 1
@@ -55,6 +54,15 @@ class Teacher:
             raise UserError("a teacher (--distill) needs a model that tells classes apart, one answer for each example")
         told = softened_divergence(known, logits).sum() / (len(logits) if counted is None else counted)
         return (1 - self.share) * loss + self.share * told
+
+
+def divergence(reference: Tensor, now: Tensor) -> Tensor:
+    """Return KL(reference || now) of each example, float32 (examples,) in nats, from logits (examples, classes).
+
+    The loss of a well-trained model depends on the few examples it gets wrong; the divergence depends on all of them.
+    """
+    before, after = reference.float().log_softmax(-1), now.float().log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1).clamp(min=0)
 
 
 def softened_divergence(reference: Tensor, logits: Tensor) -> Tensor:

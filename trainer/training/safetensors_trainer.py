@@ -2,27 +2,106 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trainer.training import checkpoint
+from quant.quantizers.quantizer import Quantizer
+from trainer.training import checkpoint, checksums
 from trainer.training.checksums import forget_older, sealed
+
+logger = logging.getLogger(__name__)
 
 
 class PickleFreeTrainer(Trainer):
     """Saves and loads the model, the random generators and the gradient scaler without a pickle."""
 
-    # The Trainer types these as optional: they are None before its constructor and `train` have set them.
+    notes: list[str]
+    """Deviations from what was asked for: part of the run's record and of checkpoints."""
+
+    # The Trainer types these as optional: they are None until its constructor and `train` set them.
     model: Any
     optimizer: Any
     lr_scheduler: Any
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.notes = []
+
+    def note(self, text: str) -> None:
+        """Log a warning that the run's record repeats."""
+        self.notes.append(text)
+        logger.warning(text)
+
+    # ------------------------------------------------------ resuming
+
+    def checkpoint_to_resume(self, resume: str | bool | None) -> str | None:
+        """Return the folder to resume from.
+
+        Args:
+            resume: a checkpoint's folder; True for the newest intact one, if there is one.
+
+        Raises:
+            CheckpointError: if a given folder is damaged or belongs to another model.
+        """
+        if isinstance(resume, bool):
+            return self._newest_intact_checkpoint() if resume else None
+        if resume is not None and (flaw := self._flaw(Path(resume))):
+            raise checkpoint.CheckpointError(f"checkpoint {resume}: {flaw}")
+        return resume
+
+    def _newest_intact_checkpoint(self) -> str | None:
+        """Set newer checkpoints aside; a note names those that are damaged."""
+        newer: dict[Path, str] = {}
+        found = None
+        for folder in checksums.numbered(Path(str(self.args.output_dir))):
+            if (flaw := self._flaw(folder)) is None:
+                found = str(folder)
+                break
+            newer[folder] = flaw
+        self.accelerator.wait_for_everyone()  # all processes look at the same folders
+        for folder, flaw in newer.items() if self.is_world_process_zero() else ():
+            checksums.set_aside(folder)
+            if flaw != checksums.INTERRUPTED:
+                then = f"went on from {Path(found).name}" if found else "started anew"
+                self.note(f"{folder.name} was damaged ({flaw}): the run {then}")
+        return found
+
+    def _flaw(self, folder: Path) -> str | None:
+        """Return why the run cannot continue from a checkpoint; None if it can."""
+        if flaw := checksums.flaw(folder):
+            return flaw
+        saved = checkpoint.tensor_shapes(folder / "model.safetensors")
+        own = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        # A quantizer takes the scales of all formats that a file holds.
+        extensible = tuple(f"{name}." for name in self._quantizers())
+        wrong = [name for name, shape in own.items() if saved.get(name) != shape]
+        wrong += [name for name in saved.keys() - own.keys() if not name.startswith(extensible)]
+        return f"model.safetensors is another model's: {min(wrong)}" if wrong else None
+
+    def _quantizers(self) -> dict[str, Quantizer]:
+        return {name: part for name, part in self.model.named_modules() if isinstance(part, Quantizer)}
+
+    def _load_finished(self, checkpoint_folder: str) -> bool:
+        """Load a checkpoint of the last step, for which the Trainer would go on training. Returns whether it is one."""
+        state = TrainerState.load_from_json(str(Path(checkpoint_folder) / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(checkpoint_folder)
+        self.create_optimizer_and_scheduler(state.max_steps)
+        self._load_optimizer_and_scheduler(checkpoint_folder)
+        return True
+
+    # ------------------------------------------------------ files
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's, with checksums; older ones go only then, and what else lies there is left alone."""
+        """Save with checksums; remove older checkpoints only afterwards, and no other folders."""
         if not self.args.should_save:
             return super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial))
@@ -37,7 +116,7 @@ class PickleFreeTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_state(checkpoint.random_state(), Path(output_dir) / f"random_{self.args.process_index}")
-        self.accelerator.wait_for_everyone()  # what follows declares the checkpoint complete
+        self.accelerator.wait_for_everyone()  # the next call declares the checkpoint complete
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:

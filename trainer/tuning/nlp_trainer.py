@@ -29,7 +29,7 @@ from quant.transforms.migration import SmoothQuantConfig, fold, sound_groups
 from quant.transforms.token_clipping import output_loss, outputs
 from quant.transforms.unfold import unfold
 from trainer.reinforce_trainer import ReinforceTrainer, TrainingDiverged
-from trainer.search.evaluator import streams
+from trainer.training.batches import streams
 from trainer.training.checkpoint import save_weights
 from trainer.training.quantization_file import write_companions, write_quantization
 from trainer.tuning import metrics, objectives

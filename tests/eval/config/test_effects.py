@@ -8,7 +8,7 @@ from eval.config.parser import parse, parse_written, read_flags
 from eval.config.run_config import RUN_FILE, RunConfig
 from eval.launch.grid import expand
 from quant.errors import UserError
-from trainer.search.search_state import ReinforceConfig
+from trainer.search.config import ReinforceConfig
 
 RUN = ["--task", "digits", "--model", "convnet"]
 IGNORED = [

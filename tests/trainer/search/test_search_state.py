@@ -7,8 +7,9 @@ from policy.budget import Budget
 from policy.space import build_space
 from quant.errors import UserError
 from quant.formats import parse_search_space
-from trainer.search.search_state import Phases, ReinforceConfig, Search, resolve_target
-from trainer.search.sensitivity import believing_prior
+from trainer.search.config import ReinforceConfig, resolve_target
+from trainer.search.search_state import Phases, Search
+from trainer.search.sensitivity import sensitivity_prior
 
 NAMES = ["a", "b", "c", "d"]
 COSTS = np.array([[2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [3.0, 6.0, 12.0]])
@@ -64,8 +65,8 @@ def test_state_continues_identically():
 
 
 def test_prior_follows_the_measurement_at_the_target_cost():
-    effect = np.array([[0.9, 0.1, 0.0], [0.01, 0.0, 0.0], [0.05, 0.01, 0.0], [0.02, 0.01, 0.0]])
-    logits, pressure = believing_prior(effect, BUDGET)
+    sensitivity = np.array([[0.9, 0.1, 0.0], [0.01, 0.0, 0.0], [0.05, 0.01, 0.0], [0.02, 0.01, 0.0]])
+    logits, pressure = sensitivity_prior(sensitivity, BUDGET)
     probabilities = logits.softmax(1).numpy()
     assert (probabilities * COSTS).sum() == pytest.approx(20.0, rel=1e-6)
     entropy = -xlogy(probabilities, probabilities).sum()
@@ -74,7 +75,7 @@ def test_prior_follows_the_measurement_at_the_target_cost():
     search = make(ReinforceConfig(target_bits=4), Phases(0, 10, 10), logits, pressure)
     from policy.solve import solve_assignment
 
-    assert search.best() == solve_assignment(-effect, COSTS, 20.0)
+    assert search.best() == solve_assignment(-sensitivity, COSTS, 20.0)
 
 
 def test_phases_add_up():

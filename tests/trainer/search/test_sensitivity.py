@@ -1,5 +1,4 @@
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from torch import nn
 from policy.space import build_space
 from quant.convert import calibrate, get_formats, in_float, quantize_model, set_formats
 from quant.formats import FLOAT, parse_format
-from trainer.search.baselines import effects
-from trainer.search.sensitivity import divergence, fisher_effect, increase, measure_sensitivity
-from trainer.training.progress import unheard
+from trainer.search.baselines import sensitivities
+from trainer.search.evaluator import AssignmentEvaluator
+from trainer.search.sensitivity import fisher_sensitivity, increase, measure_sensitivity
+from trainer.training.distillation import divergence
 
 FORMATS = [parse_format(bits) for bits in (2, 4, 8)]
 
@@ -40,15 +40,15 @@ def alone(model, layers, space, batches, d, c):
         return torch.cat([model.eval()(**batch) for batch in batches]).double().numpy()
 
 
-def test_effects_are_means_of_every_examples_divergence(measured):
+def test_sensitivities_are_means_of_every_examples_divergence(measured):
     model, layers, space, batches = measured
     told = measure_sensitivity(model, layers, space, batches, logits, divergence)
     reference = softmax(alone(*measured, None, None), axis=1)
     for d in range(3):
         for c in range(3):
             kl = entropy(reference, softmax(alone(*measured, d, c), axis=1), axis=1)
-            assert told.effect[d, c] == pytest.approx(kl.mean(), rel=1e-3, abs=1e-6)
-    assert (told.effect[:, 0] > told.effect[:, 2]).all()
+            assert told.mean[d, c] == pytest.approx(kl.mean(), rel=1e-3, abs=1e-6)
+    assert (told.mean[:, 0] > told.mean[:, 2]).all()
 
 
 def test_batch_norms_go_by_the_batch_not_by_averages_of_other_formats():
@@ -57,10 +57,10 @@ def test_batch_norms_go_by_the_batch_not_by_averages_of_other_formats():
     layers = quantize_model(model, formats=FORMATS)
     space, batches = build_space(list(layers), FORMATS), [{"input": torch.randn(20, 6)}]
     calibrate(model, layers, batches)
-    told = measure_sensitivity(model, layers, space, batches, logits, divergence).effect
+    told = measure_sensitivity(model, layers, space, batches, logits, divergence).mean
     model[1].running_mean.fill_(5)  # what training left behind
     model[1].running_var.fill_(0.01)
-    np.testing.assert_array_equal(measure_sensitivity(model, layers, space, batches, logits, divergence).effect, told)
+    np.testing.assert_array_equal(measure_sensitivity(model, layers, space, batches, logits, divergence).mean, told)
 
 
 def test_the_error_of_a_plain_mean_is_its_standard_error(measured):
@@ -78,7 +78,7 @@ def test_a_scalar_is_averaged_over_the_batches_and_may_fall(measured):
         return np.array([-(part**2).mean() for part in np.split(values, [7, 14])])
 
     wanted = (of(alone(*measured, 2, 0)) - of(alone(*measured, None, None))).mean()
-    assert told.effect[2, 0] == pytest.approx(wanted, rel=1e-4)
+    assert told.mean[2, 0] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_mode_and_formats_come_back(measured):
@@ -88,7 +88,7 @@ def test_mode_and_formats_come_back(measured):
     model[1].eval()  # as a frozen norm would be
     before = get_formats(layers)
     measure_sensitivity(model, layers, space, batches, logits, divergence)
-    fisher_effect(model, layers, space, batches, lambda m, b: m(**b).square().mean())
+    fisher_sensitivity(model, layers, space, batches, lambda m, b: m(**b).square().mean())
     assert model.training and model[2].training and not model[1].training
     assert get_formats(layers) == before
 
@@ -123,12 +123,12 @@ def test_a_layer_that_computes_its_weight_is_as_sensitive_as_any(method, compute
         batches = [{"input": torch.randn(9, 8)} for _ in range(2)]
         calibrate(model, layers, batches)
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        trainer = SimpleNamespace(
-            **{"model": model, "modules": layers, "space": build_space(list(layers), FORMATS)},
-            **{"args": SimpleNamespace(seed=0), "judging_batches": lambda count: batches, "tell": unheard},
-            plain_loss=lambda model, batch: model(**batch).square().mean(),
-        )
-        made = effects(method, trainer)
+        evaluator = AssignmentEvaluator(
+            model, layers, build_space(list(layers), FORMATS), batches,
+            loss_and_outputs=lambda model, batch: (model(**batch).square().mean(), None),
+        )  # fmt: skip
+        evaluator.evaluation_batches = lambda assignments=None: batches
+        made = sensitivities(method, evaluator, seed=0)
         assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         with torch.no_grad():
             reference = logits(model, batches[0])
@@ -155,6 +155,6 @@ def test_a_layer_that_is_called_by_keyword_is_as_sensitive_as_any():
         layers = quantize_model(model, formats=FORMATS)
         calibrate(model, layers, batches)
         space = build_space(list(layers), FORMATS)
-        return fisher_effect(model, layers, space, batches, lambda m, b: m(**b).square().mean())
+        return fisher_sensitivity(model, layers, space, batches, lambda m, b: m(**b).square().mean())
 
     np.testing.assert_array_equal(told(True), told(False))

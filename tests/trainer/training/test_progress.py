@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainer.search.search_state import ReinforceConfig, examples_to_judge, examples_to_measure
+from trainer.search.config import ReinforceConfig
+from trainer.search.evaluation_sizes import examples_to_evaluate, examples_to_measure
 from trainer.training.progress import Passes, counted
 
 
@@ -31,7 +32,7 @@ def test_measuring_takes_at_most_its_share_of_the_passes_of_training(steps, shar
     batch, assignments = 32, 100
     examples = examples_to_measure(steps, batch, assignments, 32, share)
     assert examples == 1 or examples * assignments <= share * 3 * steps * batch
-    assert examples <= examples_to_judge(steps, batch, assignments, 32)
+    assert examples <= examples_to_evaluate(steps, batch, assignments, 32)
 
 
 def test_without_training_there_is_no_share_to_keep_within():

@@ -1,0 +1,117 @@
+"""The evaluator without a Trainer: measures a toy model, and drives a whole search of it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cost.profile import profile_model
+from policy.space import build_space
+from quant.convert import calibrate, get_formats, quantize_model
+from quant.formats import parse_search_space
+from trainer.search.baselines import allocate
+from trainer.search.config import ReinforceConfig, make_budget
+from trainer.search.evaluation_sizes import EvaluationSizes
+from trainer.search.evaluator import AssignmentEvaluator
+from trainer.search.search_state import Phases, Search
+from trainer.search.targets import MultiTargetSearch
+from trainer.training.distillation import Teacher
+
+FORMATS = parse_search_space("2,4,8")
+SIZES = EvaluationSizes(available=200, decisions=2, choices=3, batch_size=16, total_steps=20, step_examples=8)
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x, labels):
+        logits = self.last(self.first(x).relu())
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def rows(model, count=200):
+    """Inputs that the float model labels itself, so that every rounding error counts."""
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        labels = model.last(model.first(x).relu()).argmax(1)
+    return [{"x": inputs, "labels": label} for inputs, label in zip(x, labels, strict=True)]
+
+
+@pytest.fixture
+def toy():
+    model = Toy()
+    data, teacher = rows(model), Teacher(copy.deepcopy(model))
+    layers = quantize_model(model, formats=FORMATS)
+    batch = torch.utils.data.default_collate(data)
+    profiles = profile_model(model, batch, layers)
+    calibrate(model, layers, [batch])
+    return AssignmentEvaluator(
+        model, layers, build_space(list(layers), FORMATS), data, seed=0, teacher=teacher
+    ), profiles
+
+
+def test_more_bits_degrade_less_and_the_same_seed_reads_the_same_examples(toy):
+    evaluator, _ = toy
+    assert evaluator.criterion == "divergence"
+    found = evaluator.evaluate_assignments([(0, 0), (1, 1), (2, 2)])
+    assert found.shape == (3, 2, 4) and np.array_equal(found, evaluator.evaluate_assignments([(0, 0), (1, 1), (2, 2)]))
+    degradation, quality = found[:, 0].mean(1), found[:, 1].mean(1)
+    assert degradation[0] > degradation[1] > degradation[2] > 0
+    assert ((quality > 0) & (quality <= 1)).all() and evaluator.evaluate_float() == pytest.approx(quality[2], abs=0.01)
+    measured = evaluator.measure()
+    assert measured.mean.shape == (2, 3) and (measured.mean[:, 0] > measured.mean[:, 2]).all()
+
+
+@pytest.mark.parametrize("method", ["uniform", "random", "greedy", "measured", "fisher", "hawq_v2", "exhaustive"])
+def test_competitors_need_an_evaluator_a_budget_and_a_seed(toy, method):
+    evaluator, profiles = toy
+    budget = make_budget(ReinforceConfig(target_bits=4), evaluator.space, profiles, 4, ())
+    choice = allocate(method, evaluator, budget, seed=0)
+    assert budget.fits(choice) and choice == allocate(method, evaluator, budget, seed=0)
+
+
+def test_a_search_is_driven_without_a_trainer(toy):
+    """Its rewards come from the evaluator alone; the policy ends within the budget and better than the cheapest."""
+    evaluator, profiles = toy
+    config = ReinforceConfig(target_bits=5, policy_prior="none", rl_learning_rate=0.1)
+    budget = make_budget(config, evaluator.space, profiles, 5, ())
+    search = Search(evaluator.space, budget, config, Phases(0, 40, 40), torch.Generator().manual_seed(0))
+    for step in range(40):
+        choices = search.draws(step)
+        search.learn(choices, evaluator.rewarded_qualities(choices, step), step)
+    best = tuple(search.best())
+    degradation = evaluator.evaluate_assignments([best, (0, 0)])[:, 0].mean(1)
+    assert budget.fits(best) and degradation[0] < degradation[1]
+
+
+@pytest.mark.parametrize("bits", [5, (4, 6)], ids=["one budget", "two budgets"])
+def test_targets_are_prepared_and_chosen_without_a_trainer(toy, bits):
+    evaluator, profiles = toy
+    evaluator.sizes = SIZES
+    config = ReinforceConfig(target_bits=bits)
+    searches = MultiTargetSearch(config, evaluator, profiles, (), Phases.of(config, 20), seed=0)
+    searches.prepare()
+    for target in searches.targets:
+        searches.choose(target, lambda: ())
+        assert target.limits.fits(evaluator.space.choice(target.assignment))
+        assert target.contest["judged_by"] == "divergence" and target.contest["certificate"]["rank"] >= 1
+    again = MultiTargetSearch(config, evaluator, profiles, (), Phases.of(config, 20), seed=1)
+    again.load_state_dict({"targets": [target.state_dict() for target in searches.targets], "float_quality": None})
+    assert [target.assignment for target in again.targets] == [target.assignment for target in searches.targets]
+    assert all(
+        torch.equal(one.search.draw(), other.search.draw())
+        for one, other in zip(again.targets, searches.targets, strict=True)
+    )
+
+
+def test_evaluating_reads_disjoint_examples_to_propose_and_to_decide(toy):
+    evaluator, _ = toy
+    proposing, deciding = evaluator.evaluation_batches(), evaluator.deciding_batches()
+    seen, others = ({row.numpy().tobytes() for b in batches for row in b["x"]} for batches in (proposing, deciding))
+    assert len(seen) == 64 and len(others) == 136 and not seen & others
+    assert get_formats(evaluator.modules)

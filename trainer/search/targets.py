@@ -1,0 +1,264 @@
+"""SearchTarget and MultiTargetSearch: the budgets of a run, what is proposed for them, and what is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cost.cost import assignment_from_json, assignment_to_json
+from cost.profile import LayerProfile
+from policy.budget import Budget, Limit
+from policy.solve import Table
+from policy.space import SearchSpace
+from quant.convert import set_formats
+from quant.formats import Format
+from quant.quant_module import Reach, runs_in
+from trainer.search.baselines import allocate, propose, sensitivities
+from trainer.search.config import ReinforceConfig, make_budget
+from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, optimality_report
+from trainer.search.evaluator import AssignmentEvaluator
+from trainer.search.quality_constraint import HALVINGS, cheapest_budget, cheapest_choice, limited
+from trainer.search.search_state import Phases, Search
+from trainer.search.selection import PROPOSALS, ROUNDS, CandidateSelector
+from trainer.search.sensitivity import sensitivity_prior
+from trainer.training.batch_norm import recalibrate_batch_norm
+from trainer.training.distributed import of_first_process
+from trainer.training.progress import Passes
+
+LEAST_COMPARED = 8
+"""Least number of random assignments in an optimality report."""
+
+
+@dataclass
+class SearchTarget:
+    """One budget of a run, the search within it, and the assignment that was chosen."""
+
+    index: int = 0
+    budget: Budget | None = None
+    """None: the run has no search."""
+    search: Search | None = None
+    """None: not started, or the assignment is chosen by another method."""
+    assignment: dict[str, tuple[Format, Format]] | None = None
+    """Formats of the layers at the end of the run; None: not chosen yet, or float."""
+    contest: dict[str, Any] | None = None
+    """How the final choice was made: part of the run's record."""
+
+    @property
+    def limits(self) -> Budget:
+        """The budget. Raises ValueError for a run without a search."""
+        if self.budget is None:
+            raise ValueError("this trainer has no budget: pass search=ReinforceConfig(...)")
+        return self.budget
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {
+            "search": None if self.search is None else self.search.state_dict(),
+            "contest": self.contest,
+            "limits": None if self.budget is None else list(self.budget.limits),
+            "assignment": None if self.assignment is None else assignment_to_json(self.assignment),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`; a search has to be started before."""
+        if self.search is not None and state["search"] is not None:
+            self.search.load_state_dict(state["search"])
+        self.contest = state["contest"]
+        if state["assignment"] is not None:
+            self.assignment = assignment_from_json(state["assignment"])
+
+    def set_reach(self, reach: Mapping[str, Reach]) -> None:
+        """Keep layers that calibration did not reach in float in a given assignment."""
+        if self.assignment is not None:
+            pairs = self.assignment.items()
+            self.assignment = {name: runs_in(reach.get(name, "called"), pair) for name, pair in pairs}
+
+
+class MultiTargetSearch:
+    """Searches assignments for one or several budgets over shared weights.
+
+    Args:
+        config: settings of the search, or of a competing method.
+        evaluator: evaluates assignments on held-out data.
+        profiles: cost profiles of the layers.
+        limits: hard limits on further costs.
+        phases: phases of the run.
+        seed: seed of all random choices.
+    """
+
+    def __init__(
+        self,
+        config: ReinforceConfig,
+        evaluator: AssignmentEvaluator,
+        profiles: Sequence[LayerProfile],
+        limits: Sequence[Limit],
+        phases: Phases,
+        seed: int,
+    ) -> None:
+        self.config, self.evaluator, self.profiles, self.phases, self.seed = config, evaluator, profiles, phases, seed
+        self._hard_limits = tuple(limits)
+        self.float_quality: float | None = None
+        """Held-out quality of the float model, from which `max_drop` counts."""
+        self.targets = [SearchTarget(index, self._budget(bits)) for index, bits in enumerate(config.bits_list)]
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space."""
+        return self.evaluator.space
+
+    def set_reach(self, reach: Mapping[str, Reach]) -> None:
+        """Charge and evaluate layers that calibration did not reach as the float layers they stay."""
+        self.evaluator.space = replace(self.space, reach=reach)
+        for target, bits in zip(self.targets, self.config.bits_list, strict=True):
+            target.budget = self._budget(bits)
+
+    def prepare(self) -> None:
+        """Decide by a competing method, or start each target's policy from measured sensitivities."""
+        self.evaluator.find_reference_loss()
+        config = self.config
+        if config.method != "search":
+            for target in self.targets:
+                target.assignment = self._agreed(allocate(config.method, self.evaluator, target.limits, self.seed))
+            return
+        prior = config.policy_prior
+        table = None if prior == "none" else sensitivities(prior, self.evaluator, self.seed)
+        for target in self.targets:
+            if table is None:
+                self.start(target)
+                continue
+            if config.max_drop is not None:
+                self.evaluator.passes = Passes("looking for the budget", (HALVINGS + 3) * self.evaluator.sizes.passes)
+                self.float_quality = self.evaluator.evaluate_float()
+                target.budget = self._cheapest_budget(-table)
+                self.evaluator.passes = None
+            logits, pressure = sensitivity_prior(table, target.limits)
+            candidates = propose(self.evaluator, target.limits, {prior: table}, self.seed) if config.contest else {}
+            self.start(target, of_first_process(logits), of_first_process(pressure), candidates)
+
+    def start(
+        self,
+        target: SearchTarget,
+        prior: Tensor | None = None,
+        pressure: Tensor | None = None,
+        candidates: dict[str, list[int]] | None = None,
+    ) -> None:
+        """Start the search of a target; the arguments are those of `Search`."""
+        generator = torch.Generator().manual_seed(self.seed + 7919 * target.index)
+        sharing = len(self.targets)
+        target.search = Search(
+            self.space, target.limits, self.config, self.phases, generator, prior, pressure, sharing, candidates or {}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state of a checkpoint; older checkpoints have no `reference_loss`."""
+        self.float_quality = state["float_quality"]
+        self.evaluator.reference_loss = state.get("reference_loss")
+        for target, saved in zip(self.targets, state["targets"], strict=True):
+            target.budget = replace(target.limits, limits=tuple(saved["limits"]))
+            if saved["search"] is not None:
+                self.start(target)
+            target.load_state_dict(saved)
+
+    # ------------------------------------------------------ the final choice
+
+    def choose(self, target: SearchTarget, calibration_batches: Callable[[], Iterable[Any]]) -> None:
+        """Choose the assignment of a target with the trained weights.
+
+        Args:
+            target: target with a search.
+            calibration_batches: returns training batches for recalibrating batch norms.
+        """
+        assert target.search is not None
+        choice = tuple(target.search.best())
+        if self.config.contest:
+            # Only batches too small for their own statistics use these; those of training mix all drawn formats.
+            set_formats(self.evaluator.modules, self.space.assignment(choice))
+            recalibrate_batch_norm(self.evaluator.model, calibration_batches())
+            choice = self._select(target, choice)
+        target.assignment = self._agreed(choice)
+
+    def _select(self, target: SearchTarget, best: tuple[int, ...]) -> tuple[int, ...]:
+        """Compare the policy's choice with all candidates, and record how the choice was made."""
+        search, evaluator = target.search, self.evaluator
+        assert search is not None
+        affordable = max(LEAST_COMPARED, evaluator.sizes.affordable(1 / 20))
+        evaluator.passes = Passes("choosing", self._selection_passes(target, affordable))
+        if self.config.max_drop is not None:
+            target.budget = search.budget = self._cheapest_budget(search.values())
+            best = tuple(search.best())
+        selector = CandidateSelector(target.limits, evaluator.evaluate_assignments, self._rounds, evaluator.decide)
+        candidates = {name: c for name, c in search.candidates.items() if selector.budget.fits(c)}
+        result = selector.select({**candidates, "policy": best})
+        everything = all_if_affordable(selector, affordable)  # the optimality report evaluates all of them anyway
+        if everything is not None and (least := selector.best_of_all(everything, result.choice)) != result.choice:
+            result = replace(result, choice=least, origin="the best of all")
+        if (floor := self._least_quality) is not None:
+            cheapest = cheapest_choice(selector, result.choice, floor, everything)
+            if cheapest != result.choice:
+                result = replace(result, choice=cheapest, origin=f"cheaper than {result.origin}")
+            lower = limited(target.limits, target.limits.costs(cheapest)[0])
+            target.budget = search.budget = selector.budget = lower
+        described = result.describe()
+        target.contest = {
+            **described,
+            "judged_by": evaluator.criterion,
+            "decided_by": "the same examples" if selector.decide_by is None else "other examples",
+            **self._describe_drop(described["held_out_quality"]),
+            "certificate": optimality_report(selector, result.choice, affordable, self.seed),
+            "additivity": additivity(selector, result.choice, self.seed),
+        }
+        return result.choice
+
+    @property
+    def _rounds(self) -> int:
+        """Rounds of the selection: measuring the neighbourhood is most of its work; at least one."""
+        rounds = self.evaluator.sizes.affordable(1 / 4) // self.evaluator.sizes.neighbours
+        return min(max(rounds, 1), ROUNDS)
+
+    def _selection_passes(self, target: SearchTarget, affordable: int) -> int:
+        """Upper estimate of the forward passes that the selection takes."""
+        assert target.search is not None
+        sizes, rounds = self.evaluator.sizes, self._rounds
+        near, far = sizes.neighbours, sizes.decisions * (sizes.choices - 1)
+        candidates = len(target.search.candidates) + 1
+        evaluated = candidates + rounds * (near + PROPOSALS) + far + affordable + near + SAMPLES
+        deciding = 2 * (rounds + 1) * len(sizes.batch_starts(*sizes.to_decide()))
+        return min(evaluated, max(target.limits.size, 1)) * sizes.passes + deciding
+
+    # ------------------------------------------------------ budgets
+
+    def _budget(self, bits: float | None) -> Budget:
+        return make_budget(self.config, self.space, self.profiles, bits, self._hard_limits)
+
+    def _cheapest_budget(self, values: Table) -> Budget:
+        """Return the lowest budget whose most valuable choice stays within `max_drop` of float."""
+        floor = self._least_quality
+        assert floor is not None
+
+        def quality_of(choice: Sequence[int]) -> float:
+            return float(self.evaluator.evaluate_assignments([choice])[0, 1].mean())
+
+        return cheapest_budget(self._budget(None), values, quality_of, floor)
+
+    @property
+    def _least_quality(self) -> float | None:
+        """Least held-out quality under `max_drop`; None without one."""
+        if self.config.max_drop is None or self.float_quality is None:
+            return None
+        return self.float_quality - self.config.max_drop
+
+    def _describe_drop(self, quality: float) -> dict[str, Any]:
+        if (floor := self._least_quality) is None:
+            return {}
+        values = {"float_quality": self.float_quality, "max_drop": self.config.max_drop}
+        return {**values, "within_drop": quality >= floor}
+
+    def _agreed(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
+        """Return the assignment of a choice: with several processes, of the first one's choice."""
+        agreed = of_first_process(torch.tensor(list(choice)))
+        assert agreed is not None
+        return self.space.assignment(agreed.tolist())
