@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.quality import ROOT, rows, searching
 from benchmarks.step_time import FORMATS, model_and_batch
 from benchmarks.timing import ratio, take_turns
-from policy.allocators import least_harm
+from policy.allocators import least_degradation
 from policy.budget import Budget
 from policy.space import build_space
 from quant.convert import calibrate, quantize_model, set_formats
@@ -106,12 +106,12 @@ def excess(
     Both (decisions, choices, examples).
     """
     everything, decisions = truth.mean(2), np.arange(len(truth))
-    best = everything[decisions, least_harm(everything, budget)].sum()
+    best = everything[decisions, least_degradation(everything, budget)].sum()
     lost = []
     for _ in range(DRAWS if size < seen.shape[2] else 1):
         sample = seen[:, :, generator.choice(seen.shape[2], size, replace=False)]
         effect = (sample**power).mean(2) ** (1 / power)
-        lost.append(everything[decisions, least_harm(effect, budget)].sum() / best - 1)
+        lost.append(everything[decisions, least_degradation(effect, budget)].sum() / best - 1)
     return 100 * float(np.mean(lost))
 
 
