@@ -14,12 +14,6 @@ from transformers import AutoConfig
 
 from tests.journeys.conftest import ROOT, Ended, record_of
 
-COMMANDS = {
-    "mpq-run": [str(ROOT / "eval" / "eval_run.py")],
-    "mpq-search": [str(ROOT / "eval_parallel.py")],
-    "mpq-export": ["-m", "eval.export"],
-}
-"""what stands for an installed command where nothing is installed"""
 Command = Callable[..., Ended]
 pytestmark = pytest.mark.xdist_group("own data")
 
@@ -29,13 +23,14 @@ def example(heading: str) -> tuple[str, list[list[str]]]:
     text = (ROOT / "docs" / "own-data.md").read_text()
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    (block,) = re.findall(r"```\n(mpq-.*?)```", section, re.DOTALL)
+    (block,) = re.findall(r"```\n(python .*?)```", section, re.DOTALL)
     return program, [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
 def follow(command: Command, words: list[str], folder: Path, **options: object) -> Ended:
     """A command of the document, in `folder`."""
-    return command([sys.executable, *COMMANDS[words[0]], *words[1:]], cwd=folder, env=path(), **options)
+    scripts = [str(ROOT / word) if word.endswith(".py") else word for word in words[1:]]
+    return command([sys.executable, *scripts], cwd=folder, env=path(), **options)
 
 
 def path() -> dict[str, str]:
