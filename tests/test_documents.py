@@ -141,6 +141,15 @@ def test_every_path_in_the_texts_for_developers_exists():
     assert found > 60
 
 
+def test_names_that_the_texts_for_developers_place_in_a_file_are_there():
+    found = 0
+    for document in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        for name, path in re.findall(r"`(\w+)`\s(?:in|of)\s`([\w/.]+\.py)`", document.read_text()):
+            assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{document.name}: {name} in {path}"
+            found += 1
+    assert found >= 12
+
+
 def messages() -> str:
     """Every string of the packages, with placeholders cut out: what an error message is made of."""
     parts = []
