@@ -1,1 +1,1 @@
-"""Flags, YAML files and their checks."""
+"""The command line: flags, YAML files and their checks. Nothing here imports torch."""

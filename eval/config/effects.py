@@ -1,6 +1,6 @@
-"""Which flags have an effect beside which others: what would be ignored is refused.
+"""Refuses flags that would have no effect, given the other flags of the run.
 
-A flag that was left at its default is never refused. In a grid each run keeps what it uses, see `without_idle`.
+Flags at their default are never refused. In a grid, each run drops the flags it does not use; see `without_idle`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from eval.config.files import is_path
-from eval.config.quant_yaml import PLACED
+from eval.config.quant_yaml import TENSOR_FLAGS
 from eval.config.run_config import RunConfig
 from quant.errors import UserError
 from quant.formats import FLOAT
@@ -18,12 +18,12 @@ from quant.formats import FLOAT
 
 @dataclass(frozen=True)
 class Need:
-    """Flags, and what they need to have an effect."""
+    """A requirement that a group of flags needs to have an effect."""
 
     flags: tuple[str, ...]
     met: Callable[[RunConfig], bool]
     what: str
-    """how the user gets there, behind 'needs'"""
+    """what meets the requirement; completes the sentence "it needs ..." of the error"""
 
 
 def _chooses(config: RunConfig) -> bool:
@@ -72,7 +72,7 @@ NEEDS = (
     ),
     Need(("measure_share",), _measures, "something that is measured: a search with --policy_prior measured"),
     Need(
-        ("observer", "quantizer", "per_channel", "distill", "smooth_quant", "gamma_migration", *PLACED),
+        ("observer", "quantizer", "per_channel", "distill", "smooth_quant", "gamma_migration", *TENSOR_FLAGS),
         _quantizes,
         f"quantized layers: --bits B, or {SEARCH}",
     ),
@@ -108,11 +108,11 @@ KINDS = {
     ("max_target_length", "num_beams"): (("summary",), "a task whose model writes texts"),
     ("image_size", "augment", "channels_last"): (("image",), "images"),
 }
-"""flags -> the kinds of tasks that they are for"""
+"""flags -> (kinds of tasks that use them, how an error describes such a task)"""
 
 
 def check_effects(config: RunConfig) -> None:
-    """Raises UserError for the first flag that would be ignored."""
+    """Raise UserError for the first flag that would be ignored."""
     for name, need in _idle(config):
         raise UserError(f"{shown(config, name)} has no effect here: it needs {need}")
     if config.quantizer == "lsq_plus" and config.per_token:
@@ -120,7 +120,7 @@ def check_effects(config: RunConfig) -> None:
 
 
 def reads_texts(task: Any) -> bool:
-    """Whether a task, as far as its name tells, is one of texts."""
+    """Return whether a task reads texts. A local folder counts as such, because its files are not inspected here."""
     from eval.tasks import TASKS
 
     known = TASKS.get(str(task))
@@ -128,25 +128,28 @@ def reads_texts(task: Any) -> bool:
 
 
 def without_idle(config: RunConfig) -> RunConfig:
-    """`config` with the defaults of what would be ignored: in a grid a flag is for the runs that use it."""
+    """Return a copy with every flag that would be ignored reset to its default.
+
+    In a grid, a flag applies only to the runs that use it.
+    """
     defaults: dict[str, Any] = {entry.name: entry.default for entry in fields(RunConfig)}
     return replace(config, **{name: defaults[name] for name, _ in _idle(config)})
 
 
 def check_kind(config: RunConfig, kind: str) -> None:
-    """Raises UserError for a flag that is for tasks of another kind (see `eval.tasks.Kind`)."""
+    """Raise UserError for a flag that only tasks of another kind use (see `eval.tasks.Kind`)."""
     for name, need in _other_kinds(config, kind):
         raise UserError(f"{shown(config, name)} has no effect here: it needs {need}; --task {config.task} is {kind}")
 
 
 def shown(config: RunConfig, name: str) -> str:
-    """A flag as it was given: '--seed 3', '--per_token', '--no_augment'."""
+    """Format a flag as the user types it: '--seed 3', '--per_token', '--no_augment'."""
     value = getattr(config, name)
     return f"--{name}" if value is True else f"--no_{name}" if value is False else f"--{name} {value}"
 
 
 def _idle(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """(flag, what it needs) of each that would be ignored."""
+    """Yield (flag, what it needs) for each flag that would be ignored."""
     for need in NEEDS:
         if not need.met(config):
             yield from ((name, need.what) for name in need.flags if _given(config, name))

@@ -1,4 +1,4 @@
-"""Paths that flags name: which texts are paths, and errors of writing as one line that names the flag."""
+"""Checks of local folders, output files and optional packages, with one-line errors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from quant.errors import UserError
 
 
 def is_path(text: str) -> bool:
-    """Whether a model or task is meant as a local folder: it exists, or is written like one."""
+    """Return whether a model or task names a local folder: the folder exists, or the text looks like a path."""
     return text.startswith(("/", "./", "../", "~")) or (os.sep in text and Path(text).is_dir()) or Path(text).is_dir()
 
 
 @contextmanager
 def writing(flag: str, path: Path) -> Iterator[None]:
-    """Within, what the file system refuses (a full disk, a folder that others own) is an error that names `path`."""
+    """Turn write errors inside the context (disk full, no permission) into a UserError that names `flag` and `path`."""
     from safetensors import SafetensorError
 
     try:
@@ -29,6 +29,6 @@ def writing(flag: str, path: Path) -> Iterator[None]:
 
 
 def require(*packages: str) -> None:
-    """Raises UserError if one of these extras is not installed."""
+    """Raise UserError with the pip command if one of these optional packages is not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise UserError(f"{missing[0]} is not installed: {python()} -m pip install {' '.join(missing)}")

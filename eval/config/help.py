@@ -1,4 +1,4 @@
-"""What --help and --help_all print: one screen for most people, and every flag, grouped."""
+"""The texts of --help (one screen with the most used flags) and --help_all (every flag by group)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ EXAMPLES = (
 WIDTH = 110
 
 
-def asked_for(argv: Sequence[str]) -> str | None:
-    """The help that the flags ask for, None if they ask for none."""
+def requested_help(argv: Sequence[str]) -> str | None:
+    """Return the help text if `argv` holds a help flag, else None."""
     if "--help_all" in argv or "--help-all" in argv:
         return every_flag()
     return one_screen() if "--help" in argv or "-h" in argv else None
 
 
 def one_screen() -> str:
-    """What this is, three examples, the flags most people need, and what comes next."""
+    """Return the text of --help: purpose, three examples, the most used flags, and the next command."""
     alone = Path(sys.argv[0]).stem in ("eval_run", "mpq-run")
     run = command("mpq-run" if alone else "mpq-search")
     what = "One run, in this process" if alone else "One run, or a grid of runs as Ray Tune trials"
@@ -47,7 +47,7 @@ def one_screen() -> str:
         *(f"  {run} {example}" for example in EXAMPLES),
         "",
         "The flags most people need:",
-        *(line for entry in shown for line in _told(entry)),
+        *(line for entry in shown for line in _flag_help(entry)),
         "",
         f"Next: {command('mpq-report', 'output')} makes tables and pictures of what has run.",
         "--help_all lists every flag; each has a --no_ form if it is a switch, and is a key of --config FILE.yaml.",
@@ -57,15 +57,19 @@ def one_screen() -> str:
 
 
 def every_flag() -> str:
-    """Every flag with its meaning, choices and default, under the heading of its group."""
+    """Return the text of --help_all: every flag with its meaning, choices and default, by group."""
     lines: list[str] = []
     for group in GROUPS:
-        lines += [f"{group._argument_group_name}:", *(line for entry in fields(group) for line in _told(entry)), ""]
+        lines += [
+            f"{group._argument_group_name}:",
+            *(line for entry in fields(group) for line in _flag_help(entry)),
+            "",
+        ]
     return "\n".join(lines).rstrip()
 
 
-def _told(entry: Field) -> Iterator[str]:
-    """One flag, in as many lines as it takes."""
+def _flag_help(entry: Field) -> Iterator[str]:
+    """Yield the lines that describe one flag, wrapped to the terminal's width."""
     names = ", ".join([name_of(entry), *entry.metadata.get("aliases", ())])
     if entry.default is True:
         names = f"--no_{entry.name}"

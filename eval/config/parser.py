@@ -1,6 +1,7 @@
-"""The command line: flags and a YAML file become a checked `RunConfig`; `python -m eval.config.parser` prints them.
+"""Parses flags and a YAML file into a checked `RunConfig`.
 
-Torch is never imported here, and transformers only for its argument parser (about a second).
+`python -m eval.config.parser` prints all flags as Markdown (docs/flags.md). Torch is never imported here, and
+transformers only for its argument parser (about a second).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from eval.commands import command
 from eval.config.effects import reads_texts, without_idle
-from eval.config.help import asked_for
+from eval.config.help import requested_help
 from eval.config.quant_yaml import quant_flags
 from eval.config.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
 from eval.config.validation import check_inside, validate
@@ -35,13 +36,14 @@ _LISTS = {
 }
 _UNSET = object()
 INTERRUPTED = 130
-"""exit code after Ctrl-C, as shells know it"""
+"""exit code after Ctrl-C: 128 + SIGINT, the convention of shells"""
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The one run that `argv` asks for, complete and checked.
+    """Parse the flags of one run into a complete, checked config.
 
-    Raises UserError, one line that names the flag, the value and the choices, for anything wrong.
+    Raises:
+        UserError: one line that names the flag, the value and the choices.
     """
     config = read_flags(argv)
     if config.resume is not None:
@@ -53,9 +55,13 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def parse_written(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run whose flags it has written to `path`, with `overrides` of flags on top, complete and checked.
+    """Read the flags that a run saved, apply `overrides`, and return the complete, checked config.
 
-    What had no effect then has none now: it is left out, not refused, whatever an earlier version accepted.
+    Saved flags without effect are dropped instead of refused: an earlier version may have accepted them.
+
+    Args:
+        path: the config.yaml of a run.
+        overrides: flags that win over the file.
     """
     return complete(_used(read_flags(["--config", str(path), *overrides])))
 
@@ -65,17 +71,21 @@ def _used(config: RunConfig) -> RunConfig:
 
 
 def _resumed(folder: Path, argv: Sequence[str]) -> RunConfig:
-    """The run of `folder`."""
+    """Read the config of the run in `folder`; flags in `argv` win."""
     if not (folder / RUN_FILE).is_file():
         launch = f"; {command('mpq-search', '--resume')} finishes a launch" if (folder / LAUNCH_FILE).is_file() else ""
         raise UserError(f"--resume {folder}: no {RUN_FILE} there; name the folder of a run{launch}")
-    # <output_root_dir>/<task>/<exp_name>/<run_id> is where it is now.
+    # The folder may have been moved since: take its place from its path, <output_root_dir>/<task>/<exp_name>/<run_id>.
     place = {"output_root_dir": str(folder.parents[2]), "exp_name": folder.parent.name, "run_id": folder.name}
     return resumed(folder / RUN_FILE, argv, place)
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """`config` with what follows from the rest filled in (method, default target), and checked."""
+    """Fill in what follows from the other flags (method, default target), and check the result.
+
+    Raises:
+        UserError: for the first invalid or contradictory value.
+    """
     config = replace(config, method=config.own_method)
     if config.method == "search":
         config = replace(config, search=True)
@@ -89,9 +99,11 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def _default_target(config: RunConfig) -> dict[str, Any]:
-    """The one limit that is given is the target; else the limits alone count, or the middle of the search space.
+    """Choose the target of a search that names none.
 
-    Compute is not --cost_type's default: given beside a limit on memory alone, it is what the policy pays for.
+    A limit (--max_memory, --max_compute) in the unit of --cost_type becomes the target; so does the only limit if
+    --cost_type is left at its default, memory. Otherwise, with limits, the target is the widest format, so that only
+    the limits bind; without limits, it is the middle of the search space.
     """
     limits = {"memory": config.max_memory, "compute": config.max_compute}
     given = {kind: value for kind, value in limits.items() if value is not None}
@@ -104,9 +116,15 @@ def _default_target(config: RunConfig) -> dict[str, Any]:
 
 
 def resumed(path: Path, argv: Sequence[str], place: Mapping[str, str]) -> RunConfig:
-    """The run or launch whose flags a file holds, at `place`: its folder may have been moved, or be mounted elsewhere.
+    """Read the saved flags of a run or launch to resume it.
 
-    What `argv` gives wins. Raises UserError for a flag that would make it another run or launch.
+    Args:
+        path: the file that holds the flags.
+        argv: the command line; its flags win over the file.
+        place: the values that follow from the folder's current path, which may differ from the saved one.
+
+    Raises:
+        UserError: for a flag that would turn it into another run or launch.
     """
     given = flags_given(argv)
     for name in ("config", "output_root_dir", "exp_name"):
@@ -117,9 +135,10 @@ def resumed(path: Path, argv: Sequence[str], place: Mapping[str, str]) -> RunCon
 
 
 def read_flags(argv: Sequence[str]) -> RunConfig:
-    """Flags over file over defaults; names and types are right, values are not checked yet.
+    """Merge flags over the --config file over the defaults. Checks names and types, but not values.
 
-    Raises UserError for an unknown flag or key (with the closest one) and for a value of the wrong type.
+    Raises:
+        UserError: for an unknown flag or key (with the closest one), or a value of the wrong type.
     """
     given = flags_given(argv)
     values = read_yaml(Path(given["config"]), "--config") if given.get("config") else {}
@@ -127,7 +146,11 @@ def read_flags(argv: Sequence[str]) -> RunConfig:
 
 
 def read_values(values: dict[str, Any], source: str) -> RunConfig:
-    """A config from plain values (a YAML file's), typed by OmegaConf. Raises UserError naming `source` and the key."""
+    """Convert plain values, such as those of a YAML file, to a config; OmegaConf checks their types.
+
+    Raises:
+        UserError: names `source` and the key.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -135,7 +158,7 @@ def read_values(values: dict[str, Any], source: str) -> RunConfig:
     OmegaConf.set_readonly(config, False)  # it inherits the frozen dataclass
     for name, value in values.items():
         try:
-            # A dollar means itself: what a file's interpolations stand for is there already.
+            # Interpolations of the file are resolved already, so a remaining "${" is literal.
             OmegaConf.update(config, name, value.replace("${", "\\${") if isinstance(value, str) else value)
             if OmegaConf.is_missing(config, name):
                 raise UserError(f"{source}: {name}: {value} is no value")
@@ -147,7 +170,7 @@ def read_values(values: dict[str, Any], source: str) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """`config` as a file that `--config` reads back to the same run: every value but those that are None."""
+    """Write a config, except values that are None, as YAML that `--config` reads back to the same run."""
     import yaml
 
     values = {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.name != "config"}
@@ -156,8 +179,12 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def entry(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a script's `main` and exit: wrong input is one line on stderr and exit code 2, a full disk one and 1."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's enums, at every import: not our matter
+    """Run a script's `main` and exit with its code; known errors are one line on stderr instead of a traceback.
+
+    Exit codes: 2 for wrong input (UserError), 1 for a full disk, 130 after Ctrl-C.
+    """
+    # torchao registers enums at import, which logs deprecation warnings that users cannot act on.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -174,7 +201,7 @@ def entry(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def make_parser() -> Any:
-    """The argument parser: one group of flags for each dataclass, a --no_ form for every switch."""
+    """Build the argument parser: one group of flags per dataclass, and a --no_ form for every switch."""
     from transformers.hf_argparser import HfArgumentParser
 
     class Parser(HfArgumentParser):
@@ -197,8 +224,11 @@ def _switches() -> list[str]:
 
 
 def flags_given(argv: Sequence[str]) -> dict[str, Any]:
-    """What `argv` sets, without the defaults: a flag given at its default still wins over the file."""
-    if (text := asked_for(argv)) is not None:
+    """Return only the flags that `argv` sets, so that one given at its default still wins over the file.
+
+    Prints the help and exits if `argv` asks for it.
+    """
+    if (text := requested_help(argv)) is not None:
         print(text)
         sys.exit(0)
     parser = make_parser()
@@ -210,12 +240,12 @@ def flags_given(argv: Sequence[str]) -> dict[str, Any]:
         close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help_all lists all flags"
         raise UserError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name}; {hint}")
-    _check_names_of_one(argv)
+    _check_aliases(argv)
     return {name: value for name, value in vars(namespace).items() if value is not _UNSET}
 
 
-def _check_names_of_one(argv: Sequence[str]) -> None:
-    """UserError where a flag is given under two of its names. Under one name, the last value counts."""
+def _check_aliases(argv: Sequence[str]) -> None:
+    """Raise UserError if a flag is given under two of its names. Repeated under one name, its last value counts."""
     given = {word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in argv if word.startswith("--")}
     for entry in fields(RunConfig):
         used = [name for name in (name_of(entry), *entry.metadata.get("aliases", ())) if name in given]
@@ -224,9 +254,10 @@ def _check_names_of_one(argv: Sequence[str]) -> None:
 
 
 def read_yaml(path: Path, flag: str) -> dict[str, Any]:
-    """The keys of a YAML file as fields of the run: aliases resolved, lists joined by commas, types right.
+    """Read a YAML file as fields of `RunConfig`: aliases resolved, lists joined by commas, types checked.
 
-    Raises UserError that names `flag`, the file and the key.
+    Raises:
+        UserError: names `flag`, the file and the key.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -247,7 +278,7 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
         section = loaded.pop("quant")
         values = quant_flags(section, f"{flag} {path}")
         if "is_remove_padding" not in section and not reads_texts(loaded.get("task")):
-            values["remove_padding"] = False  # the section's default is for texts
+            values["remove_padding"] = False  # the section's default, True, is meant for texts
         if twice := values.keys() & loaded.keys():
             raise UserError(f"{flag} {path}: {min(twice)!r} is said by the quant section too; say it once")
     for key, value in loaded.items():
@@ -263,12 +294,12 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
         elif isinstance(value, bool) and "const" in field.metadata:  # 'block_search: true' is the flag without a value
             value = field.metadata["const"] if value else False if field.metadata["const"] is True else None
         values[field.name] = value
-    read_values(values, f"{flag} {path}")  # a wrong type is the file's, not a flag's
+    read_values(values, f"{flag} {path}")  # here, so that the error names the file
     return values
 
 
 def markdown_table() -> str:
-    """All flags as Markdown tables, one for each group: the content of docs/flags.md."""
+    """Return all flags as Markdown tables, one per group: the content of docs/flags.md."""
     lines = []
     for group in GROUPS:
         lines += [f"## {group._argument_group_name}", "", "| flag | default | meaning |", "|---|---|---|"]

@@ -1,4 +1,6 @@
-"""The `quant:` section of a YAML file, in the words of Outlier Suppression's users, as flags of a run. No torch.
+"""Translates the `quant:` section of a YAML file to flags of a run.
+
+The section uses the key names of the Outlier Suppression configurations (Wei et al. 2022). Torch is not imported.
 
 quant:
   is_remove_padding: true
@@ -54,21 +56,29 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "w_qconfig": {"quantizer": "FixedFakeQuantize", "observer": "MinMaxObserver", "symmetric": True, "ch_axis": 0},
 }
 REMOVE_PADDING, CALIBRATE = True, 256
-"""what is_remove_padding and calibrate are where the file leaves them out"""
+"""defaults of is_remove_padding and calibrate"""
 CHANNEL_FLAGS = {"a_qconfig": "act_per_channel", "w_qconfig": "per_channel"}
 """section -> flag that ch_axis 0 sets"""
-PLACED = ("quantize_residual_adds", "quantize_products", "quantize_embeddings")
-"""keys that are called as the flags are"""
+TENSOR_FLAGS = ("quantize_residual_adds", "quantize_products", "quantize_embeddings")
+"""flags that quantize tensors outside of layers; as keys they have the same names"""
 AUTO_ALPHA = {"alpha_min": 0.3, "alpha_max": 0.7, "alpha_step": 0.05, "shared_criterion": "mean", "n_samples": 32}
 
 
 def quant_flags(section: Any, source: str) -> dict[str, Any]:
-    """The flags that a `quant:` section stands for. Raises UserError naming `source`, key, value and choices."""
+    """Translate a `quant:` section to flags.
+
+    Args:
+        section: the content of the section, as read from YAML.
+        source: the file, as errors name it.
+
+    Raises:
+        UserError: names the source, the key, the value and the choices.
+    """
     return _Section(section, f"{source}: quant").flags()
 
 
 class _Section:
-    """One mapping of the file, with the place that errors name."""
+    """One mapping of the file, with its path for error messages; reads and checks single values."""
 
     def __init__(self, values: Any, place: str) -> None:
         if not isinstance(values, Mapping):
@@ -84,11 +94,11 @@ class _Section:
 
     def choice(self, key: str, choices: Iterable[Any], default: Any) -> Any:
         value = self.values.get(key, default)
-        # In Python 1 == True; in a file they are different answers.
+        # In Python 1 == True; in a file they are different values.
         choices = list(choices)
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            told = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
-            raise UserError(f"{self.place}.{key}: unknown value {value!r}; choices: {told}")
+            names = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
+            raise UserError(f"{self.place}.{key}: unknown value {value!r}; choices: {names}")
         return value
 
     def number(self, key: str, kind: type, default: Any, interval: str) -> Any:
@@ -114,7 +124,7 @@ class _Section:
 
     def flags(self) -> dict[str, Any]:
         known = ["is_remove_padding", "calibrate", "ln", "a_qconfig", "w_qconfig", "smooth_quant"]
-        self.check_keys([*known, "high_precision_ops", *PLACED])
+        self.check_keys([*known, "high_precision_ops", *TENSOR_FLAGS])
         ln = self.inner("ln")
         ln.check_keys(["delay"])
         flags: dict[str, Any] = {
@@ -126,7 +136,7 @@ class _Section:
         }
         if "high_precision_ops" in self.values:
             flags["high_precision_ops"] = ",".join(self.several("high_precision_ops", HIGH_PRECISION_OPS))
-        flags |= {key: self.choice(key, [True, False], False) for key in PLACED if key in self.values}
+        flags |= {key: self.choice(key, [True, False], False) for key in TENSOR_FLAGS if key in self.values}
         for side in SIDES:
             flags |= self.inner(side).side(side)
         if self.values.get("smooth_quant") is False:
@@ -136,7 +146,7 @@ class _Section:
         return flags
 
     def side(self, side: str) -> dict[str, Any]:
-        """What a_qconfig or w_qconfig stands for."""
+        """Translate a_qconfig or w_qconfig, whichever `side` names."""
         names, default = SIDES[side], DEFAULTS[side]
         self.check_keys([*names, "ch_axis"])
         quantizer = self.choice("quantizer", QUANTIZERS, default["quantizer"])
@@ -169,7 +179,7 @@ class _Section:
         return flags
 
     def smoothing(self) -> dict[str, Any]:
-        """What smooth_quant stands for."""
+        """Translate smooth_quant."""
         self.check_keys(["alpha", "auto_alpha_args"])
         alpha = self.values.get("alpha", 0.5)
         if alpha != "auto":
@@ -192,12 +202,19 @@ class _Section:
 
 
 def _whole(bit: Any) -> Any:
-    """6.0, as YAML writers put it, is 6."""
+    """Convert a whole float to int: some YAML writers put 6 as 6.0."""
     return int(bit) if isinstance(bit, float) and bit.is_integer() else bit
 
 
 def alpha_settings(text: str) -> dict[str, Any]:
-    """`--smooth_quant_alpha` as fields of SmoothQuantConfig: a number in [0, 1], auto, or auto:MIN:MAX:STEP."""
+    """Parse `--smooth_quant_alpha` to fields of SmoothQuantConfig.
+
+    Args:
+        text: a number in [0, 1], auto, or auto:MIN:MAX:STEP.
+
+    Raises:
+        UserError: for anything else.
+    """
     wrong = UserError(
         f"--smooth_quant_alpha {text!r}: choices: a number in [0, 1], auto, auto:MIN:MAX:STEP with 0 <= MIN <= MAX <= 1"
     )

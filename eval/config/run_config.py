@@ -1,7 +1,7 @@
-"""What one run is asked to do: every flag of the command line, once, with its default and its help text.
+"""The configuration of a run: every flag of the command line with its default and help text.
 
-Each class is one group of `--help` and of docs/flags.md; `RunConfig` is all of them together. The same names are
-the keys of a YAML file. Nothing here imports torch: wrong flags must be refused in seconds.
+Each dataclass is one group in `--help_all` and docs/flags.md; `RunConfig` inherits them all. The field names are also
+the keys of a YAML file. Nothing here imports torch, so that wrong flags are refused within seconds.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ from quant.formats import Format, parse_format, parse_search_space
 from quant.validation import OBSERVER_NAMES
 
 LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
-"""the flags of a launch and of a run, in their folders"""
+"""names of the files that hold the flags of a launch and of a run, in their folders"""
 TUNE_FOLDER = "tune"
-"""where a launch keeps Ray Tune's files, beside the runs'"""
+"""name of the folder of Ray Tune's files, next to the runs' folders"""
 COST_UNITS = {"memory": "MiB", "compute": "GBOPs"}
 
 
 def flag(default: Any, help: str, **argparse: Any) -> Any:
-    """A field of the run with its help text; `argparse` holds what `add_argument` takes besides: choices, aliases..."""
+    """Define a field with its help text. `argparse`: further arguments of `add_argument`, such as choices, aliases."""
     return field(default=default, metadata={"help": help, **argparse})
 
 
 def switch(help: str) -> Any:
-    """An on/off flag whose default depends on the model, so that None has to stay apart from both."""
+    """Define an on/off flag whose default depends on the model; None means the default."""
     return flag(None, help, nargs="?", const=True)
 
 
 def name_of(entry: Field) -> str:
-    """The flag as the user types it."""
+    """Return the flag of a field, as the user types it."""
     return f"--{entry.name}"
 
 
 @dataclass(frozen=True)
 class DataFlags:
+    """Which model and data set to use, and how much of the data."""
+
     _argument_group_name = "Models and data"
 
     task: str | None = flag(
@@ -66,6 +68,8 @@ class DataFlags:
 
 @dataclass(frozen=True)
 class TrainingFlags:
+    """How the weights are trained, and on what hardware."""
+
     _argument_group_name = "Training"
 
     num_train_epochs: float = flag(3.0, "passes over the training split")
@@ -100,6 +104,8 @@ class TrainingFlags:
 
 @dataclass(frozen=True)
 class SearchFlags:
+    """What is searched, under which budget, and how the policy learns."""
+
     _argument_group_name = "Search"
 
     search: bool = flag(False, "search one format per layer")
@@ -178,6 +184,8 @@ class SearchFlags:
 
 @dataclass(frozen=True)
 class BaselineFlags:
+    """Fixed formats, and other methods to choose them."""
+
     _argument_group_name = "Baselines"
 
     method: str | None = flag(
@@ -196,6 +204,8 @@ class BaselineFlags:
 
 @dataclass(frozen=True)
 class QuantizationFlags:
+    """How ranges are found, what else is quantized, and the transforms of outliers."""
+
     _argument_group_name = "Quantization"
 
     per_channel: bool = flag(True, "one weight scale per output channel")
@@ -251,6 +261,8 @@ class QuantizationFlags:
 
 @dataclass(frozen=True)
 class LayerFlags:
+    """Which layers are quantized, by role or by name."""
+
     _argument_group_name = "Layers"
 
     quantize_self_attention: bool = flag(True, "query, key and value")
@@ -265,6 +277,8 @@ class LayerFlags:
 
 @dataclass(frozen=True)
 class LauncherFlags:
+    """The grid of runs of the launcher, and its resources."""
+
     _argument_group_name = "Launcher"
 
     models: str | None = flag(None, "comma list: one run for each model")
@@ -292,6 +306,8 @@ class LauncherFlags:
 
 @dataclass(frozen=True)
 class OutputFlags:
+    """Where a run starts from, and what it writes where."""
+
     _argument_group_name = "Output"
 
     output_root_dir: str = flag("output", "runs go to <output_root_dir>/<task>/<exp_name>/<run_id>")
@@ -317,54 +333,55 @@ GROUPS = (
     DataFlags, TrainingFlags, SearchFlags, BaselineFlags, QuantizationFlags, LayerFlags, LauncherFlags, OutputFlags
 )  # fmt: skip
 GRID_FLAGS = {"models": "model", "tasks": "task", "methods": "method", "targets": "target_bits", "seeds": "seed"}
-"""Launcher flag -> the field it sets in each run of the grid."""
+"""launcher flag -> the field it sets in each run of the grid"""
 
 
 @dataclass(frozen=True)
 class RunConfig(
     OutputFlags, LauncherFlags, LayerFlags, QuantizationFlags, BaselineFlags, SearchFlags, TrainingFlags, DataFlags
 ):
-    """One run. `parse` of `eval.config.parser` makes it from flags, `complete` fills in what follows from the rest."""
+    """All flags of one run. `eval.config.parser.parse` makes a complete one from the command line."""
 
     def updated(self, **values: Any) -> RunConfig:
-        """A copy with other values."""
+        """Return a copy with the given values replaced."""
         return replace(self, **values)
 
     @property
     def searches(self) -> bool:
-        """Whether any flag turns the search on."""
+        """Whether any flag turns on the search."""
         return self.search or self.block_search is not None or self.single_decision
 
     @property
     def own_method(self) -> str:
-        """The method, or the one that the flags stand for."""
+        """The given --method, or the one that the other flags imply."""
         given = any(bits is not None for bits in (self.bits, self.weight_bits, self.activation_bits))
         return self.method or ("search" if self.searches else "uniform" if given else "float")
 
     @property
     def chooses(self) -> bool:
-        """Whether the formats are chosen under a budget: by the search, or by a competitor of it."""
+        """Whether formats are chosen under a budget, by the search or by a baseline."""
         given = any(bits is not None for bits in (self.bits, self.weight_bits, self.activation_bits))
         return self.method not in (None, "float", "uniform") or (self.method == "uniform" and not given)
 
     @property
     def partition(self) -> str:
-        """What shares one decision: 'layer', 'role', 'depth' or 'single'."""
+        """Which layers share one decision: 'layer' (none), 'role', 'depth' or 'single' (all)."""
         return self.block_search or ("single" if self.single_decision else "layer")
 
     @property
     def search_formats(self) -> tuple[Format, ...]:
+        """The formats of --search_space."""
         return parse_search_space(self.search_space)
 
     @property
     def uniform_formats(self) -> tuple[Format, Format]:
-        """(weights, activations) of a uniform run; float where nothing is said."""
+        """Formats (weights, activations) of a uniform run; float for the side without a flag."""
         weight, activation = (self.bits if own is None else own for own in (self.weight_bits, self.activation_bits))
         return parse_format(weight or "float"), parse_format(activation or "float")
 
     @property
     def model_name(self) -> str:
-        """What the run's folder and tables call the model."""
+        """The model's name in folders and tables."""
         from eval.modeling.places import model_name
 
         return model_name(self)
@@ -376,19 +393,23 @@ class RunConfig(
 
     @property
     def budget(self) -> str | None:
-        """The target as a word of a run's name: '4.5b', '33.5MiB'; None without one."""
+        """The target as part of the run's name: '4.5b', '33.5MiB'; None without a target."""
         if self.cost_target is not None:
             return f"{self.cost_target:g}{COST_UNITS[self.cost_type]}"
         return None if self.target_bits is None else "-".join(f"{bits:g}" for bits in self.target_list) + "b"
 
     @property
     def target_list(self) -> tuple[float, ...]:
-        """The budgets of --target_bits, ascending; empty without one. ValueError for what is no number."""
+        """The budgets of --target_bits in ascending order.
+
+        Raises:
+            ValueError: if one is not a number.
+        """
         return tuple(sorted(float(bits) for bits in (self.target_bits or "").split(",") if bits.strip()))
 
     @property
     def run_name(self) -> str:
-        """`run_id`, or a name made of model, method, target and seed: the same run always gets the same folder."""
+        """`run_id`, or a name made of model, method, target and seed, so that equal runs get the same folder."""
         if self.run_id is not None:
             return self.run_id
         method = str(self.method)
@@ -402,18 +423,20 @@ class RunConfig(
 
     @property
     def experiment_folder(self) -> Path:
+        """<output_root_dir>/<task>/<exp_name>, as an absolute path."""
         return Path(self.output_root_dir).absolute() / safe_name(self.task_name) / self.exp_name
 
     @property
     def run_folder(self) -> Path:
+        """The folder of this run in `experiment_folder`."""
         return self.experiment_folder / self.run_name
 
     @property
     def smaller_targets(self) -> dict[float, Path]:
-        """The budgets of --target_bits but the largest -> where their records are: folders of the run's own."""
+        """Maps each budget of --target_bits, except the largest, to the sub-folder that holds its record."""
         return {bits: self.run_folder / f"{bits:g}b" for bits in self.target_list[:-1]}
 
 
 def safe_name(text: str) -> str:
-    """`text` as a part of a file name: 'org/model' becomes 'org--model'."""
+    """Convert a text to a part of a file name: 'org/model' becomes 'org--model'."""
     return re.sub(r"[^\w.+-]", "_", text.replace("/", "--")).lstrip(".") or "_"

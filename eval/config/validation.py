@@ -1,4 +1,4 @@
-"""Which values of the flags make sense, alone and together. No torch, no network: wrong input ends in seconds."""
+"""Checks the values of the flags, one by one and against each other, without torch or network: it takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from eval.config.effects import check_effects
 from eval.config.files import is_path
-from eval.config.quant_yaml import PLACED, alpha_settings
+from eval.config.quant_yaml import TENSOR_FLAGS, alpha_settings
 from eval.config.run_config import TUNE_FOLDER, RunConfig, name_of
 from eval.config.suggestions import did_you_mean, local_folders
 from eval.modeling.places import starting_model
@@ -45,13 +45,17 @@ RANGES = {
     "smooth_quant_samples": _POSITIVE,
     "settle_fraction": "[0, 1)",
 }
-"""Flag -> the interval its value must lie in."""
+"""flag -> the interval that its value must lie in"""
 LISTS = ("target_bits", "search_space", "include", "exclude", "high_precision_ops")
-"""flags that take a comma list, which has no empty entry"""
+"""flags that take a comma list; empty entries are refused"""
 
 
 def validate(config: RunConfig) -> None:
-    """Raises UserError, one line that names flag, value and choices, for the first thing wrong in a complete config."""
+    """Check a complete config.
+
+    Raises:
+        UserError: one line that names the flag, the value and the choices, for the first problem found.
+    """
     _check_choices(config)
     _check_lists(config)
     _check_ranges(config)
@@ -84,7 +88,7 @@ def check_one_of(flag: str, value: str, choices: Iterable[str], besides: str = "
 
 
 def check_can_be_made(flag: str, path: str | Path | None) -> None:
-    """Refuse a folder to write into that cannot be made, or not be written to: before anything is trained."""
+    """Raise UserError if an output folder can neither be created nor written to, before anything is trained."""
     if path is None:
         return
     standing = Path(path).expanduser().absolute()
@@ -93,20 +97,20 @@ def check_can_be_made(flag: str, path: str | Path | None) -> None:
     if not standing.is_dir():
         raise UserError(f"--{flag} {path}: {standing} is a file, no folder")
     try:
-        tempfile.TemporaryFile(dir=standing).close()  # permissions alone do not tell of read-only file systems
+        tempfile.TemporaryFile(dir=standing).close()  # os.access misses read-only file systems
     except OSError as error:
         raise UserError(f"--{flag} {path}: cannot write in {standing}: {error.strerror}") from None
 
 
 def check_inside(config: RunConfig) -> None:
-    """UserError where the folder of a complete run, or one above it, is a link that leads out of the output folder."""
+    """Raise UserError if the run's folder, or one above it, is a symlink that leads out of --output_root_dir."""
     folder = config.experiment_folder
     for flag, path in (("--task", folder.parent), ("--exp_name", folder), ("--run_id", config.run_folder)):
         refuse_link(flag, path, config.output_root_dir)
 
 
 def refuse_link(flag: str, folder: Path, root: str) -> None:
-    """UserError where `folder`, which `flag` names, leads out of --output_root_dir."""
+    """Raise UserError if `folder`, which `flag` names, resolves to a path outside of `root` (--output_root_dir)."""
     real = folder.resolve()
     if not real.is_relative_to(Path(root).resolve()):
         raise UserError(
@@ -127,7 +131,7 @@ def _check_choices(config: RunConfig) -> None:
 
 
 def _check_lists(config: RunConfig) -> None:
-    """An empty entry is a slip that would change what a list means."""
+    """Refuse empty entries: they are typing errors."""
     for name in LISTS:
         value = getattr(config, name)
         if value is not None and not all(item.strip() for item in value.split(",")):
@@ -147,7 +151,7 @@ def _check_ranges(config: RunConfig) -> None:
 
 
 def _check_names(config: RunConfig) -> None:
-    # Both modules are light; they are imported late so that a wrong number is refused even before they load.
+    # Imported late, so that a wrong number is refused before these modules load.
     from eval.models import MODELS, check_model
     from eval.tasks import TASKS
 
@@ -160,7 +164,7 @@ def _check_names(config: RunConfig) -> None:
             check_one_of("--task", config.task, TASKS, ", or a local folder", local_folders())
     if config.model is None:
         if starting_model(config) is not None:
-            return  # a finished run knows what it is
+            return  # a finished run names its model itself
         if config.load_model_path is not None:
             _refuse_start(config.load_model_path)
         if config.model_path is None:
@@ -170,7 +174,7 @@ def _check_names(config: RunConfig) -> None:
     elif config.model not in MODELS:
         if is_path(config.model):
             _check_exists("model", config.model, "folder")
-        # owner/name on the Hub, or a model of a library: only loading can tell whether it exists
+        # Whether a Hub id (owner/name) or a model of a library exists is known only when it is loaded.
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+|(timm|torchvision):[\w./-]+", config.model):
             besides = ", a Hub id (owner/name), a local folder, timm:NAME or torchvision:NAME"
             check_one_of("--model", config.model, MODELS, besides)
@@ -179,7 +183,7 @@ def _check_names(config: RunConfig) -> None:
 
 
 def _refuse_start(path: str) -> NoReturn:
-    """UserError for a --load_model_path without --model that is no run's."""
+    """Raise UserError for a --load_model_path that is no finished run, given without --model."""
     _check_exists("load_model_path", path, "file or folder")
     folder = Path(path).expanduser()
     if folder.is_file():
@@ -249,7 +253,7 @@ def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
 
 
 def _asked(config: RunConfig) -> str:
-    """The flag that asks for the search."""
+    """Return the flag that turned on the search."""
     asked = [flag for flag in ("block_search", "single_decision") if getattr(config, flag)]
     return f"--{asked[0]}" if asked else "--search"
 
@@ -293,7 +297,7 @@ def _check_contradictions(config: RunConfig) -> None:
         )
     budgets = ("cost_target", "target_bits", "max_memory", "max_compute", "latency_target")
     if config.method == "uniform" and not given_bits and all(getattr(config, flag) is None for flag in budgets):
-        raise UserError("--method uniform needs --bits, or a budget (--target_bits, --cost_target) that it shall fit")
+        raise UserError("--method uniform needs --bits or a budget (--target_bits, --cost_target)")
     if config.save_strategy == "best" and config.eval_steps is None:
         raise UserError("--save_strategy best needs --eval_steps: the best is known by evaluating")
     if config.method not in ("search", "uniform", "float", None) and given_bits:
@@ -349,7 +353,7 @@ def _check_ptq(config: RunConfig) -> None:
     alpha_settings(config.smooth_quant_alpha)
     for op in filter(None, (config.high_precision_ops or "").split(",")):
         check_one_of("--high_precision_ops", op.strip(), HIGH_PRECISION_OPS)
-    for flag in ("high_precision_ops", *PLACED):
+    for flag in ("high_precision_ops", *TENSOR_FLAGS):
         if getattr(config, flag) and config.method == "float":
             _refuse(f"--{flag}", "--method float", "nothing is quantized")
     for flag in ("gamma_migration", "smooth_quant"):
@@ -360,7 +364,7 @@ def _check_ptq(config: RunConfig) -> None:
 
 
 def _check_device(config: RunConfig) -> None:
-    # The cluster's machines, not this one, say what there is.
+    # The machines of a Ray cluster may have GPUs even if this one has none.
     gpu = gpu_count(config.cuda_visible_devices) > 0 or config.ray_address is not None
     if config.device == "cuda" and not gpu:
         raise UserError("--device cuda: no GPU found here; choices: auto, cpu")
@@ -369,7 +373,13 @@ def _check_device(config: RunConfig) -> None:
 
 
 def gpu_count(visible: str | None = None) -> int:
-    """GPUs of this machine that may be used, found without loading torch; AMD's and WSL's count as one."""
+    """Count the usable GPUs of this machine without importing torch.
+
+    All AMD GPUs, or all GPUs under WSL, count as one.
+
+    Args:
+        visible: value of CUDA_VISIBLE_DEVICES; None reads the environment.
+    """
     found = len(list(Path("/dev").glob("nvidia[0-9]*"))) or int(any(Path(d).exists() for d in ("/dev/kfd", "/dev/dxg")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
     if visible is None:

@@ -1,1 +1,1 @@
-"""From files to batches and metrics."""
+"""Data of tasks: reads files, prepares batches for a model, and computes metrics."""

@@ -1,4 +1,4 @@
-"""What must hold of rows before a model sees them; each error is one line that names file, row and column."""
+"""Checks rows before a model sees them; each error is one line that names the file, row and column."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from quant.errors import UserError
 
 TEXT_NAMES = (("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "answer"))
 LABEL_NAMES = ("label", "labels", "class", "target", "fine_label")
-"""columns that are taken for granted in a user's folder when no flag names them"""
+"""label columns to look for in a user's folder if no flag names one"""
 HELD_OUT = 0.1
-"""share of the training split that is evaluated where nothing else can be"""
+"""share of the training split that is held out for evaluation if there is no other split"""
 
 
 def with_columns(task: Task, features: Mapping[str, Any], config: Any) -> Task:
-    """The task with the columns that the flags name or that the data has; UserError where one cannot be found."""
+    """Return the task with the columns that the flags name, or else those found in the data.
+
+    Args:
+        task: the task; its own columns are used if the data has them.
+        features: the columns of the data and their types.
+        config: has `text_column` (a comma list) and `label_column`, if given.
+
+    Raises:
+        UserError: if a column is not found.
+    """
     text_column, label_column = (getattr(config, f"{part}_column", None) for part in ("text", "label"))
     named = tuple(name.strip() for name in text_column.split(",")) if text_column else task.inputs
     images = tuple(name for name, feature in features.items() if type(feature).__name__ == "Image")
@@ -44,9 +53,17 @@ def with_columns(task: Task, features: Mapping[str, Any], config: Any) -> Task:
 
 
 def check_named(inputs: Sequence[str], label: str, task: Task, features: Mapping[str, Any], given: bool) -> None:
-    """UserError for columns that are there and cannot be what they are taken for.
+    """Check that columns which exist can serve as inputs and label.
 
-    given: whether --text_column names the texts' columns and no flag that of the labels.
+    Args:
+        inputs: the input columns.
+        label: the label column.
+        task: the task, for the number of inputs it takes.
+        features: the columns of the data.
+        given: whether --text_column, but not --label_column, was given: decides which flag an error names.
+
+    Raises:
+        UserError: for a column named twice, too many columns, or a label column that is also an input.
     """
     names = ",".join(inputs)
     most = len(task.inputs) or (1 if task.kind in ("image", "lm") else 2)
@@ -61,21 +78,28 @@ def check_named(inputs: Sequence[str], label: str, task: Task, features: Mapping
 
 
 def training_split(splits: dict[str, Split]) -> Split:
-    """The split to train on; UserError where there is none."""
+    """Return the split to train on; raise UserError if there is none, or no row in it."""
     if "train" not in splits or not len(splits["train"]):
         raise UserError(f"no rows to train on: the data has the splits {', '.join(splits) or '(none)'}")
     return splits["train"]
 
 
 def usable_splits(task: Task, splits: dict[str, Split]) -> tuple[Split, dict[str, Split], list[str]]:
-    """(train, splits to evaluate by their names in the record, notes). Only labelled splits are evaluated."""
+    """Choose the splits to train on and to evaluate; only labelled splits are evaluated.
+
+    Returns:
+        The training split, the evaluation splits by their names in the record, and notes for the user.
+
+    Raises:
+        UserError: if training labels are missing, or no split can be evaluated although there are several.
+    """
     train, notes = training_split(splits), []
     if not is_labelled(task, train):
         raise UserError(f"{train.source.place(0)}: the training split has no labels")
     wanted = task.evaluation or (("validation", "validation"), ("test", "validation"))
     hidden = {name: unlabelled(task, splits[name]) for name, _ in wanted if name in splits}
     labelled = [name for name, problem in hidden.items() if not problem]
-    # From the last to the first: where two splits would have one name in the record, the first one stays.
+    # In reverse, so that of two splits with the same name in the record the first one wins.
     found = {title: splits[name] for name, title in reversed(wanted) if name in labelled}
     notes = [problem for problem in hidden.values() if problem]
     if found:
@@ -89,7 +113,7 @@ def usable_splits(task: Task, splits: dict[str, Split]) -> tuple[Split, dict[str
 
 
 def hold_out(task: Task, split: Split) -> tuple[Split, dict[str, Split], list[str]]:
-    """A data set of one split, divided the same way in every run; lines of text are cut at one place."""
+    """Hold out the share `HELD_OUT` of a split for evaluation, the same rows in every run; for `lm`, the last ones."""
     from sklearn.model_selection import train_test_split
 
     if len(split) < 2:
@@ -102,12 +126,12 @@ def hold_out(task: Task, split: Split) -> tuple[Split, dict[str, Split], list[st
 
 
 def is_labelled(task: Task, split: Split) -> bool:
-    """Whether the split has rows, and labels other than those that stand for a hidden one."""
+    """Return whether the split has rows, and labels that are not hidden."""
     return not unlabelled(task, split)
 
 
 def unlabelled(task: Task, split: Split) -> str:
-    """Why a split cannot be evaluated: it has no rows, no column of labels or none that is not hidden. "" if it can."""
+    """Return why a split cannot be evaluated (no rows, no label column, or only hidden labels); "" if it can."""
     source = split.source.files[0] if split.source.files else f"split {split.source.split}"
     if not len(split):
         return f"{source} has no rows"
@@ -120,7 +144,7 @@ def unlabelled(task: Task, split: Split) -> str:
 
 
 def read_labels(task: Task, train: Split) -> Labels:
-    """How the labels of the task are read, from its training split."""
+    """Find out from the training split how labels are to be read."""
     if not task.numbered:
         return Labels((), {})
     names = getattr(train.rows.features[task.label], "names", None)
@@ -128,7 +152,7 @@ def read_labels(task: Task, train: Split) -> Labels:
 
 
 def check_split(task: Task, split: Split, labels: Labels) -> Split:
-    """The split with its labels as numbers. UserError for the first row that is wrong."""
+    """Return the split with its labels as numbers; raise UserError for the first invalid row."""
     for name in task.inputs:
         if name not in split.rows.column_names:
             has = ", ".join(split.rows.column_names)
@@ -154,7 +178,7 @@ def check_split(task: Task, split: Split, labels: Labels) -> Split:
 
 
 def check_texts(task: Task, split: Split) -> None:
-    """Every cell is text, and every row has some; a language model's lines may be empty."""
+    """Raise UserError unless all cells are text and no row is empty; for `lm`, rows may be empty."""
     names = (*task.inputs, task.label) if task.kind == "summary" else task.inputs
     columns = {name: split.values(name) for name in names}
     for name, texts in columns.items():
@@ -169,7 +193,10 @@ def check_texts(task: Task, split: Split) -> None:
 
 
 def check_answers(task: Task, split: Split) -> None:
-    """SQuAD's answers: {text: [...], answer_start: [...]} with every text where it is said to start; none is fine."""
+    """Raise UserError unless answers have SQuAD's form, {text: [...], answer_start: [...]}, and match the context.
+
+    A question may have no answer.
+    """
     place, context = in_column(split, task.label), split.values(task.inputs[1])
     for row, answers in enumerate(split.values(task.label)):
         if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
@@ -180,4 +207,5 @@ def check_answers(task: Task, split: Split) -> None:
 
 
 def in_column(split: Split, column: str) -> Callable[[int], str]:
+    """Return a function from a row number to its place (file, row, column) for errors."""
     return lambda row: f"{split.source.place(row)}, column {column}"

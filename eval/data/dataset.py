@@ -1,4 +1,4 @@
-"""A task's rows after reading, and as inputs of a model."""
+"""The data of a task: its rows after reading (`TaskData`), and as inputs of a model (`PreparedData`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TaskData:
-    """A task's rows, read and checked: `validation` holds every split that is evaluated, by its name in the record."""
+    """The rows of a task, read and checked. `validation` maps names in the record to the splits to evaluate."""
 
     name: str
     task: Task
@@ -27,33 +27,44 @@ class TaskData:
     validation: dict[str, Dataset]
     label_names: list[str]
     sources: dict[str, Source]
-    """where the rows of `train` and of each validation split stand, for errors that name them"""
+    """where the rows of "train" and of each validation split come from, for error messages"""
     notes: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> Kind:
+        """The kind of the task."""
         return self.task.kind
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that the model sees."""
         return self.task.inputs
 
     @property
     def metric(self) -> str:
+        """Name of the main metric."""
         return self.task.metrics[0]
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model: 1 for regression, 0 where there are no classes."""
+        """Number of the model's outputs: 1 for regression, 0 for tasks without classes."""
         return 1 if self.task.regression else len(self.label_names)
 
     def corpus(self) -> Iterator[str]:
-        """Every training text: what a tokenizer is trained on."""
+        """Yield every training text; a tokenizer is trained on them."""
         for column in (*self.columns, *([self.task.label] if self.kind == "summary" else [])):
             yield from self.train[column]
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The task's metrics of logits (N, classes) and labels (N,); of (N, length, 2) for `lm`, see `token_scores`."""
+        """Compute the task's metrics.
+
+        Args:
+            prediction: logits (N, classes) and labels (N,); for `lm`, the scores (N, length, 2) of
+                `eval.data.text.token_scores`.
+
+        Returns:
+            Metric name -> value.
+        """
         import numpy as np
 
         from eval.data.metrics import perplexity, score
@@ -67,25 +78,25 @@ class TaskData:
 
 @dataclass
 class PreparedData:
-    """A model's inputs. Items are dicts of tensors or lists; `data_collator` makes a batch of them."""
+    """The inputs of a model. Items are dicts of tensors or lists; `data_collator` batches them."""
 
     train: Any
-    """map-style dataset with `labels`; `hold_out` names the rows that a search keeps apart"""
+    """map-style dataset with `labels`, from which a search holds out rows for the reward"""
     validation: dict[str, Any]
     data_collator: Any
     example_inputs: dict[str, torch.Tensor]
-    """one example, shaped like what the cost is charged for: cost_seq_len tokens, or the model's image size"""
-    judges: Mapping[str, Callable[[EvalPrediction], dict[str, float]]] = field(default_factory=dict)
-    """by split, where metrics need more than predictions and labels: the texts of a question's answers"""
+    """one example of the size that the cost is computed for: cost_seq_len tokens, or the model's image size"""
+    split_metrics: Mapping[str, Callable[[EvalPrediction], dict[str, float]]] = field(default_factory=dict)
+    """split -> its metrics, where they need more than predictions and labels, such as the answers' texts"""
     writer: Any = None
-    """split -> metrics of the summaries that a model writes for it, see `task_summary.Writer`"""
+    """for summaries: generates them and computes their metrics, see `eval.data.summarization.Writer`"""
     notes: list[str] = field(default_factory=list)
     pixels: Pixels | None = None
-    """how an image becomes an input"""
+    """how an image becomes an input; None for texts"""
     preprocess_logits: Any = None
-    """for the Trainer's `preprocess_logits_for_metrics`: keeps language models' logits out of memory"""
+    """the Trainer's `preprocess_logits_for_metrics`; reduces a language model's logits to two scores per token"""
 
 
 def not_augmented(data: Any) -> Any:
-    """Prepared data as evaluation sees it."""
+    """Return a prepared dataset without random augmentation."""
     return getattr(data, "without_augmentation", lambda: data)()

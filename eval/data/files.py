@@ -1,4 +1,4 @@
-"""Where rows come from: scikit-learn (digits), a local folder in the Hub's layout, or the Hub."""
+"""Reads the splits of a task from scikit-learn (digits), a local folder in the Hub's layout, or the Hub."""
 
 from __future__ import annotations
 
@@ -23,23 +23,29 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""how compressed files are opened"""
+"""suffix of a compressed file -> how to open it"""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a split stand, for errors that name them."""
+    """Where the rows of a split come from, for error messages."""
 
     split: str
     files: tuple[str, ...] = ()
     rows: np.ndarray | None = None
-    """place in the files of each row that is left; None: all of them, in order"""
+    """position in the files of each row that was kept; None: all rows, in order"""
 
     def select(self, rows: np.ndarray) -> Source:
+        """Return the source of the given rows only."""
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def place(self, row: int) -> str:
-        """'.../train.csv, row 3', counted from 1 without a header; 'split train, row 3' where there is no file."""
+        """Describe a row, counted from 0, for an error.
+
+        Returns:
+            '.../train.csv, row 3', where rows count from 1 and the header does not count; the path of an image; or
+            'split train, row 3' for rows without a file.
+        """
         row = row if self.rows is None else int(self.rows[row])
         if self.files and reader_of(self.files[0]) == "images":
             return self.files[row]
@@ -53,7 +59,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows and where they come from."""
+    """The rows of one split, and where they come from."""
 
     rows: Dataset
     source: Source
@@ -62,13 +68,18 @@ class Split:
         return len(self.rows)
 
     def values(self, column: str) -> list[Any]:
+        """Return all cells of a column."""
         return self.rows[column][:]
 
     def select(self, rows: np.ndarray) -> Split:
+        """Return the given rows only."""
         return Split(self.rows.select(rows), self.source.select(rows))
 
     def take(self, count: int) -> Split:
-        """`count` rows spread over the whole split, in its own order: a sorted file must not leave classes out."""
+        """Return `count` random rows in their original order.
+
+        They are not the first ones, because a file sorted by class would lose classes.
+        """
         import numpy as np
 
         if count >= len(self):
@@ -77,7 +88,15 @@ class Split:
 
 
 def read_splits(task: Task, config: Any) -> tuple[dict[str, Split], list[str]]:
-    """Every split of the task by its name, unchecked, and notes on what was not read."""
+    """Read every split of the task.
+
+    Args:
+        task: the task.
+        config: has `task` (a name or a folder) and, if given, `data_dir`.
+
+    Returns:
+        Split name -> rows, not yet checked; and notes on files that were not read.
+    """
     if task is TASKS["digits"]:
         return read_digits(), []
     flag, folder = ("--data_dir", getattr(config, "data_dir", None))
@@ -87,7 +106,7 @@ def read_splits(task: Task, config: Any) -> tuple[dict[str, Split], list[str]]:
 
 
 def read_digits() -> dict[str, Split]:
-    """scikit-learn's handwritten digits, 8x8 pixels, 1,437 to train and 360 to validate, every digit in proportion."""
+    """Read scikit-learn's handwritten digits: 8x8 pixels, 1,437 for training and 360 for validation, stratified."""
     import numpy as np
     from datasets import Array2D, ClassLabel, Dataset, Features
     from sklearn.datasets import load_digits
@@ -107,10 +126,22 @@ def read_digits() -> dict[str, Split]:
 
 
 def read_folder(task: Task, folder: Path, flag: str) -> tuple[dict[str, Split], list[str]]:
-    """The splits of the local folder that `flag` names, and notes; UserError where its files cannot be read."""
+    """Read the splits of a local folder.
+
+    Args:
+        task: the task.
+        folder: the folder.
+        flag: the flag that names it, for errors.
+
+    Returns:
+        Split name -> rows; and notes on files that were not read.
+
+    Raises:
+        UserError: if there is no such folder, or a file in it cannot be read.
+    """
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    if task.hub and (folder / task.hub[-1]).is_dir():  # the folder of a repository with several configurations
+    if task.hub and (folder / task.hub[-1]).is_dir():  # a repository with several configurations
         folder = folder / task.hub[-1]
     found = find_data(folder, flag)
     splits = {
@@ -123,7 +154,10 @@ def read_folder(task: Task, folder: Path, flag: str) -> tuple[dict[str, Split], 
 
 
 def flat(split: Split) -> Split:
-    """SQuAD's own files, articles of paragraphs of questions, as a row a question; the Hub's rows as they are."""
+    """Flatten SQuAD's original files (articles of paragraphs of questions) to one row per question.
+
+    Rows in the Hub's form, one per question already, are returned as they are.
+    """
     if "data" not in split.rows.column_names:
         return split
     from datasets import Dataset
@@ -147,13 +181,21 @@ def flat(split: Split) -> Split:
 
 
 def read_files(files: Sequence[str], folder: Path | None = None) -> Dataset:
-    """The rows of the files, which are all of one kind; UserError that names the one that cannot be read."""
+    """Read the rows of files of one kind.
+
+    Args:
+        files: paths.
+        folder: the folder that holds them, for the classes of images and for errors.
+
+    Raises:
+        UserError: names the file that cannot be read.
+    """
     import datasets
     import pyarrow
     from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes with the exception
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the exceptions hold the same text
     reader = reader_of(files[0])
     if reader == "images":
         return read_images(files, folder or Path(files[0]).parents[1])
@@ -173,7 +215,7 @@ def read_files(files: Sequence[str], folder: Path | None = None) -> Dataset:
         if len(files) > 1:
             for file in files:
                 read_files([file])
-        holds_none = Path(files[0]).read_bytes()[:64].strip() in (b"{}", b"[]")  # of which `datasets` says other things
+        holds_none = Path(files[0]).read_bytes()[:64].strip() in (b"{}", b"[]")  # `datasets` reports another cause
         raise UserError(
             f"{files[0] if len(files) == 1 else folder}: {'holds no rows' if holds_none else first_line(error)}"
         ) from error
@@ -181,14 +223,14 @@ def read_files(files: Sequence[str], folder: Path | None = None) -> Dataset:
 
 
 def check_text(file: Path) -> None:
-    """UserError for a file that is not UTF-8 to its end: `datasets` would find out when a row is asked for."""
+    """Raise UserError if a file is not UTF-8; `datasets` would notice only when a row is read."""
     with opened(file) as stream:
         while stream.read(2**20):
             pass
 
 
 def check_parquet(files: Sequence[str]) -> None:
-    """UserError for a file that is damaged, has two columns of one name, or, where it is the only one, no rows."""
+    """Raise UserError for a damaged file, two columns with the same name, or a single file without rows."""
     import pyarrow
     from pyarrow import parquet
 
@@ -203,7 +245,7 @@ def check_parquet(files: Sequence[str]) -> None:
 
 
 def read_tables(files: Sequence[str]) -> Dataset:
-    """The rows of csv files with the same columns."""
+    """Read csv files that must have the same columns."""
     from datasets import Dataset, concatenate_datasets
 
     tables = [read_csv(Path(file)) for file in files]
@@ -214,10 +256,16 @@ def read_tables(files: Sequence[str]) -> Dataset:
 
 
 def read_csv(file: Path) -> dict[str, list[str]]:
-    """Column name -> its cells as they are written; labels are read from them in `data_labels`.
+    """Read a csv file without interpreting its cells; `eval.data.labels` parses labels later.
 
-    pandas and `datasets` turn empty cells and words such as NA, null and None into missing values, guess the types of
-    every ten thousand rows anew, and take a first column too many for an index. Columns without a name are left out.
+    pandas and `datasets` are not used, because they turn empty cells and words such as NA, null and None into missing
+    values, guess types anew for every chunk of rows, and take an extra first column for an index.
+
+    Returns:
+        Column name -> its cells as text. Columns without a name are left out.
+
+    Raises:
+        UserError: names the file and the line.
     """
     csv.field_size_limit(2**31 - 1)
     with opened(file) as stream:
@@ -245,7 +293,7 @@ def read_csv(file: Path) -> dict[str, list[str]]:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """The text of a file, which may be compressed; within, UserError for what cannot be read or is not UTF-8."""
+    """Open a text file, which may be compressed; read errors inside the context become a UserError."""
     opener = OPENERS.get(file.suffix.lower(), open)
     try:
         with opener(file, "rt", newline="", encoding="utf-8-sig") as stream:
@@ -257,20 +305,20 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def delimiter(file: Path, header: str) -> str:
-    """What stands between the columns of a table: a tab in a .tsv; else commas, or semicolons or tabs without any."""
+    """Return the delimiter of a table: a tab for .tsv; else the first of comma, semicolon, tab in the header."""
     if ".tsv" in (suffix.lower() for suffix in file.suffixes):
         return "\t"
     return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def check_header(file: str, names: Sequence[str]) -> None:
-    """UserError where two columns have one name: only one of them would be seen."""
+    """Raise UserError if two columns have the same name, since one would hide the other."""
     if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
         raise UserError(f"{file}: has two columns called {twice}; rename or remove one")
 
 
 def read_images(files: Sequence[str], folder: Path) -> Dataset:
-    """Images whose folder is their class: columns image and label."""
+    """Read images whose folder is their class, as columns `image` and `label`."""
     from datasets import Dataset, Features, Image, Value
 
     features = Features(image=Image(), label=Value("string"))
@@ -279,7 +327,7 @@ def read_images(files: Sequence[str], folder: Path) -> Dataset:
 
 
 def read_hub(task: Task) -> dict[str, Split]:
-    """The splits of a Hub data set, from the cache when the Hub does not answer."""
+    """Read the splits of a Hub data set, from the cache if the Hub does not answer."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -298,7 +346,7 @@ def read_hub(task: Task) -> dict[str, Split]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the root cause: libraries wrap what the user needs to see."""
+    """Return the first line of an error's root cause, which libraries wrap in general messages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).splitlines()), type(error).__name__)

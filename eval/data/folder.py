@@ -1,4 +1,4 @@
-"""Which files of a local folder are its data, and which split each belongs to: their names alone decide."""
+"""Finds the data files of a local folder and their splits, by their names alone."""
 
 from __future__ import annotations
 
@@ -21,40 +21,43 @@ READERS: dict[str, str] = {
     ".txt": "text",
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"), "images"),
 }
-"""file suffix -> what reads it: a builder of `datasets`, or a function of `data_files`"""
+"""file suffix -> its reader, see `eval.data.files.read_files`"""
 COMPRESSED = (".gz", ".bz2", ".xz")
-"""suffixes that may stand behind those of csv, json and text files"""
+"""suffixes of compressed csv, json and text files, as in train.csv.gz"""
 FOREIGN = (
     *(".xlsx", ".xls", ".ods", ".arrow", ".feather", ".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite", ".tfrecord"),
     *(".npy", ".npz", ".pkl", ".pickle", ".pt", ".bin", ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z"),
 )
-"""suffixes of data that nothing here reads"""
+"""suffixes of data files that are not supported"""
 SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
-"""how the name of a split's file begins -> the split"""
+"""start of a file's name -> the split"""
 WORDS = {**SPLITS, "training": "train", **dict.fromkeys(("testing", "eval", "evaluation"), "test")}
-"""word in the name of a file or a folder -> the split"""
+"""word in the name of a file or folder -> the split"""
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]+)?$")
 IGNORED = re.compile(r"(README|config|dataset_info|dataset_infos|dataset_dict|state|metadata)\.\w+$")
-"""files that describe the data"""
+"""files that describe the data, and hold none"""
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The data of a folder."""
+    """The data files of a folder."""
 
     splits: dict[str, list[str]]
-    """split -> its files, all read alike"""
+    """split -> its files, all with the same reader"""
     notes: tuple[str, ...] = ()
-    """what is there and is not read, and what is missing"""
+    """files that are not read, and shards that are missing"""
 
     @property
     def first(self) -> Path:
-        """A file of the training split, or of another where there is none."""
+        """The first file of the training split, or of any other split if there is none."""
         return Path((self.splits.get("train") or next(iter(self.splits.values())))[0])
 
 
 def folder_kind(folder: Path) -> Kind:
-    """What a local folder is for: images, lines of text to continue, or tables of texts and labels. No data is read."""
+    """Return the kind of task that a local folder holds, without reading data.
+
+    Image files, or a parquet file with an image column, make it "image", text files "lm", other tables "text".
+    """
     file = find_data(folder, "--task").first
     reader = reader_of(file)
     if reader == "images" or (reader == "parquet" and image_columns(file)):
@@ -63,14 +66,18 @@ def folder_kind(folder: Path) -> Kind:
 
 
 def find_data(folder: Path, flag: str) -> DataFiles:
-    """The files of each split.
+    """Find the files of each split.
 
-    Tables called after splits (train.csv, validation.jsonl.gz, ...) come first. Else images in a folder for each class,
-    or files whose longer names or whose folders tell of a split. One set of files without any such name is all for
-    training.
+    Tables named after splits (train.csv, validation.jsonl.gz, ...) take precedence. Otherwise images in one folder per
+    class are used, or tables with the name of a split somewhere in their names or folders. Without any such name, all
+    files are training data.
+
+    Args:
+        folder: the folder to search, with its sub-folders.
+        flag: the flag that names it, for errors.
 
     Raises:
-        UserError: where nothing is found, a split is there twice, or a file cannot be one.
+        UserError: if nothing is found, two files hold the same split, or a split's file has an unsupported format.
     """
     files = sorted(walk(folder, flag))
     readable = [file for file in files if reader_of(file)]
@@ -98,13 +105,18 @@ def find_data(folder: Path, flag: str) -> DataFiles:
 
 
 def walk(folder: Path, flag: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Every file below the folder that may hold data, links followed. What stands above the folder does not count.
+    """Yield every file below a folder that may hold data. Follows symlinks.
+
+    Args:
+        folder: where to start.
+        flag: the flag that names it, for errors.
+        above: resolved paths of the folders on the way here, to detect symlink cycles.
 
     Raises:
-        UserError: for what is called like data and is no file that can be read to its end: a link to nothing, a FIFO.
+        UserError: for a data file's name that is a folder, a broken link or no regular file, such as a FIFO.
     """
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it stands in
+    if real in above:  # a symlink to one of its parents
         return
     try:
         entries = list(os.scandir(folder))
@@ -118,7 +130,7 @@ def walk(folder: Path, flag: str, above: tuple[str, ...] = ()) -> Iterator[Path]
             if reader_of(path) and split_name(path):
                 raise UserError(f"{path}: is a folder, not a file; rename it or move its files out")
             yield from walk(path, flag, (*above, real))
-        elif os.path.isfile(path):  # False, not an error, for links that lead nowhere or to themselves
+        elif os.path.isfile(path):  # False for broken and circular links
             yield path
         elif reader_of(path):
             problem = "links to a file that is not there" if entry.is_symlink() else "is no regular file"
@@ -126,7 +138,7 @@ def walk(folder: Path, flag: str, above: tuple[str, ...] = ()) -> Iterator[Path]
 
 
 def grouped(pairs: Iterator[tuple[str, Path]]) -> dict[str, list[Path]]:
-    """(split, file) pairs as split -> files; files without a split are left out."""
+    """Group (split, file) pairs by split; files without a split are left out."""
     groups: dict[str, list[Path]] = {}
     for name, file in pairs:
         if name:
@@ -135,7 +147,13 @@ def grouped(pairs: Iterator[tuple[str, Path]]) -> dict[str, list[Path]]:
 
 
 def loosely_named(tables: Sequence[Path], folder: Path, flag: str) -> dict[str, list[Path]]:
-    """Tables by a word in their names, else by their folders. Texts beside other tables are taken for remarks."""
+    """Group tables by the split that a word of their names, or else their folders, mentions.
+
+    Next to other tables, text files are ignored: they are usually notes.
+
+    Raises:
+        UserError: if the files of a split need different readers.
+    """
     tables = [file for file in tables if reader_of(file) != "text"] or tables
     found = grouped((split_word(stem(file)) or split_folder(file, folder)[0], file) for file in tables)
     splits = found or {"train": list(tables)}
@@ -151,7 +169,7 @@ def loosely_named(tables: Sequence[Path], folder: Path, flag: str) -> dict[str, 
 
 
 def one_set(name: str, files: list[Path], folder: Path, flag: str) -> list[Path]:
-    """The files of a split: one, or the shards of one. UserError where there are two."""
+    """Return the files of a split unchanged if they are one file or its shards; else raise UserError."""
     sets = {(file.parent, SHARD.sub("", stem(file)), "".join(file.suffixes[-2:])): file for file in files}
     if len(sets) > 1:
         first, second, *_ = (str(file.relative_to(folder)) for file in sets.values())
@@ -160,7 +178,7 @@ def one_set(name: str, files: list[Path], folder: Path, flag: str) -> list[Path]
 
 
 def missing_shards(splits: dict[str, list[Path]]) -> Iterator[str]:
-    """A line for each split of which shards are not there."""
+    """Yield a note for each split that lacks shards."""
     for name, files in splits.items():
         shard = SHARD.search(stem(files[0]))
         if shard and len(files) < int(shard[1]):
@@ -168,13 +186,13 @@ def missing_shards(splits: dict[str, list[Path]]) -> Iterator[str]:
 
 
 def unused_note(files: Sequence[Path], folder: Path) -> list[str]:
-    """A line that tells which files are not read, if any."""
+    """Return a note on the files that are not read; an empty list if there are none."""
     names = [file.relative_to(folder).as_posix() for file in files]
     return [f"not read: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"] if names else []
 
 
 def reader_of(file: str | Path) -> str:
-    """What reads the file, "" if nothing does."""
+    """Return the reader of a file, "" if its format is not supported."""
     suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         reader = READERS.get(suffixes[-2], "") if len(suffixes) > 1 else ""
@@ -183,26 +201,33 @@ def reader_of(file: str | Path) -> str:
 
 
 def stem(file: Path) -> str:
-    """The name without the suffixes of files of data: train.csv.gz -> train, train-v1.1.json -> train-v1.1."""
+    """Remove the suffixes of data files from a name: train.csv.gz -> train, train-v1.1.json -> train-v1.1."""
     while file.suffix.lower() in (*READERS, *COMPRESSED, *FOREIGN):
         file = file.with_suffix("")
     return file.name
 
 
 def split_name(file: Path) -> str:
-    """train-00000-of-00002.parquet -> train, dev_matched.tsv -> validation_matched, notes.csv -> ""."""
+    """Return the split that a file is named after, "" if none.
+
+    train-00000-of-00002.parquet -> train, dev_matched.tsv -> validation_matched, notes.csv -> "".
+    """
     first, *rest = SHARD.sub("", stem(file)).lower().split("_")
     return "_".join([SPLITS[first], *rest]) if first in SPLITS else ""
 
 
 def split_word(name: str) -> str:
-    """The split that a word of the name tells of: reviews-train -> train; "" if none does, or several."""
+    """Return the split that a name mentions as a word: reviews-train -> train; "" if none or several."""
     found = {WORDS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in WORDS}
     return found.pop() if len(found) == 1 else ""
 
 
 def split_folder(file: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
-    """(split that the outermost folder above the file tells of, the folders below that); ("", all) if none does."""
+    """Find the outermost folder above a file, within `folder`, that mentions a split.
+
+    Returns:
+        The split and the names of the folders below that one; ("", all folders) if none mentions a split.
+    """
     parts = file.relative_to(folder).parts[:-1]
     for place, part in enumerate(parts):
         if split := split_word(part):
@@ -211,7 +236,7 @@ def split_folder(file: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def class_folder(file: Path, folder: Path) -> str:
-    """The class of an image: the folder below its split's, or its own where no folder is called after a split."""
+    """Return the class of an image: the folder below its split's, or else its parent folder."""
     split, below = split_folder(file, folder)
     if not below:
         raise UserError(f"{file}: stands in no class's folder; images go to {split or 'train'}/CLASS/{file.name}")
@@ -219,7 +244,7 @@ def class_folder(file: Path, folder: Path) -> str:
 
 
 def image_columns(file: Path) -> list[str]:
-    """The columns of a parquet file that hold images: a struct of bytes and path, as the Hub writes them."""
+    """Return the columns of a parquet file that hold images: structs with `bytes`, as the Hub writes them."""
     from pyarrow import ArrowException, parquet, types
 
     try:

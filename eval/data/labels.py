@@ -1,4 +1,4 @@
-"""Labels as they stand in files -> class numbers from 0, or values for regression."""
+"""Converts labels as written in files to class numbers from 0, or to values for regression."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from typing import Any
 
 from quant.errors import UserError
 
-MANY = 20
-"""most classes that may stand in about one row each: more such labels are something else, texts or numbers of rows"""
+MAX_RARE_CLASSES = 20
+"""most classes if there are fewer than two rows per class; more are taken for texts or row numbers, and refused"""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How the labels of a task are read: class names with what stands for them, or any number for regression."""
+    """How the labels of a task are read: as one of the named classes, or as a number for regression."""
 
     names: tuple[str, ...]
     numbers: Mapping[Any, int]
     """cell -> class number; empty for regression"""
     regression: bool = False
     words: bool = False
-    """whether cells are the classes' names as they are written, however much one of them looks like a number"""
+    """whether cells are compared as text, even if some look like numbers"""
     notes: tuple[str, ...] = ()
 
     def number(self, cell: Any) -> int | float:
-        """ValueError, saying why, for a cell that is no label."""
+        """Convert a cell to its class number, or to its value for regression.
+
+        Raises:
+            ValueError: says why the cell is not a label.
+        """
         value = written(cell) if self.words else plain(cell)
         if self.regression:
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -42,21 +46,22 @@ class Labels:
 
 
 def is_missing(cell: Any) -> bool:
-    """Whether a cell holds nothing."""
+    """Return whether a cell is None, blank or NaN."""
     return (
         cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell))
     )
 
 
 def is_hidden(cell: Any) -> bool:
-    """Whether a cell is how data sets write that a label is not given: nothing, or -1."""
+    """Return whether a cell marks a withheld label, as in the test splits of GLUE: empty, or -1."""
     return is_missing(cell) or cell in (-1, "-1")
 
 
 def plain(cell: Any) -> Any:
-    """The number that a cell is written as, whole numbers as int; other text without spaces around it.
+    """Convert a cell to the number it denotes, whole ones as int; else to its text without surrounding spaces.
 
-    ValueError for lists and the like: a row has one label.
+    Raises:
+        ValueError: for lists, dicts and bytes.
     """
     if isinstance(cell, list | dict | tuple | bytes):
         raise ValueError(f"{str(cell)[:60]} is no label: a row has one class or one number")
@@ -71,20 +76,23 @@ def plain(cell: Any) -> Any:
 
 
 def written(cell: Any) -> str:
-    """A cell as the name of a class."""
+    """Convert a cell to the name of a class."""
     return str(plain(cell)) if not isinstance(cell, str) else cell.strip()
 
 
 def labels_of(
     cells: Sequence[Any], names: Sequence[str] | None, regression: bool, place: Callable[[int], str]
 ) -> Labels:
-    """How to read the labels of a training split.
+    """Find out how to read labels from those of the training split.
 
     Args:
-        cells: as they are in the files; numbers may be written as text.
-        names: the classes where the files name them, in the order of their numbers.
-        regression: whether the task is known to be one; fractions make it one too.
-        place: row -> what an error calls it.
+        cells: the labels as written in the files; numbers may be text.
+        names: names of the classes in the order of their numbers, if the files have them.
+        regression: whether the task is known to be a regression; labels with fractions make it one too.
+        place: row -> its description in errors.
+
+    Raises:
+        UserError: names the row whose label does not fit the others.
     """
     if regression:
         return Labels((), {}, regression=True)
@@ -98,7 +106,7 @@ def labels_of(
             except ValueError as error:
                 raise UserError(f"{place(row)}: {error}") from None
     counts = Counter(value for _, value in given)
-    if hides := counts[-1] == 1 and len(counts) > 2:  # a row without a label among those of several classes
+    if hides := counts[-1] == 1 and len(counts) > 2:  # a single -1 marks a missing label
         given = [(row, value) for row, value in given if value != -1]
     words = [(row, value) for row, value in given if not isinstance(value, int | float)]
     numbers = [(row, value) for row, value in given if isinstance(value, int | float)]
@@ -122,9 +130,19 @@ def labels_of(
 def check_whole(
     numbers: Sequence[tuple[int, Any]], values: Sequence[int], counts: Mapping[Any, int], place: Callable[[int], str]
 ) -> None:
-    """UserError for a whole number that is no class: out of the range of the others, and in one row alone.
+    """Check that whole numbers are plausible classes.
 
-    Classes are numbered from 0 or 1, or are -1, 0 and 1; any others (years, say) stand in several rows each.
+    Classes may be numbered from 0 or from 1, or be -1, 0 and 1. Any other number, such as a year, must occur in
+    several rows.
+
+    Args:
+        numbers: (row, label) of every numeric label.
+        values: the distinct labels in ascending order.
+        counts: label -> number of rows.
+        place: row -> its description in errors.
+
+    Raises:
+        UserError: names the row of an implausible label.
     """
     first = max(min(values[0], 1), 0) if values else 0
     usual = range(first, first + len(values)) if set(values) - {-1, 0, 1} else (-1, 0, 1)
@@ -137,11 +155,11 @@ def check_whole(
 
 
 def checked(labels: Labels, given: Sequence[Any]) -> Labels:
-    """UserError where there is nothing to tell apart, or hardly two of the given labels are the same."""
+    """Return the labels unchanged; raise UserError if there is only one class, or nearly one class per row."""
     count = len(labels.names)
     if count < 2:
         raise UserError(f"the training labels are all the same: {', '.join(labels.names) or '(none)'}")
-    if count > MANY and 2 * count > len(given):
+    if count > MAX_RARE_CLASSES and 2 * count > len(given):
         raise UserError(
             f"--label_column: {count} different labels in {len(given)} rows are no classes; name another column"
         )

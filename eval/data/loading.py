@@ -1,6 +1,6 @@
-"""From a task's name to its rows, and from rows to a model's inputs.
+"""Loads the data of a task by name, and prepares it as inputs of a model.
 
-Nothing heavy is imported before rows are read: `find_task` refuses wrong names at once.
+Heavy packages are imported only when rows are read, so that `find_task` refuses wrong names at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def find_task(name: str) -> Task:
-    """The task called `name`, or what the local folder of that name holds: its columns are known once it is read."""
+    """Return the task called `name`, or one that describes the local folder of that name.
+
+    The columns of a folder's task are filled in when its data is read.
+
+    Raises:
+        UserError: if there is no such task or folder.
+    """
     if name in TASKS:
         return TASKS[name]
     folder = Path(name).expanduser()
@@ -35,14 +41,20 @@ def find_task(name: str) -> Task:
 
 
 def task_kind(name: str) -> Kind:
-    """What the task is, see `Kind`. UserError where `name` is neither a task nor a folder."""
+    """Return the kind of a task; raise UserError if `name` is neither a task nor a folder."""
     return find_task(name).kind
 
 
 def load_task(config: Any) -> TaskData:
-    """Read the data of `config.task`: embedded, from `config.data_dir`, or from the Hub. UserError on anything wrong.
+    """Read and check the data of `config.task`: built in, from `config.data_dir`, or from the Hub.
 
-    Which rows a subset holds is part of the task: it depends on the sizes asked for, never on the run's seed.
+    The rows of a subset depend on its size alone, not on the run's seed, so that all runs use the same data.
+
+    Args:
+        config: a `RunConfig`, or any object with some of its fields.
+
+    Raises:
+        UserError: names the flag, or the file and row.
     """
     from eval.data.checks import check_split, read_labels, training_split, usable_splits, with_columns
     from eval.data.dataset import TaskData
@@ -52,7 +64,7 @@ def load_task(config: Any) -> TaskData:
     splits, unread = read_splits(task, config)
     task = with_columns(task, training_split(splits).rows.features, config)
     train, validation, notes = usable_splits(task, splits)
-    labels = read_labels(task, training_split(splits))  # with the rows that are held out, where some are
+    labels = read_labels(task, training_split(splits))  # including rows that are held out
     if labels.regression and not task.regression:
         task = replace(task, regression=True, metrics=TASKS["stsb"].metrics)
     ratio = config.subset_ratio if getattr(config, "use_subset", False) else 1.0
@@ -75,7 +87,7 @@ def load_task(config: Any) -> TaskData:
 
 
 def prepare(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
-    """`data` as inputs of `bundle.model`: tokens padded per batch, or normalised images."""
+    """Prepare rows as inputs of `bundle.model`: tokens padded per batch, or normalised images."""
     if data.kind == "image":
         from eval.data.vision import prepare_images
 

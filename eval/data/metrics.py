@@ -1,4 +1,4 @@
-"""What a task reports, in GLUE's own metrics: functions of numpy predictions and labels. Nothing needs the network."""
+"""The metrics of GLUE, SQuAD and ROUGE as functions of numpy arrays or texts; none needs the network."""
 
 from __future__ import annotations
 
@@ -11,56 +11,58 @@ import numpy as np
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Share of predictions (N,) that equal the labels (N,)."""
     return float((predictions == labels).mean())
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """F1 of class 1, as GLUE has it for paraphrases."""
+    """F1 of class 1, as GLUE defines it for MRPC and QQP; 0 if it is undefined."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, zero_division=0.0))
 
 
 def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews correlation coefficient, GLUE's metric of CoLA."""
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """0 where either side is constant: there is nothing to correlate, and NaN would pass every comparison."""
+    """Pearson correlation; 0 instead of NaN if either side is constant."""
     from scipy.stats import pearsonr
 
     return float(pearsonr(predictions, labels).statistic) if np.ptp(predictions) and np.ptp(labels) else 0.0
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """0 where either side is constant."""
+    """Spearman rank correlation; 0 instead of NaN if either side is constant."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(predictions, labels).statistic) if np.ptp(predictions) and np.ptp(labels) else 0.0
 
 
 def words_of(answer: str) -> list[str]:
-    """SQuAD's normalisation: lower case, no punctuation, no articles."""
+    """Split an answer into words after SQuAD's normalisation: lower case, no punctuation, no articles."""
     kept = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
 def exact_match(answer: str, truth: str) -> float:
-    """1 where both are the same words, see `words_of`."""
+    """1 if both answers have the same words (see `words_of`), else 0."""
     return float(words_of(answer) == words_of(truth))
 
 
 def token_f1(answer: str, truth: str) -> float:
-    """SQuAD's F1 of the words, counted as often as both have them; without any words, whether both have none."""
+    """SQuAD's F1 over the multisets of words; if either answer has no words, 1 if both have none, else 0."""
     said, right = words_of(answer), words_of(truth)
     common = (Counter(said) & Counter(right)).total()
     return 2 * common / (len(said) + len(right)) if said and right else float(said == right)
 
 
 def rouge(summaries: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming."""
+    """Compute the mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ("rouge1", "rouge2", "rougeL")
@@ -75,9 +77,15 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def score(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Each named metric of logits (N, classes) or regression values (N, 1) against labels (N,).
+    """Compute metrics of logits.
 
-    NaN where a logit is not finite: the argmax of NaN is a class like any other and would hide a diverged model.
+    Args:
+        names: names of `METRICS`.
+        logits: (N, classes), or (N, 1) for regression.
+        labels: (N,).
+
+    Returns:
+        Metric name -> value; all NaN if any logit is not finite, because argmax would hide that the model diverged.
     """
     if not np.isfinite(logits).all():
         return dict.fromkeys(names, float("nan"))
@@ -86,7 +94,11 @@ def score(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[
 
 
 def perplexity(scores: np.ndarray) -> dict[str, float]:
-    """Of `task_text.token_scores` (N, length, 2): exp of the mean over all tokens, whatever batches they came in."""
+    """Compute perplexity and next-token accuracy, averaged over all tokens rather than over batches.
+
+    Args:
+        scores: (N, length, 2), see `eval.data.text.token_scores`.
+    """
     losses, hits = scores[..., 0].astype(np.float64), scores[..., 1]
-    counted = losses >= 0  # padding is marked with -1 by the Trainer's concatenation and -100
+    counted = losses >= 0  # padding is -1 from `token_scores`, and -100 where the Trainer concatenates batches
     return {"perplexity": float(np.exp(losses[counted].mean())), "accuracy": float(hits[counted].mean())}

@@ -1,4 +1,7 @@
-"""Questions about a context: which span answers them. Long contexts are read in overlapping pieces."""
+"""Extractive question answering: finds the span of a context that answers a question.
+
+A context longer than the model's input is split into overlapping pieces.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +20,32 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
 
 LONGEST_ANSWER = 30
-"""tokens of an answer, as in the published evaluations of SQuAD"""
+"""most tokens of an answer, as in the published evaluations of SQuAD"""
 OVERLAP = 0.35
-"""share of a piece that the next one repeats: 128 of 384 tokens, as published"""
+"""share of a piece that overlaps with the next one; close to the published 128 of 384 tokens"""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where the pieces of a split come from: one entry each."""
+    """Where the pieces of a split come from; each list has one entry per piece."""
 
     row: list[int]
+    """row of the question"""
     offsets: list[np.ndarray]
-    """(tokens, 2) characters of the context; (-1, -1) for tokens that are not of the context"""
+    """(tokens, 2): first and last character in the context; (-1, -1) for tokens outside of the context"""
 
 
 @dataclass(frozen=True)
-class SpanJudge:
-    """Exact match and F1 of the best span of each question, as SQuAD's own script counts them."""
+class SpanMetrics:
+    """Computes exact match and F1 of the best span of each question, as SQuAD's official script does."""
 
     contexts: Sequence[str]
     answers: Sequence[list[str]]
-    """right answers; none: the question has no answer, which the first token's score stands for (SQuAD 2.0)"""
+    """accepted answers of each question; an empty list for an unanswerable one (SQuAD 2.0)"""
     pieces: Pieces
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """predictions: (start, end) logits, each (pieces, tokens). NaN where a logit is not finite."""
+        """Compute the metrics of (start, end) logits, each (pieces, tokens); NaN if a logit is not finite."""
         starts, ends = (np.asarray(logits) for logits in prediction.predictions[:2])
         if not (np.isfinite(starts).all() and np.isfinite(ends).all()):
             return {"f1": float("nan"), "exact_match": float("nan")}
@@ -55,7 +59,15 @@ class SpanJudge:
         }
 
     def texts(self, starts: np.ndarray, ends: np.ndarray) -> list[str]:
-        """The best answer of each question; '' where unanswerable ones exist and that is more likely."""
+        """Return the best answer of each question as text.
+
+        If the split has unanswerable questions, the answer is '' where the first token's score (start + end), which
+        stands for "no answer", exceeds that of the best span.
+
+        Args:
+            starts: logits (pieces, tokens) of the first token.
+            ends: logits (pieces, tokens) of the last token.
+        """
         best = [(-np.inf, "")] * len(self.contexts)
         nothing = np.full(len(self.contexts), np.inf)
         for piece, (row, offsets) in enumerate(zip(self.pieces.row, self.pieces.offsets, strict=True)):
@@ -69,9 +81,15 @@ class SpanJudge:
 
 
 def best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray) -> tuple[float, int, int]:
-    """(score, first token, last token) of the span of at most `LONGEST_ANSWER` tokens with the largest start + end.
+    """Find the span of at most `LONGEST_ANSWER` tokens with the largest sum of start and end logits.
 
-    start, end: logits (tokens,); allowed: bool (tokens,). The score is -inf where no token is allowed.
+    Args:
+        start: logits (tokens,) of the first token.
+        end: logits (tokens,) of the last token.
+        allowed: bool (tokens,), which tokens a span may consist of.
+
+    Returns:
+        (score, first token, last token); the score is -inf if no token is allowed.
     """
     scores = start[:, None].astype(np.float64) + end[None, :]
     length = np.arange(len(end))[None, :] - np.arange(len(start))[:, None]
@@ -82,16 +100,16 @@ def best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray) -> tuple[
 
 
 def prepare_questions(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
-    """Pieces of at most `config.max_length` tokens, each with the first and last token of its answer.
+    """Split questions and contexts into pieces of at most `config.max_length` tokens.
 
-    Where the answer lies outside the piece, or there is none, both are the first token.
+    The labels of a piece are the first and last token of its answer; both are 0 if the piece does not hold the answer.
     """
     tokenizer, length, charged = text_tokenizer(data, bundle, config)
     train, _ = encode(data, data.train, tokenizer, length)
-    validation, judges = {}, {}
+    validation, split_metrics = {}, {}
     for name, split in data.validation.items():
         validation[name], pieces = encode(data, split, tokenizer, length)
-        judges[name] = SpanJudge(
+        split_metrics[name] = SpanMetrics(
             split[data.task.inputs[1]][:], [answers["text"] for answers in split[data.task.label]], pieces
         )
     notes = [f"{len(data.train)} training questions make {len(train)} pieces of at most {length} tokens"]
@@ -100,13 +118,17 @@ def prepare_questions(data: TaskData, bundle: ModelBundle, config: Any) -> Prepa
         validation,
         PadCollator(tokenizer.pad_token_id, length),
         example_tokens(tokenizer, (1, charged), train.column_names),
-        judges=judges,
+        split_metrics=split_metrics,
         notes=notes if len(train) > len(data.train) else [],
     )
 
 
 def encode(data: TaskData, split: Any, tokenizer: Any, length: int) -> tuple[Any, Pieces]:
-    """A data set of the split's pieces, and where they come from."""
+    """Tokenize a split into pieces of at most `length` tokens.
+
+    Returns:
+        A `datasets.Dataset` with one row per piece, and where the pieces come from.
+    """
     from datasets import Dataset
 
     question, context = data.task.inputs
@@ -133,7 +155,15 @@ def encode(data: TaskData, split: Any, tokenizer: Any, length: int) -> tuple[Any
 
 
 def span_of(answers: dict[str, list[Any]], offsets: np.ndarray) -> tuple[int, int]:
-    """First and last token of the first answer; (0, 0) where the piece does not hold all of it."""
+    """Find the first accepted answer in a piece.
+
+    Args:
+        answers: SQuAD's {text: [...], answer_start: [...]}.
+        offsets: (tokens, 2), see `Pieces`.
+
+    Returns:
+        Its first and last token; (0, 0) if the piece does not hold all of it.
+    """
     if not answers["text"]:
         return 0, 0
     low = answers["answer_start"][0]

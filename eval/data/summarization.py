@@ -1,4 +1,4 @@
-"""Summaries: the model is trained on reference texts, and evaluated on the texts that it writes itself."""
+"""Summarization: trains on reference summaries, and evaluates the summaries that the model generates."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from quant.module_utils import evaluating
 
 @dataclass(frozen=True)
 class SummaryCollator:
-    """Inputs padded as by `PadCollator`; summaries padded apart, to a length of their own."""
+    """Pads inputs and summaries separately, each to its own length."""
 
     inputs: PadCollator
     targets: PadCollator
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Batch items with token lists: inputs (B, length) and labels (B, target length)."""
         sources = [{key: value for key, value in item.items() if key != "labels"} for item in items]
         targets = [{"input_ids": item["labels"], "labels": item["labels"]} for item in items]
         return {**self.inputs(sources), "labels": self.targets(targets)["labels"]}
@@ -31,17 +32,23 @@ class SummaryCollator:
 
 @dataclass(frozen=True)
 class Writer:
-    """Has a model write a summary of every text of a split, and compares them with the references."""
+    """Generates a summary of every text of a split, and compares the summaries with the references."""
 
     tokenizer: Any
     references: dict[str, Sequence[str]]
     max_length: int
     num_beams: int | None
-    """None: as many as the model's own settings say"""
+    """None: as in the model's own generation config"""
 
     @torch.no_grad()
     def __call__(self, name: str, model: nn.Module, batches: Any) -> dict[str, float]:
-        """ROUGE of split `name`, whose `batches` come in its order; the model runs in eval mode."""
+        """Compute ROUGE of a split; the model runs in eval mode.
+
+        Args:
+            name: the split.
+            model: the model.
+            batches: the batches of the split, in order.
+        """
         texts: list[str] = []
         with evaluating(model):
             for batch in batches:
@@ -49,17 +56,17 @@ class Writer:
         return rouge(texts, self.references[name])
 
     def write(self, model: Any, batch: dict[str, Tensor]) -> list[str]:
-        """A summary of each input."""
+        """Generate a summary of each input of a batch."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         beams = {} if self.num_beams is None else {"num_beams": self.num_beams}
-        # The model's own length limits are for its published task; `max_length` is what the user asked for.
+        # The model's own length limits belong to its published task; the user's `max_length` replaces them.
         limits = {"max_new_tokens": self.max_length, "max_length": None, "min_length": 0}
         written = model.generate(**inputs, **limits, **beams, use_cache=True, do_sample=False)
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
 def prepare_summaries(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
-    """Texts of at most `config.max_length` tokens, summaries of at most `config.max_target_length`."""
+    """Tokenize texts, cut to `config.max_length` tokens, and summaries, cut to `config.max_target_length`."""
     tokenizer, length, charged = text_tokenizer(data, bundle, config)
     longest = min(getattr(config, "max_target_length", None) or 128, bundle.max_length)
     (source,), label = data.task.inputs, data.task.label

@@ -1,8 +1,8 @@
-"""Images as a model's inputs: decoded once to bytes, augmented and normalised batch by batch.
+"""Prepares images as a model's inputs: decodes them once to uint8, then augments and normalises them per batch.
 
-Augmentation draws from a generator seeded by the run's seed and the batch's own row numbers. The shuffle makes batches
-differ between epochs, so the augmentation does too, and a resumed run, which skips batches without loading them, meets
-the same images again. Neither the global random state nor a counter could promise that: the loader runs a batch ahead.
+Augmentation uses a generator seeded by the run's seed and the batch's row numbers. Batches, and with them the
+augmentation, differ between epochs because of the shuffle. A resumed run skips batches without loading them and still
+gets the same images. The global random state or a counter would not ensure that, since the loader prefetches.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from eval.modeling.bundle import ModelBundle, Pixels
 from quant.errors import UserError
 
 MEMORY_LIMIT = 2**30
-"""bytes of decoded images that are kept; larger sets are decoded at each access"""
+"""most bytes of decoded images to keep in memory; images of larger splits are decoded at each access"""
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, AttributeError, Image.DecompressionBombError)
-"""what PIL and datasets raise for files that are no images, end early, or are None"""
+"""what PIL and datasets raise for files that are no images, truncated, or None"""
 
 
 @dataclass(frozen=True)
 class View:
-    """How stored bytes become a model's input."""
+    """How a stored image is cropped, resized and normalised."""
 
     window: int
-    """side of the square that is cut out of a stored image"""
+    """side of the square that is cropped from a stored image"""
     size: int
     """side of the model's input; the window is resized to it"""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     padding: int = 0
-    """black border that the window may reach into when augmenting"""
+    """width of the black border for random crops"""
     flip: bool = False
 
 
@@ -52,9 +52,17 @@ class Images(Protocol):
 
 
 class ImageDataset(Dataset):
-    """Items `{"pixel_values": float32 (C, size, size), "labels": int64 ()}`.
+    """A dataset with items `{"pixel_values": float32 (C, size, size), "labels": int64 ()}`.
 
-    Batches are made whole in `__getitems__`, which torch's loader calls with the row numbers of a batch.
+    `__getitems__`, which torch's DataLoader calls with the row numbers of a batch, processes the batch as a whole.
+
+    Args:
+        images: the decoded images.
+        labels: int64 (N,).
+        view: how images become inputs.
+        augment: whether to crop and flip at random.
+        seed: seed of the augmentation.
+        rows: int64 (N,), the rows of `images` to use; None: all.
     """
 
     def __init__(
@@ -67,12 +75,12 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def select(self, indices: Sequence[int]) -> ImageDataset:
-        """The given items; they share the decoded images."""
+        """Return a dataset of the given items, which shares the decoded images."""
         kept = torch.as_tensor(np.asarray(indices), dtype=torch.long)
         return ImageDataset(self.images, self.labels[kept], self.view, self.augment, self.seed, self.rows[kept])
 
     def without_augmentation(self) -> ImageDataset:
-        """The same items, always seen alike."""
+        """Return the same items without augmentation."""
         return ImageDataset(self.images, self.labels, self.view, False, self.seed, self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -88,8 +96,16 @@ class ImageDataset(Dataset):
 
 
 def augment(images: Tensor, view: View, random: np.random.Generator) -> Tensor:
-    """Windows (B, C, window, window) at a random place of each padded image (B, C, side, side), half of
-    them mirrored."""
+    """Crop each padded image at a random place, and flip half of them if `view.flip`.
+
+    Args:
+        images: uint8 (B, C, side, side).
+        view: the window, padding and flip.
+        random: the source of randomness.
+
+    Returns:
+        uint8 (B, C, window, window).
+    """
     padded = functional.pad(images, [view.padding] * 4)
     places = padded.shape[-1] - view.window + 1
     top, left = torch.from_numpy(random.integers(0, places, (2, len(images))))
@@ -103,7 +119,7 @@ def augment(images: Tensor, view: View, random: np.random.Generator) -> Tensor:
 
 
 def to_input(images: Tensor, view: View) -> Tensor:
-    """uint8 (B, C, side, side) -> float32 (B, C, size, size): the central window, normalised, resized."""
+    """Crop the central window, normalise and resize it: uint8 (B, C, side, side) -> float32 (B, C, size, size)."""
     margin = (images.shape[-1] - view.window) // 2
     window = images[..., margin : margin + view.window, margin : margin + view.window]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
@@ -115,13 +131,14 @@ def to_input(images: Tensor, view: View) -> Tensor:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A row's image as uint8 (C, side, side): the shorter side resized to `side` where it differs, the middle kept."""
+    """Converts an image to uint8 (C, side, side): resizes its shorter side to `side`, then crops the center."""
 
     side: int
     channels: int
     resample: int
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """Convert one image."""
         image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != (self.side, self.side):
             scale = self.side / min(image.size)
@@ -133,7 +150,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class StoredImages:
-    """A split's images, decoded at each access."""
+    """The images of a split, decoded at each access."""
 
     split: Any
     column: str
@@ -144,7 +161,7 @@ class StoredImages:
         return torch.stack([self.decode(read_image(self.split, self.column, self.source, row)) for row in rows])
 
     def in_memory(self) -> Images:
-        """All of them decoded now, where they fit."""
+        """Decode all images now if they fit into `MEMORY_LIMIT`; else return self."""
         shape = (len(self.split), self.decode.channels, self.decode.side, self.decode.side)
         if math.prod(shape) > MEMORY_LIMIT:
             return self
@@ -155,7 +172,17 @@ class StoredImages:
 
 
 def read_image(split: Any, column: str, source: Source, row: int) -> Image.Image:
-    """The image of a row; UserError that names its file where it is none."""
+    """Read the image of a row.
+
+    Args:
+        split: a `datasets.Dataset`.
+        column: the column of the image.
+        source: where the rows come from, for errors.
+        row: the row's number.
+
+    Raises:
+        UserError: names the file if it is not a readable image.
+    """
     try:
         value = split[row][column]
         return value if isinstance(value, Image.Image) else Image.fromarray(np.asarray(value, dtype=np.uint8))
@@ -168,15 +195,26 @@ def read_image(split: Any, column: str, source: Source, row: int) -> Image.Image
 
 
 def native_side(split: Any, column: str, source: Source) -> int | None:
-    """The side of the split's images where the first ones are all the same square, else None."""
+    """Return the side of the images if the first 64 are squares of the same size, else None."""
     sizes = {read_image(split, column, source, row).size for row in range(min(len(split), 64))}
     width, height = next(iter(sizes))
     return width if len(sizes) == 1 and width == height else None
 
 
 def prepare_images(data: TaskData, bundle: ModelBundle, config: Any) -> PreparedData:
-    """Images no larger than the model's input keep their own size until a batch is made: 32x32 images for a 224x224
-    model are cropped with a 4 pixel border and then enlarged. Larger ones are stored at input size / crop_fraction."""
+    """Prepare the images of all splits.
+
+    Images no larger than the model's input are stored at their own size: for a 224x224 model, 32x32 images are cropped
+    with a border of 4 pixels and then enlarged. Larger images are stored at input size / crop_fraction.
+
+    Args:
+        data: the rows.
+        bundle: the model, with its input size and normalisation.
+        config: has `augment` and `seed`.
+
+    Raises:
+        UserError: if neither the model nor the data determines the input size.
+    """
     (column,) = data.columns
     native = native_side(data.train, column, data.sources["train"])
     size = bundle.image_size or native
@@ -202,5 +240,5 @@ def prepare_images(data: TaskData, bundle: ModelBundle, config: Any) -> Prepared
 
 
 def collate_images(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """`pixel_values` (B, C, size, size) and `labels` (B,)."""
+    """Stack items to `pixel_values` (B, C, size, size) and `labels` (B,)."""
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}

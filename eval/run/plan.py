@@ -45,7 +45,7 @@ class Plan:
     @property
     def compute_metrics(self) -> Any:
         """Metrics for the Trainer; None if metrics need the texts of a split, see `eval.run.trainer.evaluate`."""
-        own = self.prepared.judges or self.prepared.writer
+        own = self.prepared.split_metrics or self.prepared.writer
         return None if own else self.data.compute_metrics
 
     @property

@@ -223,8 +223,8 @@ def evaluate(
     metrics = {}
     compute_metrics = trainer.compute_metrics
     for name, split in plan.prepared.validation.items():
-        if name in plan.prepared.judges:
-            trainer.compute_metrics = plan.prepared.judges[name]
+        if name in plan.prepared.split_metrics:
+            trainer.compute_metrics = plan.prepared.split_metrics[name]
         elif compute_metrics is not None and answers is not None:
             trainer.compute_metrics = partial(_compute_and_record, compute_metrics, plan, name, answers)
         prefixed = trainer.evaluate(split, metric_key_prefix=name)
@@ -235,7 +235,7 @@ def evaluate(
                 size = -(-len(split) // trainer.args.per_device_eval_batch_size)
                 batches = counted(trainer.batches_of(split), size, f"writing answers for {name}", trainer.tell)
                 kept |= plan.prepared.writer(name, trainer.model, batches)
-        metrics[name] = {**kept, "n": len(plan.data.validation[name] if name in plan.prepared.judges else split)}
+        metrics[name] = {**kept, "n": len(plan.data.validation[name] if name in plan.prepared.split_metrics else split)}
     trainer.compute_metrics = compute_metrics
     return metrics
 

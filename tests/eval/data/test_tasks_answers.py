@@ -11,7 +11,7 @@ from transformers import BartConfig
 from eval.config.parser import parse
 from eval.data.loading import load_task
 from eval.data.metrics import exact_match, rouge, token_f1
-from eval.data.question_answering import Pieces, SpanJudge, best_span, span_of
+from eval.data.question_answering import Pieces, SpanMetrics, best_span, span_of
 from eval.eval_run import run
 from eval.run.plan import make_plan
 from eval.saved_model import load_model
@@ -103,10 +103,10 @@ def test_right_logits_give_the_right_answers(squad, bart, tmp_path, model):
     for row, piece in enumerate(pieces):
         if piece["start_positions"]:
             starts[row, piece["start_positions"]] = ends[row, piece["end_positions"]] = 5.0
-    judged = prepared.judges["validation"](SimpleNamespace(predictions=(starts, ends)))
+    judged = prepared.split_metrics["validation"](SimpleNamespace(predictions=(starts, ends)))
     assert judged == {"f1": 1.0, "exact_match": 1.0}
     starts[0, 0] = np.nan
-    assert np.isnan(prepared.judges["validation"](SimpleNamespace(predictions=(starts, ends)))["f1"])
+    assert np.isnan(prepared.split_metrics["validation"](SimpleNamespace(predictions=(starts, ends)))["f1"])
 
 
 def test_the_best_span_is_brute_forces():
@@ -121,10 +121,10 @@ def test_the_best_span_is_brute_forces():
 
 def test_questions_without_an_answer():
     offsets = np.array([[-1, -1], [0, 4], [5, 9]])
-    judge = SpanJudge(["Rome Oslo"] * 2, [["Oslo"], []], Pieces([0, 1], [offsets, offsets]))
+    metrics = SpanMetrics(["Rome Oslo"] * 2, [["Oslo"], []], Pieces([0, 1], [offsets, offsets]))
     starts = np.array([[0.0, 1, 5], [9, 1, 2]])
-    assert judge.texts(starts, starts) == ["Oslo", ""]
-    assert judge(SimpleNamespace(predictions=(starts, starts))) == {"f1": 1.0, "exact_match": 1.0}
+    assert metrics.texts(starts, starts) == ["Oslo", ""]
+    assert metrics(SimpleNamespace(predictions=(starts, starts))) == {"f1": 1.0, "exact_match": 1.0}
     assert span_of({"text": [], "answer_start": []}, offsets) == (0, 0)
     assert span_of({"text": ["Oslo"], "answer_start": [5]}, offsets) == (2, 2)
 
