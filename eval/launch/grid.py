@@ -11,7 +11,7 @@ from typing import Any
 from eval.config.effects import without_idle
 from eval.config.files import is_path
 from eval.config.parser import complete, read_values, read_yaml
-from eval.config.quant_yaml import PLACED
+from eval.config.quant_yaml import TENSOR_FLAGS
 from eval.config.run_config import GRID_FLAGS, RUN_FILE, LauncherFlags, RunConfig
 from eval.report.records import PLACE_SETTINGS, Excluded, Run, read_run
 from quant.errors import UserError
@@ -92,7 +92,14 @@ _SEARCH = ("search", "block_search", "single_decision", "fuse_groups")
 _BITS = ("bits", "weight_bits", "activation_bits")
 _LIMITS = ("max_memory", "max_compute", "max_latency", "latency_target")
 _BUDGET = ("cost_target", "target_bits", "max_drop", *_LIMITS, "verify_retrain")
-_NOT_IN_FLOAT = ("distill", "gamma_migration", "smooth_quant", "smooth_quant_alpha", "high_precision_ops", *PLACED)
+_NOT_IN_FLOAT = (
+    "distill",
+    "gamma_migration",
+    "smooth_quant",
+    "smooth_quant_alpha",
+    "high_precision_ops",
+    *TENSOR_FLAGS,
+)
 
 
 def _fit_method(run: RunConfig) -> RunConfig:
