@@ -14,22 +14,20 @@ if __name__ == "__main__":  # before all that needs them
 
     require_packages()
 
-import csv
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from eval.config.parser import entry, parse, read_flags
+from eval.run.sensitivities import FILE, Columns, choice_names, write_csv
 from quant.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.reinforce_trainer import ReinforceTrainer
 
 KINDS = ("measured", "fisher", "trace", "eigenvalue")
-Columns: TypeAlias = dict[str, list[tuple[float, float | None]]]
-"""title -> per decision (value, standard error or spread; None without one)"""
 
 
 def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
@@ -41,7 +39,7 @@ def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
     from trainer.search.baselines import sensitivities
 
     space, modules, evaluator = trainer.space, trainer.modules, trainer.evaluator
-    formats = [weight.name if weight == act else f"{weight}/{act}" for weight, act in space.decisions[0].choices]
+    formats = choice_names(space)
     columns: Columns = {}
     if "measured" in kinds:
         told = evaluator.measure()
@@ -120,15 +118,6 @@ def draw(names: Sequence[str], columns: Columns, path: Path) -> None:
         figure.savefig(path)
 
 
-def write_csv(names: Sequence[str], columns: Columns, path: Path) -> None:
-    """decision, then each column and its error."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["decision", *(f"{title}{part}" for title in columns for part in ("", " error"))])
-        for row, name in enumerate(names):
-            writer.writerow([name, *(part for values in columns.values() for part in values[row])])
-
-
 def main(argv: list[str]) -> int:
     """Measure, print the table, and write sensitivity.csv and sensitivity.png into the run's folder."""
     if "--help" in argv or "-h" in argv:
@@ -159,7 +148,7 @@ def main(argv: list[str]) -> int:
     columns = measure(trainer, kinds)
     Console().print(show(names, columns))
     config.run_folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (("sensitivity.csv", write_csv), ("sensitivity.png", draw)):
+    for name, write in ((FILE, write_csv), ("sensitivity.png", draw)):
         write(names, columns, config.run_folder / name)
         print(config.run_folder / name)
     return 0

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from eval.report.labels import short_names
 from eval.report.records import DamagedFile, Run
+from eval.run.sensitivities import FILE
 from quant.formats import parse_format
 
 MAX_STRETCHES = 14
@@ -22,15 +23,15 @@ NOT_MEASURED: Sensitivities = MappingProxyType({})
 
 
 def read_sensitivities(folder: Path) -> Sensitivities:
-    """Read `sensitivity.csv`, which `python -m eval.sensitivity` writes into the folder of a run.
+    """Read the sensitivities that a search, or `python -m eval.sensitivity`, wrote into the folder of a run.
 
     Returns:
         The measurements; empty where the folder holds none.
 
     Raises:
-        DamagedFile: The file is not the table that the command writes.
+        DamagedFile: The file is not such a table.
     """
-    path = folder / "sensitivity.csv"
+    path = folder / FILE
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file, strict=True))

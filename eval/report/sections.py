@@ -15,7 +15,7 @@ from eval.report.records import Group, Run
 
 MAX_ROWS = 40
 """runs in one picture of all formats"""
-MAX_MARKED = 6
+MAX_MARKED = 4
 """runs in one picture of sensitivities"""
 
 History: TypeAlias = Sequence[Mapping[str, Any]]
@@ -46,13 +46,13 @@ def pictures(
         "Pareto": [plots.pareto(panel, methods) for panel in panels(groups)],
         "Formats": [plots.layer_formats(run, palette, sensitivities.get(run.folder, NOT_MEASURED)) for run in shown],
         "Formats of all runs": [
-            plots.all_formats(_rows(members), side, palette, sensitivities, len(members))
+            plots.all_formats(_some(members, MAX_ROWS), side, palette, sensitivities, len(members))
             for members in _alike(mixed, "task", "model")
             if len(members) > 1
             for side in _sides(members)
         ],
         "Sensitivities": [
-            plots.sensitivities(kind, members[:MAX_MARKED], sensitivities)
+            plots.sensitivities(kind, _some(members, MAX_MARKED), sensitivities)
             for kind, members in _by_kind(measured, sensitivities)
         ],
         "Policy": [drawing for run in shown if (drawing := plots.policy(run, steps[run.folder]))],
@@ -66,12 +66,12 @@ def pictures(
     return {heading: drawings for heading, drawings in sections.items() if drawings}
 
 
-def _rows(runs: Sequence[Run]) -> list[Run]:
-    """At most MAX_ROWS of the runs: if there are more, the first seed of configurations that are evenly spaced."""
-    if len(runs) <= MAX_ROWS:
+def _some(runs: Sequence[Run], most: int) -> list[Run]:
+    """At most `most` of the runs: if there are more, the first seed of configurations that are evenly spaced."""
+    if len(runs) <= most:
         return list(runs)
     first = list({run.key: run for run in reversed(runs)}.values())[::-1]
-    count = min(MAX_ROWS, len(first))
+    count = min(most, len(first))
     return [first[round(row * (len(first) - 1) / max(count - 1, 1))] for row in range(count)]
 
 

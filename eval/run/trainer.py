@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from eval.config.run_config import RunConfig
 from eval.run.limits import limits_of
 from eval.run.plan import Plan, count_steps, partition, search_settings
+from eval.run.sensitivities import keep_sensitivities
 from quant.formats import Format
 
 if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are checked without them
@@ -109,6 +110,8 @@ def make_trainer(
         after_calibration=partial(clip_outlier_tokens, plan) if plan.formats and clips_tokens(config) else None,
         on_progress=progress,
     )
+    if chooses and trainer.is_world_process_zero():
+        trainer.searches.after_measuring = partial(keep_sensitivities, config.run_folder, trainer.space)
     trainer.remove_callback(PrinterCallback)
     if progress is not None:
         trainer.add_callback(progress_callback(progress))

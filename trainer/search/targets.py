@@ -103,6 +103,8 @@ class MultiTargetSearch:
         self._hard_limits = tuple(limits)
         self.float_quality: float | None = None
         """Held-out quality of the float model, from which `max_drop` counts."""
+        self.after_measuring: Callable[[str, Table], None] | None = None
+        """Called with the kind of the prior's sensitivities and their values, (decisions, choices)."""
         self.targets = [SearchTarget(index, self._budget(bits)) for index, bits in enumerate(config.bits_list)]
 
     @property
@@ -126,6 +128,8 @@ class MultiTargetSearch:
             return
         prior = config.policy_prior
         table = None if prior == "none" else sensitivities(prior, self.evaluator, self.seed)
+        if table is not None and self.after_measuring is not None:
+            self.after_measuring(prior, table)
         for target in self.targets:
             if table is None:
                 self.start(target)

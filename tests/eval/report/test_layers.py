@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.synthetic_runs import write_run
+from benchmarks.synthetic_runs import real_run, write_run
 from eval.report.layers import MAX_STRETCHES, cost_shares, formats_by_layer, layer_texts, read_sensitivities
 from eval.report.records import DamagedFile, read_run
 
@@ -28,6 +28,13 @@ def test_a_sensitivity_belongs_to_all_layers_of_its_decision(tmp_path):
     found = read_sensitivities(run.folder)
     assert found == {"fisher int4": {"both": (0.5, None)}}
     assert all("sensitivity, fisher int4: 0.5" in text for text in layer_texts(run, found).values())
+
+
+def test_a_search_leaves_its_sensitivities_in_its_folder():
+    folder = real_run("search")
+    found = read_sensitivities(folder)
+    assert list(found) == ["measured int2", "measured int4", "measured int8"]
+    assert all(values.keys() == read_run(folder).record["decisions"].keys() for values in found.values())
 
 
 @pytest.mark.parametrize("text", ["decision,a\nx,word\n", "decision,a\nx,nan\n", "other,a\nx,1\n", "decision,a\nx\n"])
