@@ -22,9 +22,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cost.units import UNITS
 from eval.commands import again, command, installed
 from eval.config.parser import INTERRUPTED, entry
-from eval.config.run_config import COST_UNITS, TUNE_FOLDER, RunConfig
+from eval.config.run_config import TUNE_FOLDER, RunConfig
 from eval.config.validation import refuse_link
 from eval.launch.estimates import RunEstimate, estimate_runs
 from eval.launch.grid import RunState, by_name, expand, experiment_folders, launch_folder, read_state
@@ -155,7 +156,7 @@ def watch(
         missing: runs to follow, by name; with --hpo, the trials in the folder of `base` are followed instead.
         estimates: estimates by name.
     """
-    unit = COST_UNITS[base.cost_type]
+    unit = UNITS[base.cost_type]
     if not config.hpo:
         folders = {name: run.run_folder for name, run in missing.items()}
         return Watch(lambda: folders, estimates.get, len(missing), unit)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, TypeAlias
 
 from torch import nn
 
 from cost.profile import LayerProfile
+from cost.units import CostType
 from quant.convert import Assignment
 from quant.errors import UserError
 from quant.formats import FLOAT, BlockFormat, Format, IntFormat, parse_format
 
-CostType: TypeAlias = Literal["memory", "compute"]
-
-UNITS: dict[CostType, str] = {"memory": "MiB", "compute": "GBOPs"}
 MIB_BITS = 8 * 2**20
 
 

@@ -11,8 +11,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost.cost import COSTS, CostType, cost_of_bits
+from cost.cost import COSTS, cost_of_bits
 from cost.profile import LayerProfile
+from cost.units import CostType
 from quant.convert import Assignment
 from quant.errors import UserError
 from quant.formats import FLOAT, Format

@@ -11,6 +11,7 @@ from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cost.units import UNITS
 from eval.config.files import is_path
 from quant.formats import Format, parse_format, parse_search_space
 from quant.validation import OBSERVER_NAMES
@@ -19,7 +20,6 @@ LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
 """names of the files that hold the flags of a launch and of a run, in their folders"""
 TUNE_FOLDER = "tune"
 """name of the folder of Ray Tune's files, next to the runs' folders"""
-COST_UNITS = {"memory": "MiB", "compute": "GBOPs"}
 
 
 def flag(default: Any, help: str, **argparse: Any) -> Any:
@@ -123,7 +123,7 @@ class SearchFlags:
     search_space: str = flag("4,8", "formats to choose from, e.g. 2,4,8 or int4,e2m1,e4m3")
     weight_only_search: bool = flag(False, "search weight formats; activations stay in float")
     separate_activations: bool = flag(False, "weights and activations of a layer may differ")
-    cost_type: str = flag("memory", "memory of the weights in MiB, or compute in GBOPs", choices=list(COST_UNITS))
+    cost_type: str = flag("memory", "memory of the weights in MiB, or compute in GBOPs", choices=list(UNITS))
     cost_target: float | None = flag(None, "budget in the unit of --cost_type")
     target_bits: str | None = flag(
         None,
@@ -395,7 +395,7 @@ class RunConfig(
     def budget(self) -> str | None:
         """The target as part of the run's name: '4.5b', '33.5MiB'; None without a target."""
         if self.cost_target is not None:
-            return f"{self.cost_target:g}{COST_UNITS[self.cost_type]}"
+            return f"{self.cost_target:g}{UNITS[self.cost_type]}"
         return None if self.target_bits is None else "-".join(f"{bits:g}" for bits in self.target_list) + "b"
 
     @property

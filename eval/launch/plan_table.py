@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from eval.config.run_config import COST_UNITS, RunConfig
+from cost.units import UNITS
+from eval.config.run_config import RunConfig
 from eval.launch.estimates import RunEstimate
 from eval.run.progress import duration, number
 
@@ -40,7 +41,7 @@ def plan_table(runs: Mapping[str, RunConfig], estimates: Mapping[str, RunEstimat
     for name, run in runs.items():
         estimate = estimates[name]
         low, high = estimate.cost_range
-        unit = COST_UNITS[run.cost_type]
+        unit = UNITS[run.cost_type]
         target = "" if estimate.cost_target is None else f"{number(estimate.cost_target)} {unit}"
         reach = f"{number(low)} to {number(high)} {unit}" if run.chooses else ""
         table.add_row(name, str(estimate.steps), reach, target, duration(estimate.seconds))

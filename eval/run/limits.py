@@ -27,7 +27,8 @@ def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit
     Raises:
         UserError: The latency table is not readable or lacks an entry.
     """
-    from cost.cost import COSTS, UNITS
+    from cost.cost import COSTS
+    from cost.units import UNITS
     from policy.budget import Limit
 
     limits = []
@@ -38,7 +39,7 @@ def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit
             limits.append(
                 Limit(
                     name,
-                    UNITS[name],  # type: ignore[index]
+                    UNITS[name],
                     value,
                     lambda layer, pair, cost=cost: cost([by_name[layer]], {layer: pair}),  # type: ignore[misc]
                 )

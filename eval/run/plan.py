@@ -190,7 +190,7 @@ def budget(plan: Plan) -> float | None:
     Raises:
         UserError: No assignment meets the target, or the target and all limits together; names the reachable range.
     """
-    from cost.cost import UNITS
+    from cost.units import UNITS
     from policy.allocators import MAX_EXHAUSTIVE
     from policy.budget import Budget
     from policy.solve import InfeasibleError

@@ -69,8 +69,9 @@ def costs_of(
         assignment: layer name -> (weight format, activation format).
         reach: formats that are left to layers without calibration data, by layer name.
     """
-    from cost.cost import COSTS, UNITS, overhead_memory, unsearched_memory
+    from cost.cost import COSTS, overhead_memory, unsearched_memory
     from cost.profile import tied_in
+    from cost.units import UNITS
     from policy.space import build_space
 
     config = plan.config

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from cost.cost import UNITS, CostType
 from cost.profile import LayerProfile
+from cost.units import UNITS, CostType
 from policy.allocators import Allocator
 from policy.budget import Budget, Limit
 from policy.reinforce import EntropySchedule
