@@ -1,1 +1,1 @@
-"""What layers do in their model: which are quantized, and which belong together."""
+"""The layers of a model: their roles, which of them are quantized, and which must share a format."""

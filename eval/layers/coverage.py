@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized: all of them, minus what the flags name."""
+"""Selects the layers of a model that are quantized: all of them, except those that flags exclude."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from quant.convert import find_layers
 from quant.errors import UserError
 
 OFF_FOR_TEXT = ("pooler", "classifier")
-"""roles that stay in float unless asked for: small layers of a text model, on which its accuracy hangs"""
+"""roles that stay in float in text models unless flags enable them: small layers, to which accuracy is sensitive"""
 
 
 def role_enabled(role: str | None, kind: Kind, config: Any) -> bool:
-    """Whether `--quantize_<role>` is on, by flag or by default; layers without a role always are."""
+    """Return whether `--quantize_<role>` is on, by flag or by default; True for layers without a role."""
     if role is None:
         return True
     wanted = getattr(config, f"quantize_{role}", None)
@@ -24,10 +24,15 @@ def role_enabled(role: str | None, kind: Kind, config: Any) -> bool:
 
 
 def searched_layers(model: nn.Module, kind: Kind, config: Any) -> list[str]:
-    """Names of the layers to quantize, in module order; see `layer_roles` for what each flag covers.
+    """Return the names of the layers to quantize, in module order.
 
-    `config.include` and `config.exclude` are comma lists of globs. UserError where a glob matches nothing or no layer
-    is left.
+    Args:
+        model: the float model.
+        kind: the kind of the task; text models leave more roles in float by default.
+        config: has `quantize_<role>` for the roles of `layer_roles`, and `include` and `exclude`, comma lists of globs.
+
+    Raises:
+        UserError: if a glob matches no layer, or no layer is left.
     """
     globs = {flag: split_globs(getattr(config, flag, None)) for flag in ("include", "exclude")}
     for flag, patterns in globs.items():
@@ -45,5 +50,5 @@ def searched_layers(model: nn.Module, kind: Kind, config: Any) -> list[str]:
 
 
 def split_globs(text: str | None) -> list[str] | None:
-    """The globs of a comma list; None where there is none."""
+    """Split a comma list of globs; None for an empty or missing one."""
     return [glob.strip() for glob in text.split(",") if glob.strip()] if text else None

@@ -1,7 +1,7 @@
-"""Layers that engines want in one format, because their inputs are one tensor or their outputs are added.
+"""Groups layers that inference engines run in one format: they share an input, or their outputs are added.
 
-Both are seen by running the model once: linear layers called with the same tensor (query, key and value; gate and up),
-and convolutions whose outputs meet in an addition (residual blocks, down to the shortcut of their stage).
+One run of the model finds both: linear layers called with the same tensor (query, key and value; gate and up), and
+convolutions whose outputs meet in an addition (residual blocks, including the shortcut of their stage).
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from quant.module_utils import evaluating, first_tensor
 
 
 def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: Any) -> Blocks:
-    """A partition of the layers: each group that has to share a format is a block, every other layer its own."""
+    """Partition layers into groups that must share a format; every other layer is a block of its own.
+
+    Args:
+        model: the float model.
+        layer_names: the layers to partition.
+        example_inputs: inputs to run the model with.
+    """
     names = list(layer_names)
     layers = {name: layer for name, layer in find_layers(model).items() if name in names}
     readers: dict[int, list[str]] = {}
-    inputs: list[Tensor] = []  # kept, so that no other tensor gets the identity of one that is gone
+    inputs: list[Tensor] = []  # kept alive, so that ids are not reused
     trace = AdditionTrace()
 
     def note(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
@@ -44,12 +50,12 @@ def fused_groups(model: nn.Module, layer_names: Iterable[str], example_inputs: A
 
 
 class AdditionTrace(TorchDispatchMode):
-    """Follows each layer's output through the operations behind it, and notes which meet in an addition."""
+    """Follows the outputs of layers through later operations, and records which of them meet in an addition."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sources: dict[int, frozenset[str]] = {}
-        """identity of a tensor -> the layers whose outputs it carries on"""
+        """id of a tensor -> the layers whose outputs it was computed from"""
         self.added: list[frozenset[str]] = []
         self.alive: list[Tensor] = []
 
@@ -57,7 +63,7 @@ class AdditionTrace(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         operands = [x for x in tree_leaves(args) if isinstance(x, Tensor) and id(x) in self.sources]
         if operands:
-            # Of a product with a small gate (squeeze and excite), the gated tensor counts.
+            # In a product with a small gate (squeeze and excitation), only the gated tensor counts.
             size = max(x.numel() for x in operands)
             found = frozenset().union(*(self.sources[id(x)] for x in operands if x.numel() == size))
             if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
@@ -71,7 +77,7 @@ class AdditionTrace(TorchDispatchMode):
 
 @contextmanager
 def hooks(layers: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
-    """Call note(name, module, input, output) after every call of every layer."""
+    """Call note(name, module, input, output) after each call of a layer inside the context."""
     handles = [
         layer.register_forward_hook(
             lambda module, args, kwargs, output, name=name: note(name, module, first_tensor(args, kwargs), output),

@@ -1,4 +1,4 @@
-"""What a layer does in its model, read from module types and positions: names differ between libraries and versions."""
+"""Finds the roles of layers from module types and positions, since names differ between libraries and versions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ ROLES = ("self_attention", "self_output", "intermediate", "output", "pooler", "c
 
 
 def ancestors(name: str) -> list[str]:
-    """Names of the modules that hold `name`, from the outermost (the model, "") to its parent: a.b.c -> "", a, a.b."""
+    """Return the names of the modules around `name`, from the model ("") to its parent: a.b.c -> "", a, a.b."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
 def layer_roles(model: nn.Module) -> dict[str, str | None]:
-    """Layer name -> one of ROLES, or None for a layer outside transformer blocks that is neither pooler nor head.
+    """Find the role of each layer.
 
-    Within an attention module the last layer projects its output; what comes before makes queries, keys and values.
-    In the rest of the block the last layer is the output of the feed-forward part. The head is what the base model
-    of transformers lacks, or the last layer of a plain network.
+    The last layer of an attention module is its output projection ("self_output"); the others compute queries, keys and
+    values ("self_attention"). Of the remaining layers of a transformer block, the last one is "output", the others are
+    "intermediate". The head ("classifier") consists of the layers outside of the base model of transformers, or is the
+    last layer of any other network.
+
+    Returns:
+        Layer name -> one of ROLES, or None for a layer outside of transformer blocks that is neither pooler nor head.
     """
     modules = dict(model.named_modules())
     layers = list(find_layers(model))
@@ -52,12 +56,12 @@ def layer_roles(model: nn.Module) -> dict[str, str | None]:
 
 
 def outermost(modules: dict[str, nn.Module], name: str, word: str) -> str | None:
-    """The outermost module around layer `name` whose class is named with `word`."""
+    """Return the outermost module around layer `name` whose class name contains `word`, None if there is none."""
     return next((holder for holder in ancestors(name) if word in type(modules[holder]).__name__), None)
 
 
 def block_around(modules: dict[str, nn.Module], attention: str) -> str:
-    """The transformer block of an attention module: the element of a ModuleList or Sequential that holds it."""
+    """Return the transformer block of an attention module: the innermost element of a list that contains it."""
     path = [*ancestors(attention), attention]
     for holder, element in reversed(list(pairwise(path))):
         if isinstance(modules[holder], nn.ModuleList | nn.Sequential):
@@ -66,9 +70,9 @@ def block_around(modules: dict[str, nn.Module], attention: str) -> str:
 
 
 def head_layers(model: nn.Module, layers: list[str]) -> set[str]:
-    """The layers of the classification or language modelling head."""
+    """Return the layers of the classification or language modelling head."""
     for prefix, module in model.named_modules():
-        # transformers' PreTrainedModel, told by what is used of it: its own import takes two seconds.
+        # Recognise PreTrainedModel of transformers by its attributes: importing it takes two seconds.
         if (base_model := getattr(module, "base_model", None)) is not None:
             if base_model is module:
                 break

@@ -1,1 +1,1 @@
-"""From names and folders to models."""
+"""Builds models by name, folder or Hub id, with or without their weights."""

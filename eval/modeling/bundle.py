@@ -1,4 +1,4 @@
-"""What `build_model` returns, and the weights of a plain network read from a safetensors file."""
+"""`ModelBundle`, which `build_model` returns, and loading of safetensors files into plain networks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from eval.tasks import Kind
 from quant.errors import UserError
 from trainer.training import checkpoint
 
-if TYPE_CHECKING:  # a second of imports that no image model needs
+if TYPE_CHECKING:  # takes a second to import, which image models need not spend
     from transformers import PreTrainedTokenizerBase
 
 RANDOM_WEIGHTS = "random weights"
-"""how the note on a model begins of which nothing was read"""
+"""start of the note on a model without loaded weights"""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an image becomes an input: its shorter side resized to `side`, the middle `window` of that normalised as
-    (x / 255 - mean) / std and enlarged to `size`."""
+    """How an image becomes an input of a model.
+
+    Its shorter side is resized to `side`, the central square of `window` pixels is normalised as
+    (x / 255 - mean) / std, and the result is resized to `size`.
+    """
 
     side: int
     window: int
@@ -40,35 +43,35 @@ class Pixels:
 
 @dataclass
 class ModelBundle:
-    """A model that takes the Trainer's inputs (tokens or `pixel_values`, and `labels`), and what its inputs must be."""
+    """A model with the Trainer's interface (tokens or `pixel_values`, and `labels`), and how to prepare its inputs."""
 
     model: nn.Module
     kind: Kind
     tokenizer: PreTrainedTokenizerBase | None = None
     max_length: int = 512
-    """most tokens the model has positions for"""
+    """most tokens that the model has positions for"""
     image_size: int | None = None
-    """side of the input in pixels; None: any, so the data's own"""
+    """side of the input in pixels; None: any, so that of the data is used"""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     in_channels: int = 3
     crop_fraction: float = 0.875
-    """share of the resized image's side that the model sees"""
+    """side of the central crop, as a share of the resized image's side"""
     resample: int = 2
     """PIL's number of the resizing filter: 2 bilinear, 3 bicubic"""
     notes: list[str] = field(default_factory=list)
     trained: bool = False
-    """whether every weight was read from somewhere, the head's included"""
+    """whether every weight was loaded, including those of the head"""
     name: str | None = None
-    """what builds a network that has no config.json, where the run did not say so itself: it started from another"""
+    """name of the network if it was taken from the run that this one starts from, instead of --model"""
 
     @property
     def pixels(self) -> dict[str, Any]:
-        """How images become its inputs: what is saved beside an image model and `with_pixels` reads."""
+        """The preprocessing of images, which is saved with the model and read by `with_pixels`."""
         return {name: getattr(self, name) for name in PIXELS}
 
     def with_pixels(self, saved: Mapping[str, Any]) -> None:
-        """Prepare images as `pixels` of another bundle says."""
+        """Take over the preprocessing that `pixels` of another bundle returned."""
         for name in PIXELS:
             value = saved.get(name, getattr(self, name))
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
@@ -78,10 +81,15 @@ PIXELS = ("mean", "std", "crop_fraction", "resample")
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Copy the tensors of a safetensors file (or of `model.safetensors` in a folder) into `model`, by name.
+    """Copy the tensors of a safetensors file (or of `model.safetensors` in a folder) into a model, by name.
 
-    A head for another number of classes keeps its new weights, which is said in the notes returned; anything else that
-    is missing, left over or of another shape is an error.
+    If the head has another number of classes, it keeps its new weights.
+
+    Returns:
+        A note on the head if it was not loaded, else an empty list.
+
+    Raises:
+        UserError: if any other tensor is missing, unknown or of another shape.
     """
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
@@ -90,7 +98,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
 
 
 def read_tensors(file: Path, source: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UserError that names `source`, a flag and its value, if it is none."""
+    """Read a safetensors file; raise UserError that names `source`, a flag and its value, if it is damaged."""
     try:
         return checkpoint.read_tensors(file)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -98,9 +106,9 @@ def read_tensors(file: Path, source: str) -> dict[str, Tensor]:
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> list[str]:
-    """`load_weights` of tensors already read; `source`, a flag and its value, is what an error names."""
+    """Copy tensors into a model as `load_weights` does; errors name `source`, a flag and its value."""
     if isinstance(model, ImageClassifier) and not any(name.startswith("net.") for name in tensors):
-        model = model.net  # a file of the library's own, which knows nothing of our wrapper
+        model = model.net  # the library's own file has no prefix of our wrapper
     own = model.state_dict()
     head = last_layer(model)
     resized = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
@@ -116,5 +124,5 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> l
 
 
 def last_layer(model: nn.Module) -> str:
-    """Name of the last Linear or Conv2d: the head of a plain network."""
+    """Return the name of the last Linear or Conv2d, which is the head of a plain network."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]

@@ -1,4 +1,4 @@
-"""What goes into a run's model and what its outputs mean, for those who have the model and not the data."""
+"""Describes the inputs and outputs of a saved model, for users who have the model but not its data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Of one run."""
+    """The inputs of one run's model, and the meaning of its outputs."""
 
     kind: Kind
     columns: tuple[str, ...]
     classes: tuple[str, ...]
-    """names of the classes in the order of the outputs; none where the outputs are no classes"""
+    """names of the classes in the order of the outputs; empty if the outputs are not classes"""
     regression: bool = False
     candidates: int = 0
     max_length: int | None = None
@@ -33,12 +33,12 @@ class ModelInputs:
 
 
 def to_json(inputs: ModelInputs) -> dict[str, Any]:
-    """`inputs` as a saved model keeps them."""
+    """Convert to a dict for JSON."""
     return asdict(inputs)
 
 
 def from_json(saved: Mapping[str, Any]) -> ModelInputs:
-    """The inverse of `to_json`, from what JSON has made of it."""
+    """Invert `to_json`, after JSON turned tuples into lists."""
     from eval.modeling.bundle import Pixels
 
     pixels = saved["pixels"]
@@ -49,9 +49,12 @@ def from_json(saved: Mapping[str, Any]) -> ModelInputs:
 
 
 def agree_on_classes(data: TaskData, bundle: ModelBundle, config: RunConfig) -> TaskData:
-    """The data with its classes in the model's order, whose configuration gets their names.
+    """Order the data's classes as the model does, and write their names into the model's configuration.
 
-    A trained head that knows classes of these names has an order of its own: 'negative' need not be its first output.
+    A trained head fixes the order of its classes: 'negative' need not be its first output.
+
+    Returns:
+        The data, with renumbered labels if the order differs.
     """
     if not data.label_names or data.task.candidates:
         return data
@@ -67,7 +70,7 @@ def agree_on_classes(data: TaskData, bundle: ModelBundle, config: RunConfig) -> 
 
 
 def run_classes(config: RunConfig) -> tuple[str, ...]:
-    """The classes of the run whose model this one starts from; none where there is no such run, or it had none."""
+    """Return the classes of the run that this one starts from; empty without such a run or without classes."""
     start = starting_model(config)
     if start is None:
         return ()
@@ -76,7 +79,7 @@ def run_classes(config: RunConfig) -> tuple[str, ...]:
 
 
 def in_order(data: TaskData, names: tuple[str, ...]) -> TaskData:
-    """The data with its class numbers in the order of `names`, if these are its classes, in capitals or not."""
+    """Renumber the data's classes in the order of `names`, if both are the same set of names, ignoring case."""
     import numpy as np
 
     place = {str(name).casefold(): number for number, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Where a model stands on this machine, and what runs of it are called. Nothing here imports torch."""
+"""Finds saved models on this machine, and names runs after their models. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -12,38 +12,45 @@ from eval.config.files import is_path
 from quant.errors import UserError
 from trainer.training.saved_files import QUANTIZATION
 
-SAYS_NOTHING = re.compile(r"(model|checkpoint|weights|best|last|final|output|export|saved)([-_ ]?\d+)?", re.IGNORECASE)
-"""names of folders that many models have"""
+GENERIC_NAMES = re.compile(r"(model|checkpoint|weights|best|last|final|output|export|saved)([-_ ]?\d+)?", re.IGNORECASE)
+"""names of folders that do not identify a model"""
 
 
 def is_folder(model: str) -> bool:
-    """Whether --model means a local folder: a name that is known stays one, whatever stands in the working folder."""
+    """Return whether --model means a local folder. A known model name never does, even if such a folder exists."""
     return model not in transformer_utils.MODELS and model not in vision_utils.MODELS and is_path(model)
 
 
 def saved_model(path: str | Path) -> Path | None:
-    """The folder of the saved model that `path` names: a run's folder, the `model` in it, or the weights file there."""
+    """Return the folder of a saved model, None if there is none.
+
+    Args:
+        path: a run's folder, its `model` folder, or the weights file in that.
+    """
     path = Path(path).expanduser()
     places = [path.parent] if path.is_file() else [path / "model", path]
     return next((place for place in places if (place / QUANTIZATION).is_file()), None)
 
 
 def starting_model(config: Any) -> tuple[str, Path] | None:
-    """The saved model that a run starts from and the flag, with its value, that names it; None where none does.
+    """Find the saved model that a run starts from.
 
-    --load_model_path wins: beside it, --model_path and --model say where the architecture of both once came from.
+    --load_model_path takes precedence: next to it, --model_path and --model only name the architecture.
+
+    Returns:
+        The flag with its value, for errors, and the folder; None if the run starts from no saved model.
     """
     for flag in ("load_model_path", "model_path", "model"):
         path = getattr(config, flag, None)
         if flag == "model" and (getattr(config, "from_scratch", False) or not is_folder(str(path))):
-            continue  # a name, or a folder that lends its architecture alone
+            continue  # a name, or a folder of which only the architecture is used
         if path is not None and (folder := saved_model(path)) is not None:
             return f"--{flag} {path}", folder
     return None
 
 
 def description(folder: Path, subject: str) -> dict[str, Any]:
-    """What a saved model says of itself; UserError that names `subject` where the file is damaged."""
+    """Read quantization.json of a saved model; raise UserError that names `subject` if it is damaged."""
     try:
         described = json.loads((folder / QUANTIZATION).read_text())
         return {**described, "build": dict(described.get("build") or {})}
@@ -52,24 +59,27 @@ def description(folder: Path, subject: str) -> dict[str, Any]:
 
 
 def model_name(config: Any) -> str:
-    """What the run's folder and tables call the model: by its name, its run's, or its architecture and folder."""
+    """Return the model's name for folders and tables: that of --model, of the run it starts from, or of its folder."""
     if config.model and not is_folder(config.model):
         return config.model
     if (start := starting_model(config)) is not None:
         subject, folder = start
         build = description(folder, subject)["build"]
-        name = build.get("name") or build.get("model")  # runs before there was a name have a model at most
+        name = build.get("name") or build.get("model")  # older runs have no "name"
         return str(name) if name and not is_folder(str(name)) else folder_name(folder)
     return folder_name(Path(config.model or str(config.model_path)))
 
 
 def folder_name(folder: Path) -> str:
-    """A model's folder as a name: its architecture, where the folder does not say that, and as many parents as it takes
-    until one says something. /runs/mine/model with a Llama in it is 'llama-mine-model'."""
+    """Derive a name from a model's folder.
+
+    Parents are prepended while the first name is generic, such as `model`; so is the architecture, unless the name
+    contains it: /runs/mine/model, which holds a Llama, becomes 'llama-mine-model'.
+    """
     folder = folder.expanduser().resolve()
     names = [folder.name]
     for parent in folder.parents:
-        if not SAYS_NOTHING.fullmatch(names[0]) or not parent.name:
+        if not GENERIC_NAMES.fullmatch(names[0]) or not parent.name:
             break
         names.insert(0, parent.name)
     architecture = architecture_of(folder)
@@ -78,9 +88,9 @@ def folder_name(folder: Path) -> str:
 
 
 def architecture_of(folder: Path) -> str:
-    """What transformers calls the architecture of a folder's config.json; "" where nothing says it."""
+    """Return `model_type` of a folder's config.json, "" if there is none."""
     try:
         found = json.loads((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
-        return ""  # loading the model will say what is wrong
+        return ""  # loading the model reports the error
     return found if isinstance(found, str) else ""

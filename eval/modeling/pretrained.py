@@ -1,4 +1,4 @@
-"""Weights, configurations and tokenizers of transformers, from a folder, the cache or the Hub, in that order."""
+"""Loads weights, configurations and tokenizers of transformers from a folder, the cache or the Hub, in that order."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ Loaded = TypeVar("Loaded")
 
 
 def from_anywhere(load: Callable[..., Loaded], source: str, what: str = "", **options: Any) -> Loaded:
-    """`load(source, **options)` from the disk, else from the Hub; UserError, within seconds, where neither has it.
+    """Call `load(source, **options)` for local files, and then for the Hub if it answers.
 
-    `what` it is that is loaded, for errors that do not say so.
+    Pass `trust_remote_code=False` to loaders of transformers: without it, they ask on the terminal whether to run code
+    of the model. tests/test_architecture.py checks this.
 
-    Loaders of transformers have to be given `trust_remote_code=False`: left out, they ask on the terminal whether to
-    run code that a model brings along (tests/test_architecture.py sees to it).
+    Args:
+        load: a loader with the parameter `local_files_only`.
+        source: a folder or a Hub id.
+        what: start of the error message, if the loader's own message does not say what was loaded.
+        options: further arguments of the loader.
+
+    Raises:
+        UserError: one line, within seconds, if neither the disk nor the Hub has it.
     """
     folder = Path(source).is_dir()
     try:
         return load(source, local_files_only=True, **options)
-    except Exception as error:  # what a damaged file raises in here has no common type: JSON, Rust, missing packages
+    except Exception as error:  # errors of damaged files (JSON, Rust, missing packages) have no common type
         if folder or not isinstance(error, OSError | ValueError):
             raise UserError(f"{'--model_path' if folder else '--model'} {source}: {what}{reason(error)}") from error
     if not hub_answers():
@@ -41,7 +48,10 @@ def from_anywhere(load: Callable[..., Loaded], source: str, what: str = "", **op
 
 
 def reason(error: Exception) -> str:
-    """Why a loader gave up, in one line. What transformers says of a model's own code would have users switch it on."""
+    """Return the cause of a loader's error in one line.
+
+    The message on a model's own code is replaced, since that of transformers advises to enable it.
+    """
     if "trust_remote_code" in str(error):
         return "needs code that it brings along (auto_map), which is never run; choose a model that transformers has"
     if isinstance(error, SafetensorError):
@@ -64,7 +74,7 @@ def check_weights(flag: str, folder: Path) -> None:
 
 
 def new_model(auto_class: Any, settings: PretrainedConfig) -> PreTrainedModel:
-    """A model with random weights; UserError where its configuration does not describe one of the kind asked for."""
+    """Build a model with random weights; raise UserError if its configuration does not suit `auto_class`."""
     try:
         return auto_class.from_config(settings, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
@@ -75,7 +85,7 @@ def new_model(auto_class: Any, settings: PretrainedConfig) -> PreTrainedModel:
 
 
 def write_as_saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model`, generating as the one that was saved in `folder` did."""
+    """Give a model the generation config saved in `folder`, if there is one, and return it."""
     file = folder / "generation_config.json"
     if file.is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_dict(json.loads(file.read_text()))
@@ -83,7 +93,7 @@ def write_as_saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id; UserError where it has no words."""
+    """Load the tokenizer of a folder or Hub id; raise UserError if its vocabulary is empty."""
     from transformers import AutoTokenizer
 
     failed = "its tokenizer cannot be read: "
@@ -97,7 +107,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """UserError where the tokenizer has words that the model has no embedding of."""
+    """Raise UserError if the tokenizer has more tokens than the model has embeddings."""
     words, rows = max(tokenizer.get_vocab().values()) + 1, len(cast(Any, model.get_input_embeddings()).weight)
     if words > rows:
         raise UserError(
@@ -107,10 +117,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
 
 
 def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
-    """A model in float32 with the head that `settings` ask for, and notes on what of it is new.
+    """Load a model in float32 from safetensors.
 
-    Only safetensors are read. UserError where weights of the body are missing or of another shape: they would be noise,
-    unnoticed. So they would be where a head of words, not of classes, is of another shape.
+    Args:
+        auto_class: a class such as `AutoModelForSequenceClassification`.
+        source: a folder or a Hub id.
+        settings: arguments of `from_pretrained`, such as `num_labels`.
+
+    Returns:
+        The model, and notes on the weights that are new, which only those of a classification head may be.
+
+    Raises:
+        UserError: if weights of the body or of a language modelling head are missing or of another shape;
+            transformers would replace them by random ones.
     """
     model, info = from_anywhere(
         auto_class.from_pretrained,
@@ -142,15 +161,15 @@ def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreT
 
 
 def in_body(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight belongs to what all heads of an architecture share."""
+    """Return whether a weight belongs to the base model, not to a head."""
     if hasattr(model, model.base_model_prefix):
         return name.startswith(f"{model.base_model_prefix}.")
-    words = model.get_output_embeddings()  # T5: encoder and decoder beside the head, in no module of their own
+    words = model.get_output_embeddings()  # T5 has no base module around encoder and decoder
     return words is None or model.get_submodule(name.rpartition(".")[0]) is not words
 
 
 def hub_file(repository: str, name: str) -> str:
-    """Path of a file of a Hub repository, from the cache if it is there."""
+    """Return the local path of a file of a Hub repository, downloaded unless it is in the cache."""
     from huggingface_hub import hf_hub_download
 
     return from_anywhere(partial(hf_hub_download, filename=name), repository)

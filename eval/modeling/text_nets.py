@@ -1,4 +1,4 @@
-"""A text classifier that scores several candidate answers against each other."""
+"""A classifier that scores the candidate answers of a question against each other."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class CandidateScorer(nn.Module):
-    """One score a candidate from a model with a single output; the classes are the candidates' places."""
+    """Scores each candidate with a model of a single output; the classes are the indices of the candidates."""
 
     accepts_loss_kwargs = False
-    """for the Trainer: what forward takes by other names are tokens, not the number of items in a batch"""
+    """tells the Trainer not to pass `num_items_in_batch`: further arguments of forward are token inputs"""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -20,11 +20,20 @@ class CandidateScorer(nn.Module):
 
     @property
     def config(self) -> PretrainedConfig:
-        """The configuration of the model inside: what the Trainer looks at, and what is saved beside the weights."""
+        """The configuration of the inner model, which the Trainer reads and which is saved with the weights."""
         return self.model.config
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
-        """input_ids and the other token inputs (B, candidates, length), labels (B,) -> logits (B, candidates)."""
+        """Score the candidates.
+
+        Args:
+            input_ids: (B, candidates, length).
+            labels: (B,), indices of the right candidates.
+            inputs: further token inputs of the inner model, (B, candidates, length) each.
+
+        Returns:
+            Logits (B, candidates) and, with labels, the mean cross-entropy.
+        """
         flat = {name: tokens.flatten(0, 1) for name, tokens in {"input_ids": input_ids, **inputs}.items()}
         logits = self.model(**flat).logits.view(input_ids.shape[:2])
         return SequenceClassifierOutput(

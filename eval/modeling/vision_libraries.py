@@ -17,11 +17,21 @@ from quant.errors import UserError
 FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """PIL's numbers of the resizing filters; `random` in a timm configuration stands for any"""
 AUXILIARY = ("googlenet", "inception_v3")
-"""torchvision's networks with heads that only training uses: built without them"""
+"""torchvision's networks with auxiliary heads, which are left out"""
 
 
 def build_timm(name: str, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
-    """A model of timm, with the safetensors weights of its Hub repository unless `scratch`."""
+    """Build a model of timm.
+
+    Args:
+        name: timm's name of the model.
+        num_labels: number of classes.
+        size: side of the input in pixels; None: the model's own.
+        scratch: use random weights instead of the safetensors file of its Hub repository.
+
+    Raises:
+        UserError: if timm is missing, or has no such model or no weights of it.
+    """
     try:
         import timm
     except ImportError as error:
@@ -42,26 +52,36 @@ def build_timm(name: str, num_labels: int, size: int | None, scratch: bool) -> M
         num_classes=num_labels,
         **options,
     )
-    facts = timm.data.resolve_model_data_config(net)
+    pixels = timm.data.resolve_model_data_config(net)
     notes = [RANDOM_WEIGHTS] if scratch else []
     if settings and not scratch and settings.num_classes != num_labels:
         notes = [f"head {settings.classifier} resized to {num_labels} classes"]
     return ModelBundle(
         ImageClassifier(net),
         "image",
-        image_size=facts["input_size"][-1],
-        mean=facts["mean"],
-        std=facts["std"],
-        in_channels=facts["input_size"][0],
-        crop_fraction=facts["crop_pct"],
-        resample=FILTERS.get(facts["interpolation"], FILTERS["bicubic"]),
+        image_size=pixels["input_size"][-1],
+        mean=pixels["mean"],
+        std=pixels["std"],
+        in_channels=pixels["input_size"][0],
+        crop_fraction=pixels["crop_pct"],
+        resample=FILTERS.get(pixels["interpolation"], FILTERS["bicubic"]),
         notes=notes,
         trained=not notes,
     )
 
 
 def build_torchvision(name: str, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
-    """A model of torchvision with random weights: it publishes its own as pickles, which are not read here."""
+    """Build a model of torchvision with random weights; its published weights are pickles, which are not read.
+
+    Args:
+        name: torchvision's name of the model.
+        num_labels: number of classes.
+        size: side of the input in pixels; None: the model's own.
+        scratch: must be True.
+
+    Raises:
+        UserError: if torchvision has no such model, or `scratch` is False.
+    """
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise unknown("torchvision", name, known)
@@ -71,18 +91,18 @@ def build_torchvision(name: str, num_labels: int, size: int | None, scratch: boo
             "give --from_scratch, --model_path FILE.safetensors, or the same model as timm:NAME"
         )
     options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
-    facts = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     if size and "vit_" in name:
         options["image_size"] = size
     net = torchvision.models.get_model(name, num_classes=num_labels, **options)
     return ModelBundle(
         ImageClassifier(net),
         "image",
-        image_size=facts.crop_size[0],
-        mean=tuple(facts.mean),
-        std=tuple(facts.std),
-        crop_fraction=facts.crop_size[0] / facts.resize_size[0],
-        resample=FILTERS["bicubic" if facts.interpolation == InterpolationMode.BICUBIC else "bilinear"],
+        image_size=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        crop_fraction=preset.crop_size[0] / preset.resize_size[0],
+        resample=FILTERS["bicubic" if preset.interpolation == InterpolationMode.BICUBIC else "bilinear"],
         notes=[RANDOM_WEIGHTS],
     )
 

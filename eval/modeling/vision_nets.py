@@ -1,4 +1,4 @@
-"""Our own image networks, and the wrapper that gives other libraries' networks the Trainer's interface."""
+"""Small image networks, and a wrapper that gives networks of other libraries the Trainer's interface."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention a
 
 
 def image_output(logits: Tensor, labels: Tensor | None) -> ImageOutput:
-    """Logits (B, classes) and, where labels (B,) are given, their mean cross-entropy."""
+    """Return logits (B, classes) and, with labels (B,), the mean cross-entropy."""
     return ImageOutput(loss=None if labels is None else functional.cross_entropy(logits, labels), logits=logits)
 
 
 class ImageClassifier(nn.Module):
-    """A network of timm or torchvision behind the Trainer's interface; auxiliary heads are not trained."""
+    """Gives a network of timm or torchvision the Trainer's interface."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageOutput:
-        """pixel_values (B, C, size, size)."""
+        """Classify pixel_values (B, C, size, size); with labels (B,), also compute the loss."""
         return image_output(self.net(pixel_values), labels)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: subsampled and zero-padded (option A)."""
+    """Two 3x3 convolutions and a shortcut without parameters: option A of He et al. 2015, section 4.2."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -38,6 +38,7 @@ class BasicBlock(nn.Module):
         self.new_channels = channels - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute (B, channels_in, H, W) -> (B, channels, H / stride, W / stride)."""
         y = functional.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         before = self.new_channels // 2
@@ -46,7 +47,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6n+2 layers of He et al. 2015, section 4.2: three stages of n blocks with 16, 32 and 64 channels."""
+    """ResNet with 6n+2 layers of He et al. 2015, section 4.2: three stages of n blocks with 16, 32 and 64 channels."""
 
     def __init__(self, depth: int, num_labels: int, in_channels: int = 3):
         super().__init__()
@@ -63,18 +64,19 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def stage(blocks: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
+        """Build a stage of which the first block changes the number of channels and the resolution."""
         first = BasicBlock(channels_in, channels, stride)
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageOutput:
-        """pixel_values (B, C, 32, 32)."""
+        """Classify pixel_values (B, C, 32, 32); with labels (B,), also compute the loss."""
         x = functional.relu(self.bn1(self.conv1(pixel_values)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return image_output(self.linear(x.mean((2, 3))), labels)
 
 
 class ConvNet(nn.Module):
-    """Four 3x3 convolutions with batch norm and a linear layer: for images of 8x8 pixels and up."""
+    """Four 3x3 convolutions with batch norm, and a linear layer, for images of at least 8x8 pixels."""
 
     def __init__(self, num_labels: int, in_channels: int = 1):
         super().__init__()
@@ -87,7 +89,7 @@ class ConvNet(nn.Module):
         self.linear = nn.Linear(widths[-1], num_labels)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageOutput:
-        """pixel_values (B, C, size, size)."""
+        """Classify pixel_values (B, C, size, size); with labels (B,), also compute the loss."""
         x = pixel_values
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = functional.relu(norm(conv(x)))
