@@ -1,6 +1,6 @@
-"""The commands as a user can type them: what this says to run next exists where the user stands.
+"""Formats commands for messages such that they work in the user's shell and working directory.
 
-Needs nothing but the standard library: it also tells those who have nothing else installed what to do about it.
+Uses the standard library alone, because it also reports missing packages.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ COMMANDS = {
     "mpq-latency": ("-m", "eval.latency"),
     "mpq-sensitivity": ("-m", "eval.sensitivity"),
 }
-"""console command -> what `python` runs instead in a checkout"""
+"""console command -> arguments of `python` that do the same in a checkout"""
 NEEDED = (
     *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "numpy"),
     *("omegaconf", "optuna", "pandas", "PIL", "psutil", "pyarrow", "yaml", "ray", "rich", "rouge_score", "safetensors"),
     *("sklearn", "scipy", "tensorboard", "tensorboardX", "timm", "tokenizers", "torch", "torchvision", "transformers"),
 )
-"""what the packages import, by the names they import it by"""
+"""import names of the required packages"""
 OLDEST_PYTHON = (3, 11)
 WRONG_INPUT = 2
-"""exit code of everything that the user can mend"""
+"""exit code for errors that the user can fix"""
 
 
 def command(name: str, *arguments: str | Path) -> str:
-    """One of `COMMANDS` with its arguments, as a line for a shell.
+    """Format one of `COMMANDS` with its arguments as a line for a shell.
 
-    The console command where this program was started by one, or stands in no checkout; else `python` with a script.
+    Uses the console command if this program was started by one, or is not in a checkout; else `python` and a script.
     """
     words = [str(word) for word in arguments]
     started_by = Path(sys.argv[0])
@@ -52,12 +52,12 @@ def command(name: str, *arguments: str | Path) -> str:
 
 
 def example_of(name: str, arguments: str) -> str:
-    """The last line of a command's --help."""
+    """Return the last line of a command's --help."""
     return f"for example: {command(name)} {arguments}"
 
 
 def again(*arguments: str | Path) -> str:
-    """What was started, with other arguments, as a line for a shell: one of `COMMANDS`, or a script that calls us."""
+    """Format the running program (one of `COMMANDS`, or the user's script) with other arguments for a shell."""
     started = Path(sys.argv[0]).resolve()
     scripts = {str(ROOT / script[-1]): name for name, script in COMMANDS.items()} | {name: name for name in COMMANDS}
     name = scripts.get(str(started), scripts.get(started.stem))
@@ -67,14 +67,14 @@ def again(*arguments: str | Path) -> str:
 
 
 def installed(name: str) -> str:
-    """A program of this Python's environment, such as `tensorboard`, as a shell finds it: by its path if need be."""
+    """Return a program of this environment, such as `tensorboard`: its name if it is on PATH, else its path."""
     return name if shutil.which(name) else _near(Path(sys.executable).with_name(name))
 
 
 def require_packages() -> None:
-    """End the program, with one line that says what to do, where this Python is too old or has no packages for us.
+    """Exit with one line on how to install, if Python is too old or packages are missing.
 
-    Scripts call it before they import anything else: a traceback would be all there is to read.
+    Scripts call this before other imports, so that users see that line instead of a traceback.
     """
     python = shlex.quote(sys.executable or "python3")
     if sys.version_info < OLDEST_PYTHON:
@@ -86,12 +86,12 @@ def require_packages() -> None:
 
 
 def _missing(modules: Iterable[str]) -> list[str]:
-    """Those of `modules` that this Python cannot find."""
+    """Return those of `modules` that are not installed."""
     return [name for name in modules if find_spec(name) is None]
 
 
 def _set_up() -> str:
-    """How to get an environment, or how to use the one that there is."""
+    """Return how to activate the environment if there is one, else how to create it."""
     activate = ROOT / ".venv" / "bin" / "activate"
     if activate.is_file():
         return f"run '. {_near(activate)}' first, then the same command with python"
@@ -107,17 +107,17 @@ def _stop(line: str) -> None:
 
 
 def python() -> str:
-    """The word for this interpreter: `python` where a shell would find it by that."""
+    """Return the command of this interpreter: `python` if that is it on PATH, else its path."""
     found = shutil.which("python")
     return "python" if found and Path(found).absolute() == Path(sys.executable).absolute() else _near(sys.executable)
 
 
 def _near(path: str | Path) -> str:
-    """`path` from where the user stands, if it is below that; else as it is."""
+    """Return `path` relative to the working directory if it is inside, else unchanged."""
     path, here = Path(path), Path.cwd()
     return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)
 
 
 def _absolute(word: str) -> str:
-    """A path that exists from any folder; any other word as it is."""
+    """Make a word absolute if it is an existing path."""
     return str(Path(word).absolute()) if not word.startswith("-") and Path(word).exists() else word

@@ -1,8 +1,8 @@
-"""Block partitions: which layers share one decision, derived from where layers stand, not from what they are called.
+"""Partitions layers into blocks that share one decision, by the structure of the model rather than by names.
 
-Models repeat themselves: stacks hold units (transformer blocks, residual blocks, whole stages), each with several
-layers. A layer's path through such stacks tells two things: its role (the path without the places in the stacks) and
-its depth (the place in the outermost stack).
+A model consists of stacks of units (transformer blocks, residual blocks, whole stages) with several layers each. The
+path of a layer through the stacks yields its role (the path without the indices in the stacks) and its depth (the index
+in the outermost stack).
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
 def block_partition(model: nn.Module, layer_names: Iterable[str], mode: str) -> Blocks:
-    """Every layer in exactly one block, blocks in the order of their first layer.
+    """Partition layers into blocks, in the order of their first layers.
 
     Args:
-        layer_names: what is to be divided, names of layers of `model`.
-        mode: "role" ties the layers that do the same in every unit of one kind: query, key, ...; "depth" ties all
-            layers of one transformer block or residual stage. Layers outside any stack are their own block.
+        model: the float model.
+        layer_names: the layers to partition.
+        mode: "role" joins the layers with the same role in all units of one kind, such as all query projections;
+            "depth" joins the layers of one transformer block or residual stage. A layer outside of any stack is a
+            block of its own.
+
+    Raises:
+        UserError: for any other mode.
     """
     if mode not in ("role", "depth"):
         raise UserError(f"--block_search {mode}: choose one of role, depth")
@@ -49,10 +54,10 @@ def block_partition(model: nn.Module, layer_names: Iterable[str], mode: str) -> 
 
 
 def repeated_units(model: nn.Module) -> dict[str, str]:
-    """Name of each unit -> name of the stack it stands in.
+    """Map the name of each unit to the name of its stack.
 
-    A unit has two layers or more; what has one, such as a convolution within a residual block, has a role of its own.
-    A stack is a ModuleList or Sequential, or a module with three units of one kind: layer1, layer2, layer3 of a ResNet.
+    A unit has at least two layers. A stack is a ModuleList or Sequential, or a module with at least three units of one
+    kind, such as layer1, layer2 and layer3 of a ResNet.
     """
     sizes = Counter(holder for name in find_layers(model) for holder in ancestors(name))
     stack_of = {}
@@ -67,16 +72,23 @@ def repeated_units(model: nn.Module) -> dict[str, str]:
 
 
 def kind_of(unit: nn.Module, name: str, sizes: Mapping[str, int]) -> str:
-    """A unit's class; of a container, the classes of the units in it, "" if there are none."""
+    """Return the class name of a unit; of a container, those of the units in it, "" if there are none."""
     if not isinstance(unit, CONTAINERS):
         return type(unit).__name__
     return " ".join(sorted({type(part).__name__ for key, part in unit.named_children() if sizes[f"{name}.{key}"] > 1}))
 
 
 def role_of(model: nn.Module, name: str, units: list[str]) -> tuple[str, str]:
-    """(`name` with * for its units' places in their stacks, what else keeps layers apart that share it).
+    """Find the role of a layer.
 
-    Units of different classes play different roles, and so do depthwise and dense convolutions.
+    Args:
+        model: the model.
+        name: the layer.
+        units: names of the units around it, from the outermost.
+
+    Returns:
+        The name with * for the units' indices in their stacks; and a suffix (the class of the innermost unit, and
+        whether the layer is a depthwise convolution) that distinguishes layers with the same name.
     """
     places = {len(unit.split(".")) - 1 for unit in units}
     role = ".".join("*" if place in places else part for place, part in enumerate(name.split(".")))
@@ -86,7 +98,7 @@ def role_of(model: nn.Module, name: str, units: list[str]) -> tuple[str, str]:
 
 
 def check_partition(blocks: Mapping[str, list[str]], layer_names: Iterable[str]) -> None:
-    """UserError unless every layer is in exactly one block and no block is empty."""
+    """Raise UserError unless every layer is in exactly one block and no block is empty."""
     placed = [name for members in blocks.values() for name in members]
     wanted = set(layer_names)
     for problem, names in (

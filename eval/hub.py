@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub answers, asked once and quickly: its own client takes half a minute to give up."""
+"""Checks once, within seconds, whether the Hugging Face Hub is reachable; its own client retries for half a minute."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import urllib.request
 from quant.errors import UserError
 
 TIMEOUT = 3.0
-"""seconds that one look at the Hub may take, name resolution included"""
+"""longest time of the check in seconds, including name resolution"""
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """True if the Hub's server responds at all. HF_HUB_OFFLINE=1 answers for it: no."""
+    """Return whether the Hub responds; False without a request if HF_HUB_OFFLINE is set."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False
     answers: list[bool] = []
@@ -26,19 +26,19 @@ def hub_answers() -> bool:
         try:
             urllib.request.urlopen(request, timeout=TIMEOUT).close()
         except urllib.error.HTTPError:
-            pass  # a refusal is an answer
+            pass  # an HTTP error is a response
         except OSError:
             return
         answers.append(True)
 
-    thread = threading.Thread(target=ask, daemon=True)  # socket timeouts do not cover name resolution: join does
+    thread = threading.Thread(target=ask, daemon=True)  # a socket timeout does not cover name resolution
     thread.start()
     thread.join(TIMEOUT)
     return bool(answers)
 
 
 def unreachable(what: str) -> UserError:
-    """The error for something that is neither on this machine nor within reach."""
+    """Return the error for something that is neither on this machine nor available from the Hub."""
     return UserError(
         f"{what} is not on this machine and the Hugging Face Hub cannot be reached: "
         "give --data_dir DIR for the data and --model_path DIR (or --from_scratch) for the model"

@@ -1,12 +1,12 @@
-"""Latencies of a run's model on ONNX Runtime: `python -m eval.latency RUN_DIR`.
+"""Measures latencies of a run's model on ONNX Runtime: `python -m eval.latency RUN_DIR`.
 
-Measured on the CPU, one example, in a process of its own: the whole model as exported and in float, and every searched
-layer alone in every pair of formats of the search space. The table is what `--max_latency` reads.
+Measures, on the CPU with one example and in a separate process, the whole model as chosen and in float, and each
+searched layer by itself in every pair of formats of the search space. `--max_latency` reads the resulting table.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before all that needs them
+if __name__ == "__main__":  # before the imports that need these packages
     from eval.commands import require_packages
 
     require_packages()
@@ -41,10 +41,18 @@ TABLE = "latency.csv"
 
 
 def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> list[dict[str, Any]]:
-    """The rows of the table: every searched layer in float and in every pair of formats that the search could give it.
+    """Measure every searched layer in float and in every pair of formats of the search space.
 
-    A layer that one example calls several times is the sum of its calls. Calls alike (same kind, settings and sizes)
-    are measured once for each pair, all pairs in turns.
+    Equal calls (same layer type, settings and sizes) are measured once per pair of formats; the pairs take turns, so
+    that slow phases of the machine affect them alike. The latency of a layer is the sum over its calls.
+
+    Args:
+        run: a finished run.
+        repeats: number of measurements of which the median is taken.
+        threads: threads of ONNX Runtime.
+
+    Returns:
+        Rows with the keys `COLUMNS`; latencies in ms.
     """
     from quant.convert import get_formats, set_formats
     from quant.export.onnx.export import write_onnx
@@ -66,9 +74,9 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
                     known, inputs[alike] = files.setdefault(alike, {}), {"x": x}
                     if (weight, activation) in known:
                         continue
-                    blocks = activation if isinstance(activation, BlockFormat) else None  # these are in the trace
+                    blocks = activation if isinstance(activation, BlockFormat) else None  # traced with the model
                     if (alike, blocks) not in traces:
-                        traces[alike, blocks] = alone(module, x)
+                        traces[alike, blocks] = trace_layer(module, x)
                     path = Path(folder) / f"{sum(map(len, files.values()))}.onnx"
                     examples = [{"x": x}] if run.round_outputs else []
                     write_onnx(path, traces[alike, blocks], {"layer": module}, examples)
@@ -89,7 +97,7 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
 
 
 def format_pairs(run: FinishedRun) -> list[tuple[Format, Format]]:
-    """(weight, activation) formats that a layer of this run can have: float first, then those of the search space."""
+    """Return the (weight, activation) formats that a layer can have: float, the search space, those chosen."""
     from cost.cost import assignment_from_json
     from quant.formats import FLOAT
 
@@ -107,7 +115,7 @@ def format_pairs(run: FinishedRun) -> list[tuple[Format, Format]]:
 
 
 def layer_calls(run: FinishedRun, modules: Mapping[str, QuantModule]) -> dict[str, list[Tensor]]:
-    """What each layer is called with, call by call, when the model runs one example."""
+    """Run the model on one example, and return the inputs of each layer, one per call."""
     import torch
 
     from quant.module_utils import first_tensor
@@ -132,8 +140,8 @@ def layer_calls(run: FinishedRun, modules: Mapping[str, QuantModule]) -> dict[st
     return calls
 
 
-def alone(module: QuantModule, x: Tensor) -> Any:
-    """The trace of a model that is this layer."""
+def trace_layer(module: QuantModule, x: Tensor) -> Any:
+    """Trace a model that consists of this layer."""
     from torch import nn
 
     from quant.export.onnx.export import trace
@@ -144,13 +152,13 @@ def alone(module: QuantModule, x: Tensor) -> Any:
 
 
 def signature(module: Any) -> tuple[Any, ...]:
-    """What a layer's latency depends on, besides its formats and its input."""
+    """Return the properties of a layer that its latency depends on, besides formats and input."""
     settings = ("stride", "padding", "dilation", "groups", "padding_mode")
     return type(module), module.weight.shape, *(str(getattr(module, name, "")) for name in settings)
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The CSV with the columns `layer,weight_format,activation_format,ms`."""
+    """Write the table as CSV with the columns `layer,weight_format,activation_format,ms`."""
     from trainer.training.checkpoint import write_atomically
 
     def write(temporary: str) -> None:
@@ -163,7 +171,11 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> dict[str, float]:
-    """Milliseconds of the whole model, one example: as chosen, and in float."""
+    """Measure the whole model on one example.
+
+    Returns:
+        Latencies in ms of the model in the chosen formats ("chosen") and in float ("float").
+    """
     from quant.export.onnx.export import trace, write_onnx
 
     inputs = example(run)
@@ -177,7 +189,7 @@ def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
 
 
 def print_latencies(run: FinishedRun, rows: Sequence[Mapping[str, Any]], model: Mapping[str, float]) -> None:
-    """The layers as a table, a column a pair of formats, and the whole model."""
+    """Print a table of the layers with one column per pair of formats, and the latencies of the whole model."""
     from rich.console import Console
 
     from eval.report.tables import Column, Table, print_table
@@ -236,7 +248,7 @@ def main(argv: Sequence[str]) -> int:
     if not run.modules:
         raise UserError(f"RUN_DIR {flags.run}: every layer is in float, there is nothing to compare")
     path = flags.output or flags.run / TABLE
-    with writing("output", path):  # before the measuring
+    with writing("output", path):  # fail before measuring
         path.parent.mkdir(parents=True, exist_ok=True)
     model = model_latencies(run, flags.repeats, flags.threads)
     rows = layer_latencies(run, flags.repeats, flags.threads)

@@ -1,4 +1,4 @@
-"""A model by name, ready for a task. Names are checked without importing torch."""
+"""Builds the model of a run for its task. Names are checked without importing torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MODELS: dict[str, str] = {
     **dict.fromkeys(transformer_utils.MODELS, "text"),
     **dict.fromkeys(vision_utils.MODELS, "image"),
 }
-"""every model known by name -> 'text' or 'image'"""
+"""name of a known model -> 'text' or 'image'"""
 
 
 def check_model(model: str, task: str) -> None:
-    """UserError where `model` is neither known, a folder nor a Hub id, or does not do the kind of `task`."""
+    """Raise UserError if `model` is no known name, folder or Hub id, or does not suit the kind of `task`."""
     kind = find_task(task).kind
     known = MODELS.get(model)
     if known is not None and known != ("image" if kind == "image" else "text"):
@@ -42,9 +42,17 @@ def check_model(model: str, task: str) -> None:
 
 
 def build_model(config: Any, num_labels: int, tokenizer_corpus: Iterable[str] | None = None) -> ModelBundle:
-    """The model of `config` for its task, with a head of `num_labels` outputs. UserError where it cannot be had.
+    """Build the model of a run for its task.
 
-    New weights depend on `config.seed` alone. `tokenizer_corpus`: texts to train a tokenizer on, for `from_scratch`.
+    New weights are drawn from `config.seed`, and do not depend on the global random state.
+
+    Args:
+        config: a `RunConfig`, or any object with some of its fields.
+        num_labels: outputs of the head.
+        tokenizer_corpus: texts to train a tokenizer on, for `from_scratch`.
+
+    Raises:
+        UserError: if the model is unknown, unreachable or damaged.
     """
     import torch
     import transformers
@@ -65,9 +73,20 @@ def build_model(config: Any, num_labels: int, tokenizer_corpus: Iterable[str] | 
 
 
 def build_from_run(subject: str, folder: Path, config: Any, task: Task, num_labels: int) -> ModelBundle:
-    """The float model of a finished run with its weights, tokenizer and image settings; `subject` names it in errors.
+    """Build the float model of a finished run with its weights, tokenizer and image settings.
 
-    A head for another number of classes is new. Ranges that the run learned stay behind: they belong to its formats.
+    The head is new if the number of classes differs. Quantization ranges are not loaded, since they belong to the
+    formats of that run.
+
+    Args:
+        subject: the flag and its value that name the run, for errors.
+        folder: the folder of its saved model.
+        config: the config of the new run.
+        task: the task of the new run.
+        num_labels: outputs of the head.
+
+    Raises:
+        UserError: if the saved model is damaged, is another one than --model, or its weights were migrated.
     """
     from eval.modeling.bundle import copy_tensors, read_tensors
 
@@ -95,25 +114,28 @@ def build_from_run(subject: str, folder: Path, config: Any, task: Task, num_labe
 
 
 def alias(name: str) -> str:
-    """The library's own name of a model that has two."""
+    """Return the library's name of a model for which there is an alias; any other name unchanged."""
     return vision_utils.ALIASES.get(name, name)
 
 
 def build_architecture(
     task: str, model: str, num_labels: int, folder: Path, image_size: int | None = None
 ) -> nn.Module:
-    """The module that `build_model` made, for the weights of a finished run to be read into.
+    """Build the module of a finished run, for its weights to be loaded into.
 
     Args:
-        folder: where the run saved it; has a config.json if it is a model of transformers.
-        image_size: what the run's `ModelBundle` had.
+        task: the run's task.
+        model: the model's name; not used if the folder has a config.json.
+        num_labels: outputs of the head.
+        folder: where the run saved the model; has a config.json if it is a model of transformers.
+        image_size: `image_size` of the run's `ModelBundle`.
     """
     import transformers
 
     from eval.modeling.pretrained import write_as_saved
     from eval.modeling.text_nets import CandidateScorer
 
-    known = TASKS.get(task, Task("image", ()))  # a local folder's task, which may be gone by now, has the defaults
+    known = TASKS.get(task, Task("image", ()))  # the folder of another task may be gone; the defaults suffice
     if not (folder / "config.json").is_file():
         return vision_utils.build_named(alias(model), known, num_labels, image_size, scratch=True).model
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -122,31 +144,32 @@ def build_architecture(
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keep no activations within a block of `model`: the backward pass computes them again.
+    """Enable gradient checkpointing: the backward pass recomputes the activations within each block.
 
-    Raises UserError for a model whose library has no such switch.
+    Raises:
+        UserError: if the model's library does not support it.
     """
     from eval.modeling.text_nets import CandidateScorer
     from eval.modeling.vision_nets import ImageClassifier
 
     inner: Any = model.model if isinstance(model, CandidateScorer) else model
     inner = inner.net if isinstance(inner, ImageClassifier) else inner
-    if getattr(inner, "supports_gradient_checkpointing", False):  # transformers; the second name is that before 5.23
+    if getattr(inner, "supports_gradient_checkpointing", False):  # transformers; renamed in 5.23
         enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         return
     try:
         inner.set_grad_checkpointing(True)  # timm
-    except (AttributeError, AssertionError):  # some of its models have the method, and no more
+    except (AttributeError, AssertionError):  # some timm models only have a stub of the method
         raise UserError(
             f"--gradient_checkpointing: {type(inner).__name__} has no way to recompute its activations; leave it out"
         ) from None
 
 
 def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """The architecture of a model known by name, as published, and an example input of one image or 128 tokens.
+    """Build the published architecture of a known model, and an example input of one image or 128 tokens.
 
-    Both are on the meta device: nothing is downloaded, initialised or held in memory.
+    Both are on the meta device: nothing is downloaded, initialised or kept in memory.
     """
     import torch
     import transformers
@@ -157,7 +180,7 @@ def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         with torch.device("meta"):
             tokens = torch.ones(1, 128, dtype=torch.long)
             if settings.is_encoder_decoder:
-                # The default attention would look for padding, at values that are not there.
+                # The default attention inspects the mask's values, which meta tensors do not have.
                 model = transformers.AutoModelForSeq2SeqLM.from_config(
                     settings, attn_implementation="eager", trust_remote_code=False
                 )
@@ -168,5 +191,5 @@ def published(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     task = find_task("digits" if name == "convnet" else "cifar10" if own else "imagenet-1k")
     with torch.device("meta"):
         bundle = vision_utils.build_named(alias(name), task, 10 if own else 1000, size=None, scratch=True)
-        size = bundle.image_size or 8  # convnet takes any, digits have 8
+        size = bundle.image_size or 8  # convnet takes any size; digits are 8x8
         return bundle.model, {"pixel_values": torch.zeros(1, bundle.in_channels, size, size)}

@@ -1,4 +1,4 @@
-"""A packed export as a module again, without the run it came from: plain, or with torchao's weights."""
+"""Loads a packed export as a module, in plain PyTorch or with torchao's weights, without the run it came from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,31 @@ PACKED = "model.safetensors"
 
 
 def load_packed(folder: str | Path) -> nn.Module:
-    """The model of a packed export, in eval mode: float32 weights on their formats' grids, activations rounded as
-    the run chose. Its logits are those of the run's model, to float32 rounding.
+    """Load the model of a packed export in eval mode.
 
-    Raises UserError if the folder holds no packed checkpoint, or a damaged one.
+    Its weights are float32 values of their formats, and its activations are rounded in the formats that the run chose.
+    Its logits equal those of the run's model up to float32 rounding.
+
+    Args:
+        folder: the folder of the export.
+
+    Raises:
+        UserError: if the folder holds no packed checkpoint, or a damaged one.
     """
     return _load(Path(folder))[0]
 
 
 def load_torchao(folder: str | Path) -> tuple[nn.Module, dict[str, LayerVerdict]]:
-    """The model of a torchao export, in eval mode, and what became of each layer: the packed weights, handed to torchao
-    with their own codes and scales wherever it has a configuration that computes the same."""
+    """Load the model of a torchao export in eval mode.
+
+    Layers for which torchao has an equivalent configuration use its kernels, with the packed codes and scales.
+
+    Args:
+        folder: the folder of the export.
+
+    Returns:
+        The model, and for each layer whether torchao runs it, and how.
+    """
     from quant.export.torchao import to_torchao
 
     model, modules = _load(Path(folder))

@@ -1,4 +1,4 @@
-"""The trained model on disk: safetensors with all ranges, and what builds the module around them again."""
+"""Saves a trained model as safetensors with all ranges, and loads it again as a module."""
 
 from __future__ import annotations
 
@@ -33,15 +33,25 @@ def save_model(
     num_labels: int,
     inputs: ModelInputs,
 ) -> None:
-    """Write the model as it is now: weights, ranges, assignment, what `load_model` builds it from, and its inputs."""
+    """Write a model with everything that `load_model` needs to rebuild it.
+
+    Args:
+        folder: where to write; created if needed.
+        config: the config of the run.
+        bundle: the model, with its tokenizer and image settings.
+        modules: its quantized layers by name.
+        assignment: the formats of each layer.
+        num_labels: outputs of the head.
+        inputs: description of inputs and classes, saved for users of the model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(bundle.model.state_dict(), folder)
     if isinstance(settings := getattr(bundle.model, "config", None), PretrainedConfig):
         owner: Any = bundle.model.model if isinstance(bundle.model, CandidateScorer) else bundle.model
-        settings.architectures = [type(owner).__name__]  # which head: nothing else says it
+        settings.architectures = [type(owner).__name__]  # names the head
         settings.save_pretrained(folder)
         name_classes(folder / "config.json", settings)
-        if owner.can_generate():  # as a dict: save_pretrained refuses settings that some published models have
+        if owner.can_generate():  # save_pretrained refuses settings of some published models
             write_json(folder / "generation_config.json", owner.generation_config.to_diff_dict())
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)
@@ -52,23 +62,26 @@ def save_model(
 
 
 def name_classes(path: Path, settings: PretrainedConfig) -> None:
-    """Write the names of a model's classes into its config.json, where transformers has left them out.
+    """Write the names of a model's classes into its config.json.
 
-    So it does where there are two; on loading it takes the architecture's default then, which is three for BART.
+    transformers omits them if there are two classes, its general default. When loading, it then uses the default of
+    the architecture, which is three for BART.
     """
     classes = {"id2label": settings.id2label, "label2id": settings.label2id}
     write_json(path, classes | json.loads(path.read_text()))
 
 
 def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The model of a finished run (its folder, or the `model` folder in it), in eval mode and in its formats.
+    """Load a saved model in eval mode, with its layers in the chosen formats.
 
     Args:
-        folder: or where a trainer's `save_model` wrote one.
-        model: a float model of the same architecture, which is quantized in place, for one that is not known by name.
+        folder: the folder of a finished run, its `model` folder, or one that a trainer's `save_model` wrote.
+        model: a float model of the same architecture, which is quantized in place. Needed for an architecture that
+            cannot be built by name.
 
-    Raises UserError if the folder holds no saved model, one of an architecture that has to be given, or of another one
-    than was given.
+    Raises:
+        UserError: if the folder holds no saved model or a damaged one, if `model` is needed, or if `model` has another
+            architecture.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -95,17 +108,22 @@ def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def build_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
-    """The architecture that `saved` (what `save_model` noted) names, with what a migration added, without weights."""
+    """Build the architecture of a saved model with the changes of its migration, without loading weights.
+
+    Args:
+        folder: the folder of the saved model.
+        saved: the content of its quantization.json.
+    """
     model = float_architecture(folder, saved)
     migrate_again(model, saved)
     return model
 
 
 def float_architecture(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
-    """The architecture that `saved` names, without its weights. Raises UserError where it names none."""
+    """Build the float architecture that `saved` names, without loading weights; raise UserError if it names none."""
     from eval.models import build_architecture as build
 
-    names = saved.get("build", {})  # a trainer's model has none; one of transformers has a config.json
+    names = saved.get("build", {})  # a model saved by a trainer has none, but may have a config.json
     if not names and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: its architecture is not known by name; give it: load_model(folder, model)")
     task, model_name, size = (names.get(key) for key in ("task", "model", "image_size"))

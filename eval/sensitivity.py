@@ -1,15 +1,16 @@
-"""How sensitive each layer is, as a table and a picture, without training: `python -m eval.sensitivity FLAGS OF A RUN`.
+"""Measures the sensitivity of each layer without training: `python -m eval.sensitivity FLAGS OF A RUN`.
 
     python -m eval.sensitivity --task cifar10 --model resnet20 --model_path DIR --search_space 2,4,8 [--kinds trace]
 
-measured: divergence of the class probabilities (or growth of the loss) with one decision quantized, with its standard
-error; fisher: squared gradient x squared change of the output; trace, eigenvalue: of the loss' Hessian in a layer's
-weight, with the standard error over draws, and the spread over batches.
+It prints a table, and writes it as CSV and as a picture. The kinds of sensitivity are
+measured: divergence of the class probabilities (or increase of the loss) with one decision quantized, and its standard
+error; fisher: squared gradient x squared change of the output; trace, eigenvalue: those of the Hessian of the loss in
+a layer's weight, with the standard error over random vectors, and the spread over batches, respectively.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before all that needs them
+if __name__ == "__main__":  # before the imports that need these packages
     from eval.commands import require_packages
 
     require_packages()
@@ -31,7 +32,12 @@ KINDS = ("measured", "fisher", "trace", "eigenvalue")
 
 
 def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
-    """Every decision's sensitivities. The trainer has a search, and its layers' ranges are calibrated."""
+    """Measure the sensitivities of every decision.
+
+    Args:
+        trainer: a trainer with a search, whose layers are calibrated.
+        kinds: names of `KINDS`.
+    """
     import torch
 
     from policy.hessian import hessian_traces, top_eigenvalues
@@ -42,9 +48,9 @@ def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
     formats = choice_names(space)
     columns: Columns = {}
     if "measured" in kinds:
-        told = evaluator.measure()
+        measured = evaluator.measure()
         for index, name in enumerate(formats):
-            columns[f"measured {name}"] = list(zip(told.mean[:, index], told.error[:, index], strict=True))
+            columns[f"measured {name}"] = list(zip(measured.mean[:, index], measured.error[:, index], strict=True))
     if "fisher" in kinds:
         table = sensitivities("fisher", evaluator, trainer.args.seed)
         for index, name in enumerate(formats):
@@ -69,7 +75,7 @@ def measure(trainer: ReinforceTrainer, kinds: Sequence[str]) -> Columns:
 
 
 def show(names: Sequence[str], columns: Columns) -> Any:
-    """The table for a terminal."""
+    """Return a table for a terminal."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -83,7 +89,7 @@ def show(names: Sequence[str], columns: Columns) -> Any:
 
 
 def draw(names: Sequence[str], columns: Columns, path: Path) -> None:
-    """A panel for each kind, a line of marks for each decision, on a logarithmic axis with its errors, as a PNG."""
+    """Draw one panel per kind with one row per decision and error bars, on a logarithmic axis, as PNG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -1,47 +1,44 @@
-"""The registry of tasks: what to read, which split to evaluate, what to report. Nothing here imports torch."""
+"""The registry of tasks: their data sets, columns, splits and metrics. Nothing here imports torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, Literal
 
 Kind = Literal["text", "image", "lm", "qa", "summary"]
-"""what goes in and what comes out: classes of texts or images, the next token, a span of a text, a new text"""
+"""what the model predicts: the class of a text or an image, the next token, a span of a text, or a summary"""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is known about a data set before it is read."""
+    """The properties of a data set that are known before it is read."""
 
     kind: Kind
     inputs: tuple[str, ...]
     """columns that the model sees: one or two texts, or one image"""
     hub: tuple[str, ...] = ()
-    """repository and, where there are several, configuration on the Hub"""
+    """repository on the Hub and, if it has several, the configuration"""
     label: str = "label"
-    """column of the truth: a class, a number, the answers of a question (SQuAD's struct), a summary"""
+    """column of the target: a class, a number, the answers of a question (SQuAD's struct), or a summary"""
     metrics: tuple[str, ...] = ("accuracy",)
-    """the first is the main one"""
+    """names of the metrics; the first one is the main metric"""
     evaluation: tuple[tuple[str, str], ...] = ()
-    """(split, name in the record) of every split to evaluate; empty: validation, or test when only that is labelled"""
+    """(split, name in the record) of each split to evaluate; empty: validation, or test if only that is labelled"""
     regression: bool = False
     candidates: int = 0
-    """number of answers scored against each other; 0: the classes are labels"""
+    """number of candidate answers per row, of which one is right; 0: the classes are labels"""
     channels: int = 3
     augmented: bool = True
     """whether training images are cropped and flipped"""
 
     @property
     def numbered(self) -> bool:
-        """Whether the truth is a class or a value, not a text."""
+        """Whether the target is a class or a number, rather than a text."""
         return self.kind in ("image", "text")
 
 
-def _glue(name: str, *inputs: str, **facts: Any) -> Task:
-    return Task("text", inputs, hub=("nyu-mll/glue", name), **facts)
+def _glue(name: str, *inputs: str, **fields: Any) -> Task:
+    return Task("text", inputs, hub=("nyu-mll/glue", name), **fields)
 
 
 ROUGE = ("rougeL", "rouge1", "rouge2")
@@ -72,6 +69,6 @@ TASKS: dict[str, Task] = {
     "cifar10": Task("image", ("img",), hub=("uoft-cs/cifar10",)),
     "cifar100": Task("image", ("img",), hub=("uoft-cs/cifar100",), label="fine_label"),
     "imagenet-1k": Task("image", ("image",), hub=("ILSVRC/imagenet-1k",)),
-    "digits": Task("image", ("image",), channels=1, augmented=False),  # a mirrored 2 is no 2
+    "digits": Task("image", ("image",), channels=1, augmented=False),  # a mirrored digit is another shape
     "lm": Task("lm", ("text",), hub=("Salesforce/wikitext", "wikitext-2-raw-v1"), metrics=("perplexity", "accuracy")),
 }

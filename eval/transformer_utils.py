@@ -1,4 +1,4 @@
-"""Text models by name: classifiers, scorers of candidate answers and language models, with their tokenizers."""
+"""Builds text models by name, with their tokenizers: classifiers, scorers of candidates, language models and others."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 Built: TypeAlias = "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]"
 """model, tokenizer, notes"""
 SCRATCH_VOCABULARY = 8192
-"""most word pieces of a tokenizer trained here"""
+"""largest vocabulary of a tokenizer that is trained for `from_scratch`"""
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A published architecture: where its weights are, and the configuration that builds it without them."""
+    """A published architecture: the repository of its weights, and the configuration to build it without them."""
 
     hub: str
     config: str
-    """class of transformers that `settings` belong to"""
+    """name of the configuration class in transformers, which takes `settings`"""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def _bert(layers: int, hidden: int) -> TextModel:
-    """Google's family: 64 channels a head, feed-forward four times as wide."""
+    """Return a model of Google's smaller BERTs: 64 channels per head, feed-forward layers four times as wide."""
     heads = hidden // 64
     settings = {
         "num_hidden_layers": layers,
@@ -74,7 +74,17 @@ MODELS: dict[str, TextModel] = {
 
 
 def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None) -> ModelBundle:
-    """The text model of `config` with its tokenizer. UserError where it cannot be had."""
+    """Build the text model of a run with its tokenizer.
+
+    Args:
+        config: has `model`, `model_path` and `from_scratch`.
+        task: the task, which determines the head.
+        num_labels: outputs of the head.
+        corpus: texts to train a tokenizer on, for `from_scratch`.
+
+    Raises:
+        UserError: if the model or its tokenizer is missing, damaged or unsuitable for the task.
+    """
     head = head_of(task, num_labels)
     if getattr(config, "from_scratch", False):
         model, tokenizer, notes = build_scratch(str(config.model), task, head, corpus or ())
@@ -84,7 +94,14 @@ def build(config: Any, task: Task, num_labels: int, corpus: Iterable[str] | None
 
 
 def build_saved(folder: Path, subject: str, task: Task, num_labels: int) -> ModelBundle:
-    """The text model that a finished run saved in `folder`, with its own tokenizer, without its weights."""
+    """Build the text model that a finished run saved, with its tokenizer, but without its weights.
+
+    Args:
+        folder: the folder of the saved model.
+        subject: the flag and its value that name the run, for errors.
+        task: the task, which determines the head.
+        num_labels: outputs of the head.
+    """
     from eval.modeling.pretrained import load_tokenizer, new_model, write_as_saved
 
     for name in ("config.json", "tokenizer_config.json"):
@@ -98,11 +115,11 @@ def build_saved(folder: Path, subject: str, task: Task, num_labels: int) -> Mode
 
 
 def head_of(task: Task, num_labels: int) -> dict[str, Any]:
-    """What a configuration says of a classifier's outputs; nothing where words come out."""
+    """Return the settings of a configuration that determine the head; empty for models that generate text."""
     if task.candidates:
-        return {"num_labels": 1}  # a score each; CandidateScorer has the loss
+        return {"num_labels": 1}  # a score per candidate; CandidateScorer computes the loss
     if task.kind == "qa":
-        return {"num_labels": 2}  # where the answer starts, and where it ends
+        return {"num_labels": 2}  # start and end of the answer
     if task.kind == "text":
         problem = "regression" if num_labels == 1 else "single_label_classification"
         return {"num_labels": num_labels, "problem_type": problem}
@@ -110,19 +127,26 @@ def head_of(task: Task, num_labels: int) -> dict[str, Any]:
 
 
 def bundle_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, notes: list[str]) -> ModelBundle:
-    """A model beside its tokenizer, each told of the other; `notes` are on weights that are new."""
+    """Combine a model with its tokenizer, and adjust their padding tokens and maximum length to each other.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        task: the task.
+        notes: notes on weights that are new; empty if all were loaded.
+    """
     from eval.modeling.bundle import ModelBundle
     from eval.modeling.pretrained import check_vocabulary
     from eval.modeling.text_nets import CandidateScorer
 
     check_vocabulary(tokenizer, model)
     trained = not notes
-    if tokenizer.pad_token is None:  # GPT-2 has none; what pads is masked, so any token will do
+    if tokenizer.pad_token is None:  # GPT-2 has none; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
         notes.append(f"padded with the token {tokenizer.pad_token!r}")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
-    model.config.architectures = [type(model).__name__]  # what a saved configuration is read back as
+    model.config.architectures = [type(model).__name__]  # names the head when the configuration is loaded
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(model))
     return ModelBundle(
         CandidateScorer(model) if task.candidates else model,
@@ -135,14 +159,21 @@ def bundle_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
 
 
 def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[str]) -> Built:
-    """A model with random weights, and a tokenizer trained on `corpus`."""
+    """Build a model with random weights, and train a tokenizer for it.
+
+    Args:
+        name: a name of `MODELS`, a folder or a Hub id.
+        task: the task.
+        head: settings of the head, see `head_of`.
+        corpus: texts to train the tokenizer on.
+    """
     from eval.modeling.bundle import RANDOM_WEIGHTS
     from eval.modeling.pretrained import new_model
 
     settings = configuration(name)
     tokenizer = train_tokenizer(corpus, SCRATCH_VOCABULARY, getattr(settings, "type_vocab_size", 0) > 1)
     settings.update({"vocab_size": len(tokenizer), **special_tokens(tokenizer), **head})
-    if getattr(settings, "is_encoder_decoder", False):  # its own defaults are numbers of the published vocabulary
+    if getattr(settings, "is_encoder_decoder", False):  # the defaults are ids of the published vocabulary
         ends = {
             "decoder_start_token_id": tokenizer.sep_token_id,
             "forced_eos_token_id": None,
@@ -154,7 +185,7 @@ def build_scratch(name: str, task: Task, head: dict[str, Any], corpus: Iterable[
 
 
 def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
-    """A model with its weights and its own tokenizer."""
+    """Load a model with its weights and its own tokenizer."""
     from eval.modeling.pretrained import check_weights, load_pretrained, load_tokenizer
 
     name, path = str(getattr(config, "model", None) or ""), getattr(config, "model_path", None)
@@ -171,7 +202,12 @@ def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
 
 
 def weights_folder(path: Path, name: str) -> Path:
-    """The folder of `--model_path`, which has a tokenizer beside the weights; UserError where something is missing."""
+    """Return the folder of `--model_path`; raise UserError unless it holds weights, tokenizer and configuration.
+
+    Args:
+        path: the folder, or the weights file in it.
+        name: the value of --model; a known name makes the configuration optional.
+    """
     from eval.modeling.pretrained import check_weights
 
     folder = path.parent if path.is_file() else path
@@ -187,7 +223,7 @@ def weights_folder(path: Path, name: str) -> Path:
 
 
 def configuration(source: str) -> PretrainedConfig:
-    """The configuration of a name of `MODELS`, a folder or a Hub id."""
+    """Return the configuration of a name of `MODELS`, a folder or a Hub id."""
     import transformers
 
     from eval.modeling.pretrained import from_anywhere
@@ -199,10 +235,10 @@ def configuration(source: str) -> PretrainedConfig:
 
 
 def positions_of(model: PreTrainedModel) -> int:
-    """Most tokens that the model has positions for. RoBERTa numbers them from behind the padding index on."""
+    """Return the number of tokens that the model has positions for. RoBERTa starts after its padding index."""
     from torch import nn
 
-    total = getattr(model.config, "max_position_embeddings", 10**9)  # relative positions have no end
+    total = getattr(model.config, "max_position_embeddings", 10**9)  # relative positions are unlimited
     words = model.get_input_embeddings()
     offsets = [
         table.padding_idx + 1
@@ -214,10 +250,11 @@ def positions_of(model: PreTrainedModel) -> int:
 
 
 def auto_class(settings: PretrainedConfig, task: Task) -> Any:
-    """transformers' way from a configuration to a model for the task.
+    """Return the Auto class of transformers that builds a model for the task.
 
-    UserError where language modelling gets an encoder, which sees the word it is asked for, or a summary is asked of a
-    model that reads and writes in one.
+    Raises:
+        UserError: for language modelling with an encoder, which sees the token to predict; or for summaries with a
+            model that is not an encoder-decoder.
     """
     from transformers import (
         AutoModelForCausalLM,
@@ -243,6 +280,7 @@ def auto_class(settings: PretrainedConfig, task: Task) -> Any:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the settings of a configuration that hold ids of special tokens."""
     return {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.cls_token_id,
@@ -251,9 +289,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def train_tokenizer(corpus: Iterable[str], vocabulary: int, token_types: bool) -> PreTrainedTokenizerBase:
-    """A lower-case WordPiece tokenizer of at most `vocabulary` pieces, the same for the same texts.
+    """Train a lower-case WordPiece tokenizer. The result is deterministic.
 
-    `token_types`: also number the first and second text, for models that embed those numbers.
+    Args:
+        corpus: the texts.
+        vocabulary: most word pieces.
+        token_types: also return token_type_ids, for models that embed them.
+
+    Raises:
+        UserError: if the texts are empty.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -274,13 +318,13 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int, token_types: bool) -
         tokenizer.train_from_iterator(texts, trainer)
         return tokenizer.get_vocab()
 
-    # The library numbers "##" letters in the order of a randomised hash table and breaks ties between pairs by those
-    # numbers, so two trainings differ. A first pass that learns only letters lets us number them ourselves.
+    # The library numbers "##" letters in the order of a randomised hash table, and breaks ties between pairs by those
+    # numbers, so that two trainings differ. A first pass that learns only letters allows to fix their order.
     letters = sorted(piece for piece in train(len(special), special) if piece not in special)
     if not letters:
         raise UserError("--from_scratch: the training texts are empty, there is nothing to train a tokenizer on")
     pieces = train(max(vocabulary, len(special) + len(letters)), special + letters)
-    tokenizer = word_pieces(pieces)  # anew: in the one that was trained, letters count as special tokens
+    tokenizer = word_pieces(pieces)  # a new one: in the trained one, letters count as special tokens
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

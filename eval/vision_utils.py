@@ -1,4 +1,4 @@
-"""Image models by name: ours, transformers', timm's and torchvision's."""
+"""Builds image models by name: small ones of this package, and those of transformers, timm and torchvision."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HubModel:
-    """A published architecture: where its weights are, and the configuration that builds it without them."""
+    """A published architecture: the repository of its weights, and the configuration to build it without them."""
 
     hub: str
     config: str
-    """class of transformers that `settings` belong to"""
+    """name of the configuration class in transformers, which takes `settings`"""
     settings: dict[str, Any] = field(default_factory=dict)
     image_size: int = 224
 
@@ -54,8 +54,8 @@ def _deit(size: str, hidden: int) -> HubModel:
 HUB_MODELS: dict[str, HubModel] = {
     "resnet18": _resnet((2, 2, 2, 2), (64, 128, 256, 512), "basic"),
     "resnet50": _resnet((3, 4, 6, 3), (256, 512, 1024, 2048), "bottleneck"),
-    # Width, depth and dropout: Tan & Le 2019, table of the reference implementation (efficientnet_builder.py). Last
-    # the blocks that halve an odd size, which pad both sides alike; the MACs are then those of torchvision.
+    # Width, depth and dropout are those of the reference implementation (efficientnet_builder.py) of Tan & Le 2019. The
+    # last argument lists the blocks that halve an odd size; they pad both sides alike, so MACs equal torchvision's.
     "efficientnet-b0": _efficientnet(0, 1.0, 1.0, 224, 0.2, 1280, ()),
     "efficientnet-b1": _efficientnet(1, 1.0, 1.1, 240, 0.2, 1280, (16,)),
     "efficientnet-b2": _efficientnet(2, 1.1, 1.2, 260, 0.3, 1408, (5, 8, 16)),
@@ -76,8 +76,17 @@ MODELS = (*HUB_MODELS, *ALIASES, *OWN)
 
 
 def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
-    """The image model of `config`. A folder with its own configuration says itself what it is; other weights, read from
-    safetensors, need `config.model` to say so."""
+    """Build the image model of a run.
+
+    Args:
+        config: has `model`, `model_path`, `image_size` and `from_scratch`. A folder with a config.json needs no
+            `model`; other safetensors weights do.
+        task: the task.
+        num_labels: number of classes.
+
+    Raises:
+        UserError: if the model or its weights are missing or damaged.
+    """
     from eval.modeling.bundle import load_weights
     from eval.modeling.pretrained import check_weights
 
@@ -107,7 +116,16 @@ def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
 def build_saved(
     folder: Path, subject: str, build: dict[str, Any], config: Any, task: Task, num_labels: int
 ) -> ModelBundle:
-    """The image model that a finished run saved in `folder`, without its weights; `build` is what it noted."""
+    """Build the image model that a finished run saved, without its weights.
+
+    Args:
+        folder: the folder of the saved model.
+        subject: the flag and its value that name the run, for errors.
+        build: the section `build` of its quantization.json.
+        config: the config of the new run.
+        task: the task of the new run.
+        num_labels: number of classes.
+    """
     size = getattr(config, "image_size", None) or build.get("image_size")
     name = build.get("model") or getattr(config, "model", None)
     if (folder / "config.json").is_file():
@@ -127,7 +145,15 @@ def build_saved(
 
 
 def build_named(name: str, task: Task, num_labels: int, size: int | None, scratch: bool) -> ModelBundle:
-    """A model by name: with its published weights, unless it is ours or `scratch`."""
+    """Build a model by name, with its published weights if it has any.
+
+    Args:
+        name: a name of `MODELS`, a Hub id, timm:NAME or torchvision:NAME.
+        task: the task.
+        num_labels: number of classes.
+        size: side of the input in pixels; None: the model's own.
+        scratch: use random weights.
+    """
     if name in OWN:
         return build_own(name, task, num_labels)
     if name.startswith(("timm:", "torchvision:")):
@@ -141,7 +167,7 @@ def build_named(name: str, task: Task, num_labels: int, size: int | None, scratc
 
 
 def build_own(name: str, task: Task, num_labels: int) -> ModelBundle:
-    """ResNet-20 and its like, or the small network for digits, with random weights."""
+    """Build a ResNet for CIFAR, or the small network for digits, with random weights."""
     from eval.modeling.bundle import IMAGENET_MEAN, IMAGENET_STD, RANDOM_WEIGHTS, ModelBundle
     from eval.modeling.vision_nets import CifarResNet, ConvNet
 
@@ -160,7 +186,13 @@ def build_own(name: str, task: Task, num_labels: int) -> ModelBundle:
 
 
 def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle:
-    """A model of transformers with random weights, from a name of `HUB_MODELS` or the configuration of a folder."""
+    """Build a model of transformers with random weights.
+
+    Args:
+        source: a name of `HUB_MODELS`, or the configuration's folder or Hub id.
+        num_labels: number of classes.
+        size: side of the input in pixels; None: the model's own.
+    """
     import transformers
 
     from eval.modeling.bundle import RANDOM_WEIGHTS, ModelBundle
@@ -178,13 +210,13 @@ def build_scratch(source: str, num_labels: int, size: int | None) -> ModelBundle
         )
         size = size or getattr(settings, "image_size", None)
     model = new_model(transformers.AutoModelForImageClassification, settings)
-    model.config.architectures = [type(model).__name__]  # what a saved configuration is read back as
+    model.config.architectures = [type(model).__name__]  # names the head when the configuration is loaded
     channels = getattr(settings, "num_channels", 3)
     return ModelBundle(model, "image", image_size=size, in_channels=channels, notes=[RANDOM_WEIGHTS])
 
 
 def build_pretrained(source: str, num_labels: int) -> ModelBundle:
-    """A model of transformers with its weights; size, mean and std are those of its own image processor."""
+    """Load a model of transformers; its image processor determines size, mean and std."""
     import transformers
 
     from eval.modeling.bundle import ModelBundle
@@ -205,19 +237,20 @@ def build_pretrained(source: str, num_labels: int) -> ModelBundle:
 
 
 def processor_geometry(processor: Any) -> tuple[int, float]:
-    """(side of the square that a processor feeds its model, its share of the resized image's side)."""
+    """Return the side of a processor's output in pixels, and its share of the resized image's side."""
     resized = next(processor.size[key] for key in ("shortest_edge", "height") if processor.size.get(key))
     if getattr(processor, "do_center_crop", False):
         side = processor.crop_size["height"]
         return side, side / resized
-    # ConvNeXT's processor, which ResNets use, crops below 384 pixels by a share of its own.
+    # ConvNeXT's processor, which ResNets use, crops inputs below 384 pixels by `crop_pct`.
     return resized, getattr(processor, "crop_pct", 1.0) if resized < 384 else 1.0
 
 
 def processor_colours(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel with which (x / 255 - mean) / std is what the processor makes of pixels x.
+    """Find mean and std per channel such that (x / 255 - mean) / std equals the processor's output for pixels x.
 
-    Measured on a black and a white image: EfficientNet's processor divides by its std twice, others shift or skip it.
+    They are measured with a black and a white image, because processors apply their settings differently: that of
+    EfficientNet divides by its std twice, others shift the values or skip the step.
     """
     from PIL import Image
 
@@ -228,9 +261,12 @@ def processor_colours(processor: Any) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def correct_momentum(model: nn.Module) -> list[str]:
-    """Batch norms built with TensorFlow's momentum, the share of the old average, get PyTorch's, the share of the new.
+    """Convert the momentum of batch norms from TensorFlow's definition (weight of the old average) to PyTorch's.
 
-    transformers' EfficientNet (0.99) and MobileNetV2 (0.997) otherwise keep the statistics of the last batch alone.
+    EfficientNet (0.99) and MobileNetV2 (0.997) of transformers would otherwise keep only the last batch's statistics.
+
+    Returns:
+        A note if any were converted, else an empty list.
     """
     from torch import nn
 

@@ -61,7 +61,7 @@ def outermost(modules: dict[str, nn.Module], name: str, word: str) -> str | None
 
 
 def block_around(modules: dict[str, nn.Module], attention: str) -> str:
-    """Return the transformer block of an attention module: the innermost element of a list that contains it."""
+    """Return the transformer block of an attention module: the innermost ModuleList element that holds it."""
     path = [*ancestors(attention), attention]
     for holder, element in reversed(list(pairwise(path))):
         if isinstance(modules[holder], nn.ModuleList | nn.Sequential):
