@@ -1,4 +1,4 @@
-"""Choosing formats: the space of choices, the policy that learns, and solvers under a budget."""
+"""Search spaces, the policy and its learning rule, exact solvers and allocators under a budget."""
 
 from typing import TYPE_CHECKING
 

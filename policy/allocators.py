@@ -1,15 +1,10 @@
-"""The competitors of the search: assignments that are decided once, before any training.
+"""Allocators: the competitors of the search, which decide once, before any training.
 
-Each is a pure function of costs and measured effects; `trainer.search.baselines` makes the measurements. All give a
+Each is a pure function of costs and measured sensitivities (`trainer.search.baselines` measures them) and returns a
 choice, one index per decision, that fits the budget.
 """
 
 from __future__ import annotations
-
-import runpy
-
-if __name__ == "__main__":  # `python -m policy.allocators`: what it prints needs models and data, of a package above
-    runpy.run_module("eval.sensitivity", run_name="__main__", alter_sys=True)
 
 from typing import Literal, TypeAlias
 
@@ -23,11 +18,11 @@ Allocator: TypeAlias = Literal[
 ]
 
 MAX_EXHAUSTIVE = 4096
-"""choices up to which a space is small enough to try every one"""
+"""Largest number of choices of a space that is searched exhaustively."""
 
 
 def best_uniform(budget: Budget) -> list[int]:
-    """The one choice for all decisions that costs most and still fits. Raises InfeasibleError if none does."""
+    """Return the most expensive single index for all decisions that fits. Raises InfeasibleError if none does."""
     decisions, choices = budget.tables[0].shape
     fitting = [index for index in range(choices) if budget.fits([index] * decisions)]
     if not fitting:
@@ -36,9 +31,9 @@ def best_uniform(budget: Budget) -> list[int]:
 
 
 def head_tail(budget: Budget) -> list[int]:
-    """The first and the last decision in the widest choice that fits, the rest uniform: the folklore rule.
+    """Give the first and last decision the widest choice that fits and make the rest uniform: the folklore rule.
 
-    Where not even the rest's cheapest choice leaves room for both, the widest pair that does.
+    If not even the cheapest choice of the rest leaves room for it, take the widest one that fits.
     """
     decisions, choices = budget.tables[0].shape
     wide = sorted(range(choices), key=lambda index: -budget.tables[0][[0, -1], index].sum())
@@ -53,10 +48,15 @@ def head_tail(budget: Budget) -> list[int]:
 
 
 def random_choice(budget: Budget, generator: np.random.Generator, tries: int = 10_000) -> list[int]:
-    """A random choice that fits: every decision alike, tilted towards what uses the budget.
+    """Return a random choice that fits, biased towards choices that use the budget.
 
-    The tilt is drawn anew for each try, the fullest of the first 100 that fit is taken. Uniform draws would leave most
-    of a tight budget unused, or never meet it.
+    The bias is drawn for each try, and the fullest of the first 100 fitting choices is returned. Uniform draws would
+    leave most of a tight budget unused, or never meet it.
+
+    Args:
+        budget: limits.
+        generator: source of randomness.
+        tries: largest number of draws; after that a random objective is solved under the budget.
     """
     table = budget.tables[0] / budget.limits[0]
     decisions = len(table)
@@ -75,23 +75,25 @@ def random_choice(budget: Budget, generator: np.random.Generator, tries: int = 1
     return budget.solve(generator.random(table.shape)) if best is None else best
 
 
-def greedy(effect: Table, budget: Budget) -> list[int]:
-    """From the best choice of each decision, step down where the least quality is lost for the cost saved.
+def greedy(sensitivity: Table, budget: Budget) -> list[int]:
+    """Start from the best choice of each decision and step down where the least quality is lost per cost saved.
 
     Args:
-        effect: (decisions, choices), what each choice alone costs in quality.
+        sensitivity: degradation from each choice alone, (decisions, choices).
+        budget: limits.
 
-    Raises InfeasibleError if nothing fits.
+    Raises:
+        InfeasibleError: if nothing fits.
     """
     costs = np.sum([table / limit for table, limit in zip(budget.tables, budget.limits, strict=True)], axis=0)
-    # An error rate on few examples has many equals: among them the dearer is kept, and little is given up at a time.
-    choice = np.lexsort((-costs, effect), axis=1)[:, 0].tolist()
+    # Error rates on few examples have many ties: among these, prefer the more expensive choice and small steps.
+    choice = np.lexsort((-costs, sensitivity), axis=1)[:, 0].tolist()
     while not budget.fits(choice):
         steps = [
-            ((effect[d, c] - effect[d, taken]) / (costs[d, taken] - costs[d, c]), costs[d, taken] - costs[d, c], d, c)
+            ((sensitivity[d, c] - sensitivity[d, taken]) / saved, saved, d, c)
             for d, taken in enumerate(choice)
-            for c in range(effect.shape[1])
-            if costs[d, c] < costs[d, taken]
+            for c in range(sensitivity.shape[1])
+            if (saved := costs[d, taken] - costs[d, c]) > 0
         ]
         if not steps:
             raise InfeasibleError(budget.limits, [(t.min(1).sum(), t.max(1).sum()) for t in budget.tables])
@@ -100,6 +102,6 @@ def greedy(effect: Table, budget: Budget) -> list[int]:
     return choice
 
 
-def least_degradation(effect: Table, budget: Budget) -> list[int]:
-    """The choice whose effects add up to the least, exactly: what every additive sensitivity asks for."""
-    return budget.solve(-effect)
+def least_degradation(sensitivity: Table, budget: Budget) -> list[int]:
+    """Return the choice within the budget whose sensitivities have the smallest sum, solved exactly."""
+    return budget.solve(-sensitivity)

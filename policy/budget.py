@@ -17,17 +17,17 @@ from quant.formats import Format
 
 @dataclass(frozen=True)
 class Limit:
-    """A hard limit on something that adds up over layers."""
+    """Hard limit on a cost that adds up over layers."""
 
     name: str
-    """memory, compute or latency"""
+    """'memory', 'compute' or 'latency'."""
     unit: str
     value: float
     of: Callable[[str, tuple[Format, Format]], float]
-    """(layer, (weight format, activation format)) -> its share, in `unit`"""
+    """(layer, (weight format, activation format)) -> cost in `unit`."""
 
     def table(self, space: SearchSpace) -> Table:
-        """(decisions, choices): what each choice of a decision takes."""
+        """Return the cost of each choice of each decision, (decisions, choices)."""
         return np.array(
             [
                 [math.fsum(self.of(layer, space.runs_in(layer, pair)) for layer in d.layers) for pair in d.choices]
@@ -36,48 +36,55 @@ class Limit:
         )
 
     def total(self, assignment: Assignment) -> float:
-        """What an assignment takes, in `unit`."""
+        """Return the cost of an assignment in `unit`."""
         return math.fsum(self.of(layer, pair) for layer, pair in assignment.items())
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One table of costs, (decisions, choices), for each limit, in the limit's unit. The first is the run's own."""
+    """Limits on one or several costs, each with its table (decisions, choices); the first is the run's own."""
 
     tables: tuple[Table, ...]
     limits: tuple[float, ...]
 
     @classmethod
     def of(cls, space: SearchSpace, costs: Table, target: float, limits: Sequence[Limit]) -> Budget:
-        """A target on `costs`, the run's own, and hard limits beside it."""
+        """Return the budget of a run.
+
+        Args:
+            space: search space.
+            costs: the run's own costs, (decisions, choices).
+            target: limit on them.
+            limits: hard limits on further costs.
+        """
         tables = costs, *(limit.table(space) for limit in limits)
         return cls(tables, (target, *(limit.value for limit in limits)))
 
     def costs(self, choice: Sequence[int]) -> list[float]:
-        """What a choice costs in each table's unit."""
+        """Return the cost of a choice for each limit, in its unit."""
         taken = np.asarray(choice)
         return [math.fsum(table[np.arange(len(table)), taken]) for table in self.tables]
 
     def ratio(self, choice: Sequence[int]) -> float:
-        """The largest share of a limit that the choice uses: above 1 it does not fit."""
+        """Return the largest cost / limit of a choice: above 1 it does not fit."""
         return max(cost / limit for cost, limit in zip(self.costs(choice), self.limits, strict=True))
 
     def fits(self, choice: Sequence[int]) -> bool:
-        """Whether no limit is exceeded, by more than the rounding of a sum."""
+        """Return whether no limit is exceeded by more than the rounding error of a sum."""
         limits = zip(self.costs(choice), self.limits, strict=True)
         return all(cost <= limit + ROUNDING * abs(limit) for cost, limit in limits)
 
     def solve(self, values: Table) -> list[int]:
-        """The fitting choice with the largest sum of values, exactly. Raises InfeasibleError if nothing fits."""
+        """Return the fitting choice with the largest sum of values, exactly. Raises InfeasibleError if nothing fits."""
         return solve_assignment(values, self.tables, self.limits)
 
     @property
     def size(self) -> int:
-        """How many choices there are, fitting or not."""
+        """Number of choices, fitting or not."""
         decisions, choices = self.tables[0].shape
         return int(choices) ** int(decisions)
 
     def all_fitting(self) -> Iterator[tuple[int, ...]]:
-        """Every choice that fits, for small spaces."""
+        """Yield every choice that fits, for small spaces."""
         decisions, choices = self.tables[0].shape
         return (choice for choice in product(range(choices), repeat=decisions) if self.fits(choice))

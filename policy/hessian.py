@@ -21,21 +21,21 @@ from quant.errors import UserError
 from quant.module_utils import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
-"""(model, batch) -> scalar tensor, the mean loss of the batch"""
+"""(model, batch) -> mean loss of the batch, scalar."""
 
 MOST_DRAWS = 50
-"""of vectors for a trace, where its error stays above the tolerance"""
+"""Largest number of random vectors per trace."""
 MIN_DRAWS = 8
-"""draws before a standard error is believed: two draws that happen to agree say nothing"""
+"""Draws before a standard error is used: two draws may agree by chance."""
 
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """Trace of one layer's Hessian block; it may be negative, away from a minimum or by chance."""
+    """Trace of one layer's Hessian block; it can be negative away from a minimum, or by chance."""
 
     trace: float
     error: float
-    """its standard error over the draws"""
+    """Standard error over the draws."""
     draws: int
 
 
@@ -45,9 +45,9 @@ class EigenEstimate:
 
     mean: float
     spread: float
-    """standard deviation over the batches, 0 for one batch"""
+    """Standard deviation over the batches, 0 for one batch."""
     residual: float
-    """largest |Hv - lambda v| / |lambda| that power iteration ended with: what it may be off by"""
+    """Largest final |Hv - lambda v| / |lambda| of the power iterations: a bound on the relative error."""
 
     @property
     def score(self) -> float:
@@ -66,19 +66,28 @@ def hessian_traces(
     generator: torch.Generator | None = None,
     jointly: bool = False,
 ) -> dict[str, TraceEstimate]:
-    """Trace of the Hessian of the mean loss over `batches` in each layer's weight, by Hutchinson's estimator.
+    """Estimate the trace of the Hessian of the mean loss in each layer's weight, by Hutchinson's estimator.
 
-    A draw is the mean over all batches of v'Hv, with new Rademacher vectors v for each batch. A layer is drawn for
-    until its standard error is at most `tolerance` of its trace, or `max_draws` times.
+    A draw is the mean over all batches of v'Hv, with new Rademacher vectors v for each batch. Source: HAWQ-V2, arXiv
+    1911.03852.
 
     Args:
+        model: model whose layers are `layers`.
         layers: name -> module with a parameter `weight`; quantized layers must run in float (`quant.convert.in_float`).
-        generator: of the vectors, on the CPU.
-        jointly: one double backward a batch serves all layers, v standing on all of them at once. The mean of v'Hv is
-            the same, since the cross terms have mean zero; their variance, 2 * the squared entries of H outside the
-            block, comes on top, so that more draws are needed. Off, every layer takes a double backward of its own.
+        batches: batches of data.
+        loss: (model, batch) -> mean loss, scalar.
+        max_draws: largest number of draws per layer.
+        tolerance: a layer is finished once the standard error is at most this share of its trace.
+        generator: source of the vectors, on the CPU.
+        jointly: one double backward per batch serves all layers, with v on all of them at once. The mean of v'Hv is
+            the same, because the cross terms have mean zero. Their variance, 2 * the squared entries of H outside the
+            block, is added, so more draws are needed. Otherwise every layer takes a double backward of its own.
 
-    Raises ValueError without batches, or for fewer than 2 draws: a standard error needs two.
+    Returns:
+        Name -> trace with its standard error.
+
+    Raises:
+        ValueError: without batches, or for fewer than 2 draws, which a standard error needs.
     """
     if not batches or max_draws < 2:
         raise ValueError(f"a trace needs at least 1 batch and 2 draws, got {len(batches)} and max_draws={max_draws}")
@@ -113,10 +122,24 @@ def top_eigenvalues(
     tolerance: float = 0.01,
     generator: torch.Generator | None = None,
 ) -> dict[str, EigenEstimate]:
-    """Eigenvalue of the largest magnitude of each layer's Hessian block, for every batch, by power iteration.
+    """Estimate the eigenvalue of the largest magnitude of each layer's Hessian block by power iteration, per batch.
 
-    It ends where |Hv - lambda v| <= tolerance * |lambda|, so that some eigenvalue lies as near, or after
-    `max_iterations`. `layers`, `generator` and what is raised as in `hessian_traces`.
+    Source: Q-BERT, arXiv 1909.05840.
+
+    Args:
+        model: model whose layers are `layers`.
+        layers: as in `hessian_traces`.
+        batches: batches of data.
+        loss: (model, batch) -> mean loss, scalar.
+        max_iterations: largest number of iterations per layer and batch.
+        tolerance: an iteration ends at |Hv - lambda v| <= tolerance * |lambda|, so that an eigenvalue is that near.
+        generator: source of the starting vectors, on the CPU.
+
+    Returns:
+        Name -> mean and spread over the batches.
+
+    Raises:
+        ValueError: without batches.
     """
     if not batches:
         raise ValueError("eigenvalues need at least 1 batch, got 0")
@@ -134,13 +157,13 @@ def top_eigenvalues(
 
 @dataclass(frozen=True)
 class Block:
-    """A layer's weight and the loss's gradient in it, still attached to the graph that it was computed in."""
+    """A layer's weight and the gradient of the loss in it, attached to its graph."""
 
     weight: Tensor
     gradient: Tensor
 
     def product(self, vector: Tensor) -> Tensor:
-        """Hessian block times `vector`, both shaped like the weight, by double backward."""
+        """Multiply the Hessian block by a vector shaped like the weight, by double backward."""
         if not self.gradient.requires_grad:  # the loss is linear in this weight, or does not depend on it
             return torch.zeros_like(self.weight)
         return torch.autograd.grad(
@@ -150,10 +173,10 @@ class Block:
 
 @contextmanager
 def gradients(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, loss: Loss) -> Iterator[dict[str, Block]]:
-    """The layers' `Block`s for one batch, in eval mode and with the attention kernel that has second derivatives.
+    """Compute the layers' `Block`s for one batch, in eval mode, with an attention kernel that has second derivatives.
 
-    Within, only these weights require gradients; everything is as before afterwards. Weights that several layers share
-    are one block under each of their names.
+    Inside the context only these weights require gradients. Weights that several layers share are the same block under
+    each name.
     """
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
@@ -174,9 +197,9 @@ def gradients(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, los
 
 @contextmanager
 def held_weights(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within, a layer that computes its weight (weight norm) has one that stays the same, and requires gradients.
+    """Fix the weights of layers that compute them (weight norm), so that gradients in them exist.
 
-    Yields every layer's weight. Raises UserError for a layer whose weight cannot be held.
+    Yields every layer's weight. Raises UserError for a layer whose weight cannot be fixed.
     """
     weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
     with ExitStack() as stack:
@@ -188,9 +211,9 @@ def held_weights(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]
 
 
 def _hold(name: str, layer: Any, weight: Tensor, stack: ExitStack) -> None:
-    """Have the layer use this weight; `stack` undoes it."""
+    """Make a layer use this weight until `stack` is closed."""
     if is_parametrized(layer, "weight"):
-        # Not torch's cache, which takes a copy of a layer for the layer itself.
+        # Not torch's cache, which mistakes a copy of a layer for the layer itself.
         stack.enter_context(layer.parametrizations.weight.register_forward_hook(lambda *_: weight))
     elif "weight" in vars(layer) or "weight" in layer._buffers:
         # A plain tensor, as torch.nn.utils.weight_norm sets before every forward.
@@ -209,7 +232,7 @@ def _block_products(blocks: Mapping[str, Block], vectors: Mapping[str, Tensor]) 
 
 
 def _joint_products(blocks: Mapping[str, Block], vectors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Hv with v on all layers at once, layer by layer."""
+    """Yield the Hv of each layer, with v on all layers at once."""
     curved = {name: block for name, block in blocks.items() if block.gradient.requires_grad}
     products: dict[str, Tensor] = {}
     if curved:
@@ -226,7 +249,7 @@ def _joint_products(blocks: Mapping[str, Block], vectors: Mapping[str, Tensor]) 
 
 
 def _rademacher(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """+1 and -1, shaped and placed like the weight; drawn on the CPU, so that every device gets the same."""
+    """Draw +1 and -1, shaped and placed like the weight; on the CPU, so that every device gets the same."""
     signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
     return signs.to(weight.device, weight.dtype)
 
@@ -238,7 +261,7 @@ def _estimate(samples: Sequence[float]) -> TraceEstimate:
 def _power_iteration(
     block: Block, max_iterations: int, tolerance: float, generator: torch.Generator
 ) -> tuple[float, float]:
-    """(eigenvalue, relative residual)"""
+    """Return (eigenvalue, relative residual)."""
     vector = torch.randn(block.weight.shape, generator=generator).to(block.weight.device, block.weight.dtype)
     eigenvalue, residual = 0.0, 0.0
     for _ in range(max_iterations):

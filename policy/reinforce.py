@@ -16,12 +16,21 @@ Baseline: TypeAlias = Literal["leave_one_out", "ema"]
 
 
 def entropy_weight(schedule: EntropySchedule, step: int, total_steps: int, max_beta: float) -> float:
-    """beta_H at `step` of `total_steps` policy steps, 0 <= step < total_steps; steps of the delay do not count.
+    """Return beta_H, the weight of the entropy term in the loss.
 
-    It rises from 0 to `max_beta`, because the entropy is a penalty: the policy explores freely at first, and is then
-    pressed to commit, so that the shared weights end up trained under the formats that stay (FLIQS, arXiv 2308.03290,
-    and the code beside it). 'linear' and 'cosine' rise over all steps, 'heaviside' jumps halfway, 'constant' is
-    `max_beta` throughout. Raises UserError for another schedule, ValueError for a step outside the range.
+    It rises from 0 to `max_beta`, because the entropy is a penalty: the policy first explores freely and later has to
+    commit, so that the shared weights end up trained under the formats that stay. Source: FLIQS, arXiv 2308.03290, and
+    its published code.
+
+    Args:
+        schedule: 'linear' and 'cosine' rise over all steps, 'heaviside' jumps halfway, 'constant' is `max_beta`.
+        step: policy step in [0, total_steps); steps of the delay do not count.
+        total_steps: number of policy steps.
+        max_beta: largest weight.
+
+    Raises:
+        UserError: for an unknown schedule.
+        ValueError: for a step outside the range.
     """
     if not 0 <= step < total_steps:
         raise ValueError(f"step must be in [0, {total_steps}), got {step}")
@@ -39,7 +48,22 @@ def entropy_weight(schedule: EntropySchedule, step: int, total_steps: int, max_b
 
 
 class Reinforce:
-    """Adam on loss = -mean(advantage x log-probability) + beta_H x entropy, both summed over decisions."""
+    """Adam on loss = -mean(advantage x log-probability) + beta_H x entropy, both summed over decisions.
+
+    Args:
+        policy: policy to train.
+        learning_rate: Adam's learning rate.
+        schedule: schedule of beta_H, see `entropy_weight`.
+        max_entropy_beta: largest beta_H.
+        total_steps: number of policy steps.
+        baseline: 'leave_one_out' compares each draw with the mean of the step's other draws and needs at least two;
+            'ema' compares with the moving average of earlier steps, so that one draw per step is enough.
+        ema_decay: decay of the moving average.
+
+    Raises:
+        UserError: for an unknown schedule.
+        ValueError: for a negative beta, a decay outside [0, 1), no steps or an unknown baseline.
+    """
 
     def __init__(
         self,
@@ -51,12 +75,7 @@ class Reinforce:
         baseline: Baseline = "leave_one_out",
         ema_decay: float = 0.9,
     ) -> None:
-        """Baselines: 'leave_one_out' compares each draw with the mean of the step's others and needs two or more;
-        'ema' with the running mean of earlier steps, so that one draw a step is enough. Raises ValueError for a
-        negative beta, a decay outside [0, 1), no steps or another baseline, UserError for another schedule."""
-        entropy_weight(
-            schedule, 0, total_steps, max_entropy_beta
-        )  # a wrong schedule is told now, not at the first step
+        entropy_weight(schedule, 0, total_steps, max_entropy_beta)  # raises now instead of at the first step
         if not 0 <= max_entropy_beta < math.inf:
             raise ValueError(f"max_entropy_beta must not be negative, got {max_entropy_beta}")
         if not 0 <= ema_decay < 1:
@@ -73,13 +92,20 @@ class Reinforce:
         self.ema_reward: float | None = None
 
     def step(self, choices: Tensor, rewards: Tensor, step: int, penalty: Tensor | None = None) -> dict[str, float]:
-        """One policy update from `choices` int64 (draws, decisions) and their `rewards` (draws,).
+        """Update the policy once.
 
-        `penalty` is a scalar that depends on the policy itself, such as its expected cost: it is added to the loss, and
-        differentiated rather than sampled.
+        Args:
+            choices: drawn choices, int64 (draws, decisions).
+            rewards: reward of each draw, (draws,).
+            step: policy step, for the schedule of beta_H.
+            penalty: scalar that depends on the policy, such as its expected cost; it is added to the loss and
+                differentiated instead of sampled.
 
-        Returns, all from before the update: 'advantage' (mean magnitude), 'entropy', 'entropy_weight', 'policy_loss'.
-        Raises ValueError for rewards that are not finite, do not fit the choices or are too few for the baseline.
+        Returns:
+            Values before the update: 'advantage' (mean magnitude), 'entropy', 'entropy_weight' and 'policy_loss'.
+
+        Raises:
+            ValueError: for rewards that are not finite, do not fit the choices or are too few for the baseline.
         """
         if choices.shape[:-1] != rewards.shape:
             raise ValueError(f"{tuple(rewards.shape)} rewards do not fit {tuple(choices.shape)} choices")
@@ -100,7 +126,7 @@ class Reinforce:
         }
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """Rewards (draws,) minus a baseline that none of them has entered; afterwards they enter the running mean."""
+        """Subtract from each reward, (draws,), a baseline that it is not part of; then update the moving average."""
         rewards = torch.as_tensor(rewards).detach().to(self.policy.logits)
         if rewards.dim() != 1 or not len(rewards) or not rewards.isfinite().all():
             raise ValueError(f"rewards must be one finite number per draw, got {rewards.tolist()}")
@@ -114,7 +140,7 @@ class Reinforce:
         return rewards - before
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Logits, Adam's moments and the running reward: a flat dict of tensors, as safetensors holds it."""
+        """Return logits, Adam's moments and the moving average as a flat dict of tensors, for safetensors."""
         state = {"logits": self.policy.logits.detach().clone()}
         state |= {f"adam.{key}": value.clone() for key, value in self.optimizer.state[self.policy.logits].items()}
         if self.ema_reward is not None:
@@ -122,7 +148,7 @@ class Reinforce:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue exactly where `state_dict` was taken."""
+        """Continue exactly from a `state_dict`."""
         with torch.no_grad():
             self.policy.logits.copy_(state["logits"])
         self.optimizer.state[self.policy.logits] = {

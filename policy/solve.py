@@ -1,4 +1,4 @@
-"""The most valuable assignment under hard budgets: an exact multiple-choice knapsack."""
+"""Exact multiple-choice knapsack: the most valuable assignment under hard budgets."""
 
 from __future__ import annotations
 
@@ -15,30 +15,36 @@ from scipy.sparse import csr_array
 from quant.errors import UserError
 
 Table: TypeAlias = NDArray[np.float64]
-"""(decisions, choices)"""
+"""float64 (decisions, choices)."""
 
 ROUNDING = 1e-14
-"""Share of a budget by which a sum may exceed it: the same costs, added up in another order, differ by as much, and
-a budget that equals the cost of an assignment admits that assignment."""
+"""Relative tolerance of a budget. Summing the same costs in another order differs by this much, and a budget equal to
+the cost of an assignment has to admit that assignment."""
 
 MAGNITUDE = 1e3
-"""Largest entry of the tables that HiGHS sees. It forgives 1e-6 of infeasibility and of gap, in absolute terms."""
+"""Largest entry of the tables passed to HiGHS, whose absolute tolerance of infeasibility and gap is 1e-6."""
 FORGIVEN = 1e-6
+"""HiGHS's absolute tolerance of infeasibility."""
 
 FINEST = 1e-7
-"""Smallest step of a lattice, as a share of the largest entry, of which HiGHS still sees the half."""
+"""Smallest step of a lattice relative to the largest entry: half of it is still above HiGHS's tolerance."""
 
 MAX_CUTS = 10
-"""Assignments over a budget by less than HiGHS sees that are cut off one by one, before the budget is lowered."""
+"""Number of assignments just over a budget (within HiGHS's tolerance) to exclude before lowering the budget."""
 
 MAX_NODES = 10_000
-"""Branches after which the best assignment so far is taken, rather than the clock: the same input, the same output."""
+"""Branches after which the best assignment so far is taken. A time limit would make results irreproducible."""
 
 _OPTIMAL, _INFEASIBLE = 0, 2  # status of scipy's milp
 
 
 class InfeasibleError(UserError):
-    """No assignment meets the budgets; `ranges` holds the (lowest, highest) cost of any assignment, per budget."""
+    """No assignment meets the budgets.
+
+    Args:
+        budgets: the budgets.
+        ranges: (lowest, highest) cost of any assignment, per budget.
+    """
 
     def __init__(self, budgets: Sequence[float], ranges: Sequence[tuple[float, float]]) -> None:
         self.ranges = list(ranges)
@@ -50,17 +56,23 @@ class InfeasibleError(UserError):
 def solve_assignment(
     values: ArrayLike, costs: ArrayLike | Sequence[ArrayLike], budgets: float | Sequence[float]
 ) -> list[int]:
-    """One choice per decision: the largest sum of `values` whose sum of `costs` is within every budget.
+    """Return the choice with the largest sum of `values` whose sum of `costs` is within every budget.
+
+    The result is exact to 1e-9 of the largest difference between values; budgets are checked on exactly rounded sums
+    (see ROUNDING). In the rare case that optimality cannot be proven within MAX_NODES, such as values proportional to
+    costs, a warning gives the gap.
 
     Args:
         values: (decisions, choices), for example log-probabilities.
         costs: (decisions, choices), or one such table per budget.
         budgets: a number, or one per table of costs.
 
-    Exact to 1e-9 of the largest difference between values; budgets are checked on exactly rounded sums (see
-    ROUNDING). Warns in the rare case, such as values proportional to costs, that the proof would not end. Raises
-    ValueError for shapes that do not fit and numbers that are not finite, InfeasibleError, which states the possible
-    range, when nothing fits.
+    Returns:
+        One index per decision.
+
+    Raises:
+        ValueError: for shapes that do not fit and numbers that are not finite.
+        InfeasibleError: if no assignment meets the budgets; it states the possible range.
     """
     gains, tables, limits = _checked(values, costs, budgets)
     ranges = [(math.fsum(table.min(1)), math.fsum(table.max(1))) for table in tables]
@@ -82,7 +94,7 @@ def solve_assignment(
             integrality=np.ones(gains.size),
             bounds=(0, 1),
             constraints=[one_each, *map(_at_most, weights, bounds), *cuts],
-            # Presolve goes wrong where a bound is less than HiGHS forgives below a sum that choices can have.
+            # Presolve is wrong if a bound is below a possible sum by less than HiGHS's tolerance.
             options={"mip_rel_gap": 0, "node_limit": MAX_NODES, "presolve": all(clear)},
         )
         if result.status == _INFEASIBLE:
@@ -95,21 +107,21 @@ def solve_assignment(
             if result.status != _OPTIMAL:
                 warnings.warn(f"the proof did not end: within {result.mip_gap:.1e} of the best value", stacklevel=2)
             return choice.tolist()
-        # Over a budget, by less than HiGHS sees.
+        # Over a budget by less than HiGHS's tolerance.
         if len(cuts) < MAX_CUTS:
             taken = np.zeros_like(gains)
             taken[np.arange(len(gains)), choice] = 1
             cuts.append(_at_most(taken, len(gains) - 1))
-        else:  # Equal layers make it too many to name; their costs leave nothing just under the budget either.
+        else:  # Equal layers give too many such assignments, and their costs leave none just below the budget.
             bounds = [bound - margin * exceeded for bound, exceeded in zip(bounds, over, strict=True)]
             margin *= 2
 
 
 def _row(table: Table, limit: float) -> tuple[Table, float, bool]:
-    """Weights and their bound, as HiGHS sees a budget, and whether the bound is clear of every possible sum.
+    """Return a budget's weights and bound for HiGHS, and whether the bound is clear of every possible sum.
 
-    Costs count from the cheapest choice, because a large constant would hide small differences. Bits times whole
-    numbers lie on a lattice: there the bound is moved to the middle between the last sum within the limit and the next.
+    Costs count from the cheapest choice, because a large constant would hide small differences. Bits times integers
+    lie on a lattice: its bound is moved to the middle between the last sum within the limit and the next one.
     """
     extra = table - table.min(1, keepdims=True)
     room = limit - math.fsum(table.min(1))
@@ -121,7 +133,7 @@ def _row(table: Table, limit: float) -> tuple[Table, float, bool]:
 
 
 def _lattice_step(extra: Table) -> float:
-    """The number that all entries are multiples of, by Euclid's algorithm; 0 if it is below FINEST of the largest."""
+    """Return the common divisor of all entries by Euclid's algorithm; 0 if it is below FINEST of the largest."""
     largest, step = float(extra.max()), 0.0
     for entry in np.unique(extra).tolist():
         while entry > FINEST * largest:
@@ -133,12 +145,12 @@ def _lattice_step(extra: Table) -> float:
 
 
 def _at_most(weights: Table, limit: float) -> LinearConstraint:
-    """The weights of what is chosen add up to at most `limit`."""
+    """Bound the total weight of the chosen entries."""
     return LinearConstraint(csr_array(weights.reshape(1, -1)), -np.inf, limit)
 
 
 def _unit(table: Table) -> float:
-    """What to divide the table by, so that its largest entry is MAGNITUDE."""
+    """Return the divisor that makes MAGNITUDE the table's largest entry."""
     return float(np.abs(table).max()) / MAGNITUDE or 1.0
 
 
@@ -149,7 +161,7 @@ def _total(table: Table, choice: NDArray[np.int64]) -> float:
 def _checked(
     values: ArrayLike, costs: ArrayLike | Sequence[ArrayLike], budgets: float | Sequence[float]
 ) -> tuple[Table, list[Table], list[float]]:
-    """Values (decisions, choices), one table of costs per budget, and the budgets."""
+    """Return values (decisions, choices), one table of costs per budget, and the budgets, all checked."""
     gains, tables = np.asarray(values, np.float64), np.asarray(costs, np.float64)
     limits = np.atleast_1d(np.asarray(budgets, np.float64))
     if tables.ndim == 2:

@@ -1,4 +1,4 @@
-"""What a search decides: decisions <-> layers <-> formats, and what every choice costs."""
+"""SearchSpace: decisions, the layers and formats behind them, and the cost of every choice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quant.formats import FLOAT, Format
 from quant.quant_module import Reach, runs_in
 
 Partition: TypeAlias = Literal["layer", "single"] | Mapping[str, Collection[str]]
-"""A decision per layer, one for the whole model, or block name -> names of the layers that share a choice."""
+"""One decision per layer, one for the whole model, or block name -> names of the layers that share a choice."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Decision:
     name: str
     layers: tuple[str, ...]
     choices: tuple[tuple[Format, Format], ...]
-    """(weight format, activation format)"""
+    """(weight format, activation format) of each choice."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,20 @@ class SearchSpace:
 
     decisions: tuple[Decision, ...]
     reach: Mapping[str, Reach] = field(default_factory=dict)
-    """layers that calibration did not reach, which run in float as far as they have to, whatever is chosen"""
+    """Layers that calibration did not reach; they stay in float whatever is chosen."""
 
     @property
     def num_decisions(self) -> int:
+        """Number of decisions."""
         return len(self.decisions)
 
     @property
     def num_choices(self) -> int:
+        """Choices per decision."""
         return len(self.decisions[0].choices)
 
     def assignment(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
-        """The formats of every layer under `choice`, one index per decision."""
+        """Return the formats of every layer under a choice, one index per decision."""
         return {
             layer: self.runs_in(layer, decision.choices[index])
             for decision, index in zip(self.decisions, choice, strict=True)
@@ -58,11 +60,11 @@ class SearchSpace:
         }
 
     def runs_in(self, layer: str, formats: tuple[Format, Format]) -> tuple[Format, Format]:
-        """(weight format, activation format) of a layer for which `formats` are chosen."""
+        """Return the (weight, activation) formats in which a layer runs if `formats` are chosen."""
         return runs_in(self.reach[layer], formats) if layer in self.reach else formats
 
     def choice(self, assignment: Assignment) -> list[int]:
-        """The choice behind an assignment. Raises ValueError, naming the decision, where it is none of this space."""
+        """Return the choice of an assignment. Raises ValueError, naming the decision, if it is not in this space."""
         indices = []
         for decision in self.decisions:
             taken = (
@@ -78,7 +80,7 @@ class SearchSpace:
         return indices
 
     def cost_table(self, profiles: Sequence[LayerProfile], cost_type: CostType) -> NDArray[np.float64]:
-        """(decisions, choices): what each cell adds to the cost of a choice, in MiB or GBOPs.
+        """Return the cost of each choice of each decision in MiB or GBOPs, (decisions, choices).
 
         Raises KeyError for a layer without a profile.
         """
@@ -97,7 +99,7 @@ class SearchSpace:
         )
 
     def cost_range(self, profiles: Sequence[LayerProfile], cost_type: CostType) -> tuple[float, float]:
-        """The lowest and the highest cost of any assignment: the targets between them are feasible."""
+        """Return the lowest and the highest cost of any assignment; targets between them are feasible."""
         table = self.cost_table(profiles, cost_type)
         return math.fsum(table.min(1)), math.fsum(table.max(1))
 
@@ -110,12 +112,19 @@ def build_space(
     separate_activations: bool = False,
     tied: Iterable[Sequence[str]] = (),
 ) -> SearchSpace:
-    """The space in which each decision of the partition takes one of `formats` for weights and activations alike.
+    """Build the space in which each decision takes one of `formats` for weights and activations alike.
 
-    With `weight_only`, activations stay in float; with `separate_activations`, a choice is any (weight, activation)
-    pair, so that costs stay additive. `tied` layers, which share a weight, share a decision in every partition. Raises
-    UserError without layers, when both are asked for, and for a partition with an empty block, an unknown layer, or a
-    layer in no block or in several.
+    Args:
+        layer_names: names of the searched layers.
+        formats: formats to choose from.
+        partition: which layers share a decision.
+        weight_only: keep activations in float.
+        separate_activations: any pair of (weight, activation) formats is a choice, which keeps costs additive.
+        tied: groups of layers that share a weight; they share a decision in every partition.
+
+    Raises:
+        UserError: without layers, if both options are given, and for a partition with an empty block, an unknown
+            layer, or a layer in no block or in several.
     """
     if not layer_names:
         raise UserError("there are no layers to search")
@@ -135,9 +144,16 @@ def build_space(
 def uniform_cost(
     profiles: Sequence[LayerProfile], bits: float, cost_type: CostType, weight_only: bool = False
 ) -> float:
-    """Cost if every profiled layer had `bits` bits, which may lie between formats (4.5): what `--target_bits` means.
+    """Return the cost of all layers at `bits` bits: the meaning of `--target_bits`.
 
-    Weights and activations alike; with `weight_only`, activations are in float. Raises ValueError for bits <= 0.
+    Args:
+        profiles: profiles of the layers.
+        bits: bits of weights and activations; may lie between formats (4.5).
+        cost_type: 'memory' (MiB) or 'compute' (GBOPs).
+        weight_only: activations are in float.
+
+    Raises:
+        ValueError: for bits <= 0.
     """
     if not 0 < bits < math.inf:
         raise ValueError(f"target bits must be positive, got {bits}")
@@ -145,9 +161,9 @@ def uniform_cost(
 
 
 def merge(blocks: Mapping[str, Sequence[str]], groups: Iterable[Iterable[str]]) -> dict[str, list[str]]:
-    """The finest partition in which no block of `blocks` and none of `groups` is divided.
+    """Return the finest partition that divides no block and no group.
 
-    A block keeps its name; one made of several is called after the first, with the number of those that joined it.
+    A block keeps its name; a merged one is named after its first block plus the number of those that joined it.
     """
     block_of = {layer: name for name, layers in blocks.items() for layer in layers}
     joined = {name: [name] for name in blocks}
@@ -166,7 +182,7 @@ def merge(blocks: Mapping[str, Sequence[str]], groups: Iterable[Iterable[str]]) 
 
 
 def _blocks(layer_names: Sequence[str], partition: Partition) -> dict[str, tuple[str, ...]]:
-    """Decision name -> its layers."""
+    """Return decision name -> its layers, checked."""
     if partition == "layer":
         return {name: (name,) for name in layer_names}
     if partition == "single":

@@ -16,7 +16,7 @@ EXTRAS = {"onnx", "onnxruntime", "onnxscript", "ml_dtypes", "torchao", "compress
 """imported where a flag asks for them alone, which then says so"""
 SCRIPTS = [
     *(["eval_parallel.py"], ["eval/eval_run.py"], ["eval/eval_parse.py"]),
-    *(["-m", f"{name}"] for name in ("eval.export", "eval.latency", "eval.sensitivity", "policy.allocators")),
+    *(["-m", f"{name}"] for name in ("eval.export", "eval.latency", "eval.sensitivity")),
 ]
 
 

@@ -43,8 +43,8 @@ def test_an_unknown_kind_is_refused():
         main([*RUN, "--kinds", "hessian"])
 
 
-def test_the_allocators_as_a_command():
-    command = [sys.executable, "-m", "policy.allocators", *RUN, "--kinds", "hessian"]
+def test_the_module_as_a_command():
+    command = [sys.executable, "-m", "eval.sensitivity", *RUN, "--kinds", "hessian"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--kinds hessian: unknown 'hessian'; choices: measured, fisher, trace" in done.stderr
