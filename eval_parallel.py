@@ -43,8 +43,8 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     """Execute the launch that the command line describes.
 
     Args:
-        argv: words of the command line.
-        runner: replaces `eval.eval_run.run`; the data and models of the runs are then not checked in advance.
+        argv: Words of the command line.
+        runner: Replaces `eval.eval_run.run`; the data and models of the runs are then not checked in advance.
 
     Returns:
         Exit code: 0, 1 if any run failed, 130 after Ctrl-C.
@@ -105,12 +105,12 @@ def launch(
     """Execute the missing runs on Ray, then the remaining trials of --hpo. The output of Ray goes to launch.log.
 
     Args:
-        config: flags of the launch.
-        runs: all runs of the launch.
-        missing: runs to execute, by name.
-        estimates: their estimates, by name.
-        share: resources of each run; None for a cluster, which is asked for them.
-        runner: replaces `eval.eval_run.run`.
+        config: Flags of the launch.
+        runs: All runs of the launch.
+        missing: Runs to execute, by name.
+        estimates: Their estimates, by name.
+        share: Resources of each run; None for a cluster, which is asked for them.
+        runner: Replaces `eval.eval_run.run`.
 
     Returns:
         Name -> reason, for the runs whose process ended without a record.
@@ -151,10 +151,10 @@ def watch(
     """Make the `Watch` that follows the runs of this launch.
 
     Args:
-        config: flags of the launch.
-        base: its first run.
-        missing: runs to follow, by name; with --hpo, the trials in the folder of `base` are followed instead.
-        estimates: estimates by name.
+        config: Flags of the launch.
+        base: Its first run.
+        missing: Runs to follow, by name; with --hpo, the trials in the folder of `base` are followed instead.
+        estimates: Estimates by name.
     """
     unit = UNITS[base.cost_type]
     if not config.hpo:
@@ -191,10 +191,10 @@ def report(config: RunConfig, states: Mapping[str, RunState], folder: Path, died
     """Print the result of every run, or why it has none, and the commands to go on with.
 
     Args:
-        config: flags of the launch.
-        states: states of its runs by name.
-        folder: folder of the launch.
-        died: name -> reason, for the runs whose process ended without a record.
+        config: Flags of the launch.
+        states: States of its runs by name.
+        folder: Folder of the launch.
+        died: Name -> reason, for the runs whose process ended without a record.
 
     Returns:
         Exit code: 0, 1 if any run failed, 130 if any run is unfinished.

@@ -1,4 +1,4 @@
-"""One run, from flags to a result record: `python eval/eval_run.py --task digits --model convnet --search ...`.
+"""Executes one run, from flags to a record: `python eval/eval_run.py --task digits --model convnet --search ...`.
 
 load data and model -> quantize its layers -> cost and budget -> train (and search) -> evaluate once -> record
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, its own folder is on the path instead of the repository
+if __name__ == "__main__":  # Python puts the folder of a script, not the repository, on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from eval.commands import require_packages
 
@@ -43,61 +43,69 @@ from quant.errors import UserError
 from quant.formats import FLOAT, Format
 from trainer.training.checksums import numbered
 
-if TYPE_CHECKING:  # torch and the Trainer take seconds to import: wrong flags must not wait for them
+if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are checked without them
     from quant.quant_module import QuantModule
     from trainer.reinforce_trainer import ReinforceTrainer
 
 DYING = 5.0
-"""seconds that the process of a run may still hold its folder when it is started again"""
-MAY_DIFFER = {
+"""Seconds to wait for the lock of the run folder, which a process that is about to end may still hold."""
+MAY_CHANGE = {
     *GRID_FLAGS,
     *("task", "model_path", "data_dir", "load_model_path", "output_root_dir", "exp_name", "run_id", "config", "resume"),
     *("save_model_path", "save_strategy", "log_dir", "log_steps", "report_to", "quiet", "verify_retrain", "eval_steps"),
     *("eval_batch_size", "num_beams", "max_eval_samples", "num_workers", "device", "compile", "cuda_visible_devices"),
     *("num_cpus", "num_gpus", "cpus_per_trial", "gpus_per_trial", "ray_address", "dry_run", "asha", "hpo"),
 }
-"""flags that a run may be resumed with other values of: folders, which move, the machine, and what is told of it"""
+"""Flags that may change on resume: locations, hardware, evaluation and logging."""
 
 
 def run(
     config: RunConfig, on_step: Callable[[dict[str, Any]], None] | None = None, patience: float = DYING
 ) -> dict[str, Any]:
-    """Train, search and evaluate as `config` says; returns the record that stands in result.json.
+    """Train, search and evaluate according to `config`.
 
-    A run with checkpoints in its folder goes on from the last complete one. A diverged run ends in a record with
-    status 'failed'. This function alone locks the run's folder, for the command line and the launcher alike.
+    Resumes from the last complete checkpoint in the folder of the run. Locks that folder, both for the command line
+    and for the launcher.
 
     Args:
-        config: what to do.
-        on_step: is told each step's entry of history.jsonl.
-        patience: seconds to wait where another process, which may be about to end, still works in the folder.
+        config: Flags of the run.
+        on_step: Called with each step's entry of history.jsonl.
+        patience: Seconds to wait for the lock.
+
+    Returns:
+        The record, as written to result.json. Its status is 'failed' if training diverged.
 
     Raises:
-        UserError: for wrong input, before anything is written; FolderInUse after `patience` seconds.
+        UserError: The input is invalid; raised before anything is written.
+        FolderInUse: Another process holds the lock.
     """
     started = time.monotonic()
     refuse_other_flags(config)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         quiet = config.quiet or not first_process()
-        progress = held.enter_context(RunProgress(make_console(sys.stderr, quiet)).shown())
+        progress = stack.enter_context(RunProgress(make_console(sys.stderr, quiet)).shown())
         progress("loading PyTorch and transformers")
         plan = make_plan(config, progress)
         if first_process():
-            held.enter_context(exclusive_lock(config.run_folder, "run", "--run_id", patience))
-            held.enter_context(tracked(config))
+            stack.enter_context(exclusive_lock(config.run_folder, "run", "--run_id", patience))
+            stack.enter_context(tracked(config))
             progress.write_to(config.run_folder)
         return execute(plan, on_step, progress, started)
 
 
 def refuse_other_flags(config: RunConfig) -> None:
-    """UserError where the run's folder holds checkpoints of other settings: its budget and schedule are in them."""
+    """Check that the checkpoints in the run's folder were written with the same flags, except MAY_CHANGE.
+
+    Raises:
+        UserError: A flag has changed.
+    """
     written = config.run_folder / RUN_FILE
     if not written.exists() or not numbered(config.run_folder / "checkpoints"):
         return
     before, now = _flags_in(written), yaml.safe_load(to_yaml(config))
-    for values in (before, now):  # of these the product counts: a batch that was too large has been halved
+    for values in (before, now):  # only the product counts, as the launcher halves a batch that does not fit
         values["train_batch_size"] *= values.pop("gradient_accumulation_steps")
-    for name in sorted((before.keys() | now.keys()) - MAY_DIFFER):
+    for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(name) != now.get(name):
             raise UserError(
                 f"--{name} {now.get(name)}: {config.run_folder} holds checkpoints of a run with {before.get(name)}; "
@@ -106,7 +114,7 @@ def refuse_other_flags(config: RunConfig) -> None:
 
 
 def _flags_in(written: Path) -> dict[str, Any]:
-    """A run's flags as its file holds them. UserError for a damaged file."""
+    """Read the flags that a run has written; UserError if the file is damaged."""
     try:
         flags = yaml.safe_load(written.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -119,7 +127,17 @@ def _flags_in(written: Path) -> dict[str, Any]:
 def execute(
     plan: Plan, on_step: Callable[[dict[str, Any]], None] | None, progress: RunProgress, started: float
 ) -> dict[str, Any]:
-    """`run` of a plan, as it was `started` on the monotonic clock."""
+    """Train, search and evaluate a plan, and write its record.
+
+    Args:
+        plan: Plan of the run.
+        on_step: Called with each step's entry of history.jsonl.
+        progress: Shows the progress.
+        started: Start of the run on the monotonic clock, in seconds.
+
+    Returns:
+        The record.
+    """
     from trainer.reinforce_trainer import TrainingDiverged
     from trainer.training.checkpoint import write_atomically, write_json
 
@@ -160,7 +178,23 @@ def write_result(
     started: float,
     progress: RunProgress | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the assignment that the model is in, and write all that `folder` keeps of it, the record last."""
+    """Evaluate the current assignment of the model, and write its files to `folder`, the record last.
+
+    Args:
+        plan: Plan of the run.
+        trainer: Its trainer.
+        modules: Its quantized layers by name.
+        record: The part of the record that is known so far.
+        folder: Folder to write to.
+        started: Start of the run on the monotonic clock, in seconds.
+        progress: Shows the progress of --verify_retrain.
+
+    Returns:
+        The complete record.
+
+    Raises:
+        TrainingDiverged: A metric is not finite.
+    """
     from cost.cost import assignment_to_json
     from trainer.reinforce_trainer import TrainingDiverged
     from trainer.training.checkpoint import write_atomically, write_json
@@ -206,32 +240,49 @@ def write_result(
 def retrain(
     config: RunConfig, assignment: dict[str, tuple[Format, Format]], folder: Path, progress: RunProgress | None = None
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Metrics of the assignment trained alone, from the float weights that the run started from, for as many steps.
+    """Train an assignment without search, from the same float weights and for the same number of steps as the run.
 
-    What the one-shot search is worth: near these, its weights need no retraining. They stand in the record, as
-    `retrained`; what went otherwise than asked comes with them.
+    If the metrics of the run are close to these, the weights of the one-shot search need no retraining.
+
+    Args:
+        config: Flags of the run.
+        assignment: Layer name -> (weight format, activation format).
+        folder: Folder of the run, which gets the sub-folder `retrained`.
+        progress: Shows the progress.
+
+    Returns:
+        The metrics by split, recorded as `retrained`, and the notes of the trainer.
     """
-    alone = config.updated(run_id=f"{folder.relative_to(config.experiment_folder)}/retrained", save_model_path=None)
-    plan = make_plan(alone, progress)
+    retrain_config = config.updated(
+        run_id=f"{folder.relative_to(config.experiment_folder)}/retrained", save_model_path=None
+    )
+    plan = make_plan(retrain_config, progress)
     trainer, _, _ = make_trainer(plan, assignment=assignment, progress=progress)
     trainer.train(resume_from_checkpoint=True)
     return evaluate(trainer, plan), trainer.notes
 
 
 def first_process() -> bool:
-    """Whether this process writes: with torchrun, several work on one run, and all of them return its record."""
+    """Whether this process writes files. With torchrun, only the process of rank 0 does, but all return the record."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def final_assignment(plan: Plan, trainer: ReinforceTrainer) -> dict[str, tuple[Format, Format]]:
-    """What the layers run in at the end; float where nothing else was asked for."""
+    """Return the formats of the layers at the end of a run; float without quantization."""
     return trainer.assignment or dict.fromkeys(plan.layers, (FLOAT, FLOAT))
 
 
 def save_result(
     plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]], own: Path
 ) -> None:
-    """The trained model, where a run keeps it and where --save_model_path wants it as well."""
+    """Save the trained model in the folder of the run and to --save_model_path.
+
+    Args:
+        plan: Plan of the run.
+        modules: Its quantized layers by name.
+        assignment: Layer name -> (weight format, activation format).
+        own: Folder of the model within the folder of the run.
+    """
     from eval.run.plan import inputs_of
     from eval.saved_model import save_model
 
@@ -242,8 +293,12 @@ def save_result(
             save_model(Path(folder), plan.config, plan.bundle, modules, assignment, plan.data.num_labels, inputs)
 
 
-def make_way(config: RunConfig) -> None:
-    """UserError where the run is finished; a record of a failure, or a damaged one, is kept beside the new one."""
+def refuse_finished(config: RunConfig) -> None:
+    """Check that the run has no valid record. A damaged record or that of a failure is renamed to result.json.old.
+
+    Raises:
+        UserError: The run is finished.
+    """
     result = config.run_folder / "result.json"
     if not result.exists():
         return
@@ -255,7 +310,7 @@ def make_way(config: RunConfig) -> None:
 
 
 def show_plan(config: RunConfig) -> int:
-    """What --dry_run prints: as the launcher does."""
+    """Print the same plan as --dry_run of the launcher. Returns the exit code."""
     from eval.launch.estimates import estimate_runs
     from eval.launch.plan_table import print_plan
     from eval.run.progress import make_console
@@ -266,7 +321,7 @@ def show_plan(config: RunConfig) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run what the flags say and print where the record is. `torchrun` shares one run among several GPUs."""
+    """Execute a run and print its summary and the path of its record. Returns the exit code."""
     config = parse(argv)
     if config.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
@@ -275,7 +330,7 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         return show_plan(config)
     if first_process():
-        make_way(config)
+        refuse_finished(config)
         resumes = any(word.split("=")[0] == "--resume" for word in argv)
         if resumes and not numbered(config.run_folder / "checkpoints"):
             print(f"{config.run_folder} holds no checkpoint: the run starts from its first step", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""A finished run as a model for deployment: `python -m eval.export RUN_DIR --format packed`."""
+"""Export of a finished run for deployment: `python -m eval.export RUN_DIR --format packed`."""

@@ -1,11 +1,11 @@
-"""A finished run as a model for deployment: `python -m eval.export RUN_DIR --format packed`.
+"""Exports a finished run for deployment: `python -m eval.export RUN_DIR --format packed`.
 
-load the run -> write the model -> assert its budget on what was written -> read it back and evaluate it -> verdict
+load the run -> write the model -> check the cost of the written model -> load it again and evaluate it -> verdict
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before all that needs them
+if __name__ == "__main__":  # before the imports that need the packages
     from eval.commands import require_packages
 
     require_packages()
@@ -32,16 +32,26 @@ if TYPE_CHECKING:
     from torch import nn
 
 EXPORT_VERSION = 1
-"""schema_version of the export.json beside an exported file, which is another thing than a run's record"""
+"""The schema_version of export.json, which is independent of the version of run records."""
 MIB = 2**20
 MAX_METRIC_DROP = 0.01
-"""a metric that falls by more than this in the file is said to be lost: it is no rounding"""
+"""Largest degradation of a metric in the exported file that is attributed to rounding."""
 
 
 def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -> dict[str, Any]:
-    """Write `run` as `format` into `folder`, which appears whole or not at all; returns the verdict (export.json).
+    """Export a run. The folder is created atomically.
 
-    Raises UserError if the folder exists, the format cannot hold the model, or the file is over the run's target.
+    Args:
+        run: Run to export.
+        format: Key of EXPORT_FORMATS.
+        folder: Folder to create.
+        evaluate: Load the exported model again and evaluate it.
+
+    Returns:
+        The verdict, which is also the content of export.json.
+
+    Raises:
+        UserError: The folder exists, the format cannot hold the model, or its cost is over the target of the run.
     """
     from eval.export.model_card import model_card
     from trainer.training.checkpoint import write_atomically, write_json
@@ -56,13 +66,13 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
             place = Path(temporary) / folder.name
             place.mkdir()
         if evaluate:
-            _ = run.plan  # whatever is wrong with the data is wrong before the work
+            _ = run.plan  # loads the data first, so that missing data is reported before the export
         with writing("output_dir", folder):
             written = EXPORT_FORMATS[format].write(run, place)
         verdict = describe(run, format, written, evaluate)
         verdict["metrics"] = {
             "record": run.record["metrics"],
-            "exported": evaluated(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
+            "exported": evaluate_exported(run, EXPORT_FORMATS[format].load(run, place)) if evaluate else None,
         }
         verdict["notes"] += metric_drop_warnings(run.record, verdict["metrics"]["exported"] or {})
         usage = written.usage or EXPORT_FORMATS[format].usage
@@ -76,7 +86,17 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
 
 
 def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -> dict[str, Any]:
-    """The verdict without its metrics. Raises UserError if the exported weights or bit operations are over target."""
+    """Return the verdict without metrics.
+
+    Args:
+        run: The exported run.
+        format: Key of EXPORT_FORMATS.
+        written: Result of writing the model.
+        evaluated: Whether the data of the run is loaded, see `FinishedRun.profiles`.
+
+    Raises:
+        UserError: The cost of the exported model is over the target, or the saved model contradicts its record.
+    """
     from cost.cost import cost_of_bits
 
     record = run.record
@@ -94,7 +114,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
             f"its record says {record['cost']:.6g}"
         )
     target = record["cost_target"]
-    # Both sums are exact; a target is allowed the rounding of its own last digit.
+    # Both costs are exact sums; the tolerance covers the rounding of the target to float64.
     if target is not None and costs["exported"] > target * (1 + 1e-12):
         widened = [name for name, layer in written.layers.items() if not layer.as_chosen]
         widened = widened[:3] + ["..."] * (len(widened) > 3)
@@ -130,7 +150,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
             "parts": written.sizes,
             "weights_by_cost": round(memory),
             "weights_in_file": written.weight_bytes,
-            # Codes end at whole bytes, blocks at whole blocks, and float weights are stored in 32 bits, charged at 16.
+            # Padding of codes to whole bytes and whole blocks; float weights are stored in 32 bits but charged at 16.
             "weights_beyond_cost": written.weight_bytes - round(memory),
             "of_these_float32": sum(floats) * 2,
         },
@@ -140,7 +160,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
 
 
 def float_bytes(model: nn.Module) -> int:
-    """Bytes of the float32 checkpoint that the run's model would be: every tensor once, without any ranges."""
+    """Return the size in bytes of a float32 checkpoint of the model, without quantizers; shared tensors count once."""
     tensors = {
         (tensor.data_ptr(), tensor.shape): tensor.numel()
         for name, tensor in model.state_dict().items()
@@ -149,15 +169,15 @@ def float_bytes(model: nn.Module) -> int:
     return 4 * sum(tensors.values())
 
 
-def evaluated(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Metrics of `model` on the run's evaluation splits, measured as the run measured its own."""
+def evaluate_exported(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]:
+    """Evaluate `model` on the evaluation splits of the run, by the same code as the run. Returns split -> metrics."""
     from transformers import PrinterCallback
 
     from eval.run.trainer import evaluate, training_arguments
     from trainer.reinforce_trainer import ReinforceTrainer
 
     plan = run.plan
-    with TemporaryDirectory() as scratch:  # the Trainer wants an output folder
+    with TemporaryDirectory() as scratch:  # the Trainer requires an output folder
         config = run.config.updated(
             output_root_dir=scratch, log_dir=scratch, report_to="none", device="cpu", fp16=False
         )
@@ -173,7 +193,7 @@ def evaluated(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
-    """The verdict as a table, a row a layer, and its totals."""
+    """Print the verdict as a table with one row per layer, and its totals."""
     from rich.console import Console
 
     from eval.export.model_card import summary
@@ -202,7 +222,7 @@ def metric_drop_warnings(record: dict[str, Any], exported: dict[str, dict[str, f
     for split, metrics in exported.items():
         before, after = record["metrics"][split][name], metrics[name]
         worse = after / before - 1 if lower_is_better(name) else before - after
-        if not worse <= MAX_METRIC_DROP:  # NaN is lost as well
+        if not worse <= MAX_METRIC_DROP:  # also true for NaN
             lines.append(
                 f"warning: {split} {name} {before:.5g} -> {after:.5g}: the file does not compute what the run trained; "
                 "--format packed does"
@@ -232,7 +252,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export, print the verdict and where it is."""
+    """Export a run and print the verdict and the folder. Returns the exit code."""
     flags = _flags(argv)
     check_one_of("--format", flags.format, EXPORT_FORMATS)
     if flags.round_outputs and flags.format != "onnx":

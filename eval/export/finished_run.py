@@ -1,4 +1,4 @@
-"""What an export starts from: a finished run, its record, its settings and its model; what it may not start from."""
+"""Loads a finished run for export: its record, its settings, its data and its model."""
 
 from __future__ import annotations
 
@@ -24,47 +24,51 @@ if TYPE_CHECKING:
 
 
 NEEDED = ("assignment", "cost", "cost_target", "cost_type", "cost_unit", "layers", "metrics", "model", "run_id", "task")
-"""fields of a record that exports tell of"""
+"""Keys of a record that exports need."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder whose record says 'finished'; model and data are loaded when asked for."""
+    """A run folder with a record of status 'finished'. Model and data are loaded on first access."""
 
     folder: Path
     record: dict[str, Any]
     data_dir: str | None = None
-    """where the data stands now, if not where the run found it"""
+    """Replaces the --data_dir of the run, for data that has been moved."""
     round_outputs: bool = False
-    """ONNX: whether what convolutions return is rounded to 8 bits too"""
+    """ONNX only: also quantize the outputs of convolutions to 8 bits."""
 
     @cached_property
     def config(self) -> RunConfig:
-        """The run's settings. Raises UserError where they no longer hold: a folder that is gone, say."""
+        """The settings of the run.
+
+        Raises:
+            UserError: They are no longer valid, for example because a folder is missing.
+        """
         overrides: Sequence[str] = () if self.data_dir is None else ("--data_dir", self.data_dir)
         return parse_written(self.folder / RUN_FILE, overrides)
 
     @cached_property
     def plan(self) -> Plan:
-        """The run's data, prepared as it had them."""
+        """The plan of the run, with its data prepared in the same way."""
         from eval.run.plan import make_plan
 
         return make_plan(self.config)
 
     @cached_property
     def inputs(self) -> ModelInputs:
-        """What goes into the model: as the run saved it, or found again from its data where it is an older one."""
+        """Inputs of the model: as saved by the run, or derived from its data for older runs that did not save them."""
         from eval.modeling.inputs import from_json
         from eval.run.plan import inputs_of
         from trainer.training.quantization_file import QUANTIZATION
 
         saved = json.loads((self.folder / "model" / QUANTIZATION).read_text())
-        known = saved.get("build", {}).get("inputs")
-        return inputs_of(self.plan) if known is None else from_json(known)
+        inputs = saved.get("build", {}).get("inputs")
+        return inputs_of(self.plan) if inputs is None else from_json(inputs)
 
     @cached_property
     def model(self) -> nn.Module:
-        """The trained model in its formats, in eval mode, on the CPU."""
+        """The trained and quantized model, in eval mode on the CPU."""
         from eval.saved_model import load_model
         from quant.transforms.placement import placed_sites
 
@@ -78,13 +82,21 @@ class FinishedRun:
 
     @cached_property
     def modules(self) -> dict[str, QuantModule]:
-        """The model's searched layers by name; none in a float run."""
+        """Quantized layers of the model by name; empty for a float run."""
         from quant.quant_module import QuantModule
 
         return {name: module for name, module in self.model.named_modules() if isinstance(module, QuantModule)}
 
     def profiles(self, evaluated: bool) -> Sequence[LayerProfile]:
-        """The layers' sizes: the record's, or with attention charged, which it does not hold, measured again."""
+        """Return the profiles of the layers.
+
+        Args:
+            evaluated: Whether the export is evaluated, so that the plan of the run is loaded anyway. Otherwise the
+                profiles come from the record, which does not include the cost of attention.
+
+        Raises:
+            UserError: The run charges attention, and the export is not evaluated.
+        """
         from cost.profile import LayerProfile
 
         if evaluated:
@@ -97,7 +109,15 @@ class FinishedRun:
 
 
 def finished_run(folder: Path, data_dir: str | None = None) -> FinishedRun:
-    """The run in `folder`. Raises UserError, one line with the reason, if it failed or never finished."""
+    """Open the finished run in `folder`.
+
+    Args:
+        folder: Folder of the run.
+        data_dir: Replaces the --data_dir of the run.
+
+    Raises:
+        UserError: The folder holds no finished run; the message is one line with the reason.
+    """
     if not folder.is_dir():
         raise UserError(f"RUN_DIR {folder}: no such folder")
     result = folder / "result.json"

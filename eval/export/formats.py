@@ -1,4 +1,4 @@
-"""The export formats: how each writes a run's model into a folder, and how what it wrote is run again."""
+"""The export formats: how to write the model of a run into a folder, and how to load it again."""
 
 from __future__ import annotations
 
@@ -18,63 +18,68 @@ if TYPE_CHECKING:
     from quant.export import LayerVerdict
 
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-"""what a text model's folder holds beside its weights"""
+"""Files of a text model in addition to its weights."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """How an export is run in Python; {folder} and {architecture} are filled in by the model card."""
+    """Python code that runs an export; the model card fills in {folder} and {architecture}."""
 
     imports: tuple[str, ...]
     load: str
     call: str
-    """from `inputs`, a mapping of tensors by name, to `logits`"""
+    """Code that computes `logits` from `inputs`, a mapping of names to tensors."""
     arrays: bool = False
-    """whether they are arrays of numpy instead of tensors"""
+    """Whether inputs and outputs are numpy arrays instead of tensors."""
     where: str = ""
-    """what has to be there"""
+    """Sentence that names the required packages."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote."""
+    """Result of writing an export."""
 
     layers: dict[str, LayerVerdict]
     sizes: dict[str, int]
-    """bytes of the model's file by what they hold; their sum is the file's size"""
+    """Part of the file -> its size in bytes; the sum is the size of the file."""
     weight_bytes: int
-    """bytes of the searched layers' weights, their block scales included, other scales not"""
+    """Bytes of the weights of searched layers, including block scales but no other scales."""
     notes: tuple[str, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
-    """what else was measured, by name"""
+    """Further measurements by name."""
     usage: Usage | None = None
-    """how to run it, where that is not the same for all exports of the format"""
+    """How to run this export, if that differs between exports of one format."""
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One format: write(run, folder) and load(run, folder) -> a module with the run's inputs and outputs."""
+    """An export format: `write` writes a run into a folder, `load` returns a module with its inputs and outputs."""
 
     write: Callable[[FinishedRun, Path], Written]
     load: Callable[[FinishedRun, Path], nn.Module]
     usage: Usage | None
-    """how to run the export, for the model card; None: `Written` says it"""
+    """How to run the export, for the model card; None if `Written.usage` says it."""
     needs: tuple[str, ...] = ()
-    """packages of the extra `export`"""
+    """Required packages of the extra `export`."""
 
     def check_installed(self) -> None:
-        """Raises UserError, naming the packages, if one is missing."""
+        """Check that the required packages are installed.
+
+        Raises:
+            UserError: A package is missing.
+        """
         require(*self.needs)
 
 
 def copy_side_files(run: FinishedRun, folder: Path) -> None:
-    """Configuration and tokenizer of a model of transformers."""
+    """Copy the configuration and the tokenizer of a transformers model into `folder`."""
     for name in SIDE_FILES:
         if (source := run.folder / "model" / name).is_file():
             shutil.copy(source, folder / name)
 
 
 def write_packed(run: FinishedRun, folder: Path) -> Written:
+    """Write every weight in its own number of bits, in one safetensors file that this project reads."""
     import json
 
     from eval.packed_model import PACKED
@@ -92,6 +97,7 @@ def write_packed(run: FinishedRun, folder: Path) -> Written:
 
 
 def load_packed(run: FinishedRun, folder: Path) -> nn.Module:
+    """Load a packed export as a module in eval mode."""
     from eval.packed_model import load_packed as load
 
     return load(folder)
@@ -103,6 +109,11 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def write_onnx(run: FinishedRun, folder: Path) -> Written:
+    """Write an ONNX file with quantize and dequantize nodes, and measure its latency.
+
+    Raises:
+        UserError: The model has several outputs or generates text.
+    """
     from eval.export.onnx_inputs import example, examples, write_float
     from eval.export.onnx_timing import latencies
     from quant.export.onnx.export import onnx_sizes, trace
@@ -130,7 +141,7 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
 
 
 def onnx_usage(path: Path) -> Usage:
-    """How to run an ONNX export, with the settings it asks for."""
+    """Return the code that runs an ONNX export with the session settings in its metadata."""
     from eval.export.onnx_timing import settings_of
 
     settings = [f'options.add_session_config_entry("{key}", "{value}")' for key, value in settings_of(path).items()]
@@ -146,28 +157,36 @@ def onnx_usage(path: Path) -> Usage:
 
 
 def load_onnx(run: FinishedRun, folder: Path) -> nn.Module:
+    """Load an ONNX export as a module that runs on ONNX Runtime."""
     from eval.export.onnx_model import OnnxModel
 
     return OnnxModel(folder / ONNX, run.plan.data.kind)
 
 
 def write_torchao(run: FinishedRun, folder: Path) -> Written:
+    """Write a packed export that is loaded with torchao's weights, and note which layers torchao supports."""
     from eval.packed_model import load_torchao
 
     written = write_packed(run, folder)
     _, layers = load_torchao(folder)
-    told = sum(layer.as_chosen for layer in layers.values())
-    note = f"torchao runs {told} of {len(layers)} layers; the file holds every weight in its own bits, torchao in bytes"
+    runs = sum(layer.as_chosen for layer in layers.values())
+    note = f"torchao runs {runs} of {len(layers)} layers; the file holds every weight in its own bits, torchao in bytes"
     return replace(written, layers=layers, notes=(note,))
 
 
 def load_torchao(run: FinishedRun, folder: Path) -> nn.Module:
+    """Load the export as a module whose Linear layers have torchao's weights."""
     from eval.packed_model import load_torchao
 
     return load_torchao(folder)[0]
 
 
 def write_compressed(run: FinishedRun, folder: Path) -> Written:
+    """Write a compressed-tensors checkpoint for transformers and vLLM.
+
+    Raises:
+        UserError: The model is not from transformers, has migration factors, or mixes formats within a fused group.
+    """
     import json
 
     from transformers import PreTrainedModel
@@ -203,6 +222,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
 
 
 def load_compressed(run: FinishedRun, folder: Path) -> nn.Module:
+    """Load a compressed-tensors export with transformers."""
     import transformers
 
     return getattr(transformers, type(run.model).__name__).from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, what it costs, how good it is, what goes in, and a program that runs it."""
+"""The model card of an export: cost, metrics, inputs and outputs, formats, and a program that runs the model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from eval.modeling.inputs import ModelInputs
 
 FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "Hamming"}
-"""PIL's resizing filters by their numbers"""
-MOST_NAMED = 1000
-"""classes that a card lists by name; export.json holds them all"""
+"""Number of a resizing filter in PIL -> its name."""
+MAX_CLASSES = 1000
+"""Maximum number of classes listed by name; export.json lists all of them."""
 
 
 def model_card(run: FinishedRun, verdict: dict[str, Any], folder: Path, usage: Usage) -> str:
-    """README.md of the export folder, Markdown."""
+    """Write the README.md of an export.
 
+    Args:
+        run: The exported run.
+        verdict: Content of export.json.
+        folder: Folder of the export, as shown in the code of the card.
+        usage: How to run the export.
+
+    Returns:
+        The card in Markdown.
+    """
     record = run.record
     layers = verdict["layers"].values()
     pairs = Counter(" / ".join(layer["exported"]) for layer in layers)
@@ -37,7 +46,7 @@ def model_card(run: FinishedRun, verdict: dict[str, Any], folder: Path, usage: U
         "",
         "## What goes in, what comes out",
         "",
-        *(f"- {line}" for line in described(run.inputs)),
+        *(f"- {line}" for line in describe_inputs(run.inputs)),
         "",
         "## Formats",
         "",
@@ -59,8 +68,8 @@ def model_card(run: FinishedRun, verdict: dict[str, Any], folder: Path, usage: U
     return "\n".join(lines) + "\n"
 
 
-def described(inputs: ModelInputs) -> list[str]:
-    """Inputs and outputs in words, a line each."""
+def describe_inputs(inputs: ModelInputs) -> list[str]:
+    """Describe the inputs and outputs of the model, one line each."""
     lines = []
     if pixels := inputs.pixels:
         colours = "grey" if pixels.channels == 1 else "RGB"
@@ -77,8 +86,8 @@ def described(inputs: ModelInputs) -> list[str]:
         columns = " and ".join(f"`{column}`" for column in inputs.columns)
         lines.append(f"text ({columns}) as tokens of the tokenizer in this folder, at most {inputs.max_length}")
     if inputs.classes:
-        shown = [f"{number} `{name}`" for number, name in enumerate(inputs.classes[:MOST_NAMED])]
-        more = ", ..." if len(inputs.classes) > MOST_NAMED else ""
+        shown = [f"{number} `{name}`" for number, name in enumerate(inputs.classes[:MAX_CLASSES])]
+        more = ", ..." if len(inputs.classes) > MAX_CLASSES else ""
         lines.append(f"logits (N, {len(inputs.classes)}) of the classes {', '.join(shown)}{more}")
     elif inputs.regression:
         lines.append("a number, `logits` (N, 1)")
@@ -86,8 +95,15 @@ def described(inputs: ModelInputs) -> list[str]:
 
 
 def program(inputs: ModelInputs, usage: Usage, folder: Path, architecture: str) -> list[str]:
-    """Lines of Python that load the export and run it on an input of their own."""
-    place = json.dumps(str(folder), ensure_ascii=False)[1:-1]  # as it stands between quotes
+    """Return the lines of a Python program that loads the export and runs it on an input.
+
+    Args:
+        inputs: Inputs of the model.
+        usage: How to load and call the export.
+        folder: Folder of the export.
+        architecture: Class name of the model.
+    """
+    place = json.dumps(str(folder), ensure_ascii=False)[1:-1]  # escaped for a string literal
     loading = usage.load.format(folder=place, architecture=architecture)
     imports = [line.format(architecture=architecture) for line in usage.imports]
     if inputs.pixels is not None:
@@ -97,11 +113,11 @@ def program(inputs: ModelInputs, usage: Usage, folder: Path, architecture: str) 
     else:
         imports += ["from transformers import AutoTokenizer"]
         body = [f'tokenizer = AutoTokenizer.from_pretrained("{place}")', *text_program(inputs, usage)]
-    return [*in_groups(imports), "", *loading.splitlines(), *body]
+    return [*group_imports(imports), "", *loading.splitlines(), *body]
 
 
-def in_groups(imports: Sequence[str]) -> list[str]:
-    """Import lines, each once: the standard library, other packages, this repository."""
+def group_imports(imports: Sequence[str]) -> list[str]:
+    """Sort distinct import lines into groups: standard library, third-party packages, this project."""
     lines = sorted(dict.fromkeys(imports), key=lambda line: line.split()[1].lower())
     groups = [[], [], []]  # type: list[list[str]]
     for line in lines:
@@ -111,7 +127,7 @@ def in_groups(imports: Sequence[str]) -> list[str]:
 
 
 def image_program(inputs: ModelInputs, usage: Usage) -> list[str]:
-    """Classes of the image files that the program is given."""
+    """Return the program lines that classify image files given on the command line."""
     assert inputs.pixels is not None
     return [
         f"classes = {list(inputs.classes)!r}",
@@ -128,7 +144,7 @@ def image_program(inputs: ModelInputs, usage: Usage) -> list[str]:
 
 
 def pixels_function(pixels: Pixels) -> list[str]:
-    """A function from an image file to the model's input, as the run made it of its own images."""
+    """Return the lines of a function that preprocesses an image file in the same way as the run."""
     mode, side, window = ("L" if pixels.channels == 1 else "RGB"), pixels.side, pixels.window
     lines = [
         "def pixels(path):",
@@ -156,7 +172,7 @@ def pixels_function(pixels: Pixels) -> list[str]:
 
 
 def text_program(inputs: ModelInputs, usage: Usage) -> list[str]:
-    """A text of the kind that the model reads, and what the model says of it."""
+    """Return the program lines that run the model on an example text for its task."""
     options = f'truncation=True, max_length={inputs.max_length}, return_tensors="{"np" if usage.arrays else "pt"}"'
     if inputs.kind == "lm":
         return [
@@ -201,7 +217,7 @@ def text_program(inputs: ModelInputs, usage: Usage) -> list[str]:
 
 
 def summary(verdict: dict[str, Any]) -> list[str]:
-    """The verdict's totals: cost, size and metrics, before and after, one line each."""
+    """Summarize the verdict in lines of text: cost, file size, and the metrics before and after the export."""
     cost, size = verdict["cost"], verdict["size"]
     target = "" if cost["target"] is None else f", target {cost['target']:.6g}"
     lines = [
@@ -211,9 +227,9 @@ def summary(verdict: dict[str, Any]) -> list[str]:
     for split, before in verdict["metrics"]["record"].items():
         after = (verdict["metrics"]["exported"] or {}).get(split)
         names = [name for name in before if name not in ("n", "loss")]
-        told = [
+        changes = [
             f"{name} {before[name]:.5g} -> {'not evaluated' if after is None else f'{after[name]:.5g}'}"
             for name in names
         ]
-        lines.append(f"{split}: {', '.join(told)} (n {before['n']})")
+        lines.append(f"{split}: {', '.join(changes)} (n {before['n']})")
     return [*lines, *verdict["notes"]]

@@ -1,4 +1,4 @@
-"""Example inputs that a run's model is traced and timed with, and its float model as an ONNX file."""
+"""Example inputs for tracing and timing the model of a run, and the export of its float model to ONNX."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from eval.export.finished_run import FinishedRun
 
 CALIBRATION, CALIBRATION_BATCH = 128, 32
+"""Number of training examples for --round_outputs, and their batch size."""
 
 
 def example(run: FinishedRun) -> dict[str, Tensor]:
-    """One example of the run's data, as the model takes it, without its label."""
+    """Return the example inputs of the run by name, without labels."""
     return {name: x for name, x in run.plan.prepared.example_inputs.items() if name != "labels"}
 
 
 def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
-    """Batches of training examples that --round_outputs finds its ranges on; none without it.
+    """Return batches of training examples to calibrate --round_outputs on; empty without the flag.
 
-    Raises UserError if there is nothing to round.
+    Raises:
+        UserError: No convolution of the run is quantized to integers of at most 8 bits.
     """
     from eval.data.dataset import not_augmented
     from quant.export.onnx.layers import narrow
@@ -44,12 +46,18 @@ def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
 
 
 def write_float(run: FinishedRun, traced: Any, path: Path) -> None:
-    """The run's model without any format, as ONNX; `traced` is its trace in the formats it has."""
+    """Write the float model of the run as ONNX.
+
+    Args:
+        run: Run whose model is written.
+        traced: Trace of the quantized model, reused where it does not contain quantized activations.
+        path: File to write.
+    """
     from quant.convert import in_float
     from quant.export.onnx.export import trace, write_onnx
     from quant.formats import BlockFormat
 
     blocks = any(isinstance(module.formats[1], BlockFormat) for module in run.modules.values())
     with in_float(run.modules):
-        # Blocks of activations are in the trace itself.
+        # Block formats of activations are part of the trace, so the float model needs its own trace.
         write_onnx(path, trace(run.model, run.modules, example(run)) if blocks else traced, run.modules)

@@ -1,4 +1,4 @@
-"""An ONNX file behind the interface of the model it came from, run by ONNX Runtime on the CPU."""
+"""A module that runs an ONNX file on the CPU with the interface of the original model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,29 @@ from eval.export.onnx_timing import session
 
 
 class OnnxModel(nn.Module):
-    """Takes the run's inputs, and `labels` where a loss is wanted; returns {'logits', 'loss'}."""
+    """Runs an ONNX file on ONNX Runtime.
+
+    Args:
+        path: The ONNX file.
+        kind: Kind of the task, 'image', 'text' or 'lm', which selects the loss.
+    """
 
     def __init__(self, path: Path, kind: str) -> None:
-        """kind: 'image', 'text' or 'lm', which says how the loss is computed."""
         super().__init__()
         self.session = session(path)
         self.kind = kind
         self.names = [entry.name for entry in self.session.get_inputs()]
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+        """Compute the logits, and the loss if `labels` are given.
+
+        Args:
+            labels: Classes (N,), values (N,) for a regression, or token ids (N, length) for a language model.
+            **inputs: Inputs of the ONNX file by name.
+
+        Returns:
+            'logits', float32 (N, classes) or (N, length, vocabulary), and 'loss', a scalar, if there are labels.
+        """
         feed = {name: inputs[name].cpu().numpy() for name in self.names}
         logits = torch.from_numpy(np.asarray(self.session.run(None, feed)[0]))
         return {"logits": logits} if labels is None else {"loss": self._loss(logits, labels), "logits": logits}

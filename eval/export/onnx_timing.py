@@ -1,7 +1,7 @@
-"""Latencies of ONNX files on ONNX Runtime, measured in a process that does nothing else.
+"""Measures latencies of ONNX files on ONNX Runtime, in a separate process.
 
-There, the files of a group take turns call by call, so that whatever else the machine does disturbs all of them alike.
-The parent sends a request and reads the answer as JSON; the inputs travel as an .npz file.
+The files of a group are called in turn, so that other load on the machine affects all of them equally. The request and
+the answer are JSON on stdin and stdout; the inputs are passed as an .npz file.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPEATS = 30
+"""Default number of timed calls."""
 WARM_UP = 5
+"""Number of untimed calls before them."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def session(path: Path, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU, with the settings that the file asks for in its metadata.
+    """Create an ONNX Runtime session on the CPU, with the settings in the metadata of the file.
 
-    Raises UserError for a file that it cannot run.
+    Args:
+        path: The ONNX file.
+        threads: Number of threads; None for the default of ONNX Runtime.
+
+    Raises:
+        UserError: ONNX Runtime cannot run the file.
     """
     import onnxruntime
 
@@ -46,30 +53,38 @@ def session(path: Path, threads: int | None = None) -> Any:
 
     try:
         made = start({})
-        settings = asked_for(made)
+        settings = metadata_settings(made)
         return start(settings) if settings else made
-    except Exception as error:  # its errors share no base class
+    except Exception as error:  # the errors of ONNX Runtime share no base class
         raise UserError(f"{path}: ONNX Runtime cannot run it: {' '.join(str(error).split())[:300]}") from None
 
 
-def asked_for(session: Any) -> dict[str, str]:
-    """The settings that a session's file notes in its metadata."""
-    noted = session.get_modelmeta().custom_metadata_map
-    return {name: value for name, value in noted.items() if name.startswith("session.")}
+def metadata_settings(session: Any) -> dict[str, str]:
+    """Return the session settings in the metadata of the file of `session`."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    return {name: value for name, value in metadata.items() if name.startswith("session.")}
 
 
 def settings_of(path: Path) -> dict[str, str]:
-    """The settings of sessions that a file asks for."""
-    return asked_for(session(path))
+    """Return the session settings in the metadata of an ONNX file."""
+    return metadata_settings(session(path))
 
 
 def latencies(
     groups: Sequence[tuple[Sequence[Path], Mapping[str, Tensor]]], repeats: int = REPEATS, threads: int = 1
 ) -> list[list[float]]:
-    """Milliseconds of one call of each file: medians over `repeats`, after a few calls that do not count.
+    """Measure the latency of one call of each file in a separate process.
 
     Args:
-        groups: files to compare with each other, and the inputs by name that they are called with.
+        groups: Groups of files to compare with each other, each with the inputs of the calls by name.
+        repeats: Number of timed calls per file, after WARM_UP untimed ones.
+        threads: Threads of ONNX Runtime.
+
+    Returns:
+        For each group, the median latency of each file in milliseconds.
+
+    Raises:
+        UserError: The measurement failed.
     """
     with TemporaryDirectory() as folder:
         request = []
@@ -78,9 +93,9 @@ def latencies(
             arrays: dict[str, Any] = {name: x.numpy() for name, x in inputs.items()}
             np.savez(feed, **arrays)
             request.append({"files": [str(Path(file).absolute()) for file in files], "inputs": str(feed)})
-        asked = json.dumps({"groups": request, "repeats": repeats, "threads": threads})
+        message = json.dumps({"groups": request, "repeats": repeats, "threads": threads})
         command = [sys.executable, "-m", "eval.export.onnx_timing"]
-        done = subprocess.run(command, input=asked, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, input=message, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(f"measuring latencies failed: {reason}")
@@ -89,7 +104,17 @@ def latencies(
 
 
 def measure(files: Sequence[str], inputs: str, repeats: int, threads: int) -> list[float]:
-    """Milliseconds of each of a group's files, in this process."""
+    """Measure a group of files in this process.
+
+    Args:
+        files: The ONNX files.
+        inputs: .npz file with the inputs by name.
+        repeats: Number of timed calls per file, after WARM_UP untimed ones.
+        threads: Threads of ONNX Runtime.
+
+    Returns:
+        The median latency of each file in milliseconds.
+    """
     sessions = [session(Path(file), threads) for file in files]
     with np.load(inputs) as arrays:
         feed = dict(arrays)
@@ -104,10 +129,10 @@ def measure(files: Sequence[str], inputs: str, repeats: int, threads: int) -> li
 
 
 def main() -> int:
-    """Answer the request on stdin."""
-    asked = json.load(sys.stdin)
-    repeats, threads = asked["repeats"], asked["threads"]
-    print(json.dumps([measure(group["files"], group["inputs"], repeats, threads) for group in asked["groups"]]))
+    """Read the request from stdin and print the answer. Returns the exit code."""
+    request = json.load(sys.stdin)
+    repeats, threads = request["repeats"], request["threads"]
+    print(json.dumps([measure(group["files"], group["inputs"], repeats, threads) for group in request["groups"]]))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""In which exports a finished run's formats stay as chosen: said at the end of the run, before anything is written."""
+"""Predicts, without writing files, which exports keep all formats of a run; reported at the end of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ WIDENED = "{} of {} layers"
 
 
 def export_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, str | None]:
-    """Export format -> why it cannot hold the formats that the layers are in; None: it holds every layer as chosen."""
+    """Check each export format against the formats of the layers.
+
+    Args:
+        plan: Plan of the run.
+        modules: Its quantized layers by name.
+
+    Returns:
+        Export format -> why it cannot keep all formats, or None if it can; empty for a float run.
+    """
     if not modules:
         return {}
     from quant.transforms.placement import placed_sites
@@ -29,14 +37,14 @@ def export_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, st
 
 def _why_not(name: str, plan: Plan, modules: Mapping[str, QuantModule]) -> str | None:
     try:
-        held = {"onnx": _onnx, "torchao": _torchao, "compressed-tensors": _compressed}.get(name, _all)(plan, modules)
+        kept = {"onnx": _onnx, "torchao": _torchao, "compressed-tensors": _compressed}.get(name, _all)(plan, modules)
     except UserError as error:
         return str(error).removeprefix(f"--format {name}: ")
-    return None if held == len(modules) else WIDENED.format(held, len(modules))
+    return None if kept == len(modules) else WIDENED.format(kept, len(modules))
 
 
 def _all(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
-    return len(modules)  # packed: each weight in its own bits
+    return len(modules)  # packed stores each weight in its own number of bits
 
 
 def _onnx(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
@@ -48,7 +56,7 @@ def _onnx(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
 
 
 def _onnx_holds(weight: Format, activation: Format) -> bool:
-    """Whether ONNX has a type of its own for both formats of a layer; those of activations must be dequantized."""
+    """Whether ONNX has native types for both formats of a layer."""
     from quant.export.onnx.layers import INT_STORAGE, input_storage, own_name, storage_of
 
     integers = {storage.name for storage in INT_STORAGE}

@@ -17,8 +17,8 @@ class TrialCallbacks(Callback):
     """Reports restarts of crashed runs, collects the reasons of final crashes and records early stops.
 
     Args:
-        runs: runs of the launch by name.
-        console: console that restarts are reported on.
+        runs: Runs of the launch by name.
+        console: Console that restarts are reported on.
     """
 
     def __init__(self, runs: Mapping[str, RunConfig], console: Console) -> None:

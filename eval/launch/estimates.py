@@ -54,8 +54,8 @@ def estimate_runs(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[
     Runs that differ only in training and search flags share one plan.
 
     Args:
-        runs: runs by their names in the launch.
-        measure: also time a training step, and describe the data and the model.
+        runs: Runs by their names in the launch.
+        measure: Also time a training step, and describe the data and the model.
 
     Returns:
         Estimates by the same names.

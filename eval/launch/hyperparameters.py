@@ -39,7 +39,7 @@ def early_stopping(steps: Sequence[int]) -> dict[str, Any]:
     """Return the Tune settings of --asha, which compares runs by their score at the same steps.
 
     Args:
-        steps: number of steps of each run.
+        steps: Number of steps of each run.
     """
     from ray.tune.schedulers import ASHAScheduler
 
@@ -60,8 +60,8 @@ def hyperparameter_search(base: RunConfig, trials: int) -> dict[str, Any]:
     """Return the Tune settings of --hpo, with the results of earlier launches as starting points.
 
     Args:
-        base: the run whose settings are tuned.
-        trials: total number of trials, including those of earlier launches.
+        base: The run whose settings are tuned.
+        trials: Total number of trials, including those of earlier launches.
 
     Returns:
         Keyword arguments of `ray_cluster.fit`; empty if earlier launches already made all trials.

@@ -17,9 +17,9 @@ def print_plan(console: Console, runs: Mapping[str, RunConfig], estimates: Mappi
     """Print the plan of a launch. What several runs have in common is printed once.
 
     Args:
-        console: where to print.
-        runs: runs by name.
-        estimates: their estimates by the same names.
+        console: Where to print.
+        runs: Runs by name.
+        estimates: Their estimates by the same names.
     """
     for summary in dict.fromkeys(estimate.summary for estimate in estimates.values() if estimate.summary):
         console.print("\n".join(summary) + "\n")

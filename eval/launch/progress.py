@@ -36,10 +36,10 @@ class Watch:
     """Follows runs through the files in their folders, so that it works for runs on other machines as well.
 
     Args:
-        folders: returns the folders of the runs by name; called at every update.
-        estimate: returns the estimate of a run by its name, or None.
-        total: total number of runs.
-        unit: unit of their costs.
+        folders: Returns the folders of the runs by name; called at every update.
+        estimate: Returns the estimate of a run by its name, or None.
+        total: Total number of runs.
+        unit: Unit of their costs.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ def last_entry(path: Path, since: float = 0.0) -> dict[str, Any]:
     """Read the last complete line of a history file.
 
     Args:
-        path: the history.jsonl of a run.
-        since: seconds since the epoch; a file that was last modified earlier counts as empty.
+        path: The history.jsonl of a run.
+        since: Seconds since the epoch; a file that was last modified earlier counts as empty.
 
     Returns:
         The entry; empty if there is none.
@@ -237,8 +237,8 @@ def result_table(runs: Mapping[str, RunState], died: Mapping[str, str]) -> Table
     """Make a table with one row per run: its metric and cost, or the reason why it has none.
 
     Args:
-        runs: states of the runs by name.
-        died: name -> reason, for runs whose process ended without a record.
+        runs: States of the runs by name.
+        died: Name -> reason, for runs whose process ended without a record.
     """
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")

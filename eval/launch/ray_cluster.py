@@ -120,8 +120,8 @@ def check_request(config: RunConfig, runs: int) -> Share | None:
     """Check the requested resources against this machine.
 
     Args:
-        config: flags of the launch.
-        runs: number of runs.
+        config: Flags of the launch.
+        runs: Number of runs.
 
     Returns:
         The share of each run; None for a cluster, whose resources are known only after `join`.
@@ -171,9 +171,9 @@ def plan_share(config: RunConfig, nodes: Sequence[Mapping[str, float]], runs: in
     By default each run gets one GPU if there are GPUs, and an equal part of the cores of its node.
 
     Args:
-        config: flags of the launch.
-        nodes: resources of each machine, by Ray's names.
-        runs: number of runs.
+        config: Flags of the launch.
+        nodes: Resources of each machine, by Ray's names.
+        runs: Number of runs.
 
     Raises:
         UserError: No machine has the resources of one run.
@@ -211,9 +211,9 @@ def join(config: RunConfig, folder: Path, runs: Sequence[RunConfig]) -> Share:
     """Divide the resources of the connected cluster among the runs.
 
     Args:
-        config: flags of the launch.
-        folder: folder of the launch.
-        runs: its runs.
+        config: Flags of the launch.
+        folder: Folder of the launch.
+        runs: Its runs.
 
     Raises:
         UserError: A machine of the cluster has no access to the folders of the runs.
@@ -255,14 +255,14 @@ def fit(
     """Run every trial to its end, or until Ctrl-C.
 
     Args:
-        runs: runs by name.
-        share: resources of each run.
-        storage: folder for the files of Tune. Only its TensorBoard events are kept, because the run records, not the
+        runs: Runs by name.
+        share: Resources of each run.
+        storage: Folder for the files of Tune. Only its TensorBoard events are kept, because the run records, not the
             pickles of Tune, say which runs are finished.
-        console: console for reports of restarts.
-        runner: replaces `eval.eval_run.run`.
-        param_space: search space of Tune; by default one trial per run.
-        **tune_config: further arguments of `tune.TuneConfig`.
+        console: Console for reports of restarts.
+        runner: Replaces `eval.eval_run.run`.
+        param_space: Search space of Tune; by default one trial per run.
+        **tune_config: Further arguments of `tune.TuneConfig`.
 
     Returns:
         Name -> reason, for the runs whose process ended without a record.

@@ -37,9 +37,9 @@ def write_launch(folder: Path, config: RunConfig, runs: Sequence[RunConfig]) -> 
     """Write the flags of this launch for `--resume`, and keep those of an unfinished earlier launch.
 
     Args:
-        folder: folder of the launch.
-        config: its flags.
-        runs: its runs.
+        folder: Folder of the launch.
+        config: Its flags.
+        runs: Its runs.
 
     Returns:
         The file with the flags of the earlier launch, which `--resume` accepts; None if no such launch has unfinished

@@ -35,9 +35,9 @@ def trial(params: Mapping[str, Any], runs: Mapping[str, RunConfig], runner: Runn
     Returns at once if the run has a record. Tune may start such a run again after a failure.
 
     Args:
-        params: parameters of the trial: the name of the run and, with --hpo, settings to try.
-        runs: runs by name.
-        runner: replaces `eval.eval_run.run`.
+        params: Parameters of the trial: the name of the run and, with --hpo, settings to try.
+        runs: Runs by name.
+        runner: Replaces `eval.eval_run.run`.
     """
     from ray import tune
 

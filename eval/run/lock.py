@@ -20,10 +20,10 @@ def exclusive_lock(folder: Path, what: str, flag: str, timeout: float = 0) -> It
     """Lock `folder` while the block runs. The operating system releases the lock if the process is killed.
 
     Args:
-        folder: folder to lock; created if missing.
-        what: kind of process, named in the error ('launch' or 'run').
-        flag: flag that selects another folder, named in the error.
-        timeout: seconds to wait for the lock.
+        folder: Folder to lock; created if missing.
+        what: Kind of process, named in the error ('launch' or 'run').
+        flag: Flag that selects another folder, named in the error.
+        timeout: Seconds to wait for the lock.
 
     Raises:
         FolderInUse: Another process holds the lock.

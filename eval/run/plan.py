@@ -60,8 +60,8 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     """Load the data and the model, find and profile the layers, and check the budget.
 
     Args:
-        config: flags of the run.
-        on_progress: called with the name of each phase.
+        config: Flags of the run.
+        on_progress: Called with the name of each phase.
 
     Raises:
         UserError: The data or the model cannot be loaded, or they contradict the flags.

@@ -37,7 +37,7 @@ class RunProgress:
     """Listener (`trainer.training.progress.Listener`) that shows the progress of a run on a console.
 
     Args:
-        console: a terminal shows a live line; any other console gets lines at intervals.
+        console: A terminal shows a live line; any other console gets lines at intervals.
     """
 
     def __init__(self, console: Console) -> None:
@@ -130,11 +130,11 @@ def describe(
     """Format the progress of a phase as one line.
 
     Args:
-        phase: name of the phase.
-        done: completed parts.
-        total: number of parts; None if unknown.
-        what: the part that was completed last.
-        seconds_left: estimated time left; None if unknown.
+        phase: Name of the phase.
+        done: Completed parts.
+        total: Number of parts; None if unknown.
+        what: The part that was completed last.
+        seconds_left: Estimated time left; None if unknown.
     """
     if phase == TRAINING:
         text = f"step {done}/{total}" + (f" {what}" if what and what != "train" else "")
@@ -147,8 +147,8 @@ def read_progress(folder: Path, since: float = 0.0) -> dict[str, Any]:
     """Read the progress.json of a run.
 
     Args:
-        folder: folder of the run.
-        since: seconds since the epoch; a file that was last modified earlier counts as missing.
+        folder: Folder of the run.
+        since: Seconds since the epoch; a file that was last modified earlier counts as missing.
 
     Returns:
         Its content, the arguments of `describe`; empty if the file is missing.

@@ -65,9 +65,9 @@ def costs_of(
     """Return the cost entries of the record: the costs of the assignment and the range of the search space.
 
     Args:
-        plan: plan of the run.
-        assignment: layer name -> (weight format, activation format).
-        reach: formats that are left to layers without calibration data, by layer name.
+        plan: Plan of the run.
+        assignment: Layer name -> (weight format, activation format).
+        reach: Layer name -> what calibration found out about the layer, see `quant.quant_module.Reach`.
     """
     from cost.cost import COSTS, overhead_memory, unsearched_memory
     from cost.profile import tied_in
@@ -153,8 +153,8 @@ def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
     """Summarize a finished run in lines of text: metrics, selected assignment, cost, limits and quality.
 
     Args:
-        record: the record of the run.
-        folder: folder of the run; adds lines about the available exports.
+        record: The record of the run.
+        folder: Folder of the run; adds lines about the available exports.
     """
     lines = [
         f"{split}: " + "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())

@@ -38,10 +38,10 @@ def make_trainer(
     """Build the trainer of a run.
 
     Args:
-        plan: plan of the run.
-        on_step: called with each step's entry of history.jsonl.
-        assignment: layer name -> (weight format, activation format). Trains it without a search.
-        progress: shows the progress and the logged values.
+        plan: Plan of the run.
+        on_step: Called with each step's entry of history.jsonl.
+        assignment: Layer name -> (weight format, activation format). Trains it without a search.
+        progress: Shows the progress and the logged values.
 
     Returns:
         The trainer; its quantized layers by name; the metrics of the float model, or None if its weights are not
@@ -212,9 +212,9 @@ def evaluate(
     """Evaluate the model on every labelled evaluation split.
 
     Args:
-        trainer: trainer of the run.
-        plan: plan of the run.
-        answers: for classification, receives 'predicted' and 'label' of each split, one class index per example in the
+        trainer: Trainer of the run.
+        plan: Plan of the run.
+        answers: For classification, receives 'predicted' and 'label' of each split, one class index per example in the
             order of the split, and 'classes', their names. Two runs can then be compared example by example.
 
     Returns:
