@@ -109,7 +109,7 @@ def launch(
         runs: All runs of the launch.
         missing: Runs to execute, by name.
         estimates: Their estimates, by name.
-        share: Resources of each run; None for a cluster, which is asked for them.
+        share: Resources of each run; None to ask the cluster for them.
         runner: Replaces `eval.eval_run.run`.
 
     Returns:

@@ -117,7 +117,8 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
     # Both costs are exact sums; the tolerance covers the rounding of the target to float64.
     if target is not None and costs["exported"] > target * (1 + 1e-12):
         widened = [name for name, layer in written.layers.items() if not layer.as_chosen]
-        widened = widened[:3] + ["..."] * (len(widened) > 3)
+        if len(widened) > 3:
+            widened = [*widened[:3], "..."]
         raise UserError(
             f"--format {format}: the exported model costs {costs['exported']:.6g} {record['cost_unit']}, over the "
             f"target of {target:.6g}, since {format} stores {', '.join(widened)} wider than chosen; "

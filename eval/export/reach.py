@@ -60,11 +60,14 @@ def _onnx_holds(weight: Format, activation: Format) -> bool:
     from quant.export.onnx.layers import INT_STORAGE, input_storage, own_name, storage_of
 
     integers = {storage.name for storage in INT_STORAGE}
-    held = storage_of(weight) if isinstance(weight, FloatFormat) else None
-    taken = input_storage(activation)
-    return (weight == FLOAT or weight.name in integers or (held is not None and own_name(held) == weight.name)) and (
-        activation == FLOAT or (taken is not None and own_name(taken) == activation.name)
-    )
+    if activation != FLOAT:
+        storage = input_storage(activation)
+        if storage is None or own_name(storage) != activation.name:
+            return False
+    if weight == FLOAT or weight.name in integers:
+        return True
+    stored = storage_of(weight) if isinstance(weight, FloatFormat) else None
+    return stored is not None and own_name(stored) == weight.name
 
 
 def _torchao(plan: Plan, modules: Mapping[str, QuantModule]) -> int:

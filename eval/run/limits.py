@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,15 +36,8 @@ def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit
     by_name = {profile.name: profile for profile in profiles}
     for name, value in (("memory", config.max_memory), ("compute", config.max_compute)):
         if value is not None:
-            cost = COSTS[name]  # type: ignore[index]
-            limits.append(
-                Limit(
-                    name,
-                    UNITS[name],
-                    value,
-                    lambda layer, pair, cost=cost: cost([by_name[layer]], {layer: pair}),  # type: ignore[misc]
-                )
-            )
+            layer_cost = partial(_layer_cost, COSTS[name], by_name)  # type: ignore[index]
+            limits.append(Limit(name, UNITS[name], value, layer_cost))
     if config.max_latency is not None:
         assert config.latency_target is not None
         measured = read_latencies(Path(config.max_latency))
@@ -56,6 +50,12 @@ def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit
 
         limits.append(Limit("latency", "ms", config.latency_target, latency))
     return limits
+
+
+def _layer_cost(
+    cost: Callable[..., float], profiles: Mapping[str, LayerProfile], layer: str, formats: tuple[Format, Format]
+) -> float:
+    return cost([profiles[layer]], {layer: formats})
 
 
 def read_latencies(path: Path) -> dict[tuple[str, Format, Format], float]:
