@@ -27,7 +27,7 @@ SMALL += " --search --search_space 4,8 --target_bits 6 --policy_prior none --rep
 
 
 def digest(config) -> float:
-    """The accuracy of a run that nothing disturbed."""
+    """The accuracy of an undisturbed run."""
     value = config.seed
     for step in range(1, config.max_steps + 1):
         value = (31 * value + step) % 1_000_003
@@ -45,7 +45,7 @@ def real_record(folder: Path) -> Path:
 
 
 def run(config, on_step=None, patience=0.0, *, real, faults=()):
-    """Stands in for `eval.eval_run.run`. real: a record that a real run wrote."""
+    """Replaces `eval.eval_run.run`. real: a record that a real run wrote."""
     from eval.config.parser import to_yaml
     from quant.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The launcher without Ray: the grid, what is finished, who gets what, what is shown, and what is refused at once."""
+"""The launcher without Ray: grid, states of runs, resources, output, and errors before the start."""
 
 import functools
 import importlib.util
@@ -31,7 +31,7 @@ RUN = ["--task", "digits", "--model", "resnet20"]
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
-    """The module whose `run` stands in for `eval.eval_run.run`, with a real record."""
+    """The module whose `run` replaces `eval.eval_run.run`, with a real record."""
     spec = importlib.util.spec_from_file_location("fake_launcher", Path(__file__).parent / "fake_launcher.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -101,14 +101,14 @@ def test_the_flags_of_one_method_are_not_errors_for_the_others(flags):
             assert budget == (search.cost_target, search.target_bits, search.max_memory, search.max_compute, None)
 
 
-def test_a_run_is_the_same_however_its_numbers_are_written(tmp_path, fake):
+def test_equivalent_spellings_of_numbers_are_the_same_run(tmp_path, fake):
     given = ["--search", "--max_steps", "3", "--output_root_dir", str(tmp_path)]
     fake.run(runs_of(*given, "--target_bits", "6.0")[0])
     for same in (["--targets", "6"], ["--target_bits", "6", "--search_space", "int4,int8"]):
         assert read_state(runs_of(*given, *same)[0]).finished, same
 
 
-def test_runs_of_several_tasks_are_told_apart(tmp_path):
+def test_names_of_runs_include_the_task_if_there_are_several(tmp_path):
     given = ["--model", "resnet20", "--output_root_dir", str(tmp_path), "--log_dir", str(tmp_path / "logs")]
     runs = expand(read_flags(["--tasks", "digits,cifar10", "--seeds", "0,1", *given]))
     assert list(by_name(runs)) == [f"{t}/resnet20-float-s{s}" for t in ("digits", "cifar10") for s in (0, 1)]
@@ -116,7 +116,7 @@ def test_runs_of_several_tasks_are_told_apart(tmp_path):
     assert list(by_name(runs_of("--seeds", "0,1"))) == ["resnet20-float-s0", "resnet20-float-s1"]
 
 
-def test_a_cluster_has_the_gpus_that_its_head_node_lacks():
+def test_a_cluster_may_have_gpus_that_the_head_node_lacks():
     flags = ["--device", "cuda", "--cuda_visible_devices", ""]
     (run,) = runs_of(*flags, "--ray_address", "auto")
     assert (run.device, run.ray_address, run.cuda_visible_devices) == ("cuda", None, None)
@@ -147,13 +147,13 @@ def test_a_cluster_has_the_gpus_that_its_head_node_lacks():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_wrong_grid_is_refused_with_its_flag(argv, words):
+def test_an_invalid_grid_is_an_error_that_names_the_flag(argv, words):
     with pytest.raises(UserError) as caught:
         runs_of(*argv)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_paths_are_absolute_because_a_trial_works_elsewhere(tmp_path, monkeypatch):
+def test_paths_of_trials_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     run = runs_of("--task", "cifar10", "--data_dir", "data", "--log_dir", "logs")[0]
@@ -170,7 +170,7 @@ def test_two_tasks_share_a_launch_folder_of_their_own(tmp_path):
     assert launch_folder(expand(config)) == tmp_path / "digits+cifar10" / "default"
 
 
-def test_our_own_record_decides_what_is_finished(tmp_path, fake):
+def test_the_record_decides_whether_a_run_is_finished(tmp_path, fake):
     run = runs_of("--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
     assert (read_state(run).finished, read_state(run).reason) == (False, None)
     fake.run(run)
@@ -185,13 +185,13 @@ def test_our_own_record_decides_what_is_finished(tmp_path, fake):
     assert not record.exists() and not read_state(run).failed and not read_state(run).finished
 
 
-def test_a_failure_before_the_run_began_is_seen(tmp_path):
+def test_a_failure_before_the_start_of_the_run_is_recorded(tmp_path):
     run = runs_of("--output_root_dir", str(tmp_path))[0]
     record_failure(run, "no disk")
     assert read_state(run).failed and read_state(run).reason == "failed: no disk"
 
 
-def test_a_folder_of_other_flags_is_refused_by_name(tmp_path, fake):
+def test_a_folder_of_a_run_with_other_flags_is_refused(tmp_path, fake):
     given = ["--max_steps", "3", "--output_root_dir", str(tmp_path)]
     fake.run(runs_of(*given)[0])
     for same in (
@@ -207,7 +207,7 @@ def test_a_folder_of_other_flags_is_refused_by_name(tmp_path, fake):
         read_state(runs_of(*given)[0])
 
 
-def test_resume_reads_the_flags_of_the_launch_where_it_lies_now(tmp_path):
+def test_resume_works_for_a_moved_launch(tmp_path):
     folder = tmp_path / "moved" / "digits" / "mine"
     folder.mkdir(parents=True)
     started = read_flags([*RUN, "--seeds", "0,1", "--output_root_dir", "/elsewhere", "--exp_name", "mine"])
@@ -222,7 +222,7 @@ def test_resume_reads_the_flags_of_the_launch_where_it_lies_now(tmp_path):
             read_launch(["--resume", str(folder), *flags])
 
 
-def test_a_launch_that_is_not_finished_is_kept_when_another_starts_there(tmp_path, fake):
+def test_the_flags_of_an_unfinished_launch_are_kept(tmp_path, fake):
     def start(seeds):
         config = read_flags([*RUN, "--seeds", seeds, "--max_steps", "3", "--output_root_dir", str(tmp_path)])
         return config, expand(config), launch_folder(expand(config))
@@ -279,7 +279,7 @@ CPU, GPU = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
         (["--ray_address", "auto", "--num_gpus", "2"], [GPU, GPU], 9, (4, 1, 2)),
     ],
 )
-def test_who_gets_what(flags, nodes, runs, expected):
+def test_resources_are_divided_among_runs(flags, nodes, runs, expected):
     share = plan_share(read_flags(flags), nodes, runs)
     assert (share.cpus, share.gpus, share.concurrent) == expected
 
@@ -287,7 +287,7 @@ def test_who_gets_what(flags, nodes, runs, expected):
 @pytest.mark.parametrize(
     "flags", [["--cpus_per_trial", "9"], ["--gpus_per_trial", "1"], ["--cpus_per_trial", "17", "--gpus_per_trial", "1"]]
 )
-def test_what_no_machine_has_is_refused_with_what_there_is(flags):
+def test_an_error_about_missing_resources_lists_the_available_ones(flags):
     with pytest.raises(UserError, match=r"8 CPU, 0 GPU"):
         plan_share(read_flags(flags), [CPU], 3)
 
@@ -298,7 +298,7 @@ def test_what_no_machine_has_is_refused_with_what_there_is(flags):
     st.integers(1, 40),
     st.sampled_from([None, 0.25, 0.5, 1.0]),
 )
-def test_no_share_is_more_than_there_is(nodes, runs, gpus):
+def test_shares_never_exceed_the_resources(nodes, runs, gpus):
     flags = [] if gpus is None else ["--gpus_per_trial", str(gpus)]
     try:
         share = plan_share(read_flags(flags), nodes, runs)
@@ -323,12 +323,12 @@ def test_no_share_is_more_than_there_is(nodes, runs, gpus):
         (["--num_cpus", "1", "--cpus_per_trial", "2"], "2 CPU"),
     ],
 )
-def test_what_this_machine_lacks_is_refused_before_ray_starts(flags, words):
+def test_missing_resources_are_an_error_before_ray_starts(flags, words):
     with pytest.raises(UserError, match=words):
         check_request(read_flags(flags), 1)
 
 
-def test_out_of_memory_runs_once_more_with_half_the_batch(tmp_path, fake):
+def test_out_of_memory_repeats_the_run_with_half_the_batch(tmp_path, fake):
     oom = functools.partial(fake.run, faults=["oom42"])
     run = runs_of("--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
     record = _run_within_memory(oom, run, Reporter(lambda measures: None))
@@ -349,7 +349,7 @@ def test_only_memory_counts_as_out_of_memory():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
-def test_tune_always_hears_the_same_keys(monkeypatch):
+def test_reports_to_tune_always_have_the_same_keys(monkeypatch):
     heard = []
     monkeypatch.setattr("eval.launch.trial.REPORT_SECONDS", 0.0)
     reporter = Reporter(heard.append)
@@ -370,7 +370,7 @@ def test_tune_always_hears_the_same_keys(monkeypatch):
     assert objective({**record, "metric": "perplexity", "metrics": {"validation": {"perplexity": 12.0}}}) == -12.0
 
 
-def test_a_setting_that_was_tried_names_its_run_and_is_found_again(tmp_path, fake):
+def test_trials_of_earlier_launches_are_found_by_their_settings(tmp_path, fake):
     base = runs_of("--search", "--max_steps", "3", "--output_root_dir", str(tmp_path))[0]
     drawn = with_settings(base, {"run": "x", "cost_beta": 0.123456, "rl_learning_rate": 0.02, "max_entropy_beta": 0.01})
     assert drawn.run_name == "resnet20-search-6b-s42-beta0.1235-lr0.02-entropy0.01"
@@ -389,7 +389,7 @@ def test_hpo_needs_one_search():
         check_tuning(read_flags([*RUN, "--hpo"]), runs_of("--search", "--seeds", "0,1"))
 
 
-def test_the_last_whole_line_counts(tmp_path):
+def test_the_last_complete_line_of_a_history_is_read(tmp_path):
     path = tmp_path / "history.jsonl"
     assert last_entry(path) == {}
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
@@ -465,7 +465,7 @@ def test_without_a_terminal_each_change_of_state_is_one_line(tmp_path, fake, mon
     assert file.getvalue().count("\n") == 2, "the last news is told when the launch ends"
 
 
-def test_ray_starts_again_on_a_busy_machine_and_says_so_where_it_never_does(monkeypatch, capsys):
+def test_starting_ray_is_retried_before_it_is_an_error(monkeypatch, capsys):
     failures = []
 
     def slow(*args, **settings):
@@ -490,11 +490,11 @@ def test_ray_starts_again_on_a_busy_machine_and_says_so_where_it_never_does(monk
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, ""), (45, "45 s"), (600, "10 min"), (3 * 3600, "3.0 h")])
-def test_durations_read_as_people_say_them(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert duration(seconds) == text
 
 
-def test_names_and_reasons_are_shown_as_they_are(capsys):
+def test_names_and_reasons_are_printed_without_markup(capsys):
     make_console(sys.stdout).print("expected list[int], got [batch, 3] in /out[v2]/:x: [/tmp]")
     assert capsys.readouterr().out == "expected list[int], got [batch, 3] in /out[v2]/:x: [/tmp]\n"
 
@@ -509,7 +509,7 @@ def test_the_result_table_names_every_run_once(tmp_path, fake):
     assert "not started" in text
 
 
-def test_a_note_is_told_once_with_the_runs_that_it_holds_for(tmp_path, fake):
+def test_a_note_is_printed_once_with_its_runs(tmp_path, fake):
     runs = runs_of("--seeds", "0,1,2,3", "--max_steps", "3", "--output_root_dir", str(tmp_path))
     for run, notes in zip(runs, (["random weights", "damaged"], *[["random weights"]] * 3), strict=True):
         record = fake.run(run)
@@ -520,7 +520,7 @@ def test_a_note_is_told_once_with_the_runs_that_it_holds_for(tmp_path, fake):
     assert note_lines(known)[0].endswith("(resnet20-float-s3, resnet20-float-s2, resnet20-float-s1 and 1 more)")
 
 
-def test_a_run_for_several_budgets_has_a_line_for_each(tmp_path, fake):
+def test_a_run_with_several_budgets_has_a_row_for_each(tmp_path, fake):
     (whole,) = runs_of("--search", "--target_bits", "5,6", "--max_steps", "3", "--output_root_dir", str(tmp_path))
     fake.run(whole)
     (whole.run_folder / "5b").mkdir()
@@ -532,7 +532,7 @@ def test_a_run_for_several_budgets_has_a_line_for_each(tmp_path, fake):
     assert second.startswith(f"{whole.run_name} ") and "NOT" not in second
 
 
-def test_of_tune_only_curves_stay(tmp_path):
+def test_only_tensorboard_events_of_tune_are_kept(tmp_path):
     for name in ("tuner.pkl", "run/params.pkl", "run/events.out.tfevents.1.host", "empty/x.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -541,7 +541,7 @@ def test_of_tune_only_curves_stay(tmp_path):
     assert left == ["run", "run/events.out.tfevents.1.host"]
 
 
-def test_what_is_finished_is_reported_without_ray(tmp_path, fake, capsys):
+def test_a_finished_launch_is_reported_without_ray(tmp_path, fake, capsys):
     argv = [*RUN, "--seeds", "0,1", "--max_steps", "3", "--output_root_dir", str(tmp_path)]
     for run in expand(read_flags(argv)):
         fake.run(run)
@@ -572,13 +572,13 @@ def test_a_dry_run_shows_steps_range_and_target_and_starts_nothing(tmp_path, cap
     assert "2 runs" in told and not (tmp_path / "out").exists()
 
 
-def test_a_target_out_of_reach_ends_the_launch_before_ray(tmp_path):
+def test_an_infeasible_target_ends_the_launch_before_ray_starts(tmp_path):
     argv = ["--task", "digits", "--model", "convnet", "--from_scratch", "--output_root_dir", str(tmp_path)]
     with pytest.raises(UserError, match=r"--cost_target 1e-09 .* cost 0.0\d+ to 0.0\d+ MiB"):
         eval_parallel.main([*argv, "--search", "--cost_target", "1e-9"])
 
 
-def test_flags_of_a_run_are_those_of_its_file(tmp_path):
+def test_the_flags_of_a_run_are_read_from_its_file(tmp_path):
     run = runs_of("--search", "--target_bits", "5", "--output_root_dir", str(tmp_path))[0]
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(run))

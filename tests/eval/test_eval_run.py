@@ -1,4 +1,4 @@
-"""Whole runs on the embedded digits, and the check value on real data where it is there."""
+"""Complete runs on the bundled digits, and a published accuracy if its dataset is available."""
 
 import json
 from pathlib import Path
@@ -27,11 +27,11 @@ def config(folder, flags):
 
 
 class Killed(Exception):
-    """Stands in for the end of a process."""
+    """Simulates that the process is killed."""
 
 
 def kill_at(step):
-    """What a run tells its steps to, which ends it at one."""
+    """Make an `on_step` callback that ends the run at a step."""
 
     def on_step(entry):
         if entry["step"] == step:
@@ -47,7 +47,7 @@ def timeless(record):
 SEARCH = "--search --search_space 2,4,8 --cost_type compute --target_bits 4.5 --max_steps 40"
 
 
-def test_a_search_writes_a_whole_record_within_its_target(tmp_path):
+def test_a_search_writes_a_complete_record_within_its_target(tmp_path):
     settings = config(tmp_path, SEARCH)
     steps = []
     record = run(settings, on_step=steps.append)
@@ -65,7 +65,7 @@ def test_a_search_writes_a_whole_record_within_its_target(tmp_path):
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
 
 
-def test_the_saved_model_gives_the_record_its_accuracy_again(tmp_path):
+def test_the_saved_model_reproduces_the_recorded_accuracy(tmp_path):
     settings = config(tmp_path, SEARCH)
     record = run(settings)
     model = load_model(settings.run_folder)
@@ -85,7 +85,7 @@ def test_same_seed_same_record(tmp_path):
     assert timeless(first) == timeless(second)
 
 
-def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
+def test_a_run_resumes_from_its_last_complete_checkpoint(tmp_path):
     whole = run(config(tmp_path, f"{SEARCH} --run_id whole"))
 
     stopped = config(tmp_path, f"{SEARCH} --run_id stopped")
@@ -100,7 +100,7 @@ def test_a_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
     assert timeless(run(parse(["--resume", str(stopped.run_folder)]))) == timeless(whole)
 
 
-def test_a_run_does_not_go_on_with_another_budget(tmp_path):
+def test_a_run_is_not_resumed_with_another_budget(tmp_path):
     with pytest.raises(Killed):
         run(config(tmp_path, f"{SEARCH} --run_id stopped"), on_step=kill_at(30))
     for changed, message in (
@@ -114,7 +114,7 @@ def test_a_run_does_not_go_on_with_another_budget(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--bits 8 --max_steps 10", f"{SEARCH} --log_steps 7"])
-def test_a_run_killed_behind_its_last_step_trains_no_further(flags, tmp_path, monkeypatch):
+def test_a_run_killed_after_its_last_step_does_not_train_again(flags, tmp_path, monkeypatch):
     flags = f"{flags} --save_strategy steps"
     whole = run(config(tmp_path, f"{flags} --run_id whole"))
     stopped = config(tmp_path, f"{flags} --run_id stopped")
@@ -126,7 +126,7 @@ def test_a_run_killed_behind_its_last_step_trains_no_further(flags, tmp_path, mo
     assert len(lines) == whole["steps"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_its_history_anew(tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_restarts_its_history(tmp_path):
     stopped = config(tmp_path, "--bits 8 --max_steps 14 --save_strategy no")
     with pytest.raises(Killed):
         run(stopped, on_step=kill_at(10))
@@ -135,7 +135,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_its_history_anew(tmp_pa
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 15))
 
 
-def test_clipped_tokens_are_remembered_by_a_checkpoint(tmp_path):
+def test_a_checkpoint_keeps_the_token_clipping(tmp_path):
     flags = "--bits 4 --observer avg_prune_minmax --quantizer fixed --max_steps 20 --save_strategy steps --log_steps 5"
     whole = run(config(tmp_path, f"{flags} --run_id whole"))
     stopped = config(tmp_path, f"{flags} --run_id stopped")
@@ -144,7 +144,7 @@ def test_clipped_tokens_are_remembered_by_a_checkpoint(tmp_path):
     assert timeless(run(stopped)) == timeless(whole)
 
 
-def test_metrics_that_are_not_finite_are_a_failed_run(tmp_path):
+def test_a_metric_that_is_not_finite_fails_the_run(tmp_path):
     settings = config(tmp_path, "--learning_rate 1e30 --max_steps 1")
     record = run(settings)
     assert record["status"] == "failed" and "loss on validation is nan after 1 steps" in record["reason"]
@@ -160,7 +160,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--max_steps 2", "--max_steps 20 --delay_steps 10 --settle_fraction 0.5"])
-def test_a_search_without_a_step_to_learn_in_is_refused_before_the_work(flags, tmp_path):
+def test_a_search_without_learning_steps_is_refused_at_the_start(flags, tmp_path):
     with pytest.raises(UserError, match=r"--delay_steps \d+ leaves the policy no step to learn in: \d+ steps"):
         run(config(tmp_path, f"--search --search_space 4,8 {flags}"))
     assert not list(tmp_path.iterdir())
@@ -217,7 +217,7 @@ def test_resnet20_scores_its_published_accuracy(tmp_path):
 SEVERAL = "--search --search_space 2,4,8 --cost_type compute --target_bits 3,6,4 --max_steps 40"
 
 
-def test_several_budgets_come_from_one_run_with_a_record_each(tmp_path):
+def test_one_run_writes_a_record_for_each_budget(tmp_path):
     settings = config(tmp_path, SEVERAL)
     last = run(settings)
     folders = [settings.run_folder / "3b", settings.run_folder / "4b", settings.run_folder]
@@ -255,7 +255,7 @@ def test_two_processes_do_not_share_a_runs_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [12, 35])
-def test_several_budgets_go_on_from_a_checkpoint(tmp_path, step):
+def test_a_run_with_several_budgets_resumes_from_a_checkpoint(tmp_path, step):
     several = f"{SEVERAL} --save_strategy steps --log_steps 5"
     whole = run(config(tmp_path, f"{several} --run_id whole"))
     stopped = config(tmp_path, f"{several} --run_id stopped")
@@ -286,12 +286,12 @@ def test_the_cheapest_within_a_drop_needs_no_budget(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--max_drop 0.1", "--distill 0.5 --target_bits 4"])
-def test_what_counts_from_the_float_model_needs_a_trained_one(tmp_path, flag):
+def test_flags_that_refer_to_the_float_model_need_a_trained_one(tmp_path, flag):
     with pytest.raises(UserError, match=f"{flag.split(' --')[0]}.*weights are not all trained.*--load_model_path"):
         make_plan(config(tmp_path, f"--search {flag}"))
 
 
-def test_a_trained_model_judges_a_search_and_teaches_if_asked(tmp_path):
+def test_a_trained_model_serves_the_search_and_optional_distillation(tmp_path):
     float_run = config(tmp_path, "--method float --max_steps 30 --run_id float")
     run(float_run)
     start = f"--load_model_path {float_run.run_folder} {SEARCH}"
@@ -318,7 +318,7 @@ def test_a_trained_model_teaches_augmented_images(tmp_path):
     assert teacher("--bits 4 --distill 0") is None and teacher("--bits 4 --augment false") is None
 
 
-def test_the_chosen_assignment_is_trained_once_more_alone(tmp_path):
+def test_the_selected_assignment_is_retrained_without_search(tmp_path):
     settings = config(tmp_path, f"{SEARCH} --verify_retrain")
     record = run(settings)
     retrained = record["retrained"]["validation"]

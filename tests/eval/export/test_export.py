@@ -1,4 +1,4 @@
-"""Exports of finished runs: what is written, that it is the run's model again, and what cannot be exported."""
+"""Exports of finished runs: written files, reproduction of the model, and runs that cannot be exported."""
 
 import json
 import resource
@@ -44,7 +44,7 @@ def images(count=16):
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_packed_export_is_the_run_again(folder, tmp_path, capsys):
+def test_a_packed_export_reproduces_the_run(folder, tmp_path, capsys):
     place = tmp_path / "packed"
     assert main([str(folder), "--format", "packed", "--output_dir", str(place)]) == 0
     record = json.loads((folder / "result.json").read_text())
@@ -68,7 +68,7 @@ def test_a_packed_export_is_the_run_again(folder, tmp_path, capsys):
     assert "as chosen" in told and f"export: {place}" in told
 
 
-def test_the_memory_of_a_search_is_found_in_the_file_to_the_byte(folder, tmp_path):
+def test_the_memory_cost_equals_the_size_in_the_file(folder, tmp_path):
     verdict = export(finished_run(folder), "packed", tmp_path / "p", evaluate=False)
     record = json.loads((folder / "result.json").read_text())
     bits = sum(layer["params"] * verdict["layers"][layer["name"]]["bits"][0] for layer in record["layers"])
@@ -78,7 +78,7 @@ def test_the_memory_of_a_search_is_found_in_the_file_to_the_byte(folder, tmp_pat
     assert verdict["metrics"]["exported"] is None
 
 
-def test_an_export_over_its_target_is_an_error_and_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_an_export_over_its_target_is_an_error_and_leaves_no_files(folder, tmp_path, monkeypatch):
     one = finished_run(folder)
     monkeypatch.setitem(one.record, "cost_target", one.record["cost"] * 0.99)
     with pytest.raises(UserError, match=r"--format packed: the exported model costs .* MiB, over the target of"):
@@ -86,7 +86,7 @@ def test_an_export_over_its_target_is_an_error_and_leaves_nothing(folder, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_is_not_the_records_is_an_error(folder, tmp_path, monkeypatch):
+def test_a_model_that_contradicts_the_record_is_an_error(folder, tmp_path, monkeypatch):
     one = finished_run(folder)
     monkeypatch.setitem(one.record, "cost", one.record["cost"] * 1.01)
     with pytest.raises(UserError, match="its saved model costs"):
@@ -94,13 +94,13 @@ def test_a_model_that_is_not_the_records_is_an_error(folder, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_exists_is_never_overwritten(folder, tmp_path):
+def test_an_existing_folder_is_never_overwritten(folder, tmp_path):
     with pytest.raises(UserError, match="exists already; choose another or remove it"):
         export(finished_run(folder), "packed", tmp_path, evaluate=False)
 
 
 @pytest.mark.parametrize("limit", [0, 3_000, 20_000])
-def test_a_disk_that_is_full_half_way_leaves_nothing(limit, folder, tmp_path):
+def test_a_full_disk_leaves_no_partial_export(limit, folder, tmp_path):
     one = finished_run(folder)
     _ = one.modules, one.plan
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -139,7 +139,7 @@ def test_only_finished_runs_are_exported(record, message, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_wrong_names_end_with_one_line_and_exit_code_2(tmp_path):
+def test_invalid_names_are_one_line_errors_with_exit_code_2(tmp_path):
     def told(*arguments):
         command = [sys.executable, "-m", "eval.export", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -182,7 +182,7 @@ def test_an_onnx_export_wider_than_the_target_is_an_error(folder, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_latencies_stand_in_the_table_that_the_search_reads(folder, tmp_path, capsys):
+def test_latencies_are_written_in_the_format_that_the_search_reads(folder, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     table = tmp_path / "latency.csv"
     assert latency([str(folder), "--output", str(table), "--repeats", "3"]) == 0
@@ -198,7 +198,7 @@ def test_latencies_stand_in_the_table_that_the_search_reads(folder, tmp_path, ca
         latency([str(folder), "--repeats", "0"])
 
 
-def test_a_layer_called_by_name_is_timed_on_what_it_reads():
+def test_a_layer_called_with_keyword_arguments_is_timed_on_its_inputs():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -213,7 +213,7 @@ def test_a_layer_called_by_name_is_timed_on_what_it_reads():
     assert [torch.equal(read, 2 * x) for read in layer_calls(run, modules)["layer"]] == [True]
 
 
-def test_a_torchao_export_says_what_torchao_runs(folder, tmp_path):
+def test_a_torchao_export_reports_the_supported_layers(folder, tmp_path):
     pytest.importorskip("torchao")
     verdict = export(finished_run(folder), "torchao", tmp_path / "ao")
     before, after = (verdict["metrics"][name]["validation"]["accuracy"] for name in ("record", "exported"))
@@ -222,7 +222,7 @@ def test_a_torchao_export_says_what_torchao_runs(folder, tmp_path):
     assert verdict["size"]["file_bytes"] == (tmp_path / "ao" / "model.safetensors").stat().st_size
 
 
-def test_compressed_tensors_is_for_models_of_transformers(folder, tmp_path):
+def test_compressed_tensors_requires_a_transformers_model(folder, tmp_path):
     pytest.importorskip("compressed_tensors")
     with pytest.raises(UserError, match="--format compressed-tensors: needs a model of transformers"):
         export(finished_run(folder), "compressed-tensors", tmp_path / "ct")
@@ -233,14 +233,14 @@ def test_compressed_tensors_is_for_models_of_transformers(folder, tmp_path):
     ("metric", "before", "after", "said"),
     [("accuracy", 0.91, 0.905, 0), ("accuracy", 0.91, 0.14, 1), ("perplexity", 20, 20.1, 0), ("perplexity", 20, 30, 1)],
 )
-def test_a_file_that_computes_something_else_is_said_to(metric, before, after, said):
+def test_a_metric_drop_of_the_export_is_a_warning(metric, before, after, said):
     record = {"metric": metric, "metrics": {"validation": {metric: before, "n": 100}}}
     lines = metric_drop_warnings(record, {"validation": {metric: after, "n": 100}})
     assert len(lines) == said and all(f"{metric} {before:.5g} -> {after:.5g}" in line for line in lines)
     assert len(metric_drop_warnings(record, {"validation": {metric: float("nan"), "n": 100}})) == 1
 
 
-def test_outputs_are_rounded_in_onnx_alone(folder, tmp_path):
+def test_rounded_outputs_are_for_onnx_only(folder, tmp_path):
     with pytest.raises(UserError, match="--round_outputs contradicts --format packed"):
         main([str(folder), "--format", "packed", "--round_outputs"])
     one = replace(finished_run(folder), round_outputs=True)
@@ -250,7 +250,7 @@ def test_outputs_are_rounded_in_onnx_alone(folder, tmp_path):
         export(one, "onnx", tmp_path / "p")
 
 
-def test_an_export_with_rounded_outputs_is_near_the_run(folder, tmp_path, monkeypatch):
+def test_an_export_with_rounded_outputs_is_close_to_the_run(folder, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     one = replace(finished_run(folder), round_outputs=True)
     monkeypatch.setitem(one.record, "cost_target", None)

@@ -1,4 +1,4 @@
-"""Every export of small models of transformers: BERT, and GPT-2 with its Conv1D layers."""
+"""Every export format for small transformers models: BERT, and GPT-2 with its Conv1D layers."""
 
 import json
 
@@ -43,7 +43,7 @@ def sentences(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=list(TEXT))
 def finished(request, sentences, tmp_path_factory):
-    """(family, a finished search of a small model of it)."""
+    """(Model family, finished search of a small model of it)."""
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     TEXT[family].save_pretrained(folder / "architecture")
     what = f"--task {sentences} --model {folder / 'architecture'} --from_scratch --fuse_groups"

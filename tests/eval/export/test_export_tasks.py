@@ -1,4 +1,4 @@
-"""Reload and export of every kind of task model: candidate answers, regression, language modelling."""
+"""Loading and export of models for multiple choice, regression and language modelling."""
 
 import json
 
@@ -43,7 +43,7 @@ def finished(task, settings, flags, folder):
 
 
 @pytest.mark.parametrize("task", ["piqa", "stsb"])
-def test_scorers_of_answers_and_of_values(task, tmp_path):
+def test_multiple_choice_and_regression(task, tmp_path):
     pytest.importorskip("onnxruntime")
     folder = finished(task, BERT, "--bits 8 --max_steps 2", tmp_path)
     one = finished_run(folder)

@@ -1,4 +1,4 @@
-"""Model cards: their programs run as written, and give what the run predicted; classes keep their names everywhere."""
+"""Model cards: their programs run and reproduce the predictions of the run; class names are kept."""
 
 import json
 import re
@@ -27,14 +27,14 @@ FLAGS = "--train_batch_size 8 --report_to none --quiet --save_strategy no --comp
 
 
 def write_program(card, place):
-    """The card's only python block, as a file."""
+    """Write the Python block of the card to a file."""
     (program,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
     place.write_text(program)
     return place
 
 
 def told(card, tmp_path, capsys, monkeypatch, *arguments):
-    """What the card's program prints."""
+    """Run the program of the card and return its output."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["program.py", *map(str, arguments)])
     runpy.run_path(str(write_program(card, tmp_path / "program.py")), run_name="__main__")
@@ -114,7 +114,7 @@ def test_classes_keep_their_names(tmp_path):
 
 
 def test_a_trained_head_keeps_the_order_of_its_classes(tmp_path):
-    """A published classifier numbers its classes as it likes, here backwards: by names its answers stay right."""
+    """The class order of a pretrained classifier may differ from the data; classes are matched by name."""
     config = finished("own", tmp_path, "--bits 8 --max_steps 30 --learning_rate 1e-2")
     before = json.loads((config.run_folder / "predictions.json").read_text())["validation"]
     assert np.mean(np.equal(before["predicted"], before["label"])) > 0.5
@@ -148,7 +148,7 @@ def photos(folder, size=(20, 14)):
 
 @pytest.mark.parametrize("size", [(20, 14), (8, 8)], ids=["cut", "enlarged"])
 @pytest.mark.parametrize("format", ["packed", "onnx"])
-def test_images_are_seen_as_the_run_saw_them(size, format, tmp_path, capsys, monkeypatch):
+def test_the_program_preprocesses_images_like_the_run(size, format, tmp_path, capsys, monkeypatch):
     if format == "onnx":
         pytest.importorskip("onnxruntime")
     data = photos(tmp_path / "photos", size)

@@ -13,20 +13,20 @@ RUN = ["--task", "digits", "--model", "convnet", "--max_steps", "80", "--train_b
     ("flags", "seconds"),
     [
         (["--bits", "4"], 80.0),
-        # 10 of the 80 steps reward two draws on a quarter of a batch. Five layers x 2 formats are judged on
-        # 3 * 80 * 32 / 8 / 10 = 96 examples, as are 10 neighbours and 40 others; a judged pass takes 0.6 of one, a pass
+        # 10 of the 80 steps reward two draws on a quarter of a batch. Five layers x 2 formats are evaluated on
+        # 3 * 80 * 32 / 8 / 10 = 96 examples, as are 10 neighbours and 40 others; an evaluation takes 0.6 of one, a pass
         # a third of a step.
         (["--search", "--search_space", "4,8", "--target_bits", "5"], 80 + (10 * 2 / 4 + 0.6 * 60 * 96 / 32) / 3),
         (["--search", "--recipe", "fliqs", "--search_space", "4,8", "--target_bits", "5"], 80 + 60 / 3),
     ],
 )
-def test_a_search_takes_longer_by_the_passes_that_it_makes(monkeypatch, flags, seconds):
+def test_the_estimate_includes_the_forward_passes_of_a_search(monkeypatch, flags, seconds):
     monkeypatch.setattr(estimates, "_seconds_per_step", lambda plan: 1.0)
     run = parse([*RUN, *flags])
     assert estimates.estimate_runs({"a": run}, measure=True)["a"].seconds == pytest.approx(seconds)
 
 
-def test_a_teacher_takes_a_pass_more_at_every_step(monkeypatch):
+def test_the_estimate_includes_the_forward_passes_of_a_teacher(monkeypatch):
     monkeypatch.setattr(estimates, "_seconds_per_step", lambda plan: 1.0)
     monkeypatch.setattr(run_trainer, "teacher_share", lambda plan: 0.9)
     run = parse([*RUN, "--bits", "4"])
@@ -35,13 +35,13 @@ def test_a_teacher_takes_a_pass_more_at_every_step(monkeypatch):
     )
 
 
-def test_a_run_that_shares_its_plan_is_checked_all_the_same():
+def test_runs_that_share_a_plan_are_checked_separately():
     runs = {name: parse([*RUN, "--max_steps", "2", *flags]) for name, flags in (("a", []), ("b", ["--search"]))}
     with pytest.raises(UserError, match=r"2 steps .* of which the last 2 settle"):
         estimates.estimate_runs(runs)
 
 
-def test_what_was_found_is_told_of_data_and_model(tmp_path, capsys):
+def test_a_dry_run_describes_data_and_model(tmp_path, capsys):
     rows = [f"text {n},{('yes', 'no', '7')[n % 3]}" for n in range(40)]
     (tmp_path / "train.csv").write_text("\n".join(["said,meant", *rows]))
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")

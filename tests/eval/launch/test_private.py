@@ -1,4 +1,4 @@
-"""What Ray leaves on a machine that others use too. With Ray itself: tests/journeys/test_launcher.py."""
+"""Privacy of Ray's files on a shared machine. Tests with Ray itself: tests/journeys/test_launcher.py."""
 
 import stat
 from pathlib import Path
@@ -16,7 +16,7 @@ def mode(path: Path) -> int:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A /tmp and a home of our own."""
+    """A temporary folder and a home folder for one test."""
     for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -26,7 +26,7 @@ def machine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_folder_is_its_owners_even_where_ray_opens_its_own_and_goes_at_the_end(machine):
+def test_the_folder_is_private_and_removed_at_the_end(machine):
     with own_folder() as given:
         assert given is not None
         inner = Path(given)
@@ -37,7 +37,7 @@ def test_the_folder_is_its_owners_even_where_ray_opens_its_own_and_goes_at_the_e
     assert not list((machine / "tmp").iterdir())
 
 
-def test_what_killed_launches_left_goes_and_what_others_work_in_stays(machine):
+def test_folders_of_killed_launches_are_removed_and_used_ones_are_kept(machine):
     dead, alive, foreign = (machine / "tmp" / name for name in ("mpq-ray-dead", "mpq-ray-alive", "mpq-ray-foreign"))
     for folder in (dead, alive, foreign):
         (folder / "ray").mkdir(parents=True)
@@ -46,14 +46,14 @@ def test_what_killed_launches_left_goes_and_what_others_work_in_stays(machine):
         assert not dead.exists() and alive.exists() and foreign.exists()
 
 
-def test_a_folder_of_the_users_own_is_left_as_it_is(machine, monkeypatch):
+def test_a_folder_named_by_the_user_is_kept(machine, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(machine))
     with own_folder() as given:
         assert given is None
     assert (machine / "tmp").exists()
 
 
-def test_the_token_is_made_for_its_owner_alone_and_kept(machine):
+def test_the_token_file_is_private_and_reused(machine):
     path = machine / "home" / ".ray" / "auth_token"
     keep_token_private()
     token = path.read_text()
@@ -64,7 +64,7 @@ def test_the_token_is_made_for_its_owner_alone_and_kept(machine):
 
 
 @pytest.mark.parametrize(("name", "value"), [("RAY_AUTH_TOKEN", "x"), ("RAY_AUTH_MODE", "disabled")])
-def test_without_a_token_file_none_is_made(machine, monkeypatch, name, value):
+def test_no_token_file_is_made_if_none_is_needed(machine, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     keep_token_private()
     assert not (machine / "home").exists()

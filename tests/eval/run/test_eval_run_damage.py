@@ -1,4 +1,4 @@
-"""A stopped run whose checkpoints or history were damaged goes on from what is whole, and its record says so."""
+"""A run resumes from its intact files if checkpoints or its history are damaged, and its record notes that."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ RUN = (
 
 
 class Killed(Exception):
-    """Stands in for the end of a process."""
+    """Simulates that the process is killed."""
 
 
 def settings(folder):
@@ -27,13 +27,13 @@ def settings(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The record of a run that nothing happened to."""
+    """The record of an undisturbed run."""
     return run(settings(tmp_path_factory.mktemp("whole")))
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """The output folder of a run that ended behind its second checkpoint."""
+    """The output folder of a run that was killed after its second checkpoint."""
 
     def kill(entry):
         if entry["step"] == 5:
@@ -58,13 +58,13 @@ def checkpoints(config):
 
 
 def same(record, whole):
-    """Whether two records agree in all but time and notes."""
+    """Whether two records are equal, apart from time and notes."""
     left_out = ("wall_seconds", "notes")
     first, second = ({k: v for k, v in json.loads(json.dumps(r)).items() if k not in left_out} for r in (record, whole))
     return first == second
 
 
-def test_every_truncated_or_missing_file_is_found(stopped):
+def test_truncated_and_missing_files_are_detected(stopped):
     newest, older = checkpoints(stopped)
     assert flaw(newest) is None and flaw(older) is None
     names = [path.name for path in newest.iterdir() if path.is_file()]
@@ -79,7 +79,7 @@ def test_every_truncated_or_missing_file_is_found(stopped):
     assert flaw(newest) is None
 
 
-def test_a_damaged_checkpoint_is_set_aside_for_the_older_one(stopped, whole, caplog):
+def test_a_damaged_checkpoint_is_replaced_by_the_older_one(stopped, whole, caplog):
     newest, _ = checkpoints(stopped)
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_older_one(stopped, whole, cap
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))
 
 
-def test_without_a_whole_checkpoint_the_run_starts_anew(stopped, whole):
+def test_without_a_complete_checkpoint_the_run_restarts(stopped, whole):
     newest, older = checkpoints(stopped)
     for path in [path for path in newest.iterdir() if path.name != "trainer_state.json"]:
         path.unlink()
@@ -106,8 +106,8 @@ def test_without_a_whole_checkpoint_the_run_starts_anew(stopped, whole):
     assert sum("damaged" in note and "started anew" in note for note in record["notes"]) == 2
 
 
-def test_another_models_checkpoint_is_not_gone_on_from(stopped, whole):
-    """Its checksums may be right: somebody has copied the whole of it."""
+def test_a_checkpoint_of_another_model_is_not_resumed(stopped, whole):
+    """Its checksums may be correct if the whole checkpoint was copied."""
     from trainer.training.checksums import sealed
 
     newest, _ = checkpoints(stopped)
@@ -119,7 +119,7 @@ def test_another_models_checkpoint_is_not_gone_on_from(stopped, whole):
     assert any("model.safetensors is another model's" in note for note in record["notes"])
 
 
-def test_a_history_line_that_is_no_text_costs_that_line_alone(stopped, whole):
+def test_an_undecodable_history_line_is_dropped(stopped, whole):
     history = stopped.run_folder / "history.jsonl"
     lines = history.read_bytes().splitlines(keepends=True)
     history.write_bytes(lines[0] + b"\xff\xfe" + lines[1] + b"".join(lines[2:]) + b'{"step": 5, "lo')
@@ -130,13 +130,13 @@ def test_a_history_line_that_is_no_text_costs_that_line_alone(stopped, whole):
     assert steps == [1, *range(3, 11)]
 
 
-def test_damaged_flags_of_a_run_with_checkpoints_are_named(stopped):
+def test_a_damaged_config_of_a_run_with_checkpoints_is_an_error(stopped):
     (stopped.run_folder / "config.yaml").write_bytes(b"task: [\xff")
     with pytest.raises(UserError, match=r"config\.yaml is damaged: remove it"):
         run(stopped)
 
 
-def test_a_damaged_record_is_kept_aside_and_a_finished_one_is_left_alone(stopped, whole, capsys):
+def test_a_damaged_record_is_renamed_and_a_finished_one_is_kept(stopped, whole, capsys):
     given = [*RUN.split(), "--output_root_dir", stopped.output_root_dir]
     result = stopped.run_folder / "result.json"
     result.write_text('{"schema_version": 1, "sta')

@@ -52,7 +52,7 @@ def test_every_limit_holds_and_is_recorded(tmp_path, capsys):
     assert f"compute: {record['limits'][1]['value']:.6g} GBOPs (limit 0.02)" in capsys.readouterr().out
 
 
-def test_one_limit_alone_is_the_target():
+def test_a_single_limit_becomes_the_target():
     config = parse([*RUN, "--max_compute", "0.5"])
     assert (config.cost_type, config.cost_target, config.target_bits) == ("compute", 0.5, None)
     config = parse([*RUN, "--cost_type", "compute", "--max_memory", "1"])
@@ -61,7 +61,7 @@ def test_one_limit_alone_is_the_target():
     assert (config.cost_type, config.cost_target, config.target_bits) == ("memory", None, "4")
 
 
-def test_limits_that_nothing_meets_are_refused_before_training(tmp_path):
+def test_infeasible_limits_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="no assignment meets all limits: --target_bits") as told:
         make_plan(parse([*RUN, "--target_bits", "8", "--max_memory", "0.02", "--max_compute", "0.0001"]))
     assert "--max_memory 0.02 MiB (reachable: 0.0" in str(told.value)
@@ -69,7 +69,7 @@ def test_limits_that_nothing_meets_are_refused_before_training(tmp_path):
     assert str(told.value).endswith(", not even alone)") and str(told.value).count("not even alone") == 1
 
 
-def test_a_limit_that_became_the_target_is_called_by_its_own_flag():
+def test_errors_name_the_flag_of_a_limit_that_became_the_target():
     with pytest.raises(UserError, match=r"^--max_memory 0\.005 MiB, but assignments .* cost 0\.00"):
         make_plan(parse([*RUN, "--max_memory", "0.005", "--max_compute", "0.0045"]))
     with pytest.raises(UserError, match=r"limits: --max_memory 0\.012 MiB .*, --max_compute") as told:
@@ -91,18 +91,18 @@ def test_a_limit_that_became_the_target_is_called_by_its_own_flag():
         ("layer,weight_format,activation_format,ms\na,int4\n", "line 2"),
     ],
 )
-def test_a_wrong_table_is_one_line(tmp_path, text, words):
+def test_an_invalid_latency_table_is_a_one_line_error(tmp_path, text, words):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=words):
         read_latencies(tmp_path / "t.csv")
 
 
-def test_latencies_are_read_by_format_whatever_its_spelling(tmp_path):
+def test_latencies_accept_every_spelling_of_a_format(tmp_path):
     (tmp_path / "t.csv").write_text("layer,weight_format,activation_format,ms,note\na,4,fp8,1.5,x\n")
     assert read_latencies(tmp_path / "t.csv") == {("a", parse_format("int4"), parse_format("e4m3")): 1.5}
 
 
-def test_nothing_is_interpolated(tmp_path):
+def test_missing_latencies_are_not_interpolated(tmp_path):
     (tmp_path / "t.csv").write_text("layer,weight_format,activation_format,ms\nconv1,int4,int4,1\n")
     with pytest.raises(UserError, match=r"no line for .* in int2/int2; measure it"):
         make_plan(parse([*RUN, "--max_latency", str(tmp_path / "t.csv"), "--latency_target", "3"]))
@@ -110,7 +110,7 @@ def test_nothing_is_interpolated(tmp_path):
         parse([*RUN, "--max_latency", str(tmp_path / "t.csv")])
 
 
-def test_trying_everything_is_refused_where_it_is_too_much():
+def test_an_exhaustive_search_of_a_large_space_is_refused():
     argv = [*RUN[:4], "--method", "exhaustive", "--search_space", "2,3,4,5,6,8", "--target_bits", "4"]
     with pytest.raises(UserError, match=r"--method exhaustive: 7.78e\+03 assignments .* at most 4096"):
         make_plan(parse(argv))

@@ -1,4 +1,4 @@
-"""No run is written outside of --output_root_dir through a link; the output folder itself may be one."""
+"""Runs are not written outside of --output_root_dir through a link; the output folder itself may be a link."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_the_output_folder_may_be_a_link_and_links_may_stay_within_it(tmp_path):
 
 
 def test_a_launch_removes_nothing_behind_a_link(tmp_path):
-    """Its `tune` folder is emptied at start and end."""
+    """A launch removes the files in its `tune` folder at its start and end."""
     kept = tmp_path / "elsewhere" / "thesis.tex"
     kept.parent.mkdir()
     kept.touch()

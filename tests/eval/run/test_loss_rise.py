@@ -1,4 +1,4 @@
-"""A run whose loss ends far above where it started is finished, and everybody who looks at it is told."""
+"""A run whose loss ends far above its start is finished, and its summary, tables and report say so."""
 
 import io
 
@@ -31,11 +31,11 @@ def history(folder, losses):
         ([], None),
     ],
 )
-def test_the_end_is_compared_with_the_start(tmp_path, losses, rise):
+def test_the_final_loss_is_compared_with_the_first(tmp_path, losses, rise):
     assert history(tmp_path, losses).rise() == rise
 
 
-def test_a_run_whose_loss_exploded_says_so_everywhere(tmp_path, capsys):
+def test_a_rising_loss_is_reported_everywhere(tmp_path, capsys):
     flags = "--task digits --model convnet --from_scratch --method float --learning_rate 100 --max_steps 12"
     flags += f" --max_train_samples 128 --report_to none --quiet --device cpu --output_root_dir {tmp_path}"
     config = parse(flags.split())

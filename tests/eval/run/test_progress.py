@@ -1,4 +1,4 @@
-"""How far a run is, as lines, as a moving line and as a file that another process reads."""
+"""Progress of a run as lines, as a live line, and as a file for other processes."""
 
 import io
 import json
@@ -16,7 +16,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_phase_is_told_of_when_it_begins_when_its_time_is_known_and_at_intervals(monkeypatch):
+def test_a_phase_prints_lines_at_its_start_with_its_first_estimate_and_at_intervals(monkeypatch):
     now, file = clock(monkeypatch), io.StringIO()
     progress = RunProgress(make_console(file))
     with progress.shown():
@@ -35,7 +35,7 @@ def test_a_phase_is_told_of_when_it_begins_when_its_time_is_known_and_at_interva
     ]
 
 
-def test_a_terminal_shows_one_line_that_moves_and_what_is_logged_above_it(monkeypatch):
+def test_a_terminal_shows_a_live_line_below_the_logged_values(monkeypatch):
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80)
     progress = RunProgress(console)
@@ -47,7 +47,7 @@ def test_a_terminal_shows_one_line_that_moves_and_what_is_logged_above_it(monkey
     assert "grad_norm" not in file.getvalue() and progress._live is None
 
 
-def test_the_file_is_whole_at_every_moment_and_goes_with_the_run(monkeypatch, tmp_path):
+def test_the_progress_file_is_written_atomically_and_removed_at_the_end(monkeypatch, tmp_path):
     now = clock(monkeypatch)
     progress = RunProgress(make_console(io.StringIO(), quiet=True))
     with progress.shown():

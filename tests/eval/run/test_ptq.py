@@ -1,4 +1,4 @@
-"""Runs with migrations, observers and Token-Wise Clipping, alone and with the search; their models come back."""
+"""Runs with migrations, observers and Token-Wise Clipping, with and without search; their models can be loaded."""
 
 import csv
 
@@ -19,7 +19,7 @@ BASE = "--model bert-tiny --from_scratch --max_length 16 --train_batch_size 16 -
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Sentences whose class is one of their words."""
+    """Sentences that contain the name of their class."""
     folder = tmp_path_factory.mktemp("data")
     words = ["red", "blue", "house", "tree", "river", "stone", "cloud", "bird"]
     for split, rows in (("train", 96), ("validation", 32)):
@@ -65,7 +65,7 @@ def test_a_run_and_its_saved_model(task, tmp_path, flags):
     assert accuracy == pytest.approx(record["metrics"]["validation"]["accuracy"], abs=1 / 32 + 1e-9)
 
 
-def test_migrations_leave_the_float_model_as_it_is(task, tmp_path):
+def test_migrations_do_not_change_the_float_model(task, tmp_path):
     logits = []
     for flags in ("", "--gamma_migration --smooth_quant"):
         plan = make_plan(config(task, tmp_path, f"--max_steps 0 --bits 8 {flags}"))
@@ -76,7 +76,7 @@ def test_migrations_leave_the_float_model_as_it_is(task, tmp_path):
     assert (logits[1] - logits[0]).abs().max() <= 1e-5 * logits[0].abs().max()
 
 
-def test_a_migrated_run_goes_on_from_its_checkpoint(task, tmp_path):
+def test_a_migrated_run_resumes_from_its_checkpoint(task, tmp_path):
     flags = "--max_steps 6 --bits 4 --gamma_migration --save_strategy steps --log_steps 2"
     whole = run(config(task, tmp_path, f"{flags} --run_id whole"))
 
@@ -101,8 +101,8 @@ def test_a_migrated_run_goes_on_from_its_checkpoint(task, tmp_path):
         "--gamma_migration --quantizer fixed --observer avg_prune_minmax --policy_prior hawq_v2",
     ],
 )
-def test_each_choice_with_a_search(task, tmp_path, monkeypatch, flags):
-    """Migrations are folded once, before the search's first look at the model, and leave the float model as it is."""
+def test_each_option_works_with_a_search(task, tmp_path, monkeypatch, flags):
+    """Migrations are folded once, before the search, and do not change the float model."""
     events, changes = [], []
     fold, prepare = eval.run.ptq.fold, ReinforceTrainer.prepare
 

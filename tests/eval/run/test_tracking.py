@@ -1,4 +1,4 @@
-"""`--report_to wandb`: refused in one line where it cannot work, offline where it is told to be."""
+"""`--report_to wandb`: one-line errors for a missing package or key, and offline runs."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from quant.errors import UserError
 RUN = ["--task", "digits", "--model", "convnet", "--report_to", "wandb", "--quiet"]
 
 
-def test_a_missing_package_is_named_even_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_despite_a_folder_of_that_name(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_loader("wandb", loader=None)
     for found in (None, spec):
         monkeypatch.setattr("eval.run.tracking.find_spec", lambda name, found=found: found)
@@ -23,7 +23,7 @@ def test_a_missing_package_is_named_even_beside_a_folder_of_that_name(tmp_path, 
             parse(RUN)
 
 
-def test_without_a_key_it_says_so_before_anything_starts(tmp_path, monkeypatch):
+def test_a_missing_key_is_an_error_before_the_run_starts(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -33,7 +33,7 @@ def test_without_a_key_it_says_so_before_anything_starts(tmp_path, monkeypatch):
         parse(RUN)
 
 
-def test_an_offline_run_lies_in_its_folder_with_its_flags(tmp_path, monkeypatch):
+def test_an_offline_run_is_logged_to_its_folder_with_its_flags(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
