@@ -1,4 +1,4 @@
-"""Costs by hand, and what every reward promises."""
+"""Costs computed by hand, and properties of all rewards."""
 
 import json
 import math

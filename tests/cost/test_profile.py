@@ -1,4 +1,4 @@
-"""Profiles against counts made by hand and against published figures."""
+"""Profiles against counts by hand and published figures."""
 
 import pytest
 import torch

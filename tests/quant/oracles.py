@@ -1,4 +1,4 @@
-"""What the rounding must give, written from the definitions in float64, sharing nothing with the code under test."""
+"""Reference roundings in float64, written from the definitions, independent of the code under test."""
 
 import ml_dtypes
 import numpy as np
@@ -29,7 +29,7 @@ def float_values(exponent: int, mantissa: int, reserved: int = 0) -> np.ndarray:
 
 
 def nearest(v: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """v rounded to +-values, ties to the even code, saturating; NaN stays NaN and zero keeps its sign. float64."""
+    """Round v to +-values, ties to the even code, saturating; NaN stays NaN and zero keeps its sign. float64."""
     magnitude = np.abs(v.astype(np.float64))
     low = np.clip(np.searchsorted(values, magnitude, side="right") - 1, 0, len(values) - 1)
     high = np.minimum(low + 1, len(values) - 1)
@@ -40,7 +40,7 @@ def nearest(v: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def bit_patterns(count: int, seed: int = 0) -> np.ndarray:
-    """Random float32 bit patterns, sorted by value (NaN last), so that a search in a table runs through it once."""
+    """Random float32 bit patterns, sorted by value (NaN last), which makes table searches fast."""
     bits = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
     return np.sort(bits.view(np.float32))
 

@@ -1,4 +1,4 @@
-"""quantize_model on any module: which layers are found, that they compute rounded, and that nothing else changes."""
+"""quantize_model on any module: which layers are found, what they compute, and that nothing else changes."""
 
 import copy
 import io
@@ -240,7 +240,7 @@ def test_a_quantized_layer_may_be_parametrized_later():
 
 @pytest.fixture
 def fast_path():
-    """PyTorch's default: attention layers may skip their parts in evaluation."""
+    """PyTorch's default: attention may bypass its submodules in eval mode."""
     torch.backends.mha.set_fastpath_enabled(True)
 
 
@@ -258,7 +258,7 @@ def test_transformer_encoder_layers_do_not_bypass_quantization_in_evaluation(mas
     with torch.no_grad():
         before = model(x, src_key_padding_mask=mask if masked else None)
         all_in(modules, "int2", "int2")
-        # No hooks to count calls: their presence alone would close the fast path.
+        # No hooks to count calls: hooks disable the fast path.
         assert not torch.allclose(before, model(x, src_key_padding_mask=mask if masked else None), atol=1e-2)
 
 
@@ -309,7 +309,7 @@ def test_calibration_may_start_under_formats_that_were_never_calibrated():
     all_in(modules, "int4", "int4")
     calibrate(model, modules, [images()])
     calibrate(twin, others, [images()])
-    # The first layer saw the same; the second saw the first one's rounded weight.
+    # The first layer's input was the same; the second one's was computed with the first one's rounded weight.
     assert torch.equal(
         modules["0"].input_quantizer.grids["int4"].scale, others["0"].input_quantizer.grids["int4"].scale
     )
@@ -463,7 +463,7 @@ def test_an_assignment_sets_what_it_names_and_refuses_unknown_layers():
 
 
 def trained():
-    """A model after two steps under changing formats."""
+    """A model after two training steps with changing formats."""
     model = small()
     modules = quantize_model(model, formats=FORMATS)
     calibrate(model, modules, [images()])
@@ -477,7 +477,7 @@ def trained():
 
 
 def outputs(model, modules):
-    """What the model gives in each format."""
+    """The model's outputs in each format."""
     results = []
     for format in FORMATS:
         set_formats(modules, dict.fromkeys(modules, (format, format)))
@@ -652,7 +652,7 @@ def test_from_float_shares_parameters_and_leaves_the_layer_alone():
 
 
 class Adapted(nn.Module):
-    """A frozen layer with a LoRA adapter beside it, as libraries lay it out."""
+    """A frozen layer with a LoRA adapter, structured as in libraries."""
 
     def __init__(self, base):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Quantized layers against the plain formulation: round input and weight, then run the float layer's function."""
+"""Quantized layers against the plain formulation: round input and weight, then call the float layer's function."""
 
 import copy
 
@@ -50,7 +50,7 @@ LAYERS = {
 
 
 def quantized(layer, weight, activation, x):
-    """The quantized layer, its ranges set from x."""
+    """The quantized layer, calibrated on x."""
     module = from_float(layer).train()
     module.set_formats(parse_format(weight), parse_format(activation))
     for quantizer, tensor in ((module.weight_quantizer, module.weight), (module.input_quantizer, x)):
@@ -60,7 +60,7 @@ def quantized(layer, weight, activation, x):
 
 
 def plainly(quantizer, x):
-    """x rounded by the public function alone, with the quantizer's scale."""
+    """Round x with the public function and the quantizer's scale."""
     format = quantizer.format
     if format == FLOAT:
         return x
@@ -73,7 +73,7 @@ def plainly(quantizer, x):
 
 
 def plain_forward(module, layer, x):
-    """What the float layer does, on rounded tensors."""
+    """Compute the float layer's function on rounded tensors."""
     return torch.func.functional_call(layer, {"weight": plainly(module.weight_quantizer, module.weight)},
                                       (plainly(module.input_quantizer, x),))  # fmt: skip
 
@@ -178,7 +178,7 @@ def test_rounded_tensors_are_not_kept_for_the_backward(kind, needs_gradient, rou
     output = module(x.requires_grad_(needs_gradient))
     assert len(rounded) == 2 and all(storage.expired() for storage in rounded)
     output.sum().backward()
-    # The weight again; the input's values come with its gradients, except where autograd differentiates the layer.
+    # The weight is rounded again; the input's values come with its gradients, unless autograd differentiates the layer.
     assert len(rounded) == (4 if kind == "same" else 3)
     assert all(storage.expired() for storage in rounded)
 
@@ -361,9 +361,9 @@ def test_a_layer_must_say_how_it_computes():
 @pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv", "depthwise", "conv1d", "conv3d"])
 @pytest.mark.parametrize("pair", [("int4", "int8"), ("e2m1", "e4m3"), ("mxfp4", "nvfp4")], ids="-".join)
 def test_compiled_layers_give_what_eager_ones_give(kind, pair):
-    """Outputs and the gradients of tensors bit for bit; those of scales are sums, in another order.
+    """Outputs and gradients of tensors are bit-identical; gradients of scales are sums in another order.
 
-    Outputs that are computed on codes are nearer to the exact ones: tests/quant/test_byte_codes.py.
+    Outputs computed on codes are closer to the exact ones, see tests/quant/quantizers/test_byte_codes.py.
     """
     found = []
     for mode in ("off", "on"):

@@ -33,7 +33,7 @@ RANDOM = bit_patterns(1_000_000)
 
 @pytest.fixture(scope="module", autouse=True)
 def modes():
-    """How the kernels can run here; the module leaves them eager."""
+    """Compilers that work on this machine; kernels are eager again afterwards."""
     works = [compiler for compiler in ("native", "inductor") if use_compiled("auto", compiler=compiler)]
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else "compiled" could quietly become eager
         yield [None, *works]
@@ -41,7 +41,7 @@ def modes():
 
 
 def quantized(modes, *args, **kwargs):
-    """What fake_quantize gives, having given the same eager and compiled, and having left its input alone."""
+    """Return fake_quantize's result, after checks that all kernels agree and the input is unchanged."""
     before, results = args[0].clone(), []
     for compiler in modes:
         use_compiled("on" if compiler else "off", compiler=compiler)
@@ -52,14 +52,14 @@ def quantized(modes, *args, **kwargs):
 
 
 def inputs_for(values, scale):
-    """float32: every bfloat16, random bits (a million for scale 1), and all around the midpoints under the scale."""
+    """Float32 inputs: every bfloat16, random bits (a million for scale 1), and values around the scaled midpoints."""
     some = RANDOM if scale == 1 else RANDOM[::16]
     middle = np.minimum(middles(values), np.finfo(np.float32).max).astype(np.float32)
     return np.concatenate([some, bfloat16_patterns(), around(middle * np.float32(scale))])
 
 
 def scaled(v, scale):
-    """v / scale as float32 divides."""
+    """Divide in float32: v / scale."""
     with np.errstate(all="ignore"):
         return v.astype(np.float32) / np.float32(scale)
 
@@ -70,7 +70,7 @@ def expected_float(x, values, scale):
 
 
 def expected_integer(x, low, high, zero_point, scale):
-    """The formula with torch.round: the difference of two integers, so that -0.0 becomes +0.0."""
+    """The formula with torch.round, as the difference of two integers, so that -0.0 becomes +0.0."""
     v = torch.from_numpy(scaled(x, scale))
     codes = torch.where(v.isnan(), v, (torch.round(v).double() + zero_point).clamp(low, high) - zero_point)
     return ((codes + 0.0).float() * torch.tensor(scale)).float()

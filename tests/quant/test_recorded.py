@@ -1,4 +1,4 @@
-"""Quantized models in the graphs of torch.export and torch.jit.trace: the same values, in torch's own operations."""
+"""Quantized models under torch.export and torch.jit.trace: the same values, in torch's own operations."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is said of the matrices that stay in float: all of them, each once, and nothing else."""
+"""The report of matrices that stay in float names each of them once, and nothing else."""
 
 import logging
 
@@ -13,7 +13,7 @@ from quant.formats import parse_format
 
 
 class Products(nn.Module):
-    """Weights that stand in parameters, not in layers: 6 x 8 in a product, 4 x 8 x 8 in an einsum; a head of 3 x 8."""
+    """Weights held as parameters instead of layers: 6 x 8 in a product, 4 x 8 x 8 in an einsum; a head of 3 x 8."""
 
     def __init__(self):
         super().__init__()

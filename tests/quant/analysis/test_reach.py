@@ -1,4 +1,4 @@
-"""Layers that calibration does not reach: what they run in, what is said of them, and when that changes."""
+"""Layers that calibration does not reach: the formats they run in, the warnings, and when both change."""
 
 import logging
 
@@ -15,7 +15,7 @@ INT4, BF16, MXFP8 = map(parse_format, ("int4", "bf16", "mxfp8"))
 
 
 class Experts(nn.Module):
-    """Rows go to the expert that their first feature names; one weight is read as a function, one through a list."""
+    """Rows are routed by their first feature; a function reads one weight, and a list holds another."""
 
     def __init__(self):
         super().__init__()

@@ -37,7 +37,7 @@ class Shared(nn.Module):
 
 
 class Words(nn.Module):
-    """A head whose weight is the embedding's."""
+    """A head whose weight is tied to the embedding."""
 
     def __init__(self):
         super().__init__()

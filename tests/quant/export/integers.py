@@ -1,4 +1,4 @@
-"""Execution in integers alone, as a device with int8 inputs and outputs does it: an oracle for the emulation.
+"""Integer-only execution, as on a device with int8 inputs and outputs: an oracle for the emulation.
 
 q_y = clamp(round(M * acc) + z_y) with M = s_x * s_w / s_y and the int32 accumulator
 acc = sum q_x q_w - z_x sum q_w - z_w sum q_x + n z_x z_w + round(b / (s_x s_w)).
@@ -21,19 +21,19 @@ INT32 = 2**31
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized tensor as a device holds it: int64 codes, float64 scale and int64 zero point that broadcast to it."""
+    """A quantized tensor: int64 codes, with float64 scale and int64 zero point that broadcast to them."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
     def values(self) -> Tensor:
-        """float64"""
+        """Return the values, float64."""
         return (self.codes - self.zero_point) * self.scale
 
 
 def to_codes(quantizer: Quantizer, x: Tensor) -> Codes:
-    """x in the integer format that `quantizer` is set to. Raises ValueError for any other format."""
+    """Return x in the integer format of `quantizer`. Raises ValueError for any other format."""
     rounder = quantizer.rounding(x)
     if (
         not isinstance(quantizer.format, IntFormat)
@@ -53,7 +53,7 @@ def to_codes(quantizer: Quantizer, x: Tensor) -> Codes:
 
 
 def accumulate(layer: QuantLinear | QuantConv1D, x: Codes, weight: Codes) -> Tensor:
-    """int64 (..., out_features): the accumulators, bias included. Raises OverflowError where int32 would not hold them.
+    """Return the accumulators, bias included, int64 (..., out_features). Raises OverflowError if int32 would overflow.
 
     weight: codes (out_features, in_features), scale and zero point (out_features, 1) or for all.
     """
@@ -68,7 +68,7 @@ def accumulate(layer: QuantLinear | QuantConv1D, x: Codes, weight: Codes) -> Ten
 
 
 def run_in_integers(layer: QuantLinear | QuantConv1D, x: Tensor | Codes, output: Quantizer) -> Codes:
-    """What `layer` gives for x (..., in_features) on a device: int64 codes of `output`'s format, from codes alone.
+    """Return the layer's output for x (..., in_features) on a device: int64 codes of `output`'s format.
 
     The layer and `output` are calibrated and set to integer formats with ranges per tensor, weights also per channel.
     """
@@ -81,12 +81,12 @@ def run_in_integers(layer: QuantLinear | QuantConv1D, x: Tensor | Codes, output:
 
 
 def grid_of(output: Quantizer) -> Codes:
-    """Scale and zero point of a calibrated quantizer, and the codes of 0."""
+    """Return scale and zero point of a calibrated quantizer, and the codes of 0."""
     return to_codes(output, torch.zeros(1))
 
 
 def requantized(steps: Tensor, output: Quantizer) -> Codes:
-    """Values in steps of `output`'s scale, float64, as its codes."""
+    """Return the codes of values, float64, in units of `output`'s scale."""
     grid, format = grid_of(output), output.format
     assert isinstance(format, IntFormat)
     low, high = format.bounds("narrow" if output.config.symmetric else "full")
@@ -95,7 +95,7 @@ def requantized(steps: Tensor, output: Quantizer) -> Codes:
 
 
 def look_up(function: Callable[[Tensor], Tensor], x: Codes, output: Quantizer) -> Codes:
-    """A function of single values, such as GELU, as a table with an entry for each code of x."""
+    """Apply an elementwise function, such as GELU, as a table with an entry for each code of x."""
     first = int(x.codes.min())
     every = Codes(torch.arange(first, int(x.codes.max()) + 1), x.scale, x.zero_point)
     table = requantized(function(every.values()) / grid_of(output).scale, output)
@@ -103,7 +103,7 @@ def look_up(function: Callable[[Tensor], Tensor], x: Codes, output: Quantizer) -
 
 
 def add(first: Codes, second: Codes, output: Quantizer) -> Codes:
-    """A residual addition: both sides are brought to the output's scale, in whole numbers of 2^-24 of it."""
+    """Add two tensors, each rescaled to the output's scale in multiples of 2^-24."""
     scale = grid_of(output).scale
     first_step, second_step = (torch.round(side.scale / scale * 2**24).long() for side in (first, second))
     total = first_step * (first.codes - first.zero_point) + second_step * (second.codes - second.zero_point)

@@ -87,7 +87,7 @@ def test_other_formats_are_refused():
 
 
 class Block(nn.Module):
-    """y = x + fc2(gelu(fc1(x))) with every tensor quantized, as a device with int8 inputs and outputs has it."""
+    """y = x + fc2(gelu(fc1(x))) with every tensor quantized, as on a device with int8 inputs and outputs."""
 
     def __init__(self, granularity, symmetric, reduce_range):
         super().__init__()
@@ -109,7 +109,7 @@ class Block(nn.Module):
         return self.hidden, self.branch, self.output
 
     def calibrated(self, x, format):
-        """In int8 or another integer format, with ranges found on x."""
+        """Calibrated on x, in int8 or another integer format."""
         layers = {"fc1": self.fc1, "fc2": self.fc2}
         for layer in layers.values():
             layer.weight_quantizer.prepare(format)
@@ -130,7 +130,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @torch.no_grad()
 def test_a_whole_block_runs_in_integers(granularity, symmetric, reduce_range):
-    """Two layers with GELU and a residual addition between: int8 in, int8 out, nothing but codes on the way."""
+    """Two layers with GELU and a residual addition: int8 in, int8 out, and only codes in between."""
     x, format = torch.randn(50, 32, generator=torch.Generator().manual_seed(1)) * 2 + 0.5, IntFormat(8)
     block = Block(granularity, symmetric, reduce_range).calibrated(x, format)
     expected = to_codes(block.output, block(x))
@@ -147,7 +147,7 @@ def test_a_whole_block_runs_in_integers(granularity, symmetric, reduce_range):
 
 
 def saturated_products(x, weight):
-    """Sums of two neighbouring products u8 x s8, clipped to 16 bits: what processors without VNNI (VPMADDUBSW) do."""
+    """Sums of two neighbouring products u8 x s8, clipped to 16 bits, as without VNNI (VPMADDUBSW)."""
     products = x.codes.unsqueeze(-2) + 128  # unsigned
     pairs = (products * weight.codes).unflatten(-1, (-1, 2)).sum(dim=-1)
     return pairs.clamp(-(2**15), 2**15 - 1), pairs
@@ -155,7 +155,7 @@ def saturated_products(x, weight):
 
 @torch.no_grad()
 def test_a_reduced_range_never_saturates_sixteen_bits():
-    """The largest codes that can meet: 255 and 127 make 64,770 in a pair, 255 and 63 make 32,130."""
+    """For the largest codes, 2 x 255 x 127 = 64,770 overflows 16 bits, and 2 x 255 x 63 = 32,130 does not."""
     x = torch.full((3, 32), 2.0)
     x[0] = -2.0
     for reduce_range, saturates in ((False, True), (True, False)):

@@ -1,4 +1,4 @@
-"""ONNX exports run by ONNX Runtime: the fake-quantized model's logits, types, sizes, what it computes in integers."""
+"""ONNX exports in ONNX Runtime: the fake-quantized model's logits, types, sizes, integer operations."""
 
 import copy
 from collections import Counter, OrderedDict
@@ -31,7 +31,7 @@ from quant.quantizers.quantizer import QuantizerConfig
 
 @pytest.fixture(scope="module", autouse=True)
 def trace_once():
-    """Tracing takes most of an export's time, and only blocks of inputs make a difference to it."""
+    """Cache traces: tracing takes most of an export's time and depends only on block formats of inputs."""
     traces = {}
     trace = quant.export.onnx.export.trace
 
@@ -106,7 +106,7 @@ def test_onnx_runtime_gives_the_models_logits(pairs, tmp_path):
     scale = expected.abs().max()
     for optimized in (False, True):
         got = run(path, images, optimized)
-        # A float sum that ends on the other side of a tie moves one code; all others agree to float rounding.
+        # A float sum on the other side of a tie changes one code; all others agree up to float rounding.
         assert ((got - expected).abs() > 1e-5 * scale).float().mean() < 0.05
         assert (got - expected).abs().max() < 0.05 * scale
     proto = onnx.load(path)
@@ -160,7 +160,7 @@ def test_verdicts_name_what_is_wider_and_why(tmp_path):
 
 
 def optimized_kinds(path):
-    """The operations that ONNX Runtime makes of a file, counted."""
+    """Counts of the operations after ONNX Runtime's optimization."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(path.with_suffix(".optimized"))
@@ -219,7 +219,7 @@ def test_models_may_look_at_their_layers(tmp_path):
 
 
 class Own(nn.Module):
-    """A model of one's own: features in whole numbers, a mask, names that nodes take, calls by keyword, a hook."""
+    """A custom model: integer features, a mask, names that nodes use as well, keyword calls, a hook."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ def test_a_model_of_ones_own(tmp_path):
 
 
 class Uncalled(nn.Module):
-    """A layer that is read past its calls, one that is not read, and one called for inputs of another width only."""
+    """A layer whose weight is read without a call, an unused one, and one called only for another width."""
 
     def __init__(self):
         super().__init__()
@@ -461,7 +461,7 @@ def test_a_weight_that_two_layers_share_is_in_the_file_once(tmp_path):
 
 
 class LongRows(nn.Module):
-    """A product of `length` features, or a convolution over as many, whose sums all point one way."""
+    """A product over `length` features, or such a convolution, whose terms all have the same sign."""
 
     def __init__(self, length, kind):
         super().__init__()
@@ -499,7 +499,7 @@ def test_rows_whose_sums_int32_does_not_hold_leave_the_integers(kind, length, fi
 
 
 def test_narrow_codes_keep_long_rows_in_integers(tmp_path):
-    """Their sums are smaller: not the length of a row counts, but what it adds up to."""
+    """The sums are smaller: the largest sum counts, not the length of the row."""
     torch.manual_seed(0)
     model, int2, int8 = LongRows(72000, "product").eval(), parse_format("int2"), parse_format("int8")
     modules, x = quantize_model(model, formats=[int2, int8]), torch.rand(4, 72000)
@@ -656,7 +656,7 @@ def test_experts_are_refused_in_one_line():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_reduced_range_is_what_the_file_holds(symmetric, tmp_path):
-    """int8 weights of 7 bits: products with u8 codes then fit 16 bits in pairs, on every processor."""
+    """With 7-bit int8 weights, sums of two products with u8 codes fit into 16 bits on every processor."""
     weight = QuantizerConfig(granularity="channel", symmetric=symmetric, reduce_range=True)
     model, modules, images = quantized(["int8/int8"] * 5, weight=weight)
     export_onnx(tmp_path / "model.onnx", model, modules, {"images": images[:2]})

@@ -28,7 +28,7 @@ ELEMENTS = [format for format in map(parse_format, NAMES) if isinstance(format, 
 
 
 class Net(nn.Module):
-    """Every kind of layer: a grouped and a depthwise convolution, a Linear, GPT-2's Conv1D; odd sizes leave tails."""
+    """Grouped and depthwise convolutions, a Linear, GPT-2's Conv1D; odd sizes leave partial blocks."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ def test_the_rebuilt_model_computes_the_same_logits(name, tmp_path):
 
 
 def assert_survives(model, modules, batch, path):
-    """What was written and read back gives the same logits."""
+    """Assert that a model written and read back has the same logits."""
     write_packed(path, model, modules)
     fresh = Net().eval()
     restore(fresh, *read_packed(path))
@@ -155,7 +155,7 @@ def assert_survives(model, modules, batch, path):
 
 
 class Uncalled(nn.Module):
-    """Layers that are read past their calls, or not at all."""
+    """Layers whose weights are read without a call, or not at all."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""torchao's tensors compute what the fake-quantized layers compute; what it has no configuration for is told."""
+"""torchao's tensors compute what the fake-quantized layers compute; unsupported layers are reported."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_inputs_with_a_scale_a_token_are_torchaos(name, tmp_path):
 
 
 def test_layers_around_which_more_is_done_stay():
-    """A migrated layer divides its input before it rounds it: a plain Linear would not."""
+    """A migrated layer divides its input before rounding it, which a plain Linear would not do."""
     model, images, int8 = net().eval(), torch.randn(6, 2, 6, 6), parse_format("int8")
     modules = quantize_model(model, formats=[int8])
     for name in modules:

@@ -31,7 +31,7 @@ def mode(request):
 
 
 def mx_block(block: np.ndarray, name: str) -> np.ndarray:
-    """One block of float32 values, by the definition: frexp gives the exponent without a logarithm."""
+    """Round one block of float32 values by the definition; frexp returns the exponent without a logarithm."""
     values, emax = MX[name]
     largest = np.abs(block).max()
     if not np.isfinite(largest):
@@ -45,7 +45,7 @@ def mx_block(block: np.ndarray, name: str) -> np.ndarray:
 
 
 def nvfp4_tensor(x: np.ndarray) -> np.ndarray:
-    """A whole tensor (rows, length), in float32 as the definition's three divisions say."""
+    """Round a whole tensor (rows, length) by the definition, with its three float32 divisions."""
     blocks = [[row[i : i + 16] for i in range(0, len(row), 16)] for row in x]
     largest = [[np.abs(block).max() for block in row] for row in blocks]
     f = np.float32
@@ -65,7 +65,7 @@ def nvfp4_tensor(x: np.ndarray) -> np.ndarray:
 
 
 def reference(x: torch.Tensor, name: str) -> torch.Tensor:
-    """x (rows, length), blocks along the rows."""
+    """Round x (rows, length) in blocks along the rows."""
     rows = x.float().numpy()
     if name == "nvfp4":
         return torch.from_numpy(nvfp4_tensor(rows))
@@ -84,7 +84,7 @@ def test_random_values_and_tails(name, length):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_bit_patterns(name):
-    """Blocks of like magnitude from 2^-149 to 2^128, among them subnormal and saturating ones; NaN and infinities."""
+    """Blocks of similar magnitudes from 2^-149 to 2^128, including subnormals, saturation, NaN and infinities."""
     x = torch.from_numpy(bit_patterns(32 * 600)).view(600, 32)
     x = x[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))]
     assert_same_bits(fake_quantize(x, parse_format(name)), reference(x, name))
@@ -204,7 +204,7 @@ def test_the_gradient_passes_nvfp4_where_its_block_scale_was_not_rounded_down():
 
 
 def test_nvfp4_differs_from_torchao_at_ties_alone():
-    """Here values are divided by b * g, as the definition says; there multiplied by a rounded reciprocal."""
+    """This code divides by b * g, as defined; torchao multiplies by the rounded reciprocal."""
     theirs = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor", reason="needs the extra export (torchao)")
     kernels = importlib.import_module("torchao.prototype.mx_formats.kernels")
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
@@ -223,6 +223,6 @@ def test_nvfp4_differs_from_torchao_at_ties_alone():
     distance = (exact.abs().unsqueeze(-1) - ties.double()).abs().amin(dim=-1) / exact.abs()
     assert (distance[differ] < 2**-22).all() and differ.any()
     assert torch.equal(elements[~differ], their_elements[~differ])
-    # Of a tie the neighbour with the even mantissa, 0, 1, 2 or 4, is the definition's.
+    # At a tie, the definition chooses the neighbour with the even mantissa: 0, 1, 2 or 4.
     at_tie = elements[distance == 0].abs().unique().tolist()
     assert at_tie == [0.0, 1.0, 2.0, 4.0]

@@ -1,4 +1,4 @@
-"""Layouts in memory, mixed precision, and graphs: what a training script may switch on around the quantized layers."""
+"""Memory formats, mixed precision and torch.compile: options that a training script may use with quantized layers."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Layers on codes of one byte against the exact result, and what has to stay in float."""
+"""Layers computed on byte codes against the exact result, and layers that must stay in float."""
 
 import copy
 
@@ -24,7 +24,7 @@ FLOATS = {"same", "reflect", "replicate", "circular", "zeros", "conv1d same", "d
 
 @pytest.fixture
 def codes():
-    """Native kernels; the layers that were computed on codes, by the kind of product."""
+    """Enable native kernels; list the layers that were computed on codes, by the kind of product."""
     if not use_compiled("auto") or not kernels().makes_codes:
         use_compiled("off")
         pytest.skip("no compiler, or no integer kernels that are exact here")
@@ -38,7 +38,7 @@ def products(codes, monkeypatch):
 
 
 def counted(monkeypatch, *names):
-    """The arguments of each call of these operators, but for those that try a shape."""
+    """Record the arguments of each call of these operators, except trials of a shape."""
     made, trying = [], []
 
     def count(original):
@@ -181,7 +181,7 @@ def test_what_the_operators_compute_wrongly_is_left_to_float32(products, case):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_convolutions_of_any_shape_are_exact(products, data):
-    """Also those that were not tried for a fault of their own."""
+    """Includes shapes for which the trial of oneDNN failed."""
     axes = data.draw(st.sampled_from([1, 2, 2, 3]))
     groups, into, out = data.draw(
         st.sampled_from([(1, 1, 8), (1, 3, 16), (1, 16, 5), (4, 1, 1), (16, 1, 2), (2, 8, 8)])

@@ -1,4 +1,4 @@
-"""Gradients against float64 autograd of the definitions: straight-through, LSQ, whatever happens in between."""
+"""Gradients against float64 autograd of the definitions: straight-through and LSQ."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def compiled(request):
 
 
 class Rounded(torch.autograd.Function):
-    """Rounding in float64 whose gradient is 1: the straight-through estimator, and nothing else."""
+    """Rounding in float64 with a gradient of 1, the straight-through estimator."""
 
     @staticmethod
     def forward(ctx, v, name):
@@ -175,7 +175,7 @@ def test_a_given_scale_may_be_smaller_than_a_learned_one():
 
 @pytest.mark.parametrize("name", ["int4", "e4m3"])
 def test_second_derivatives_see_the_straight_through_estimator(name):
-    """Curvature (Hessian-vector products) of a loss over rounded weights, as allocators by sensitivity need."""
+    """Hessian-vector products of a loss of rounded weights, as sensitivity allocators compute."""
     generator = torch.Generator().manual_seed(0)
     w, data = torch.randn(6, generator=generator) * 2, torch.randn(9, 6, generator=generator)
     vector = torch.randn(6, generator=generator)
@@ -192,7 +192,7 @@ def test_second_derivatives_see_the_straight_through_estimator(name):
 
 
 def test_the_offset_of_lsq_plus_gets_the_gradient_of_what_is_clipped():
-    """arXiv 2004.09576: x^ = Q((x - beta) / s) s + beta, so that d beta = sum of g outside the range."""
+    """LSQ+ (arXiv 2004.09576): x^ = Q((x - beta) / s) s + beta, so that d beta = sum of g outside the range."""
     x, upstream = torch.linspace(-3, 3, 61), torch.randn(61, generator=torch.Generator().manual_seed(0))
     beta, scale = torch.tensor(0.25, requires_grad=True), torch.tensor(0.25, requires_grad=True)
     (fake_quantize(x - beta, IntFormat(4), scale, grid="full") + beta).backward(upstream)
@@ -202,7 +202,7 @@ def test_the_offset_of_lsq_plus_gets_the_gradient_of_what_is_clipped():
 
 
 def test_the_clipping_value_of_pact_gets_the_gradient_of_what_it_clips():
-    """arXiv 1805.06085: d alpha = sum of g where x >= alpha, with the steps alpha / (2^k - 1) taken as constants."""
+    """PACT (arXiv 1805.06085): d alpha = sum of g where x >= alpha, with the steps alpha / (2^k - 1) as constants."""
     x, upstream = torch.linspace(-3, 3, 61), torch.randn(61, generator=torch.Generator().manual_seed(0))
     alpha = torch.tensor(1.5, requires_grad=True)
     clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))

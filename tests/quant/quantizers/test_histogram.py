@@ -1,4 +1,4 @@
-"""Calibrators over a growing histogram against numpy, brute force and a slow double loop."""
+"""Histogram estimators against numpy, brute force and a slow double loop."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_mse_equals_brute_force(name, symmetric, monkeypatch):
 
 
 def slow_entropy(counts, levels, fewest):
-    """The number of bins to keep, by pytorch-quantization's definition, one number of bins after another."""
+    """The number of bins to keep by pytorch-quantization's definition, tried one after another."""
     h = np.array(counts, dtype=np.float64)
     h[0] = h[1]
     best, kept = math.inf, len(h)
@@ -145,7 +145,7 @@ def test_entropy_equals_that_of_model_optimizer(monkeypatch):
 
 
 def test_the_mass_at_zero_does_not_rule_the_entropy():
-    """What ReLU or dropout leave: most values are 0, which every range represents."""
+    """After ReLU or dropout most values are 0, which every range represents."""
     relu = noise(1, 100_000).relu()
     sparse = noise(1, 100_000, seed=1).mul(3) * (
         torch.rand(1, 100_000, generator=torch.Generator().manual_seed(2)) > 0.9

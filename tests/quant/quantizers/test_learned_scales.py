@@ -1,4 +1,4 @@
-"""Learned scales stay positive under any optimizer, each channel by itself, and nothing else about them changes."""
+"""Learned scales stay positive under any optimizer, channel by channel, and are not changed otherwise."""
 
 import copy
 import pickle
@@ -124,7 +124,7 @@ def test_a_layer_called_twice_between_a_step_and_its_backward():
 
 
 def test_scales_that_are_no_numbers_stay_so():
-    """A run that diverged says so, instead of going on with another scale."""
+    """NaN scales stay NaN, so that a diverged run is noticed."""
     model, _, x, weights, _ = quantized()
     weights.grad = torch.full_like(weights, float("nan"))
     torch.optim.SGD([weights], lr=0.1).step()

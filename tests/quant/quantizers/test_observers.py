@@ -32,7 +32,7 @@ def test_percentile_equals_numpy(percentile, groups):
 
 
 def test_percentile_of_many_channels():
-    """More than the 2^24 values torch.quantile has refused."""
+    """More values than the 2^24 that torch.quantile accepts."""
     x = torch.randn(40_000, 600, generator=torch.Generator().manual_seed(0))
     seen = observe(x, whole=True)
     assert seen.values.numel() > 2**24
@@ -74,7 +74,7 @@ def test_extrema_see_every_value_of_a_large_tensor_and_the_sample_is_uniform():
 
 @pytest.mark.parametrize("width", [3, 11, 64, 768, 1280])
 def test_the_sample_does_not_follow_the_layout(width):
-    """Every column of a layer's activations has its share, whatever their number."""
+    """Every column of a layer's activations is sampled, whatever their number."""
     x = torch.arange(width).repeat(2_000_000 // width).view(1, -1)
     shares = torch.bincount(observe(x).values.squeeze().long(), minlength=width) / observers.SAMPLE_SIZE
     assert shares.min() > 0.3 / width and shares.max() < 2 / width
@@ -253,7 +253,7 @@ WEIGHT_OBSERVERS = sorted(OBSERVERS.keys() - AVERAGING)
 @pytest.mark.parametrize("length, sigma", [(513, 10), (4096, 30), (4096, 100), (65_536, 100)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_no_observer_of_weights_loses_to_their_extrema(observer, length, sigma, bits):
-    """A weight is looked at whole: what 512 values of a row do not show is not clipped away."""
+    """Observers see whole weights, so outliers that a sample of 512 values per row misses are not clipped."""
     x, format = heavy_tailed(4, length, sigma), IntFormat(bits)
     quantizer = Quantizer(QuantizerConfig("calibrated", "channel", observer), (4, 1), batched=False)
     quantizer.prepare(format)
@@ -280,7 +280,7 @@ def test_a_percentile_that_the_user_names_clips_weights_as_asked():
 @pytest.mark.parametrize("batches", [1, 4])
 @pytest.mark.parametrize("outliers", [3, 200, 5000])
 def test_a_sample_of_activations_knows_their_outliers(batches, outliers):
-    """Its squared error is that of all values: rare, large ones are kept besides the sample."""
+    """The sample's squared error equals that of all values, because rare large ones are stored in addition."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1_000_000, generator=generator)
     x[0, torch.randperm(1_000_000, generator=generator)[:outliers]] *= 100
@@ -299,7 +299,7 @@ def test_a_sample_of_activations_knows_their_outliers(batches, outliers):
 
 
 def test_ties_at_the_edge_of_the_tails_are_counted_once():
-    """ReLU6 puts a tenth of all values at 6, far more than the tails hold."""
+    """ReLU6 maps a tenth of all values to 6, far more than the tails hold."""
     x = torch.randn(1, 1_000_000, generator=torch.Generator().manual_seed(0)).abs().mul(4).clamp(max=6)
     points, weights = observe(x).weighted()
     assert weights is not None

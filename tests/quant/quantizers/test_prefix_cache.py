@@ -34,7 +34,7 @@ def quantized():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The layers that ran."""
+    """Record the layers that ran."""
     calls = []
     original = QuantModule._forward
     monkeypatch.setattr(QuantModule, "_forward", lambda self, x: calls.append(self) or original(self, x))

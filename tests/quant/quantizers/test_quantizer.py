@@ -1,4 +1,4 @@
-"""Quantizer: where scales come from, when they change, and that they survive moving, saving and switching."""
+"""Quantizer: how scales are set, when they change, and that they survive device moves, saving and format switches."""
 
 import copy
 import math
@@ -110,7 +110,7 @@ def test_learned_offsets_compute_in_float32_too(dtype):
 
 
 def test_gradients_of_lsq_plus():
-    """arXiv 2004.09576: dbeta is the gradient outside the range, ds that of LSQ on (x - beta) / s, scaled alike."""
+    """LSQ+ (arXiv 2004.09576): dbeta is the gradient outside the range, ds that of LSQ on (x - beta) / s."""
     x, g = (randn(16, 8) * 3).requires_grad_(), randn(16, 8, seed=1)
     quantizer = lsq_plus(randn(16, 8, seed=2))
     grid = quantizer.grids["int4"]
@@ -387,7 +387,7 @@ def test_configurations_that_make_no_sense_are_refused(fields, message):
     ids=["rows", "image"],
 )
 def test_activations_may_have_a_scale_for_each_input_channel(layer, shape, symmetric):
-    """Channels of very different sizes: each is rounded as if it stood alone."""
+    """Channels of very different magnitudes are rounded independently."""
     format, axis = IntFormat(4), len(shape) - 1 if len(shape) == 3 else 1
     sizes = torch.logspace(-2, 2, 6).view([6 if d == axis else 1 for d in range(len(shape))])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * sizes

@@ -21,7 +21,7 @@ def batch(seed=1):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often a weight was rounded."""
+    """Count how often a weight was rounded."""
     calls = []
     original = Quantizer.forward
     monkeypatch.setattr(Quantizer, "forward", lambda self, x: calls.append(self) or original(self, x))

@@ -1,4 +1,4 @@
-"""Weight norm, spectral norm and other parametrizations: exports hold the weight that they come to."""
+"""Weight norm, spectral norm and other parametrizations: exports hold the computed weight."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def normed(norm):
 
 
 def trained(norm, weight):
-    """A quantized model after steps that have moved what its weight is computed from, in training mode; an input."""
+    """A quantized model in training mode, after steps that changed its weight's parametrization; an input."""
     model, x = normed(norm), torch.randn(4, 8)
     modules = quantize_model(model, formats=[INT8])
     calibrate(model, modules, [x])

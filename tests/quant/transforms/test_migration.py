@@ -1,4 +1,4 @@
-"""Scale moved across norms and ReLUs: the float model stays what it was, and quantization gets easier."""
+"""Migration across norms and ReLUs: the float model's output stays the same, and the quantization error falls."""
 
 import copy
 import json
@@ -102,7 +102,7 @@ def test_without_its_shortcut_a_migration_changes_the_model(name):
 
 
 def test_the_groups_of_the_paper_are_found():
-    """Embedding LN -> q, k, v; attention LN -> intermediate; output LN -> the next layer's q, k, v; the last stays."""
+    """Embedding LN -> q, k, v; attention LN -> intermediate; output LN -> the next layer's q, k, v, except the last."""
     bert = find_groups(*build("bert"))
     names = {g.source: ([c.rpartition(".")[2] for c in g.consumers], g.shortcuts) for g in bert if g.source}
     layer = "bert.encoder.layer."
@@ -137,7 +137,7 @@ def test_a_migrated_model_has_the_same_groups_and_can_be_migrated_again(name):
 
 
 def test_dropout_in_training_is_what_the_shortcut_adds_too():
-    """The embeddings' dropout stands between the norm and both of its readers."""
+    """The embeddings' dropout lies between the norm and both of its readers."""
     model, batch = build("bert")
     model.config.hidden_dropout_prob = 0.5
     migrated = copy.deepcopy(model)
@@ -201,7 +201,7 @@ def test_a_weight_that_something_else_shares_takes_no_scale():
 
 
 class Blocks(nn.Module):
-    """Norms n1 to n3 and layers f, g, h of 8 channels, put together by `way`."""
+    """Norms n1 to n3 and layers f, g, h with 8 channels, connected according to `way`."""
 
     def __init__(self, way):
         super().__init__()
@@ -352,7 +352,7 @@ def test_only_what_reads_the_sources_own_channels_is_in_its_group(model, x, sour
 
 
 class ReadBesideTorch(nn.Module):
-    """The norm's output is also read by what no torch function stands for."""
+    """The norm's output is also read without a torch function."""
 
     def __init__(self):
         super().__init__()
@@ -410,7 +410,7 @@ def test_alpha_is_judged_on_what_hooks_have_made_of_the_input():
 
 
 def quantized_error(model, batch, bits, output):
-    """Mean squared error of `output(model)` with every layer at `bits`, ranges from the batch itself."""
+    """Mean squared error of `output(model)` with every layer at `bits`, calibrated on the batch."""
     reference = output(model, batch)
     model = copy.deepcopy(model)
     weight = QuantizerConfig(range="dynamic", granularity="channel", observer="minmax")
@@ -423,7 +423,7 @@ def quantized_error(model, batch, bits, output):
 
 @pytest.mark.parametrize("bits", [6, 8])
 def test_planted_gamma_outliers_are_migrated_away(bits):
-    """Gamma 15, -20 and 25 in 3 of 256 channels, whose weights are small in return, as in trained models."""
+    """Gamma is 15, -20 and 25 in 3 of 256 channels, whose weights are small, as in trained models."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 64)).eval()
     planted = torch.tensor([15.0, -20.0, 25.0])
@@ -443,7 +443,7 @@ def test_planted_gamma_outliers_are_migrated_away(bits):
 
 @pytest.mark.parametrize(("bits", "gain"), [(8, 10), (6, 4)])
 def test_smooth_quant_takes_activation_outliers(bits, gain):
-    """3 of 256 channels 60 times as large."""
+    """Three of 256 channels are 60 times as large as the others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 256)).eval()
     with torch.no_grad():
@@ -532,7 +532,7 @@ def test_amax_is_over_every_token_of_every_batch():
 
 
 def brute_force_loss(linears, x, parts, alpha):
-    """Of each layer alone, with the scale of all of them: sum of |error / max|y||^0.5 over parts of the input."""
+    """The loss of each layer with their common scale: the sum of |error / max|y||^0.5 over parts of the input."""
     amax, wmax = x.abs().amax(dim=0), torch.cat([linear.weight for linear in linears]).abs().amax(dim=0)
     s = amax**alpha / wmax ** (1 - alpha)
     losses = []

@@ -1,4 +1,4 @@
-"""What is quantized besides layers: which tensors, with whose format, padding left out, and the model saved again."""
+"""Tensors quantized besides layers: which ones, in whose format, without padding, and after saving the model."""
 
 import copy
 
@@ -113,7 +113,7 @@ def test_every_site_rounds():
 
 
 def test_explicit_attention_is_the_librarys():
-    """In eager mode other functions are called; in float both are the same function, and so rounded alike."""
+    """Eager attention calls other functions but computes the same, so it is rounded at the same sites."""
     results = []
     for attention in ("sdpa", "eager"):
         model = bert(attention)
@@ -164,7 +164,7 @@ def pre_norm(name):
 
 @pytest.mark.parametrize(("name", "gelus"), [("gpt2", 2), ("opt", 0)])
 def test_pre_norm_models(name, gelus):
-    """OPT adds its second residual in a matrix of all tokens."""
+    """OPT adds its second residual on a matrix of all tokens."""
     model = pre_norm(name)
     modules = quantize_model(model, exclude=["lm_head"], formats=[INT8], weight=WEIGHT, activation=ACTIVATION)
     sites = place_quantizers(model, modules, text(), ALL)
@@ -229,7 +229,7 @@ def test_unknown_operation():
 
 
 def test_a_pass_played_back_knows_whose_formats_changed():
-    """What belongs to a layer changes with it: nothing that reads it may be taken from an earlier pass."""
+    """Sites change with their layer: outputs of layers that read them must not come from the cache."""
     model = bert()
     modules = quantized(model)
     names = list(modules)

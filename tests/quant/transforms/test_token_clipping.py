@@ -1,4 +1,4 @@
-"""Token-Wise Clipping: the global ratio and the fine stage on a toy whose unimportant tokens have outliers."""
+"""Token-Wise Clipping: the global ratio and the fine stage on a toy problem whose unimportant tokens have outliers."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ OUTLIERS = slice(0, 8)
 
 
 class Tokens(nn.Module):
-    """Reads 2048 tokens; its output is those whose `weights` are not 0."""
+    """Reads 2048 tokens; the output depends on those whose `weights` are not 0."""
 
     def __init__(self, weights):
         super().__init__()
@@ -29,7 +29,7 @@ class Tokens(nn.Module):
 
 
 def problem(important, learned=False, offset=False):
-    """8 of 2048 tokens at 80; `important`: they alone make the output."""
+    """Eight of 2048 tokens are 80; `important`: the output depends on them alone."""
     weights = torch.zeros(2048, 1) if important else torch.ones(2048, 1)
     weights[OUTLIERS] = 1.0 if important else 0.0
     generator = torch.Generator().manual_seed(1)
@@ -101,7 +101,7 @@ def test_the_fine_stage_is_never_worse(offset, rate, monkeypatch):
 
 
 def test_the_fine_stage_clips_only_where_that_pays():
-    """The ratio is for the first layer's outliers; the second layer's largest token is what the output is made of."""
+    """The ratio suits the first layer's outliers; the output depends on the second layer's largest token."""
 
     class TwoKinds(Tokens):
         def forward(self, x):
@@ -134,7 +134,7 @@ def test_formats_modes_and_other_observers_are_left_alone():
 
 
 class Returns(nn.Module):
-    """Returns what it is given."""
+    """Returns its input."""
 
     def forward(self, **outputs):
         return outputs

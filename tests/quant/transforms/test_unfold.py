@@ -1,4 +1,4 @@
-"""Attention and experts taken apart: the same function, gradients and state dicts, every matrix a layer of its own."""
+"""Unfolded attention and experts: same outputs, gradients and state dicts, with a layer for every matrix."""
 
 import copy
 import pickle
@@ -49,12 +49,12 @@ def qwen():
 
 
 def gpt_oss():
-    """Its matrices are (in, out), with biases, and gate and up projections take turns."""
+    """Matrices are (in, out), with biases, and gate and up projections alternate."""
     return initialised(GptOssForCausalLM(GptOssConfig(**SIZES, intermediate_size=12, num_local_experts=4)))
 
 
 def initialised(model):
-    """Weights large enough to matter."""
+    """Initialise with weights large enough to matter."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
