@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from policy.budget import Budget
 from policy.hessian import hessian_traces, top_eigenvalues
+from policy.solve import Table
 from policy.space import SearchSpace
 from quant.convert import in_float, set_formats
 from quant.formats import FLOAT
@@ -21,9 +22,6 @@ from quant.quant_module import QuantModule
 from quant.quantizers.prefix_cache import prefix_cached
 from trainer.training.batch_norm import statistics_of_batch
 from trainer.training.progress import Listener, unheard
-
-Table = NDArray[np.float64]
-"""float64 (decisions, choices)."""
 
 PRIOR_ENTROPY = 0.2
 """Entropy of the starting policy relative to a uniform one: it mostly follows the measurement and still explores."""
