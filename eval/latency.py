@@ -74,7 +74,8 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
                     known, inputs[alike] = files.setdefault(alike, {}), {"x": x}
                     if (weight, activation) in known:
                         continue
-                    blocks = activation if isinstance(activation, BlockFormat) else None  # traced with the model
+                    # Of the formats, only a block format of the activations is part of the trace.
+                    blocks = activation if isinstance(activation, BlockFormat) else None
                     if (alike, blocks) not in traces:
                         traces[alike, blocks] = trace_layer(module, x)
                     path = Path(folder) / f"{sum(map(len, files.values()))}.onnx"
@@ -229,7 +230,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")
     add("--output", type=Path, help=f"the table (default: RUN_DIR/{TABLE})")
-    add("--data_dir", help="where the run's data stands now")
+    add("--data_dir", help="the run's data, if it has moved")
     add("--repeats", type=int, default=REPEATS, help=f"calls that the median is over (default: {REPEATS})")
     add("--threads", type=int, default=1, help="threads of ONNX Runtime (default: 1)")
     add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)

@@ -51,7 +51,7 @@ def save_model(
         settings.architectures = [type(owner).__name__]  # names the head
         settings.save_pretrained(folder)
         name_classes(folder / "config.json", settings)
-        if owner.can_generate():  # save_pretrained refuses settings of some published models
+        if owner.can_generate():  # not by save_pretrained, which refuses settings of some published models
             write_json(folder / "generation_config.json", owner.generation_config.to_diff_dict())
     if bundle.tokenizer is not None:
         bundle.tokenizer.save_pretrained(folder)

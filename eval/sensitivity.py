@@ -2,10 +2,13 @@
 
     python -m eval.sensitivity --task cifar10 --model resnet20 --model_path DIR --search_space 2,4,8 [--kinds trace]
 
-It prints a table, and writes it as CSV and as a picture. The kinds of sensitivity are
-measured: divergence of the class probabilities (or increase of the loss) with one decision quantized, and its standard
-error; fisher: squared gradient x squared change of the output; trace, eigenvalue: those of the Hessian of the loss in
-a layer's weight, with the standard error over random vectors, and the spread over batches, respectively.
+Prints a table, and writes it as CSV and as a picture. Kinds of sensitivity:
+
+    measured           divergence of the class probabilities (or increase of the loss) with one decision quantized,
+                       and its standard error
+    fisher             squared gradient x squared change of the output
+    trace, eigenvalue  of the Hessian of the loss in a layer's weight: the trace with its standard error over random
+                       vectors, the largest eigenvalue with its spread over batches
 """
 
 from __future__ import annotations

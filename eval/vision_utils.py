@@ -102,7 +102,7 @@ def build(config: Any, task: Task, num_labels: int) -> ModelBundle:
             check_weights("--model_path" if weights else "--model", path)
         bundle = build_scratch(str(path), num_labels, size) if scratch else build_pretrained(str(path), num_labels)
     elif not name:
-        raise UserError(f"--model_path {path}: has no config.json, so --model NAME has to say what it is")
+        raise UserError(f"--model_path {path}: has no config.json; name its architecture with --model")
     else:
         bundle = build_named(ALIASES.get(name, name), task, num_labels, size, scratch or weights is not None)
         if weights is not None:

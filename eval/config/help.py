@@ -41,7 +41,7 @@ def one_screen() -> str:
     shown = [known[name] for name in MOST_USED if not (alone and name == "dry_run")]
     lines = [
         f"{what}: searches a number format for each layer, within a budget,",
-        "while the weights train under what it draws.",
+        "and trains the weights in the drawn formats at the same time.",
         "",
         "Train in float, search from there, or search a model of yours:",
         *(f"  {run} {example}" for example in EXAMPLES),
@@ -51,7 +51,7 @@ def one_screen() -> str:
         "",
         f"Next: {command('mpq-report', 'output')} makes tables and pictures of what has run.",
         "--help_all lists every flag; each has a --no_ form if it is a switch, and is a key of --config FILE.yaml.",
-        "A flag that is given twice counts as given last.",
+        "If a flag is given twice, the last value counts.",
     ]
     return "\n".join(lines)
 

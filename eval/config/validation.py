@@ -252,19 +252,18 @@ def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
             )
 
 
-def _asked(config: RunConfig) -> str:
+def _search_flag(config: RunConfig) -> str:
     """Return the flag that turned on the search."""
-    asked = [flag for flag in ("block_search", "single_decision") if getattr(config, flag)]
-    return f"--{asked[0]}" if asked else "--search"
+    return next((f"--{flag}" for flag in ("block_search", "single_decision") if getattr(config, flag)), "--search")
 
 
 def _check_contradictions(config: RunConfig) -> None:
     given_bits = [f for f in ("bits", "weight_bits", "activation_bits") if getattr(config, f) is not None]
     if config.method == "search" or config.searches:
         if given_bits:
-            _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", _asked(config), "drop one of them")
+            _refuse(f"--{given_bits[0]} {getattr(config, given_bits[0])}", _search_flag(config), "drop one of them")
         if config.method in ("uniform", "float"):
-            _refuse(f"--method {config.method}", _asked(config), "drop one of them")
+            _refuse(f"--method {config.method}", _search_flag(config), "drop one of them")
         if config.block_search and config.single_decision:
             _refuse("--block_search", "--single_decision", "choose one")
         if config.fuse_groups and config.single_decision:
@@ -272,7 +271,7 @@ def _check_contradictions(config: RunConfig) -> None:
         if config.weight_only_search and config.separate_activations:
             _refuse("--weight_only_search", "--separate_activations", "there are no activation formats to separate")
         if config.max_steps == 0:
-            _refuse("--max_steps 0", _asked(config), "there is no step to search in")
+            _refuse("--max_steps 0", _search_flag(config), "there is no step to search in")
         if config.delay_steps is not None and 0 < config.max_steps <= config.delay_steps:
             raise UserError(f"--delay_steps {config.delay_steps} must be below --max_steps {config.max_steps}")
     if config.cost_target is not None and config.target_bits is not None:

@@ -188,7 +188,8 @@ def missing_shards(splits: dict[str, list[Path]]) -> Iterator[str]:
 def unused_note(files: Sequence[Path], folder: Path) -> list[str]:
     """Return a note on the files that are not read; an empty list if there are none."""
     names = [file.relative_to(folder).as_posix() for file in files]
-    return [f"not read: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"] if names else []
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"not read: {', '.join(names[:5])}{rest}"] if names else []
 
 
 def reader_of(file: str | Path) -> str:

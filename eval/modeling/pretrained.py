@@ -151,9 +151,9 @@ def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreT
                 f"--model_path {source}: {name} is {before} in the file and {after} by the configuration "
                 f"({len(resized)} such): only a head for other classes may differ"
             )
-    if lost := sorted(name for name in new if in_body(model, name) and "pooler" not in name):
+    if missing := sorted(name for name in new if in_body(model, name) and "pooler" not in name):
         raise UserError(
-            f"--model_path {source}: has no {', '.join(lost[:3])} ({len(lost)} missing): another architecture?"
+            f"--model_path {source}: has no {', '.join(missing[:3])} ({len(missing)} missing): another architecture?"
         )
     notes = [f"{name}: {before} in {source}, new {after}" for name, (before, after) in sorted(resized.items())]
     heads = sorted({name.rpartition(".")[0] for name in new} - {name.rpartition(".")[0] for name in resized})

@@ -1,4 +1,4 @@
-"""What a user is told to run exists where the user stands; outside the environment, one line says what to do."""
+"""Commands in messages work in the user's directory; outside of the environment, one line says what to do."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from eval import commands
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("quant", "cost", "policy", "trainer", "eval")
 EXTRAS = {"onnx", "onnxruntime", "onnxscript", "ml_dtypes", "torchao", "compressed_tensors", "wandb"}
-"""imported where a flag asks for them alone, which then says so"""
+"""optional packages, imported only for the flags that need them"""
 SCRIPTS = [
     *(["eval_parallel.py"], ["eval/eval_run.py"], ["eval/eval_parse.py"]),
     *(["-m", f"{name}"] for name in ("eval.export", "eval.latency", "eval.sensitivity")),
@@ -31,7 +31,7 @@ def imported() -> set[str]:
     return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - {*PACKAGES, "eval_parallel"}
 
 
-def test_everything_that_is_imported_is_asked_for():
+def test_all_imported_packages_are_checked_for():
     assert imported() - EXTRAS <= set(commands.NEEDED)
     assert not commands._missing(commands.NEEDED)
 

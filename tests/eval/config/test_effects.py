@@ -1,4 +1,4 @@
-"""A flag that would be ignored is refused, from flags and from a file; in a grid each run keeps what it uses."""
+"""Flags without effect are refused, from the command line and from a file; in a grid, each run drops them."""
 
 import pytest
 import yaml
@@ -43,7 +43,7 @@ USED = [
     "--task cifar10 --model resnet20 --no_augment --data_dir .",
     "--use_subset --subset_ratio 0.5",
     "--num_train_epochs 2",
-    "--num_train_epochs 2 --max_steps 5",  # a prefix of what was asked for, as transformers has it
+    "--num_train_epochs 2 --max_steps 5",  # --max_steps wins, as in transformers
     "--cost_type compute",
 ]
 

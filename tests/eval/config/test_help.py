@@ -1,4 +1,4 @@
-"""--help fits one screen, --help_all names every flag once, and the examples are taken by the parser."""
+"""--help fits on one screen, --help_all lists every flag once, and the parser accepts the examples."""
 
 import shlex
 from dataclasses import fields

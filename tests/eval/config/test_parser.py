@@ -1,4 +1,4 @@
-"""The command line: what is typed arrives, what is wrong is refused in one line before anything loads."""
+"""The command line: flags reach the config, and wrong ones are refused in one line before anything loads."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The `quant:` section of a YAML file: every shipped file loads, names are translated, wrong ones refused in a line."""
+"""The `quant:` section of a YAML file: every shipped file loads, and wrong keys and values are refused in one line."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_the_section_becomes_flags():
 
 
 def test_defaults_are_those_of_the_framework():
-    """Padding left out, 256 examples, averaged extrema of activations; weights symmetric per channel."""
+    """Defaults: no padding, 256 examples, averaged extrema for activations; symmetric weights per channel."""
     flags = quant_flags({"a_qconfig": {"bit": 8}, "w_qconfig": {"bit": 8}}, "file")
     assert (flags["weight_symmetric"], flags["per_channel"], flags["act_symmetric"]) == (True, True, False)
     assert (flags["observer"], flags["weight_observer"]) == ("avg_minmax", "minmax")
@@ -96,7 +96,7 @@ def test_a_bit_may_be_written_as_a_float():
 
 
 def test_lsq_plus_learns_its_offset_or_is_refused(tmp_path):
-    """Symmetric grids have none: LSQPlusFakeQuantize on them would be LSQ in silence."""
+    """LSQPlusFakeQuantize learns an offset, which symmetric quantization does not have."""
     for section, message in (
         (
             {"a_qconfig": {"quantizer": "LSQPlusFakeQuantize", "symmetric": True}},
@@ -238,7 +238,7 @@ def test_flags_that_contradict_each_other(flags, message):
 
 
 def test_padding_is_a_matter_of_texts(tmp_path):
-    """The section's default leaves padding out; images have none, and are not refused for it."""
+    """The section's default removes padding; image tasks ignore it, since they have none."""
     for task, model, removes in (("mrpc", "bert", True), ("cifar10", "resnet20", False)):
         path = tmp_path / f"{task}.yaml"
         quant = {"a_qconfig": {"bit": 8}, "w_qconfig": {"bit": 8}}

@@ -1,4 +1,4 @@
-"""The four published command lines: each is the run it always meant, and runs on local data."""
+"""The four published command lines: each parses to the same run as ever, and runs on local data."""
 
 import pytest
 import transformers
@@ -60,7 +60,7 @@ TINY = {
     "sst2": transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=128, vocab_size=100),
     "cifar10": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1]),
 }
-"""in the place of architectures that would take a test minutes"""
+"""replace architectures that would take minutes"""
 
 
 def write_texts(folder, task):

@@ -1,4 +1,4 @@
-"""What may lie in a user's own folder: each file is read, told of, or refused in one line that names it."""
+"""Files in a user's folder: each is read, listed as not read, or refused in one line that names it."""
 
 import bz2
 import gzip
@@ -44,7 +44,7 @@ WRITERS["parquet"] = parquet_bytes(pa.table(dict(zip(("text", "label"), zip(*ROW
 
 
 def write(folder, **files):
-    """The folder with files of these contents; a function makes its file itself."""
+    """Create a folder with files of these contents; a function creates its file itself."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

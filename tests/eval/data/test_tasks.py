@@ -1,4 +1,4 @@
-"""Tasks: what is read, which split is evaluated, and that the same seed gives the same batches."""
+"""Tasks: their rows, the splits to evaluate, and equal batches for equal seeds."""
 
 import subprocess
 import sys
@@ -118,7 +118,7 @@ def test_augmentation_follows_the_seed_survives_resuming_and_spares_evaluation()
 
     prepared = cifar(seed=1)
     first = batches(prepared, prepared.train)
-    torch.rand(5)  # whatever else draws random numbers in between does not matter
+    torch.rand(5)  # other draws from the global state must not matter
     again = batches(prepared, cifar(seed=1).train)
     assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0]["pixel_values"], batches(prepared, cifar(seed=2).train)[0]["pixel_values"])

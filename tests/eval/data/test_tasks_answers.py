@@ -33,7 +33,7 @@ def question(i):
 
 @pytest.fixture(scope="module")
 def squad(tmp_path_factory):
-    """In the layout of SQuAD's own files."""
+    """Return a data set in the layout of SQuAD's original files."""
     folder = tmp_path_factory.mktemp("squad")
     for file, rows in (("train-v1.1.json", range(32)), ("dev-v1.1.json", range(32, 44))):
         paragraphs = [{"context": c, "qas": [q]} for c, q in map(question, rows)]
@@ -43,7 +43,7 @@ def squad(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def articles(tmp_path_factory):
-    """Rows with both sets' columns."""
+    """Return rows with the columns of both data sets."""
     folder = tmp_path_factory.mktemp("articles")
     for split, rows in (("train", range(24)), ("validation", range(24, 32))):
         lines = []
@@ -91,7 +91,7 @@ def test_wrong_answers_are_named(tmp_path):
 
 @pytest.mark.parametrize("model", ["bert-tiny", "bart"])
 def test_right_logits_give_the_right_answers(squad, bart, tmp_path, model):
-    """Contexts longer than a piece too: the answers come back from the pieces' own labels, character by character."""
+    """The labels of the pieces yield the exact answers, also for contexts longer than a piece."""
     name = str(bart) if model == "bart" else model
     settings = config(
         f"--task squad --data_dir {squad} --model {name} --max_length 16 --bits 8 --max_steps 0", tmp_path
@@ -130,7 +130,7 @@ def test_questions_without_an_answer():
 
 
 def test_squads_own_examples():
-    """Worked by hand from the published script's rules."""
+    """Computed by hand with the rules of the published script."""
     assert exact_match("The  Cat!", "cat") == 1 and exact_match("cats", "cat") == 0
     assert token_f1("the black cat", "a cat sat") == pytest.approx(0.5)  # of 2 and 2 words, 1 in common
     assert token_f1("", "") == 1 and token_f1("cat", "") == 0 and token_f1("x x y", "x z") == pytest.approx(0.4)
@@ -179,7 +179,7 @@ def test_bart_tells_classes_apart(bart, tmp_path, flags):
 
 @pytest.mark.parametrize("task", ["cnn_dailymail", "xsum"])
 def test_summaries_from_flags_to_record(articles, bart, tmp_path, task):
-    """The search, and Outlier Suppression, of the one model that reads and writes."""
+    """The search and Outlier Suppression work on an encoder-decoder."""
     flags = f"--max_target_length 8 --task {task} --data_dir {articles} --model {bart}"
     more = "--max_steps 8 --search --target_bits 6" if task == "xsum" else (
         f"{PTQ} --gamma_migration --observer avg_prune_minmax --num_beams 2"

@@ -1,4 +1,4 @@
-"""A user's own folder: what is read from it, and the one line that says what is wrong with it."""
+"""A user's own folder as a task: its rows, and errors of one line."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def config(task, **flags):
 
 
 def table(path, *rows):
-    """A csv file of rows of cells, the first of which are the column names."""
+    """Return a csv file of rows of cells; the first row is the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)

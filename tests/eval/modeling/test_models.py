@@ -1,4 +1,4 @@
-"""Models by name: what is built, what is read into it, and what is said when that cannot be."""
+"""Models by name: their architecture, their weights, and errors."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,7 +181,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_images_are_what_the_models_own_processor_makes_of_them(name, tmp_path):
-    """A saved model brings its image processor; a smooth image through it and through our own path is the same."""
+    """Our preprocessing of a smooth image equals that of the image processor saved with the model."""
     model = transformers.ResNetForImageClassification(
         transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     )
@@ -197,6 +197,6 @@ def test_images_are_what_the_models_own_processor_makes_of_them(name, tmp_path):
     bundle = build_model(run, data.num_labels)
     ours = prepare(data, bundle, run).validation["validation"][0]["pixel_values"]
     theirs = PROCESSORS[name](Image.fromarray(pixels.astype(np.uint8)), return_tensors="pt")["pixel_values"][0]
-    # One grey level is 1 / 255 / std; libraries differ by a level or two where they resample.
+    # One grey level is 1 / 255 / std; libraries differ by one or two levels in resampling.
     assert ours.shape == theirs.shape == (3, 64, 64)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2.5 / 255 / min(bundle.std))

@@ -1,4 +1,4 @@
-"""One short search per model family, on small configurations: it ends within its budget, is saved, and loads again."""
+"""One short search per model family, on small configurations: it meets its budget, and the model loads again."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -79,7 +79,7 @@ def settings(family, folder, words, more=""):
         "lm": ["--task", "lm", "--data_dir", str(words / "lm"), "--max_length", "32"],
         "digits": ["--task", "digits", "--image_size", "75" if family == "inception" else "32"],
     }[task]
-    if family == "inception":  # 94 layers take their time to calibrate, and their neighbours to compare
+    if family == "inception":  # 94 layers take long to calibrate and compare
         flags += ["--quantizer", "fixed", "--recipe", "fliqs"]
     return parse([*flags, *f"{SEARCH} {more}".split(), "--output_root_dir", str(folder / "output")])
 

@@ -1,4 +1,4 @@
-"""Model folders as users have them: with code of their own, without a vocabulary, cut short, of another shape."""
+"""Model folders of users: with their own code, without a vocabulary, truncated, or of another shape."""
 
 import io
 import json
@@ -41,8 +41,10 @@ OWN_MAP = {
 
 @pytest.fixture
 def own_code(tmp_path, monkeypatch):
-    """A model folder of which every part (configuration, tokenizer, image processor) asks for code beside it; the code
-    leaves a marker. The user says yes to whatever is asked."""
+    """A model folder whose configuration, tokenizer and image processor each refer to code in the folder.
+
+    The code would leave a marker. Every question on the terminal is answered with yes.
+    """
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "own.py").write_text(OWN_CODE.format(marker=tmp_path / "marker"))
@@ -71,7 +73,7 @@ def test_a_folders_own_code_is_refused_and_never_run(task, from_scratch, own_cod
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "processor"])
-def test_nor_is_that_of_a_tokenizer_or_image_processor_alone(part, own_code, tmp_path):
+def test_code_of_a_tokenizer_or_image_processor_is_not_run_either(part, own_code, tmp_path):
     if part == "tokenizer":
         transformers.BertConfig(**SMALL).save_pretrained(own_code)
     else:
@@ -173,7 +175,7 @@ def test_what_is_no_saved_model_is_refused_with_what_it_must_hold(files, message
         load_model(folder)
 
 
-def test_only_a_head_may_differ_and_that_is_told(tmp_path):
+def test_only_a_head_may_differ_and_a_note_says_so(tmp_path):
     bundle = build_model(config(model_path=bert(tmp_path / "bert")), 5)
     assert not bundle.trained and bundle.model.classifier.out_features == 5
     assert any(note.startswith("classifier.weight: (2, 32) in") for note in bundle.notes)
@@ -190,7 +192,7 @@ def test_a_file_that_is_no_safetensors_is_refused_in_one_line(flag, content, tmp
     assert "\n" not in str(error.value)
 
 
-def test_weights_of_texts_have_to_be_called_what_they_are_read_by(tmp_path):
+def test_weights_of_text_models_must_be_named_model_safetensors(tmp_path):
     folder = bert(tmp_path / "bert")
     (folder / "epoch3.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"epoch3\S*: text models are read from"):
@@ -216,7 +218,7 @@ SHORT = "--device cpu --report_to none --save_strategy no --compile off --quiet 
 
 
 def a_run(flags, folder):
-    """The record of a short run and where it stands."""
+    """Return the record of a short run, and its folder."""
     settings = parse(f"{flags} {SHORT} --output_root_dir {folder}".split())
     return run(settings), settings.run_folder
 
@@ -237,7 +239,7 @@ STARTS = [
 
 @pytest.mark.parametrize("start", STARTS)
 def test_a_run_brings_its_tokenizer_and_configuration(start, text_run, sentences, tmp_path):
-    """On fewer training texts, which would have made another tokenizer: the same predictions as before."""
+    """Fewer training texts would yield another tokenizer; with the saved one, predictions do not change."""
     record, folder, model = text_run
     start = start.format(run=folder, model=model)
     again, _ = a_run(f"--task {sentences / 'pets'} {start} --max_steps 0 --max_train_samples 8", tmp_path)
@@ -262,7 +264,7 @@ def test_weights_without_their_tokenizer_are_refused_where_one_would_be_trained(
 
 
 def own_processor(folder):
-    """A classifier of transformers with an image processor that no default resembles."""
+    """A classifier of transformers whose image processor differs from all defaults."""
     small = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=10)
     transformers.ResNetForImageClassification(small).save_pretrained(folder)
     transformers.ViTImageProcessor(
@@ -348,7 +350,7 @@ def test_a_known_name_stays_one_whatever_folder_is_called_so(tmp_path, monkeypat
     assert settings.model_name == "convnet" and starting_model(settings) is None
 
 
-def test_random_weights_are_told_unless_they_were_asked_for(tmp_path, caplog):
+def test_random_weights_are_logged_unless_requested(tmp_path, caplog):
     plan = f"--task digits --model convnet --method float --max_steps 1 --output_root_dir {tmp_path}"
     told = make_plan(parse(plan.split()))
     assert told.bundle.notes == ["random weights: convnet comes without any"]
@@ -358,8 +360,8 @@ def test_random_weights_are_told_unless_they_were_asked_for(tmp_path, caplog):
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_a_start_that_is_no_run_is_named_not_the_model(tmp_path):
-    """Without --model, what --load_model_path names has to be a finished run."""
+def test_an_error_names_load_model_path_if_it_is_no_run(tmp_path):
+    """Without --model, --load_model_path must name a finished run."""
     given = ["--task", "digits", "--search", "--load_model_path"]
     with pytest.raises(UserError, match=r"--load_model_path .*/flaot: no such file or folder"):
         parse([*given, str(tmp_path / "flaot")])
