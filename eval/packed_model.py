@@ -37,7 +37,7 @@ def load_torchao(folder: str | Path) -> tuple[nn.Module, dict[str, LayerVerdict]
         folder: the folder of the export.
 
     Returns:
-        The model, and for each layer whether torchao runs it, and how.
+        The model, and for each layer the chosen formats and the types that it runs with.
     """
     from quant.export.torchao import to_torchao
 

@@ -60,7 +60,7 @@ REMOVE_PADDING, CALIBRATE = True, 256
 CHANNEL_FLAGS = {"a_qconfig": "act_per_channel", "w_qconfig": "per_channel"}
 """section -> flag that ch_axis 0 sets"""
 TENSOR_FLAGS = ("quantize_residual_adds", "quantize_products", "quantize_embeddings")
-"""flags that quantize tensors outside of layers; as keys they have the same names"""
+"""flags that quantize further tensors; the keys of the section have the same names"""
 AUTO_ALPHA = {"alpha_min": 0.3, "alpha_max": 0.7, "alpha_step": 0.05, "shared_criterion": "mean", "n_samples": 32}
 
 
