@@ -1,4 +1,4 @@
-"""Training while a policy chooses formats, and accuracy-aware tuning, on transformers' Trainer."""
+"""Search during training, and accuracy-aware tuning, on transformers' Trainer."""
 
 from typing import TYPE_CHECKING
 

@@ -1,1 +1,1 @@
-"""The search beside the trainer: what is decided, what decides it, and how good it is."""
+"""The search: its settings, targets, evaluations, competitors, final selection and diagnostics."""

@@ -1,1 +1,1 @@
-"""Parts of a training run that know no search: checkpoints, sampling, distillation, history."""
+"""Parts of a training run that are independent of the search: checkpoints, sampling, distillation, history."""

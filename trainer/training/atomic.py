@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic writing: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON, written to a temporary name and renamed; NaN and infinity are refused, they are not JSON."""
+    """Write a value as JSON, atomically. NaN and infinity, which JSON does not have, raise ValueError."""
     text = json.dumps(value, indent=1, allow_nan=False)
     write_atomically(path, lambda temporary: Path(temporary).write_text(text + "\n"))
 
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Call `write(temporary path)` and rename: a reader sees the old file or the whole new one."""
+    """Call `write(temporary path)` and rename, so that readers see the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

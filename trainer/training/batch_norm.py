@@ -1,4 +1,4 @@
-"""Batch norm statistics of the assignment at hand: those of training are a mixture over everything that was drawn."""
+"""Batch norm statistics of one assignment; those of the training are a mixture over all drawn assignments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from quant.convert import run_model
 from quant.module_utils import evaluating, examples_of
 
 LEAST_TELLING = 8
-"""examples of a batch whose own statistics say more of it than averages from other formats"""
+"""Least examples of a batch whose own statistics are better than moving averages of other formats."""
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Replace running means and variances by the plain average over `batches`. Returns the number of norms.
+    """Replace running means and variances by the plain average over `batches`.
 
-    Only the norms are in training mode, so dropout stays off and ranges stay put. Frozen norms, which are in eval mode
-    while the model is in training mode, keep what they have.
+    Only the norms are in training mode, so dropout stays off and ranges do not change. Frozen norms, which are in eval
+    mode while the model is in training mode, keep their statistics.
+
+    Returns:
+        The number of recalibrated norms.
     """
     norms = [norm for norm in _batch_norms(model) if norm.training or not model.training]
     if not norms:
@@ -43,10 +46,11 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
 @contextmanager
 def statistics_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Within, the norms of a model in eval mode normalize by the batch they see, and keep their moving averages.
+    """Normalize by the statistics of the batch in eval mode, without updating the moving averages.
 
-    Those are of the formats that the weights were trained in. Under them, most of what other formats seem to harm is
-    what a few steps, or a recalibration, take away. Batches of fewer than LEAST_TELLING examples: moving averages.
+    Moving averages belong to the formats that the weights were trained in. Under them, most of the degradation of
+    other formats is an artifact that a few steps, or a recalibration, would remove. Batches of fewer than
+    LEAST_TELLING examples use the moving averages.
     """
     norms = _batch_norms(model) if examples_of(batch) >= LEAST_TELLING else []
     for norm in norms:
@@ -59,7 +63,7 @@ def statistics_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[
 
 
 def has_untrained_batch_norm(model: nn.Module) -> bool:
-    """Whether a norm still holds the statistics it was made with: mean 0 and variance 1."""
+    """Return whether any norm still has its initial statistics, mean 0 and variance 1."""
     return any(not n.running_mean.any() and not (n.running_var - 1).any() for n in _batch_norms(model))
 
 

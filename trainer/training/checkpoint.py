@@ -1,6 +1,6 @@
-"""What the Trainer would write as pickles, as safetensors and JSON: optimizer, schedule and random generators.
+"""Checkpoints without pickles: optimizer, schedule and random generators as safetensors and JSON.
 
-A state dict is split into its tensors (safetensors, under their path) and everything else (JSON).
+A state dict is split into its tensors (safetensors, named by their path) and everything else (JSON).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from trainer.training.atomic import write_atomically, write_json
 
 _TENSOR = "$tensor"
 TIED = "tied"
-"""entry of a file's metadata: further names of the tensors in it, as JSON"""
+"""Key of a file's metadata with further names of its tensors, as JSON."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be continued from: a file is missing or cannot be read."""
+    """A checkpoint cannot be resumed: a file is missing or damaged."""
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -37,7 +37,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Raises CheckpointError if a file is missing or damaged."""
+    """Read the files of `save_state`. Raises CheckpointError if one is missing or damaged."""
     tensors = load_tensors(path.with_suffix(".safetensors"))
     file = path.with_suffix(".json")
     try:
@@ -49,12 +49,12 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written atomically."""
+    """Write a safetensors file atomically."""
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
-    """A state dict as model.safetensors. A tensor with several names is stored once; the file holds its other names."""
+    """Write a state dict as model.safetensors; a tensor with several names is stored once, with all of its names."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -64,25 +64,25 @@ def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
             tied[name] = owner
         else:
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    metadata = {"format": "pt", TIED: json.dumps(tied)} if tied else None  # transformers asks for a format
+    metadata = {"format": "pt", TIED: json.dumps(tied)} if tied else None  # transformers requires a format
     save_tensors(tensors, folder / "model.safetensors", metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file under each of its names. Raises as `safe_open` does."""
+    """Read every tensor of a safetensors file under each of its names. Raises the errors of `safe_open`."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors | {name: tensors[owner] for name, owner in _tied_in(file).items()}
 
 
 def _tied_in(file: Any) -> dict[str, str]:
-    """Further name -> name that an open file stores a tensor under."""
+    """Return further name -> stored name of the tensors of an open file."""
     tied: dict[str, str] = json.loads((file.metadata() or {}).get(TIED, "{}"))
     return tied
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises CheckpointError if the file is missing or damaged."""
+    """Read the tensors of a checkpoint. Raises CheckpointError if the file is missing or damaged."""
     try:
         return read_tensors(path)
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each tensor in a file, without reading the tensors. Raises as `load_tensors` does."""
+    """Return name -> shape without reading the tensors. Raises CheckpointError as `load_tensors` does."""
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -108,7 +108,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {_TENSOR: path}
     if isinstance(value, dict):
-        # JSON has string keys only; an optimizer's state is keyed by integers.
+        # JSON has only string keys, but an optimizer's state has integer keys.
         return {"$items": [[key, _split(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [_split(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
@@ -124,7 +124,7 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The global generators of Python, numpy and torch."""
+    """Return the state of the global generators of Python, numpy and torch."""
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     assert isinstance(numpy_state, dict)
@@ -144,7 +144,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Continue the generators where `random_state` was taken."""
+    """Restore the global generators from a `random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     saved = state["numpy"]

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: each holds the checksums of its files, written last. No torch: looking is cheap."""
+"""Integrity of checkpoints: each holds the checksums of its files, written last. Imports no torch, for fast checks."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from trainer.training.atomic import write_json
 CHECKSUMS = "checksums.json"
 INTERRUPTED = "its saving was interrupted"
 DAMAGED = "damaged-"
-"""how the name of a checkpoint begins that was set aside"""
+"""Prefix of the folder name of a damaged checkpoint that was set aside."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, whole or not, the newest first; what else lies there is not ours."""
+    """Return the checkpoints in a folder, intact or not, newest first; other entries are ignored."""
     steps = {path: int(match[1]) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 @contextmanager
 def sealed(folder: Path) -> Iterator[None]:
-    """What the block writes into `folder` is a checkpoint once it has its checksums; an error leaves none of it."""
-    write_json(folder / CHECKSUMS, {})  # from here to the end a killed process leaves an interrupted checkpoint
+    """Write checksums once the block has written a checkpoint into `folder`; remove the folder after an error."""
+    write_json(folder / CHECKSUMS, {})  # a process killed before the end leaves an interrupted checkpoint
     try:
         yield
         write_json(folder / CHECKSUMS, _checksums(folder))
     except Exception:
-        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint on a full disk is only in the way
+        shutil.rmtree(folder, ignore_errors=True)  # a partial checkpoint wastes space on a full disk
         raise
 
 
 def flaw(folder: Path) -> str | None:
-    """Why the checkpoint in `folder` is not to be gone on from, `INTERRUPTED` for one; None for a whole one."""
+    """Return why a checkpoint cannot be resumed, `INTERRUPTED` among others; None if it is intact."""
     if not folder.is_dir():
         return "it is no folder"
     if not any(folder.iterdir()):
         return INTERRUPTED
     try:
-        told = json.loads((folder / CHECKSUMS).read_bytes())
+        recorded = json.loads((folder / CHECKSUMS).read_bytes())
     except FileNotFoundError:
         return f"it has no {CHECKSUMS}"
     except (ValueError, OSError) as error:
         return f"{CHECKSUMS}: {error}"
-    if not isinstance(told, dict):
+    if not isinstance(recorded, dict):
         return f"{CHECKSUMS} holds no names of files"
-    if not told:
+    if not recorded:
         return INTERRUPTED
-    for name, checksum in told.items():
+    for name, checksum in recorded.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -63,7 +63,7 @@ def flaw(folder: Path) -> str | None:
 
 
 def set_aside(folder: Path) -> None:
-    """Take a checkpoint that has a flaw out of the way: a damaged one is kept under another name."""
+    """Remove an interrupted checkpoint, or rename a damaged one."""
     if folder.is_dir() and flaw(folder) == INTERRUPTED:
         shutil.rmtree(folder)
         return
@@ -74,7 +74,7 @@ def set_aside(folder: Path) -> None:
 
 
 def forget_older(folder: Path, kept: int, best: str | None = None) -> None:
-    """Remove all but the `kept` newest checkpoints of `folder` and the `best` one."""
+    """Remove all checkpoints of a folder except the `kept` newest and the `best` one."""
     for path in numbered(folder)[kept:]:
         if best is None or path != Path(best):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The float model as a teacher: how far from its answers others are tells formats apart, and training can follow it."""
+"""Distillation: the float model as a reference for comparing formats, and as a teacher in training."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from quant.convert import run_model
 from quant.errors import UserError
 
 TEMPERATURE = 4.0
-"""What logits are divided by: of what it was trained on, a teacher is so sure that nothing but the label is left at 1
-(measured in benchmarks/RESULTS.md)."""
+"""Softmax temperature. At T = 1 the teacher's soft targets on its own training data carry almost no information beyond
+the label (measured in benchmarks/RESULTS.md)."""
 SHARE = 0.9
-"""the teacher's share of the training loss, where it helps (the same)"""
+"""The teacher's share of the training loss on images (measured in benchmarks/RESULTS.md)."""
 
 
 class Teacher:
-    """A float model whose class probabilities are known to be good (Hinton et al., arXiv 1503.02531).
+    """A trained float model whose class probabilities others follow (Hinton et al., arXiv 1503.02531).
 
-    A few thousand examples cannot show again all that a model was trained on; its own answers to them tell more. And of
-    the loss, a few examples hold most; in the distance from its answers, every example and class has a say.
+    A few thousand examples do not cover what a model was trained on; its class probabilities contain more of it.
+    Besides, a few examples dominate the loss, but all examples and classes contribute to the divergence.
+
+    Args:
+        model: the float model, which is never trained.
+        share: the teacher's share of the training loss, in [0, 1]; 0 leaves the loss unchanged.
+
+    Raises:
+        ValueError: for a share outside [0, 1].
     """
 
     def __init__(self, model: nn.Module, share: float = 0.0) -> None:
-        """The model is never trained; `share` is what its answers have of the training loss. ValueError outside [0, 1].
-
-        0: the loss stays as it is.
-        """
         if not 0 <= share <= 1:
             raise ValueError(f"the teacher's share must lie in [0, 1], got {share}")
         self.model = model.eval().requires_grad_(False)
@@ -37,23 +40,31 @@ class Teacher:
 
     @torch.no_grad()
     def answers(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """Its logits, (examples, classes); None where it tells no classes apart."""
+        """Return its logits, (examples, classes); None for a model without classes."""
         return class_logits(run_model(self.model, batch), batch, checked=False)
 
     def loss(
         self, loss: Tensor, logits: Tensor | None, batch: Mapping[str, Any], counted: Tensor | int | None
     ) -> Tensor:
-        """(1 - share) x loss + share x T^2 x KL(teacher || student), from logits (examples, classes) / T.
+        """Return (1 - share) x loss + share x T^2 x KL(teacher || student) at T = TEMPERATURE.
 
-        T is TEMPERATURE; its square keeps the gradients as large as the loss's (as in the paper). The divergence is a
-        mean over the batch, or over `counted` examples where the loss is: batches that are accumulated then add up.
-        Raises UserError for a model that tells no classes apart.
+        The factor T^2 keeps the gradients as large as those of the loss (as in the paper).
+
+        Args:
+            loss: the student's mean loss, scalar.
+            logits: the student's logits, (examples, classes).
+            batch: the batch, for the teacher.
+            counted: number of examples in all accumulated batches if the loss is a mean over them; None: a mean over
+                this batch.
+
+        Raises:
+            UserError: for a model without classes.
         """
-        known = self.answers(batch)
-        if known is None or logits is None:
+        reference = self.answers(batch)
+        if reference is None or logits is None:
             raise UserError("a teacher (--distill) needs a model that tells classes apart, one answer for each example")
-        told = softened_divergence(known, logits).sum() / (len(logits) if counted is None else counted)
-        return (1 - self.share) * loss + self.share * told
+        distance = softened_divergence(reference, logits).sum() / (len(logits) if counted is None else counted)
+        return (1 - self.share) * loss + self.share * distance
 
 
 def divergence(reference: Tensor, now: Tensor) -> Tensor:
@@ -66,15 +77,17 @@ def divergence(reference: Tensor, now: Tensor) -> Tensor:
 
 
 def softened_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """T^2 x KL(reference || logits) >= 0 at T = TEMPERATURE of each example, (examples,), from (examples, classes)."""
+    """Return T^2 x KL(reference || logits) at T = TEMPERATURE, (examples,), from logits (examples, classes)."""
     return TEMPERATURE**2 * divergence(reference / TEMPERATURE, logits / TEMPERATURE)
 
 
 def class_logits(outputs: Any, batch: Mapping[str, Any], checked: bool = True) -> Tensor | None:
-    """The logits (examples, classes) of a model that tells classes apart, one for each example; None for any other.
+    """Return the logits (examples, classes) of a model with one class per example; None for other models.
 
-    Labels below 0 are of examples that do not count. Without `checked` those above the last class are not looked for,
-    for which a GPU would have to be waited for.
+    Args:
+        outputs: outputs of the model.
+        batch: the batch with its labels; negative ones do not count.
+        checked: also check that no label is beyond the last class, which waits for a GPU.
     """
     labels: Any = batch.get("labels")
     if isinstance(outputs, tuple) and not hasattr(outputs, "logits"):

@@ -1,6 +1,6 @@
-"""One run in several processes (torchrun): each works on its share of every batch, and all of them know the same.
+"""Runs in several processes (torchrun): each works on its share of every batch, and all agree on the results.
 
-Without several processes these are identities, bit by bit.
+In a single process these functions are exact identities.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 
 def own_share(indices: Sequence[int]) -> list[int]:
-    """This process's part of the indices; all of them where there are fewer than processes."""
+    """Return this process's part of the indices; all of them if there are fewer than processes."""
     state = PartialState()
     return list(indices[state.process_index :: state.num_processes]) or list(indices)
 
 
 def mean_over_processes(values: Tensor, weight: float = 1.0) -> Tensor:
-    """The mean of each process's `values`, any shape on its device, weighted by that process's `weight`."""
+    """Return the mean of all processes' `values`, of any shape, weighted by each process's `weight`."""
     if PartialState().num_processes == 1:
         return values
     weights = torch.full_like(values, weight)
@@ -28,7 +28,7 @@ def mean_over_processes(values: Tensor, weight: float = 1.0) -> Tensor:
 
 
 def of_first_process(values: Tensor | None) -> Tensor | None:
-    """What the first process has: kernels on GPUs may round differently in each."""
+    """Return the first process's values, because GPU kernels may round differently in each process."""
     state = PartialState()
     if values is None or state.num_processes == 1:
         return values
@@ -36,7 +36,7 @@ def of_first_process(values: Tensor | None) -> Tensor | None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: each has its own batch norm statistics from the last step."""
+    """Copy the first process's buffers to all others, whose batch norm statistics differ after a step."""
     if PartialState().num_processes > 1:
         with torch.no_grad():
             for buffer in model.buffers():

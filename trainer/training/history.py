@@ -1,4 +1,4 @@
-"""history.jsonl: one line for each step of a run."""
+"""History: history.jsonl with one line per step of a run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from trainer.training.atomic import write_atomically
 
 RISE = 3.0
-"""times its start from which the end of a loss is far above it"""
+"""Ratio of the end of a loss to its start from which it has risen."""
 LEAST_START = 0.5
-"""what a start counts as at least: of a model that has learned its data, every new batch is many times above it"""
+"""Least value of a start: the losses of a model that fits its data are small, and single batches far above them."""
 
 
 class History:
-    """Appends one JSON object a step; after a resume it continues behind the checkpoint's step."""
+    """Appends one JSON object per step; a resumed run continues after the checkpoint's step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, entries: list[dict[str, Any]]) -> None:
-        """Append entries, one line each; where the disk is full, none of them."""
+        """Append entries, one line each: all of them, or none if the disk is full."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -34,9 +34,10 @@ class History:
             raise
 
     def truncate(self, step: int) -> int:
-        """Forget what was written after `step`: those steps will be run again.
+        """Remove the entries after `step`, because those steps are run again.
 
-        Returns how many of the steps up to it have no line that can be read.
+        Returns:
+            The number of steps up to `step` without a readable entry.
         """
         kept = [entry for entry in self.entries() if entry["step"] <= step]
         if self.path.exists():
@@ -45,7 +46,7 @@ class History:
         return step - len(kept)
 
     def rise(self) -> tuple[float, float] | None:
-        """(start, end) of a loss that ended far above where it started; None where it did not."""
+        """Return (start, end) of a loss that ended far above its start, else None."""
         losses = [entry["loss"] for entry in self.entries() if isinstance(entry.get("loss"), int | float)]
         if not losses:
             return None
@@ -54,7 +55,7 @@ class History:
         return (start, end) if end > RISE * max(start, LEAST_START) else None
 
     def entries(self) -> list[dict[str, Any]]:
-        """The lines that can be read: not the one that was being written when the run was killed."""
+        """Return all readable entries; a line that was cut off when the run was killed is skipped."""
         found = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:

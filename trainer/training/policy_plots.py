@@ -1,4 +1,4 @@
-"""The policy as pictures in TensorBoard: a row a decision, a column a choice, the brighter the more probable."""
+"""Policy plots in TensorBoard: one row per decision, one column per choice, brightness shows the probability."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from transformers.integrations import TensorBoardCallback
 from policy.space import SearchSpace
 
 CELL = (8, 32)
-"""height and width of a cell in pixels"""
+"""Height and width of a cell in pixels."""
 TAG = "policy/probabilities"
 
 
 def show_policy(callbacks: Iterable[Any], space: SearchSpace, entries: Iterable[Mapping[str, Any]]) -> None:
-    """A picture for each entry of the history that holds probabilities; beside the first, what rows and columns are.
+    """Add an image for each entry of the history with probabilities, and a legend with the first one.
 
-    Does nothing where the run has no TensorBoard.
+    Args:
+        callbacks: the Trainer's callbacks; nothing happens without a TensorBoard writer among them.
+        space: search space of the policy.
+        entries: entries of the history.
     """
     writer = next((call.tb_writer for call in callbacks if isinstance(call, TensorBoardCallback)), None)
-    told = [entry for entry in entries if "probabilities" in entry]
     if writer is None:
         return
-    for entry in told:
+    for entry in entries:
+        if "probabilities" not in entry:
+            continue
         if entry["step"] == 1:
             writer.add_text(TAG, legend(space), 1)
         picture = np.kron(np.asarray(entry["probabilities"]), np.ones(CELL))
@@ -32,7 +36,7 @@ def show_policy(callbacks: Iterable[Any], space: SearchSpace, entries: Iterable[
 
 
 def legend(space: SearchSpace) -> str:
-    """What the picture's columns and rows are, in Markdown."""
+    """Return the names of columns and rows, in Markdown."""
     pairs = space.decisions[0].choices
     columns = [str(weight) if weight == activation else f"{weight}/{activation}" for weight, activation in pairs]
     rows = "\n".join(f"{row}. {decision.name}" for row, decision in enumerate(space.decisions, 1))

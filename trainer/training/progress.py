@@ -1,4 +1,4 @@
-"""How far a run is: what it does by name, how much of it is done, told to whoever listens."""
+"""Progress reports: the current phase of a run and how much of it is done, passed to a listener."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ T = TypeVar("T")
 
 
 class Listener(Protocol):
-    """Hears of a phase when it begins, and each time that something in it is done."""
+    """Function that is called when a phase begins and after each of its parts."""
 
     def __call__(self, phase: str, done: int = 0, total: int | None = None, what: str = "") -> None:
-        """Told of a phase, how much of it is done, of how much, and what was done last.
+        """Receive a report.
 
         Args:
-            phase: what is being done: 'measuring'.
-            done: how many of `total`.
-            total: None where that is not known.
-            what: the part that was done last, in words: 'layer 12 of 36'.
+            phase: name of the phase, such as 'measuring'.
+            done: number of parts done.
+            total: number of all parts; None if unknown.
+            what: description of the last part, such as 'layer 12 of 36'.
         """
 
 
 def unheard(phase: str, done: int = 0, total: int | None = None, what: str = "") -> None:
-    """The listener of those who want to hear nothing."""
+    """Ignore a report."""
 
 
 def counted(items: Iterable[T], total: int, phase: str, tell: Listener, noun: str = "batch") -> Iterator[T]:
-    """`items`, which are `total`; each is told of when the next one is asked for."""
+    """Yield items and report each one when it is done.
+
+    Args:
+        items: the items.
+        total: their number.
+        phase: name of the phase.
+        tell: listener.
+        noun: name of an item in reports.
+    """
     tell(phase, 0, total)
     for number, item in enumerate(items, start=1):
         yield item
@@ -37,13 +45,13 @@ def counted(items: Iterable[T], total: int, phase: str, tell: Listener, noun: st
 
 @dataclass
 class Passes:
-    """Forward passes of a phase that judges many assignments, of about how many."""
+    """Counter of the forward passes of a phase, with an estimate of their number."""
 
     phase: str
     expected: int
     done: int = 0
 
     def count(self, tell: Listener) -> None:
-        """One more is done."""
+        """Count one pass and report it."""
         self.done += 1
         tell(self.phase, self.done, max(self.done, self.expected), f"pass {self.done} of at most {self.expected}")

@@ -1,4 +1,4 @@
-"""quantization.json: what a saved model needs besides its tensors, to be quantized again before they are read."""
+"""quantization.json: how a saved model is quantized, which has to be restored before its tensors are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from trainer.training.saved_files import QUANTIZATION
 def write_quantization(
     folder: Path, model: nn.Module, modules: Mapping[str, QuantModule], assignment: Assignment, **more: Any
 ) -> None:
-    """Write how the layers of `model` are quantized, and `more` that a reader wants to know, as JSON."""
+    """Write how the layers of a model are quantized.
+
+    Args:
+        folder: folder of the saved model.
+        model: the quantized model.
+        modules: layer name -> quantized layer.
+        assignment: formats of the layers.
+        **more: further entries.
+    """
     first = next(iter(modules.values()), None)
     formats = [] if first is None else [*first.weight_quantizer.grids, *first.input_quantizer.grids]
     described = {
@@ -38,7 +46,7 @@ def write_quantization(
 
 
 def write_companions(folder: Path, trainer: Trainer) -> None:
-    """Write what goes with the weights of a transformers model: its configuration, its tokenizer or processor."""
+    """Write the configuration of a transformers model and its tokenizer or processor."""
     if isinstance(trainer.model, PreTrainedModel):
         config = copy.deepcopy(trainer.model.config)
         config.architectures = [type(trainer.model).__name__]
@@ -49,16 +57,16 @@ def write_companions(folder: Path, trainer: Trainer) -> None:
 
 
 def migrate_again(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Add to a float model, in place, what a migration had added to the one that was saved."""
+    """Add the modules of a saved model's migration to a float model, in place."""
     if "migration" in described:
         attach(model, Migration(**described["migration"]))
 
 
 def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Make of a float model, in place, what the tensors beside a quantization.json belong to."""
+    """Quantize a float model in place as the contents of a quantization.json describe."""
     migrate_again(model, described)
     if described.get("weight") is None:
-        return  # a float run's: no layer was replaced
+        return  # float run: no layer was replaced
     assignment = assignment_from_json(described["assignment"])
     formats = [parse_format(name) for name in described["formats"]]
     modules = quantize_as_described(model, assignment, described, formats)

@@ -58,14 +58,19 @@ def _labels(dataset: Any) -> list[Any]:
 
 
 class PhasedSampler(Sampler[int]):
-    """Shuffled passes over the rows that are not held out; from a position on, over all rows.
+    """Shuffled passes over the rows that are not held out; from a given position on, over all rows.
 
-    An epoch is as long as the first phase's pass, throughout, so that step counts mean the same with and without the
-    second phase. What stands at a position depends on the seed alone: a resumed run sees the same rows.
+    An epoch always has the length of a pass without the held-out rows, so that step counts do not depend on the second
+    phase. The row at a position depends on the seed alone: a resumed run sees the same rows.
+
+    Args:
+        size: number of rows.
+        held_out: rows to leave out at first.
+        returned_at: position, counted over all epochs, from which on all rows are used.
+        seed: seed of the order.
     """
 
     def __init__(self, size: int, held_out: Collection[int], returned_at: int, seed: int) -> None:
-        """`size` rows, of which `held_out` are left out before position `returned_at`, counted over all epochs."""
         held = set(held_out)
         self.kept = [row for row in range(size) if row not in held]
         self.size = size
@@ -75,7 +80,7 @@ class PhasedSampler(Sampler[int]):
         self._pass: tuple[tuple[bool, int], list[int]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is that of this epoch, from 0."""
+        """Select the epoch, from 0, of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -86,7 +91,7 @@ class PhasedSampler(Sampler[int]):
         return (self.row(position) for position in range(start, start + len(self)))
 
     def row(self, position: int) -> int:
-        """The row at a position, counted from the start of the run."""
+        """Return the row at a position counted from the start of the run."""
         returned = position >= self.returned_at
         rows = range(self.size) if returned else self.kept
         which, offset = divmod(position - (self.returned_at if returned else 0), len(rows))

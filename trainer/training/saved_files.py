@@ -1,4 +1,4 @@
-"""Names of the files that a saved model consists of, for those who look for one without importing torch."""
+"""File names of a saved model, importable without torch."""
 
 WEIGHTS = "model.safetensors"
 QUANTIZATION = "quantization.json"

@@ -1,8 +1,7 @@
-"""Learned scales in an optimizer whose steps do not follow the gradient's size: each gets a pace that suits it.
+"""Parameter groups for learned scales in optimizers whose step size does not follow the gradient's magnitude.
 
-Adam moves every number by about the learning rate, so a scale of 0.01 would double within a few steps. Scales are
-grouped by magnitude, and a group's learning rate is relative to it. SGD needs none of this: LSQ's gradient is already
-made for it.
+Adam changes every parameter by about the learning rate, so a scale of 0.01 would double within a few steps. Scales are
+grouped by magnitude, with a learning rate relative to it. SGD needs no groups: LSQ's gradient is scaled for it.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import torch
 from torch import nn
 
 SCALES = "_quantizer.grids."
-"""what the names of learned scales contain"""
+"""Part of the parameter names of learned scales."""
 
 
 def scale_exponents(model: nn.Module) -> dict[str, int]:
-    """Name of each learned scale or offset -> the power of two that its learning rate is multiplied by."""
+    """Return name -> exponent of the power of two that scales its learning rate, for scales and offsets."""
     named = _scales(model)
-    # An offset (LSQ+) may be 0 or negative: it moves at the pace of its scale.
+    # An offset (LSQ+) can be 0 or negative, so it takes the magnitude of its scale.
     size = {
         name: named[name.removesuffix("offset") + "scale"] if name.endswith(".offset") else p
         for name, p in named.items()
@@ -30,7 +29,13 @@ def scale_exponents(model: nn.Module) -> dict[str, int]:
 
 
 def group_scales(optimizer: torch.optim.Optimizer, model: nn.Module, exponents: Mapping[str, int]) -> None:
-    """Move the model's scales into groups of their own, one for each exponent, without weight decay."""
+    """Move the model's scales into one group per exponent, without weight decay.
+
+    Args:
+        optimizer: optimizer to change in place.
+        model: model with the scales.
+        exponents: see `scale_exponents`.
+    """
     scales = {parameter: exponents[name] for name, parameter in _scales(model).items()}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in scales]
@@ -42,7 +47,7 @@ def group_scales(optimizer: torch.optim.Optimizer, model: nn.Module, exponents: 
 
 
 def needs_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the scales are still to be grouped."""
+    """Return whether the scales need groups and have none yet."""
     grouped = any("scale_exponent" in group for group in optimizer.param_groups)
     return not isinstance(optimizer, torch.optim.SGD) and not grouped
 

@@ -1,1 +1,1 @@
-"""Accuracy-aware tuning: which quantization keeps a model as good as it has to be."""
+"""Accuracy-aware tuning: find a quantization that keeps a model's metrics."""

@@ -1,4 +1,4 @@
-"""What accuracy-aware tuning may not lose: a metric of the evaluation and how far it may fall."""
+"""Metric: a measure of the evaluation that tuning has to keep, and how much of it may be lost."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from quant.errors import UserError
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that the evaluation returns, and the loss that is still accepted."""
+    """A metric of the evaluation with its accepted loss."""
 
     name: str
-    """as the evaluation calls it: 'eval_f1'"""
+    """Key in the results of the evaluation, such as 'eval_f1'."""
     greater_is_better: bool = True
     is_relative: bool = True
-    """whether `criterion` is a share of the float model's value"""
+    """Whether `criterion` is relative to the float model's value."""
     criterion: float = 0.01
-    """accepted: value >= base - criterion * |base|, or base - criterion; mirrored where lower is better"""
+    """Accepted: value >= base - criterion * |base|, or base - criterion if absolute; mirrored if lower is better."""
     weight_ratio: float | None = None
-    """share among several metrics: given for all of them or for none, which then count alike. It ranks models that
-    are not accepted; each metric keeps its own criterion, whatever the others gain"""
+    """Weight among several metrics, given for all or for none (equal weights). It ranks models that are not accepted;
+    every metric has to meet its own criterion, whatever the others gain."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.criterion < math.inf:
@@ -30,15 +30,15 @@ class Metric:
             raise UserError(f"metric {self.name}: weight_ratio must be positive, got {self.weight_ratio}")
 
     def drop(self, value: float, base: float) -> float:
-        """How much worse than the float model; negative where better."""
+        """Return how much worse than the float model a value is; negative if it is better."""
         return base - value if self.greater_is_better else value - base
 
     def allowed(self, base: float) -> float:
-        """The drop that is still accepted."""
+        """Return the largest accepted drop."""
         return self.criterion * abs(base) if self.is_relative else self.criterion
 
     def excess(self, value: float, base: float) -> float:
-        """The drop beyond what is accepted: 0 at the bound, whatever was rounded; infinite where there is no value."""
+        """Return the drop beyond the accepted one: 0 at the bound despite rounding, infinite for a missing value."""
         drop, allowed = self.drop(value, base), self.allowed(base)
         if math.isnan(drop):
             return math.inf

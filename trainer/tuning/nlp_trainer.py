@@ -1,4 +1,4 @@
-"""NLPTrainer: transformers' Trainer with `quantize`, which looks for a quantized model that keeps its accuracy."""
+"""NLPTrainer: transformers' Trainer with `quantize`, which searches a quantized model that keeps its accuracy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from glob import escape
 from itertools import islice
 from pathlib import Path
@@ -51,33 +52,37 @@ logger = logging.getLogger(__name__)
 
 INT8, INT16 = IntFormat(8), IntFormat(16)
 TRIALS = "trials"
-"""folder in the trainer's own where quantization-aware training keeps what it writes"""
+"""Sub-folder of the output folder for the files of quantization-aware training."""
 
 
 class NLPTrainer(Trainer):
     """A Trainer that quantizes its model: `model = trainer.quantize(QuantizationConfig(...))`.
 
-    The model then is the trainer's: `save_model` writes it, and `eval.saved_model.load_model` reads it back.
+    The quantized model becomes the trainer's model: `save_model` writes it, `eval.saved_model.load_model` reads it.
     """
 
     model: Any
     quantized: tuple[dict[str, QuantModule], dict[str, tuple[Format, Format]]] | None = None
-    """layers and formats of the model, once it is quantized"""
+    """Layers and formats of the quantized model; None before `quantize`."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        # Asked here: later, the Trainer keeps those that it has made itself in the same place.
+        # Read here, because later the Trainer stores its own optimizer in the same attributes.
         self._has_optimizers = self.optimizer is not None or self.lr_scheduler is not None
 
     def quantize(self, quant_config: QuantizationConfig, exclude: Sequence[str] | None = None) -> nn.Module | None:
-        """The best model whose metrics are accepted, in eval mode; None, and the float model stays, if there is none.
+        """Find the best quantized model whose metrics are accepted.
 
         Args:
-            quant_config: what is accepted and what is tried, see `QuantizationConfig`.
-            exclude: globs over names of layers to leave in float; default: none.
+            quant_config: what to accept and what to try.
+            exclude: globs over names of layers to leave in float; None: none.
 
-        Raises UserError where the evaluation does not return a metric, there is no data to calibrate on, or the
-        approach trains and cannot: see `_check_training`.
+        Returns:
+            The model in eval mode; None if none is accepted, in which case the trainer keeps the float model.
+
+        Raises:
+            UserError: if the evaluation does not return a metric, there is no data to calibrate on, or the approach
+                trains and cannot (a stream of data, optimizers for the parameters of another model).
         """
         batches = self._samples(quant_config.sampling_size)
         if quant_config.approach == "QuantizationAwareTraining":
@@ -93,10 +98,10 @@ class NLPTrainer(Trainer):
         def evaluate(setting: Setting) -> Measured:
             model = copy.deepcopy(original)
             try:
-                modules, assignment = self._quantized(model, setting, layers, batches, quant_config.reduce_range)
+                modules, assignment = self._quantized(model, setting, layers, batches)
                 self.model = self.model_wrapped = model
                 measured = self.evaluate()
-            except TrainingDiverged as error:  # of this trial: others may not
+            except TrainingDiverged as error:  # other trials may not diverge
                 logger.warning(f"{setting}: {error}")
                 return Measured({metric.name: math.nan for metric in quant_config.required})
             finally:
@@ -115,7 +120,7 @@ class NLPTrainer(Trainer):
             {name: type(layer).__name__ for name, layer in layers.items()},
             quant_config,
             recipes=self._recipes(original, layers, batches),
-            rank=lambda setting: self._ranked(original, setting, layers, batches, quant_config.reduce_range),
+            rank=lambda setting: self._ranked(original, setting, layers, batches),
             on_trial=keep,
         )
         logger.info(f"{len(trials)} trials, accepted: {'none' if best is None else best.setting}")
@@ -126,7 +131,7 @@ class NLPTrainer(Trainer):
         return self.model
 
     def _samples(self, size: int) -> list[Any]:
-        """The first `size` training examples, in evaluation batches. Raises UserError where there is none."""
+        """Return the first `size` training examples in evaluation batches. Raises UserError if there are none."""
         dataset: Any = () if self.train_dataset is None else self.train_dataset
         rows = list(islice(dataset, size)) if streams(dataset) else [dataset[i] for i in range(min(size, len(dataset)))]
         if not rows:
@@ -136,7 +141,7 @@ class NLPTrainer(Trainer):
         return [self._prepare_inputs(collate(rows[start : start + step])) for start in range(0, len(rows), step)]
 
     def _check_training(self) -> None:
-        """Raises UserError for what fits one run on the float model, and no training of quantized copies of it."""
+        """Raise UserError for arguments that allow a float training, but not the training of quantized copies."""
         if streams(self.train_dataset):
             raise UserError(
                 "QuantizationAwareTraining needs a train_dataset with a length and rows by index, "
@@ -149,7 +154,7 @@ class NLPTrainer(Trainer):
             )
 
     def _recipes(self, model: nn.Module, layers: Any, batches: Sequence[Any]) -> list[Recipe]:
-        """The recipes that this model can take: Gamma Migration needs a norm whose gamma its readers can take."""
+        """Return the recipes the model supports: Gamma Migration needs a norm whose readers can absorb its gamma."""
         groups = [group.only(list(layers)) for group in find_groups(model, batches[0])]
         groups = [group for group in groups if group.consumers and group.has_gamma]
         migrates = bool(groups) and bool(sound_groups(model, batches[0], groups))
@@ -161,9 +166,8 @@ class NLPTrainer(Trainer):
         setting: Setting,
         layers: dict[str, nn.Module],
         batches: Sequence[Any],
-        reduce_range: bool = False,
     ) -> tuple[dict[str, QuantModule], dict[str, tuple[Format, Format]]]:
-        """`model` quantized in place; trained, if the setting says so."""
+        """Quantize the model in place, and train it if the setting says so."""
         recipe, training = setting.recipe, setting.approach == "QuantizationAwareTraining"
         if recipe != PLAIN:
             smooth = None if recipe.smooth_quant is None else SmoothQuantConfig(alpha=recipe.smooth_quant)
@@ -174,7 +178,9 @@ class NLPTrainer(Trainer):
             model,
             include=[escape(name) for name in layers],
             formats=[INT8, INT16] if setting.wide else [INT8],
-            weight=QuantizerConfig(range=ranges, granularity="channel", observer="mse", reduce_range=reduce_range),
+            weight=QuantizerConfig(
+                range=ranges, granularity="channel", observer="mse", reduce_range=setting.reduce_range
+            ),
             activation=QuantizerConfig(range=dynamic, observer="minmax", symmetric=False, ignore_padding=True),
         )
         tied = tied_layers(layers)  # layers that share a weight stay in float together
@@ -187,7 +193,7 @@ class NLPTrainer(Trainer):
         }
         calibrate(model, modules, batches)
         set_formats(modules, assignment)
-        assignment = get_formats(modules)  # in float as far as calibration did not reach a layer
+        assignment = get_formats(modules)  # layers that calibration did not reach are in float
         if training:
             self._trainer_of(model, modules, assignment).train()
         return modules, assignment
@@ -195,9 +201,9 @@ class NLPTrainer(Trainer):
     def _trainer_of(
         self, model: nn.Module, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]]
     ) -> ReinforceTrainer:
-        """What trains a quantized copy with all that this trainer was given."""
+        """Return the trainer of a quantized copy, with the arguments of this trainer."""
         optimizer, arguments = self.optimizer_cls_and_kwargs, copy.copy(self.args)
-        arguments.output_dir = str(Path(str(self.args.output_dir)) / TRIALS)  # a trial's checkpoints are not the user's
+        arguments.output_dir = str(Path(str(self.args.output_dir)) / TRIALS)  # separate from the user's checkpoints
         trainer = ReinforceTrainer(
             model,
             arguments,
@@ -210,11 +216,11 @@ class NLPTrainer(Trainer):
             compute_loss_func=self.compute_loss_func,
             compute_metrics=self.compute_metrics,
             preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
-            optimizer_cls_and_kwargs=optimizer and (optimizer[0], dict(optimizer[1])),  # the Trainer takes some out
+            optimizer_cls_and_kwargs=optimizer and (optimizer[0], dict(optimizer[1])),  # the Trainer removes entries
         )
         if type(self).compute_loss is not Trainer.compute_loss:
             trainer.compute_loss = self.compute_loss  # type: ignore[method-assign]
-        own = {type(callback) for callback in trainer.callback_handler.callbacks}  # the Trainer's, such as its bar
+        own = {type(callback) for callback in trainer.callback_handler.callbacks}  # such as its progress bar
         for callback in self.callback_handler.callbacks:
             if type(callback) not in own:
                 trainer.add_callback(_unused(callback))
@@ -226,26 +232,25 @@ class NLPTrainer(Trainer):
         setting: Setting,
         layers: dict[str, nn.Module],
         batches: Sequence[Any],
-        reduce_range: bool = False,
     ) -> list[str]:
-        """Layers by what each alone, quantized, does to the model's outputs; the worst first."""
+        """Return the layers by the change of the outputs when each alone is quantized, the largest first."""
         if setting.approach == "QuantizationAwareTraining":
-            setting = Setting("PostTrainingStatic", setting.recipe, setting.wide)
+            setting = replace(setting, approach="PostTrainingStatic", high_precision=frozenset())
         model = copy.deepcopy(original).eval()
         with torch.no_grad():
-            modules, assignment = self._quantized(model, setting, layers, batches, reduce_range)
+            modules, assignment = self._quantized(model, setting, layers, batches)
             model.eval()
             set_formats(modules, dict.fromkeys(modules, (FLOAT, FLOAT)))
             targets = [outputs(model, batch) for batch in batches]
-            effect = {}
+            change = {}
             for name, formats in assignment.items():
                 set_formats(modules, {name: formats})
-                effect[name] = output_loss(model, batches, targets)
+                change[name] = output_loss(model, batches, targets)
                 set_formats(modules, {name: (FLOAT, FLOAT)})
-        return sorted(effect, key=lambda name: -effect[name])
+        return sorted(change, key=lambda name: -change[name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer does, but a quantized model's weights as `load_model` reads them: tied ones by each name."""
+        """Save as the Trainer does, but a quantized model for `load_model`: tied weights under each name."""
         if self.quantized is None:
             super()._save(output_dir, state_dict)
             return
@@ -255,7 +260,7 @@ class NLPTrainer(Trainer):
             write_companions(folder, self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model; once it is quantized, with its ranges and formats, for `eval.saved_model.load_model`."""
+        """Write the model, and the ranges and formats of a quantized one, for `eval.saved_model.load_model`."""
         super().save_model(output_dir, _internal_call)
         if self.quantized is None:
             return
@@ -264,5 +269,5 @@ class NLPTrainer(Trainer):
 
 
 def _unused(callback: TrainerCallback) -> TrainerCallback:
-    """The callback; one that says what its state is, as it was before any run."""
+    """Return the callback; one with an exportable state is created anew from its arguments."""
     return type(callback)(**callback.state()["args"]) if isinstance(callback, ExportableState) else callback

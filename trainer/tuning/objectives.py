@@ -1,4 +1,4 @@
-"""What accuracy-aware tuning improves among the models that it accepts."""
+"""Objective: the cost that tuning improves among accepted models."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from quant.errors import UserError
 
 GREATER_IS_BETTER = {"performance": True, "modelsize": False}
-"""objective -> whether more of it is better: performance means speed"""
+"""Objective -> whether more of it is better; 'performance' means speed."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A quality of a quantized model beside its metrics.
+    """An objective besides the metrics.
 
-    Speed is judged by bit operations [GBOPs], since emulated rounding says nothing about the time of a deployed model;
-    size by the memory of the weights [MiB].
+    Speed is measured in bit operations [GBOPs], because the time of emulated rounding does not predict that of a
+    deployed model; size in memory of the weights [MiB].
     """
 
     name: str
-    """'performance' (speed) or 'modelsize'"""
+    """'performance' (speed) or 'modelsize'."""
     greater_is_better: bool | None = None
-    """None: True for performance, False for modelsize"""
+    """None: True for performance, False for modelsize."""
     weight_ratio: float | None = None
-    """share among several objectives: given for all of them or for none, which then count alike"""
+    """Weight among several objectives, given for all or for none (equal weights)."""
 
     def __post_init__(self) -> None:
         if self.name not in GREATER_IS_BETTER:
@@ -34,7 +34,7 @@ class Objective:
 
     @property
     def sign(self) -> int:
-        """1 where the objective is met by a lower cost, -1 where by a higher one."""
+        """1 if a lower cost is better, -1 if a higher one is."""
         usual = GREATER_IS_BETTER[self.name]
         return 1 if self.greater_is_better in (None, usual) else -1
 

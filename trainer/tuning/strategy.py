@@ -1,4 +1,4 @@
-"""Accuracy-aware tuning: which quantization to try next, which one is good enough. It knows no model and no data."""
+"""Strategy of accuracy-aware tuning: which setting to try next and which to accept, independent of model and data."""
 
 from __future__ import annotations
 
@@ -20,34 +20,36 @@ OTHER: dict[str, Approach] = {
     "PostTrainingStatic": "PostTrainingDynamic",
     "PostTrainingDynamic": "PostTrainingStatic",
 }
-"""what is tried instead; training has no counterpart"""
+"""Approach that is tried as the alternative; training has none."""
 FRAMEWORKS = ("pytorch",)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is moved between layers before they are quantized."""
+    """Transformations between layers before quantization."""
 
     gamma_migration: bool = False
     smooth_quant: float | Literal["auto"] | None = None
-    """SmoothQuant's alpha; None: not used"""
+    """SmoothQuant's alpha; None: not used."""
 
 
 PLAIN = Recipe()
 RECIPES = (Recipe(True), Recipe(False, 0.5), Recipe(False, "auto"), Recipe(True, "auto"))
-"""in the order they are tried"""
+"""Recipes in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to quantize a model; equal settings are tried once."""
+    """One way to quantize a model; equal settings are tried only once."""
 
     approach: Approach
     recipe: Recipe = PLAIN
     wide: frozenset[str] = frozenset()
-    """layer types whose activations have int16 instead of int8"""
+    """Layer types with int16 activations instead of int8."""
     high_precision: frozenset[str] = frozenset()
-    """layers that stay in float"""
+    """Layers that stay in float."""
+    reduce_range: bool = False
+    """int8 weights use 7 of their bits, for processors with saturating int8 products."""
 
     def __str__(self) -> str:
         words: list[str] = [self.approach]
@@ -60,21 +62,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What `NLPTrainer.quantize` looks for, and for how long."""
+    """Settings of `NLPTrainer.quantize`: what to accept and how long to search."""
 
     approach: Approach = "PostTrainingStatic"
     metrics: Sequence[Metric] | Metric | None = None
-    """what has to be kept, a Metric or several; None: nothing, the first model is as good as any"""
+    """Metric or metrics to keep; None accepts the first model."""
     objectives: Sequence[Objective] | Objective = (performance,)
-    """what is improved among accepted models"""
+    """What to improve among accepted models."""
     timeout: float = 0
-    """seconds; 0: stop at the first model that is accepted"""
+    """Seconds; 0 stops at the first accepted model."""
     max_trials: int = 100
     sampling_size: int = 100
-    """training examples that static ranges are calibrated on"""
+    """Training examples for calibrating static ranges."""
     framework: str = "pytorch"
     reduce_range: bool = False
-    """int8 weights use 7 of their bits, for processors whose int8 products saturate"""
+    """int8 weights use 7 of their bits, for processors with saturating int8 products."""
 
     def __post_init__(self) -> None:
         if self.framework not in FRAMEWORKS:
@@ -93,7 +95,7 @@ class QuantizationConfig:
 
     @property
     def required(self) -> tuple[Metric, ...]:
-        """The metrics that have to be kept."""
+        """The metrics to keep."""
         return () if self.metrics is None else _several(self.metrics)
 
     @property
@@ -119,7 +121,7 @@ Weighed = TypeVar("Weighed", Metric, Objective)
 
 
 def weights_of(what: str, parts: Sequence[Weighed]) -> list[float]:
-    """Their weights, 1/n each where none is given. Raises UserError where only some are."""
+    """Return the weights, 1/n each if none is given. Raises UserError if only some are."""
     given = [part.weight_ratio for part in parts if part.weight_ratio is not None]
     if given and len(given) < len(parts):
         raise UserError(f"{what}: give weight_ratio for all of them or for none, got {len(given)} of {len(parts)}")
@@ -128,11 +130,11 @@ def weights_of(what: str, parts: Sequence[Weighed]) -> list[float]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a trial has shown."""
+    """Results of a trial."""
 
     metrics: Mapping[str, float]
     costs: Mapping[str, float] = field(default_factory=dict)
-    """objective -> cost"""
+    """Objective -> cost."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +144,16 @@ class Trial:
     setting: Setting
     measured: Measured
     excess: float
-    """drop of the metrics beyond what is allowed, see `_excess`: accepted at 0 and below"""
+    """Drop of the metrics beyond the allowed one, see `_excess`; accepted if <= 0."""
 
     @property
     def accepted(self) -> bool:
+        """Whether all metrics are kept."""
         return self.excess <= 0
 
 
 class _Stop(Exception):
-    """Enough trials, enough time, or good enough."""
+    """Ends the trials: limits reached, or a model is accepted."""
 
 
 def tune(
@@ -166,19 +169,25 @@ def tune(
 ) -> tuple[Trial | None, list[Trial]]:
     """Try settings until one is accepted, or until the time or the trials are used up.
 
-    In order: the default; the recipes; wider activations, a layer type at a time; static for dynamic ranges or the
-    other way round; one layer back to high precision at a time; ever more of them together, the most effective first.
-    Each stage starts from the best setting so far, and at least one layer stays quantized.
+    The stages: the default; the recipes; wider activations, one layer type at a time; static instead of dynamic ranges
+    or the reverse; single layers in high precision; growing sets of these, the most effective first. Each stage starts
+    from the best setting so far, and at least one layer stays quantized.
 
     Args:
         evaluate: setting -> metrics of the evaluation, and costs.
         base: metrics of the float model.
-        layers: name -> type of each layer that is quantized.
-        rank: setting -> layers in the order to try them in; None: as in `layers`.
+        layers: name -> type of each quantized layer.
+        config: what to accept and how long to search.
+        recipes: recipes that the model supports.
+        rank: setting -> layers in the order of trying; None: the order of `layers`.
+        clock: current time in seconds.
         on_trial: called with every trial, before the next one.
 
-    Returns the accepted trial of least cost (None if none is accepted) and all trials. Raises UserError without layers,
-    and for a metric that the evaluation does not return.
+    Returns:
+        The accepted trial with the least cost (None if none is accepted), and all trials.
+
+    Raises:
+        UserError: without layers, and for a metric that the evaluation does not return.
     """
     if not layers:
         raise UserError(
@@ -226,15 +235,15 @@ def tune(
         best = _best(trials)
         logger.warning(f"no trial of {len(trials)} was accepted; best: {best.setting}: {dict(best.measured.metrics)}")
         return None, trials
-    first = next((trial for trial in trials if trial.measured.costs), trials[0])  # one that failed has none
+    first = next((trial for trial in trials if trial.measured.costs), trials[0])  # a failed trial has none
     return min(accepted, key=lambda trial: _cost(trial, first, config.wanted)), trials
 
 
 def _excess(metrics: Sequence[Metric], values: Mapping[str, float], base: Mapping[str, float]) -> float:
-    """Weighted drop of the metrics beyond what each allows.
+    """Return the weighted drop of the metrics beyond their allowed drops.
 
-    Above 0 if a single one falls too far, by those alone: none is bought by a rise of another. Infinite for a trial
-    that measured nothing.
+    It is positive if any metric falls too far, and then counts only those: a gain of one does not pay for another.
+    Infinite for a trial without results.
     """
     if not values:
         return math.inf
@@ -244,7 +253,7 @@ def _excess(metrics: Sequence[Metric], values: Mapping[str, float], base: Mappin
 
 
 def check_metrics(metrics: Sequence[Metric], returned: Mapping[str, float]) -> None:
-    """Raises UserError for a metric that is not there."""
+    """Check that all metrics were evaluated. Raises UserError for one that is missing."""
     for metric in metrics:
         if metric.name not in returned:
             raise UserError(f"metric {metric.name!r} is not in the evaluation; choices: {', '.join(sorted(returned))}")
@@ -253,10 +262,11 @@ def check_metrics(metrics: Sequence[Metric], returned: Mapping[str, float]) -> N
 def _simple_settings(
     trials: list[Trial], layers: Mapping[str, str], config: QuantizationConfig, recipes: Sequence[Recipe]
 ) -> Iterator[Setting]:
-    """All stages in which no single layer is named; later ones read what `trials` has become by then."""
-    yield Setting(config.approach)
+    """Yield the settings of all stages without single layers; later stages read the growing list of `trials`."""
+    default = Setting(config.approach, reduce_range=config.reduce_range)
+    yield default
     for recipe in recipes:
-        yield Setting(config.approach, recipe)
+        yield replace(default, recipe=recipe)
     start = _best(trials).setting
     for kind in dict.fromkeys(layers.values()):
         yield replace(start, wide=frozenset([kind]))
@@ -269,7 +279,7 @@ def _best(trials: Sequence[Trial]) -> Trial:
 
 
 def _cost(trial: Trial, first: Trial, objectives: Sequence[Objective]) -> tuple[float, float]:
-    """Weighted costs as shares of those of the `first` trial, then the metrics."""
+    """Return the weighted costs relative to those of the `first` trial, then the metrics' excess."""
     if not objectives:
         return 0.0, trial.excess
     total = 0.0
