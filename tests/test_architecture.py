@@ -1,9 +1,10 @@
-"""The shape of the tree: imports go one way, and nothing we write or read is a pickle."""
+"""The shape of the tree: imports go one way and in no circle, folders stay small, nothing is read or written as a pickle."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,87 @@ def test_the_rule_sees_what_it_forbids():
     assert wrong_way("import quant.formats, eval_parallel", "eval") == ["eval_parallel"]
     assert not wrong_way("from . import formats\nfrom quant import errors", "quant")
     assert list(imported_modules("from ..solve import x", "policy.sub")) == ["policy.solve"]
+
+
+LOOKING = {"importlib.util", "importlib.metadata"}
+"""modules that look for a package without importing it"""
+
+
+def detours(source: str) -> list[str]:
+    """What `source` could import modules with whose names stand in strings, unseen by the other rules."""
+    named = [name for name in imported_modules(source) if name.split(".")[0] in ("runpy", "importlib")]
+    return [name for name in named if name not in LOOKING] + (["__import__"] if "__import__(" in source else [])
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_is_imported_past_these_rules(path):
+    if path != ROOT / "quant" / "lazy.py":  # public and earlier names of our own packages, checked by the next test
+        assert not detours(path.read_text())
+
+
+def test_the_names_that_packages_offer_are_of_their_own_modules():
+    for package in ORDER[:-1]:
+        tree = ast.parse((ROOT / package / "__init__.py").read_text())
+        named = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        modules = [text for text in named if text.split(".")[0] in ORDER and "." in text]
+        assert modules and all(text.split(".")[0] == package for text in modules)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports anywhere: at the top, in functions, for type checkers."""
+    modules = {module_name(path): path for path in source_files()}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys() or {node.module}
+        graph[name] = (found & modules.keys()) - {name}
+    return graph
+
+
+def module_name(path: Path) -> str:
+    """'quant.kernels' for quant/kernels/__init__.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves by way of others; Python's own topological sort names one circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert not circles(import_graph())
+
+
+def test_a_circle_and_a_detour_are_seen():
+    assert set(circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert detours("import runpy\nfrom importlib import import_module\nimport importlib.util") == ["runpy", "importlib"]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+MOST_FILES = 20
+
+
+def test_no_folder_holds_more_files_than_can_be_read_at_a_glance():
+    folders = [path for name in ORDER[:-1] for path in [ROOT / name, *(ROOT / name).rglob("*/")]]
+    assert {str(f.relative_to(ROOT)): n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_FILES} == {}
+
+
+def test_tests_mirror_the_packages():
+    """Every folder of tests below tests/PACKAGE is the folder of a package, by the same name."""
+    for name in ORDER[:-1]:
+        for folder in (ROOT / "tests" / name).rglob("*/"):
+            if folder.name != "__pycache__":
+                assert (ROOT / folder.relative_to(ROOT / "tests")).is_dir(), folder
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
