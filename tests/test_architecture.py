@@ -1,4 +1,4 @@
-"""The shape of the tree: imports go one way and in no circle, folders stay small, nothing is read or written as a pickle."""
+"""The shape of the tree: imports go one way and in no circle, folders stay small, nothing is stored as a pickle."""
 
 import ast
 import subprocess
