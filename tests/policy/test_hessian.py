@@ -189,3 +189,26 @@ def test_a_weight_that_cannot_be_held_is_refused():
     batch = torch.randn(6, INPUTS), torch.randint(0, CLASSES, (6,))
     with pytest.raises(UserError, match="layer odd: its weight is computed in a way"):
         hessian_traces(model, {"odd": model}, [batch], loss)
+
+
+def test_eigenvalues_and_traces_equal_pyhessians(problem):
+    """PyHessian (Yao et al., arXiv 1912.07145) on a model of which one weight alone is trained."""
+    hessian = pytest.importorskip("pyhessian").hessian
+    model, layers, batches = problem
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, layer in layers.items():
+            layer.weight.requires_grad_(True)
+            theirs = hessian(model, nn.functional.cross_entropy, data=batches[0], cuda=False)
+            (largest,), _ = theirs.eigenvalues(maxIter=1000, tol=1e-10)
+            draws = torch.tensor(theirs.trace(maxIter=400, tol=0.0))
+            model.zero_grad(set_to_none=True)
+            layer.weight.requires_grad_(False)
+            eigen = top_eigenvalues(model, {name: layer}, batches[:1], loss, max_iterations=1000, tolerance=1e-7)
+            assert eigen[name].mean == pytest.approx(largest, rel=1e-5)
+            trace = hessian_traces(model, {name: layer}, batches[:1], loss, max_draws=400, tolerance=0.0)[name]
+            assert abs(trace.trace - draws.mean()) < 4 * math.hypot(trace.error, draws.std() / len(draws) ** 0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
