@@ -6,10 +6,10 @@ It neither loads a model nor imports torch, so a report on thousands of runs tak
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 if __name__ == "__main__":  # run as a file, Python puts this folder first on the path, where `eval` is not a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from eval.commands import command, example_of
 from eval.config.files import writing
-from eval.config.parser import entry
+from eval.config.parser import CommandParser, entry
 from eval.config.validation import check_can_be_made
 from eval.report import tables
 from eval.report.findings import Finding, findings
@@ -88,11 +88,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _flags(argv: Sequence[str]) -> Namespace:
-    class Parser(ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(message)
-
-    parser = Parser(
+    parser = CommandParser(
         prog=command("mpq-report"),
         description="Tables and pictures of finished runs.",
         allow_abbrev=False,

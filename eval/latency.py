@@ -12,21 +12,22 @@ if __name__ == "__main__":  # before the imports that need these packages
     require_packages()
 
 import csv
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from eval.commands import command, example_of
 from eval.config.files import require, writing
-from eval.config.parser import entry
+from eval.config.parser import CommandParser, entry
 from eval.export.finished_run import FinishedRun, finished_run
 from eval.export.formats import ONNX_PACKAGES, ROUND_OUTPUTS
 from eval.export.onnx_inputs import example, examples, write_float
 from eval.export.onnx_timing import REPEATS, latencies
+from eval.run.limits import COLUMNS
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from quant.formats import Format
     from quant.quant_module import QuantModule
 
-COLUMNS = ("layer", "weight_format", "activation_format", "ms")
 TABLE = "latency.csv"
 
 
@@ -217,11 +217,7 @@ def _milliseconds(pair: str) -> Column:
 
 
 def _flags(argv: Sequence[str]) -> Namespace:
-    class Parser(ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(message)
-
-    parser = Parser(
+    parser = CommandParser(
         prog=command("mpq-latency"),
         description="ONNX Runtime latencies of a run.",
         allow_abbrev=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -176,6 +176,14 @@ def to_yaml(config: RunConfig) -> str:
     values = {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.name != "config"}
     values = {k: v.replace("${", "\\${") if isinstance(v, str) else v for k, v in values.items()}  # no interpolation
     return yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True)
+
+
+class CommandParser(ArgumentParser):
+    """Argument parser of a command that raises UserError instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with the message of argparse."""
+        raise UserError(message)
 
 
 def entry(main: Callable[[list[str]], int]) -> NoReturn:

@@ -12,16 +12,16 @@ if __name__ == "__main__":  # before the imports that need the packages
 
 import contextlib
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from eval.commands import command, example_of
 from eval.config.files import writing
-from eval.config.parser import entry
+from eval.config.parser import CommandParser, entry
 from eval.config.validation import check_one_of
 from eval.export.finished_run import FinishedRun, finished_run
 from eval.export.formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written
@@ -232,11 +232,7 @@ def metric_drop_warnings(record: dict[str, Any], exported: dict[str, dict[str, f
 
 
 def _flags(argv: Sequence[str]) -> Namespace:
-    class Parser(ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(message)
-
-    parser = Parser(
+    parser = CommandParser(
         prog=command("mpq-export"),
         description="A finished run as a model for deployment.",
         allow_abbrev=False,
