@@ -34,7 +34,7 @@ def flags_of_a_run() -> set[str]:
 
 
 def flags_of(file: Path) -> set[str]:
-    """Those of a command that has its own few."""
+    """The flags of a command with a parser of its own."""
     return set(re.findall(r'"(--\w+)"', file.read_text()))
 
 
@@ -55,7 +55,7 @@ def test_every_flag_in_a_document_is_one():
 
 @pytest.mark.parametrize("line", shell_lines(), ids=lambda line: f"{line.name} {' '.join(line.words)[:60]}")
 def test_every_command_line_has_flags_of_its_own_command(line):
-    """Not of another command: `mpq-report --max_steps 3` names a flag that there is, elsewhere."""
+    """A flag of another command does not count, such as `mpq-report --max_steps 3`."""
     words = list(line.words)
     places = [at for at, word in enumerate(words) if word.endswith(LAUNCHES)]
     if places:
@@ -84,6 +84,10 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(document):
             target = (document.parent / path).resolve() if path else document
             assert target.exists(), f"{document.name}: {link}"
             assert not anchor or anchor in headings(target), f"{document.name}: {link}"
+
+
+def test_the_readme_is_read_in_a_sitting():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def test_notebooks_are_kept_without_outputs():

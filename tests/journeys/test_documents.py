@@ -1,9 +1,9 @@
-"""The lines and the python of README and docs as they stand there, and each file of configs/: run, not just read.
+"""Runs the command lines, Python blocks and notebooks of README and docs, and each file of configs/.
 
-They run in a folder where what the documents name lies at hand: DATA, FINE_TUNED, RUN_DIR, resnet20-cifar10. Rewritten
-are sizes and places alone: FEW and no more steps and rows, the first of several seeds, a local folder for what would
-come from the Hub, SMALLER for what is too large. The runs of a launch follow each other in one process: other journeys
-launch. What is not run here stands in NOT_RUN, with the reason.
+They run in a folder that holds what the documents name: DATA, FINE_TUNED, RUN_DIR, resnet20-cifar10. Only sizes and
+places are changed: FEW steps and rows, the first of several seeds, a local folder for what would come from the Hub,
+SMALLER models. The runs of a launch follow each other in one process; other journeys start the launcher itself.
+NOT_RUN lists what does not run here, with the reason.
 """
 
 import csv
@@ -31,7 +31,7 @@ NOT_RUN = {
     ),
 }
 OWN_JOURNEY = {"docs/own-data.md": "test_own_data*.py"}
-"""documents whose lines run in a journey of their own"""
+"""documents whose lines run in another test"""
 OWN_FOLDER = "reviews"
 """a user's own table, as the quickstart names it"""
 FEW = "--max_steps 6 --max_train_samples 32 --max_eval_samples 16 --train_batch_size 8 --eval_batch_size 8"
@@ -41,13 +41,13 @@ SMALLER = {
     "HuggingFaceTB/SmolLM2-135M": "--model CONFIGS/llama --max_length 32",
 }
 MODELS = {"bert": "--model bert-tiny", "roberta": "--model CONFIGS/roberta", "bart": "--model CONFIGS/bart"}
-"""of a configuration -> the family's smallest, from scratch"""
+"""model of a configuration -> the smallest of its family, from scratch"""
 READY = {
     "resnet20-cifar10": "--task cifar10 --data_dir DATA/cifar10 --model resnet20 --from_scratch --method float",
     "FINE_TUNED": "--task mrpc --data_dir DATA/mrpc --model bert-tiny --from_scratch --method float",
     "RUN_DIR/model": "--task digits --model convnet --from_scratch --bits 8",
 }
-"""what users have, by where the documents expect it -> the run that makes it"""
+"""where the documents expect a run or a model -> the flags of the run that makes it"""
 REPORTS = ("eval_parse.py", "mpq-report")
 MODULES = {"eval.export": "eval.export.__main__"}
 RUNNER = """
@@ -75,7 +75,7 @@ print("all of them", flush=True)
 
 
 def table(path: Path, *columns: str) -> None:
-    """A csv file of a few rows whose texts tell their class."""
+    """Write a csv file of a few rows whose texts determine their class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         writer = csv.writer(file)
@@ -95,7 +95,7 @@ def images(folder: Path, classes: list[str]) -> None:
 
 
 def answers(folder: Path) -> None:
-    """Questions, and texts with their summaries."""
+    """Write questions with answers, and texts with summaries."""
     (folder / "squad").mkdir()
     (folder / "cnn_dailymail").mkdir()
     context = "Ann went to Paris by train ."
@@ -119,7 +119,7 @@ def configurations(folder: Path) -> None:
 
 
 def steps(name: str, words: list[str]) -> tuple[str, str, list[str]]:
-    """A run's or a launch's words, rewritten."""
+    """The flags of a run or a launch, with small sizes and local places."""
     kept = [word for word in words if word != "..."]
     value = {flag: kept[at + 1] for at, flag in enumerate(kept[:-1]) if flag.startswith("--")}
     told = yaml.safe_load((ROOT / value["--config"]).read_text()) if "--config" in value else {}
@@ -138,7 +138,7 @@ def steps(name: str, words: list[str]) -> tuple[str, str, list[str]]:
 
 
 def job(line: Line) -> tuple[str, str, list[str]] | None:
-    """(name, module, words) of a documented line; None where it is not run. Fails for a line of no known kind."""
+    """(name, module, words) of a documented line; None if it is not run. Fails for a line of an unknown kind."""
     words = list(line.words)
     if words[0].split("=")[0] in NOT_RUN or words[0] in NOT_RUN or "--help" in words:
         return None
@@ -156,7 +156,7 @@ def job(line: Line) -> tuple[str, str, list[str]] | None:
 
 
 def configured(path: Path) -> tuple[str, str, list[str]]:
-    """A file of configs/ for a step, on the smallest model of its family."""
+    """A short run of a file of configs/, on the smallest model of its family."""
     told = yaml.safe_load(path.read_text())
     few = FEW if told.get("max_steps", 1) else FEW.replace("--max_steps 6", "--max_steps 0")
     extra = (
@@ -168,7 +168,7 @@ def configured(path: Path) -> tuple[str, str, list[str]]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder that looks like the root of the repository, with what users have in it."""
+    """A folder like the root of the repository, with data and models of a user."""
     folder = tmp_path_factory.mktemp("documents")
     for path in ROOT.iterdir():
         if path.name in ("eval_parallel.py", "mpq_commands.py", "configs") or (path / "__init__.py").exists():
@@ -188,7 +188,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def python(place: Path, *words: str) -> str:
-    """What a process in `place` printed; fails with its last lines."""
+    """Run Python in `place` and return what it printed; fails with its last lines."""
     seen = environment({"PYTHONPATH": str(place)})
     done = subprocess.run([sys.executable, *words], cwd=place, env=seen, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
@@ -197,7 +197,7 @@ def python(place: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def lines(place) -> str:
-    """What all the documented lines printed, one after the other."""
+    """What the documented lines printed, run one after the other."""
     jobs = []
     for where, flags in READY.items():
         root = ["--run_id", "ready", "--output_root_dir", f"READY/{Path(where).parts[0]}", "--save_model_path", where]
@@ -257,7 +257,7 @@ GIVEN = {
     ),
     'load_packed("RUN_DIR': "import torch\nimages = torch.rand(2, 1, 8, 8)",
 }
-"""what a block shows -> the names that it takes from the reader's own program"""
+"""text of a block -> the lines that define what it takes from the reader's own program"""
 EACH = """
 import runpy, sys
 for name in sys.argv[1:]:
@@ -273,7 +273,7 @@ def rewritten(block: Block) -> str:
 
 
 def test_every_python_block_and_notebook_runs(place, lines):
-    """Those of a document one after the other, as a reader would try them."""
+    """The blocks of a document run one after the other, as a reader would try them."""
     found = [block for block in blocks("python") if not block.name.startswith(tuple(OWN_JOURNEY))]
     by_document = {block.document: [other for other in found if other.document == block.document] for block in found}
     (place / "reader.py").write_text(READER)
