@@ -6,6 +6,7 @@ tests/journeys/test_documents.py runs their commands and programs.
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ FOREIGN = {
     **dict.fromkeys(("--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--exclusive"), "sbatch"),
 }
 """flags of other programs in our documents -> whose"""
+CHROMIUM = shutil.which("chromium")
 LAUNCHES = ("eval_parallel.py", "eval/eval_run.py", "mpq-search", "mpq-run")
 
 
@@ -98,20 +100,34 @@ def test_notebooks_are_kept_without_outputs():
         assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), path.name
 
 
-def test_the_site_holds_every_page_and_loads_nothing_from_a_network(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
     pytest.importorskip("material", reason="the extra 'docs' is not installed")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_the_site_holds_every_page_and_loads_nothing_from_a_network(site):
     pages = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in DOCUMENTS[2:] + list(notebooks())]
-    index = json.loads((tmp_path / "search" / "search_index.json").read_text())
+    index = json.loads((site / "search" / "search_index.json").read_text())
     searched = {entry["location"].partition("#")[0] for entry in index["docs"]}
     for page in (*pages, Path("benchmarks/RESULTS.html"), Path("CONTRIBUTING.html")):
-        html = (tmp_path / page).read_text()
+        html = (site / page).read_text()
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]*https?://[^>]*>", html), page
         assert str(page) in searched
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert not [str(path) for path in DOCUMENTS[2:] if f"{path.relative_to(ROOT / 'docs')}\n" not in navigation]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_search_works_in_a_page_opened_as_a_file(site):
+    page = f"{(site / 'index.html').as_uri()}?q=knapsack"
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--virtual-time-budget=10000", "--dump-dom", page]
+    shown = subprocess.run(browser, capture_output=True, text=True, timeout=120, check=False).stdout
+    assert re.search(r"[1-9]\d* matching documents", shown)
 
 
 def looks_like_a_file_of_ours(text: str) -> bool:
