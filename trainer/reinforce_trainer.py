@@ -29,7 +29,7 @@ from trainer.search.search_state import Phases, Search
 from trainer.search.targets import MultiTargetSearch, SearchTarget
 from trainer.training import checkpoint
 from trainer.training.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
-from trainer.training.batches import BatchReader, steps_per_epoch, streams
+from trainer.training.batches import BatchReader, TrainingLength, streams
 from trainer.training.distillation import Teacher, class_logits
 from trainer.training.distributed import share_buffers
 from trainer.training.history import History
@@ -142,7 +142,9 @@ class ReinforceTrainer(PickleFreeTrainer):
         self._reader = BatchReader(self._collate, args.seed)
         self._searches: MultiTargetSearch | None = None
         if search is not None:
-            self.profiles = list(profiles or profile_model(self.model, self._first_example(), self.modules))
+            self.profiles = list(
+                profiles or profile_model(self.model, self._reader.read(train_dataset, [0]), self.modules)
+            )
             if self.profiles and not any(profile.calls for profile in self.profiles):
                 raise UserError(
                     f"the model calls none of its {len(self.profiles)} quantized layers: does it keep the float ones "
@@ -150,7 +152,7 @@ class ReinforceTrainer(PickleFreeTrainer):
                 )
             tied = tied_in(self.profiles)
             space = build_space(list(self.modules), formats, partition, weight_only_search, separate_activations, tied)
-            phases = Phases.of(search, self._total_steps() if searching else 0)
+            phases = Phases.of(search, self._length.steps if searching else 0)
             evaluator = self._make_evaluator(search, space)
             self._searches = MultiTargetSearch(search, evaluator, self.profiles, limits, phases, args.seed)
             self.targets = self._searches.targets
@@ -171,28 +173,22 @@ class ReinforceTrainer(PickleFreeTrainer):
         self.add_callback(self.step_logger)
 
     def _make_evaluator(self, search: ReinforceConfig, space: SearchSpace) -> AssignmentEvaluator:
-        sizes = EvaluationSizes(
-            available=len(self.search_dataset),
-            decisions=space.num_decisions,
-            choices=space.num_choices,
-            batch_size=self.args.per_device_eval_batch_size,
-            total_steps=self._total_steps(),
-            step_examples=self._step_examples,
-            examples=search.sensitivity_examples,
-            measure_share=search.measure_share,
-        )
+        length, settings = self._length, (search.sensitivity_examples, search.measure_share)
+        batches = self.args.per_device_eval_batch_size, length.steps, length.step_examples
         return AssignmentEvaluator(
             self.model,
             self.modules,
             space,
             self.search_dataset,
             self.args.seed,
-            sizes=sizes,
+            sizes=EvaluationSizes(
+                len(self.search_dataset), space.num_decisions, space.num_choices, *batches, *settings
+            ),
             reader=self._reader,
             loss_and_outputs=lambda model, batch: self.compute_loss(model, batch, return_outputs=True),
             autocast=self.compute_loss_context_manager,
             quality=search.reward_quality,
-            reward_examples=math.ceil(search.reward_share * self._global_batch_size),
+            reward_examples=math.ceil(search.reward_share * length.batch_size),
             teacher=self.teacher,
             tell=self.tell,
         )
@@ -469,43 +465,20 @@ class ReinforceTrainer(PickleFreeTrainer):
     # ------------------------------------------------------ data
 
     @property
-    def _global_batch_size(self) -> int:
-        """Training examples per batch in all processes together."""
-        return self.args.per_device_train_batch_size * self.args.world_size
-
-    @property
-    def _step_examples(self) -> int:
-        """Training examples per optimizer step."""
-        return self._global_batch_size * self.args.gradient_accumulation_steps
-
-    @property
-    def _kept_rows(self) -> int:
-        """Training rows that are not held out: an epoch is a pass over them."""
-        return len(self.train_dataset) - len(self.search_rows)  # type: ignore[arg-type]
-
-    def _steps_per_epoch(self) -> int:
-        accumulation, drop_last = self.args.gradient_accumulation_steps, self.args.dataloader_drop_last
-        return steps_per_epoch(self._kept_rows, self._global_batch_size, accumulation, drop_last)
-
-    def _total_steps(self) -> int:
-        if self.args.max_steps >= 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
+    def _length(self) -> TrainingLength:
+        args, rows = self.args, len(self.train_dataset) - len(self.search_rows)  # type: ignore[arg-type]
+        batches = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
+        return TrainingLength(rows, *batches, args.dataloader_drop_last, args.max_steps, args.num_train_epochs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self.search_rows:
             return super()._get_train_sampler(train_dataset)
-        # Position of the first fine-tuning step, counted in rows as `PhasedSampler` does.
-        epoch, within = divmod(self.phases.settle, self._steps_per_epoch())
-        position = epoch * self._kept_rows + min(within * self._step_examples, self._kept_rows)
-        return PhasedSampler(len(self.train_dataset), self.search_rows, position, self.args.seed)  # type: ignore[arg-type]
+        size, returned_at = len(self.train_dataset), self._length.position(self.phases.settle)  # type: ignore[arg-type]
+        return PhasedSampler(size, self.search_rows, returned_at, self.args.seed)
 
     def _collate(self, items: list[Any]) -> Any:
         # Columns that the model does not take are dropped, as in the Trainer's own loaders.
         return self._prepare_inputs(self._get_collator_with_removed_columns(self.data_collator)(items))
-
-    def _first_example(self) -> Any:
-        return self._reader.read(self.train_dataset, [0])
 
     def batches_of(self, dataset: Any) -> Iterator[Any]:
         """Yield a whole dataset in its order, in evaluation batches."""
@@ -520,7 +493,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         Args:
             phase: reports progress under this name; None: no reports.
         """
-        config, size = self.search_config, self._global_batch_size  # each process sees all of the batch
+        config, size = self.search_config, self._length.batch_size  # each process sees all of the batch
         batches = CALIBRATION_BATCHES if config is None else config.calibration_batches
         examples = self.calibration_samples or batches * size
         return self._reader.sample(

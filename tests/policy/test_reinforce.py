@@ -15,7 +15,7 @@ REWARDS = torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.5, 0.4, 0.2, 0.8], [0.7, 0.1, 0
 
 
 def reward(choice):
-    """Additive and so known in full: the best choice of each decision."""
+    """Additive: the best choice is the best of each decision."""
     return REWARDS.gather(1, choice.unsqueeze(-1)).sum()
 
 

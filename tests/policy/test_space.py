@@ -82,8 +82,8 @@ def test_contradicting_requests_are_refused():
 
 @st.composite
 def spaces(draw):
-    known = ["int2", "int3", "int8", "e4m3", "e2m1", "mxfp4", "nvfp4", "float"]
-    names = draw(st.lists(st.sampled_from(known), min_size=2, unique=True))
+    formats = ["int2", "int3", "int8", "e4m3", "e2m1", "mxfp4", "nvfp4", "float"]
+    names = draw(st.lists(st.sampled_from(formats), min_size=2, unique=True))
     kind = draw(st.sampled_from(["weight_only", "separate_activations", "both"]))
     partition = draw(st.sampled_from(["layer", "single", {"body": LAYERS[1:3], "ends": [LAYERS[0], LAYERS[3]]}]))
     formats = parse_search_space(",".join(names))

@@ -101,9 +101,9 @@ def test_losses_that_are_no_likelihood_tell_formats_apart(loss, tmp_path):
 def test_a_drop_is_kept_where_the_loss_is_large(tmp_path):
     trainer = searched(tmp_path, Net(squares, outputs=1), config={"target_bits": None, "max_drop": 0.02})
     trainer.train()
-    told = trainer.contest
-    assert told["float_quality"] == pytest.approx(0.5, abs=0.05), "half, at the float model's own loss"
-    assert told["within_drop"] == (told["held_out_quality"] >= told["float_quality"] - 0.02)
+    contest = trainer.contest
+    assert contest["float_quality"] == pytest.approx(0.5, abs=0.05), "half, at the float model's own loss"
+    assert contest["within_drop"] == (contest["held_out_quality"] >= contest["float_quality"] - 0.02)
 
 
 def test_which_losses_need_something_to_be_measured_by():
@@ -294,12 +294,12 @@ def test_evaluations_are_of_the_best_choice_and_only_the_chosen_one_is_ever_the_
     )
     watcher.trainer = trainer
     trainer.train()
-    settled = trainer.phases.settle
+    chosen_at = trainer.phases.settle
     for step, formats, best in watcher.seen:
         cost = trainer.budget.costs(trainer.space.choice(formats))[0]
         assert cost <= trainer.cost_target, f"step {step}: what is evaluated fits the budget"
-        assert step > settled or best is None
-    assert watcher.seen[-1][2] is not None and settled > 3
+        assert step > chosen_at or best is None
+    assert watcher.seen[-1][2] is not None and chosen_at > 3
 
 
 def test_steps_of_epochs_that_drop_their_last_batch(tmp_path):

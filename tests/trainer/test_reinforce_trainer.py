@@ -267,8 +267,8 @@ class WithoutLoss(Net):
 
 class Tuples(Net):
     def forward(self, pixel_values, labels=None):
-        told = super().forward(pixel_values, labels)
-        return (told["logits"],) if labels is None else (told["loss"], told["logits"])
+        outputs = super().forward(pixel_values, labels)
+        return (outputs["logits"],) if labels is None else (outputs["loss"], outputs["logits"])
 
 
 def cross_entropy(outputs, labels, num_items_in_batch=None):
@@ -357,8 +357,8 @@ def test_a_teacher_compares_by_the_distance_from_its_answers(tmp_path):
     set_formats(trainer.modules, trainer.space.assignment(choice))
     for batch, got in zip(trainer.evaluator.evaluation_batches(), degradation, strict=True):
         with torch.no_grad():
-            known, own = (m.eval()(**batch)["logits"] / TEMPERATURE for m in (teacher, trainer.model))
-        wanted = nn.functional.kl_div(own.log_softmax(1), known.softmax(1), reduction="batchmean")
+            reference, own = (m.eval()(**batch)["logits"] / TEMPERATURE for m in (teacher, trainer.model))
+        wanted = nn.functional.kl_div(own.log_softmax(1), reference.softmax(1), reduction="batchmean")
         assert got == pytest.approx(TEMPERATURE**2 * float(wanted), rel=1e-2)
 
 

@@ -78,7 +78,38 @@ def streams(dataset: Any) -> bool:
     return dataset is not None and (isinstance(dataset, IterableDataset) or not has_length(dataset))
 
 
-def steps_per_epoch(rows: int, batch_size: int, accumulation: int, drop_last: bool) -> int:
-    """Return the optimizer steps of a pass over `rows`, counted as transformers' Trainer counts them."""
-    batches = math.floor(rows / batch_size) if drop_last else math.ceil(rows / batch_size)
-    return max(1, math.ceil(batches / accumulation))
+@dataclass(frozen=True)
+class TrainingLength:
+    """Length of a training in rows and optimizer steps, counted as transformers' Trainer counts them."""
+
+    rows: int
+    """Training rows per epoch."""
+    batch_size: int
+    """Training examples per batch in all processes together."""
+    accumulation: int
+    """Batches per optimizer step."""
+    drop_last: bool
+    max_steps: int
+    """Optimizer steps of the training; negative: given by `epochs`."""
+    epochs: float
+
+    @property
+    def step_examples(self) -> int:
+        """Training examples per optimizer step."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        batches = self.rows // self.batch_size if self.drop_last else math.ceil(self.rows / self.batch_size)
+        return max(1, math.ceil(batches / self.accumulation))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the training."""
+        return self.max_steps if self.max_steps >= 0 else math.ceil(self.epochs * self.steps_per_epoch)
+
+    def position(self, step: int) -> int:
+        """Return the number of rows that all steps before `step` have read."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self.rows + min(within * self.step_examples, self.rows)

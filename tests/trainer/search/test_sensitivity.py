@@ -42,13 +42,13 @@ def alone(model, layers, space, batches, d, c):
 
 def test_sensitivities_are_means_of_every_examples_divergence(measured):
     model, layers, space, batches = measured
-    told = measure_sensitivity(model, layers, space, batches, logits, divergence)
+    found = measure_sensitivity(model, layers, space, batches, logits, divergence)
     reference = softmax(alone(*measured, None, None), axis=1)
     for d in range(3):
         for c in range(3):
             kl = entropy(reference, softmax(alone(*measured, d, c), axis=1), axis=1)
-            assert told.mean[d, c] == pytest.approx(kl.mean(), rel=1e-3, abs=1e-6)
-    assert (told.mean[:, 0] > told.mean[:, 2]).all()
+            assert found.mean[d, c] == pytest.approx(kl.mean(), rel=1e-3, abs=1e-6)
+    assert (found.mean[:, 0] > found.mean[:, 2]).all()
 
 
 def test_batch_norms_go_by_the_batch_not_by_averages_of_other_formats():
@@ -57,28 +57,28 @@ def test_batch_norms_go_by_the_batch_not_by_averages_of_other_formats():
     layers = quantize_model(model, formats=FORMATS)
     space, batches = build_space(list(layers), FORMATS), [{"input": torch.randn(20, 6)}]
     calibrate(model, layers, batches)
-    told = measure_sensitivity(model, layers, space, batches, logits, divergence).mean
+    found = measure_sensitivity(model, layers, space, batches, logits, divergence).mean
     model[1].running_mean.fill_(5)  # what training left behind
     model[1].running_var.fill_(0.01)
-    np.testing.assert_array_equal(measure_sensitivity(model, layers, space, batches, logits, divergence).mean, told)
+    np.testing.assert_array_equal(measure_sensitivity(model, layers, space, batches, logits, divergence).mean, found)
 
 
 def test_the_error_of_a_plain_mean_is_its_standard_error(measured):
     model, layers, space, batches = measured
-    told = measure_sensitivity(model, layers, space, batches, logits, divergence)
+    found = measure_sensitivity(model, layers, space, batches, logits, divergence)
     kl = entropy(softmax(alone(*measured, None, None), axis=1), softmax(alone(*measured, 1, 0), axis=1), axis=1)
-    assert told.error[1, 0] == pytest.approx(kl.std(ddof=1) / np.sqrt(17), rel=1e-3)
+    assert found.error[1, 0] == pytest.approx(kl.std(ddof=1) / np.sqrt(17), rel=1e-3)
 
 
 def test_a_scalar_is_averaged_over_the_batches_and_may_fall(measured):
     model, layers, space, batches = measured
-    told = measure_sensitivity(model, layers, space, batches, lambda m, b: -m(**b).square().mean(), increase)
+    found = measure_sensitivity(model, layers, space, batches, lambda m, b: -m(**b).square().mean(), increase)
 
     def of(values):
         return np.array([-(part**2).mean() for part in np.split(values, [7, 14])])
 
     wanted = (of(alone(*measured, 2, 0)) - of(alone(*measured, None, None))).mean()
-    assert told.mean[2, 0] == pytest.approx(wanted, rel=1e-4)
+    assert found.mean[2, 0] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_mode_and_formats_come_back(measured):
@@ -114,7 +114,7 @@ def normed_by_hooks(*layers):
 @pytest.mark.parametrize("computed", [normed_copies, frozen, normed_by_hooks])
 @pytest.mark.parametrize("method", ["fisher", "hawq_v2", "qbert"])
 def test_a_layer_that_computes_its_weight_is_as_sensitive_as_any(method, computed):
-    def told(make):
+    def table_of(make):
         torch.manual_seed(0)
         one, two, last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
         one, two = make(one, two)
@@ -137,7 +137,7 @@ def test_a_layer_that_computes_its_weight_is_as_sensitive_as_any(method, compute
             assert not torch.equal(logits(model, batches[0]), reference)  # its weight is computed again
         return made
 
-    np.testing.assert_allclose(told(computed), told(lambda *layers: layers), rtol=1e-3)
+    np.testing.assert_allclose(table_of(computed), table_of(lambda *layers: layers), rtol=1e-3)
 
 
 def test_a_layer_that_is_called_by_keyword_is_as_sensitive_as_any():
@@ -150,11 +150,11 @@ def test_a_layer_that_is_called_by_keyword_is_as_sensitive_as_any():
         def forward(self, x):
             return self.last(self.first(input=x).relu() if self.named else self.first(x).relu())
 
-    def told(named):
+    def table_of(named):
         model, batches = Net(named), [{"x": torch.linspace(-1, 1, 72).view(9, 8)}]
         layers = quantize_model(model, formats=FORMATS)
         calibrate(model, layers, batches)
         space = build_space(list(layers), FORMATS)
         return fisher_sensitivity(model, layers, space, batches, lambda m, b: m(**b).square().mean())
 
-    np.testing.assert_array_equal(told(True), told(False))
+    np.testing.assert_array_equal(table_of(True), table_of(False))

@@ -27,8 +27,8 @@ def test_the_loss_is_torchs_own_divergence_mixed_in():
     teacher, student, data = Linear(0), Linear(1), batch()
     logits = student(**data)["logits"]
     own = functional.cross_entropy(logits, data["labels"])
-    softer, known = (logits / TEMPERATURE).log_softmax(1), (teacher(**data)["logits"] / TEMPERATURE).log_softmax(1)
-    wanted = TEMPERATURE**2 * functional.kl_div(softer, known, reduction="batchmean", log_target=True)
+    softer, reference = (logits / TEMPERATURE).log_softmax(1), (teacher(**data)["logits"] / TEMPERATURE).log_softmax(1)
+    wanted = TEMPERATURE**2 * functional.kl_div(softer, reference, reduction="batchmean", log_target=True)
     got = Teacher(teacher, 0.25).loss(own, logits, data, None)
     torch.testing.assert_close(got, 0.75 * own + 0.25 * wanted)
     # Two accumulated halves count all eight examples.

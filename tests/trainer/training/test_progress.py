@@ -1,4 +1,4 @@
-"""What listeners hear of a run, and that measuring keeps within its share of the training."""
+"""Progress reports, and the share of the training that measuring may take."""
 
 import pytest
 
@@ -7,23 +7,23 @@ from trainer.search.evaluation_sizes import examples_to_evaluate, examples_to_me
 from trainer.training.progress import Passes, counted
 
 
-def heard():
-    told = []
-    return told, lambda phase, done=0, total=None, what="": told.append((phase, done, total, what))
+def listening():
+    reports = []
+    return reports, lambda phase, done=0, total=None, what="": reports.append((phase, done, total, what))
 
 
-def test_what_is_counted_is_told_of_from_nothing_to_all():
-    told, tell = heard()
+def test_counted_items_are_reported_from_none_to_all():
+    reports, tell = listening()
     assert list(counted("ab", 2, "reading", tell)) == ["a", "b"]
-    assert told == [("reading", 0, 2, ""), ("reading", 1, 2, "batch 1 of 2"), ("reading", 2, 2, "batch 2 of 2")]
+    assert reports == [("reading", 0, 2, ""), ("reading", 1, 2, "batch 1 of 2"), ("reading", 2, 2, "batch 2 of 2")]
 
 
-def test_passes_never_exceed_what_is_told_of_them():
-    told, tell = heard()
+def test_passes_never_exceed_their_reported_number():
+    reports, tell = listening()
     passes = Passes("choosing", 2)
     for _ in range(3):
         passes.count(tell)
-    assert [(done, total) for _, done, total, _ in told] == [(1, 2), (2, 2), (3, 3)]
+    assert [(done, total) for _, done, total, _ in reports] == [(1, 2), (2, 2), (3, 3)]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 1.0])

@@ -10,7 +10,7 @@ from trainer.training.sampler import PhasedSampler, hold_out
 
 
 class Rows(SimpleNamespace):
-    """Data of which only the length and, where given, the labels are known."""
+    """Data with a length and, where given, labels."""
 
     def __len__(self):
         return self.size

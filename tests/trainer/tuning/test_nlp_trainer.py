@@ -364,7 +364,7 @@ def test_a_reduced_range_holds_for_every_layer(tmp_path):
 
 
 def test_a_bad_layer_falls_back_in_a_real_model(tmp_path):
-    """The loss doubles as soon as one layer is quantized; the others do no harm."""
+    """The loss doubles as soon as one layer is quantized; the others change nothing."""
     trainer = make_trainer(tmp_path)
     bad = "bert.encoder.layer.1.output.dense"
 
@@ -372,10 +372,10 @@ def test_a_bad_layer_falls_back_in_a_real_model(tmp_path):
     float_loss = original()["eval_loss"]
 
     def evaluate(*arguments, **keywords):
-        told = original(*arguments, **keywords)
+        metrics = original(*arguments, **keywords)
         layer = trainer.model.get_submodule(bad)
         broken = hasattr(layer, "formats") and layer.formats[0].name != "float"
-        return {**told, "eval_loss": float_loss * (2.0 if broken else 1.0)}
+        return {**metrics, "eval_loss": float_loss * (2.0 if broken else 1.0)}
 
     trainer.evaluate = evaluate
     metric = metrics.Metric(name="eval_loss", greater_is_better=False, criterion=0.05)
@@ -464,13 +464,13 @@ def test_a_stream_is_calibrated_on_by_its_first_rows(tmp_path):
 
 
 class Watcher(TrainerCallback):
-    """Remembers whom it was told of."""
+    """Remembers what it was called with."""
 
     def __init__(self):
-        self.told = []
+        self.calls = []
 
     def on_train_end(self, args, state, control, model, optimizer, **others):
-        self.told.append((model, {group["initial_lr"] for group in optimizer.param_groups}, state.stateful_callbacks))
+        self.calls.append((model, {group["initial_lr"] for group in optimizer.param_groups}, state.stateful_callbacks))
 
 
 class Counter(TrainerCallback, ExportableState):
@@ -494,7 +494,7 @@ def test_quantized_copies_are_trained_with_what_the_trainer_was_given(tmp_path):
     trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 3  # which needs the evaluation set
     trainer.train()
     model = trainer.quantize(loss_within(9.0, approach="QuantizationAwareTraining"))
-    (_, (trained, rates, stateful)) = watcher.told
+    (_, (trained, rates, stateful)) = watcher.calls
     assert trained is model and rates == {0.25}  # one rate: SGD needs no other for scales
     assert stateful["Counter"] == {"args": {"by": 2}, "attributes": {"count": 6}} and counter.count == 6
 
@@ -523,8 +523,8 @@ def test_a_diverging_trial_is_not_accepted_and_others_follow(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         model = trainer.quantize(loss_within(9.0, approach="QuantizationAwareTraining", objectives=BOTH))
     assert model is not None and len(trainer.trained) == 3
-    told = [record.message for record in caplog.records if "loss is nan at step" in record.message]
-    assert len(told) == 2 and told[0].startswith("QuantizationAwareTraining: ")
+    messages = [record.message for record in caplog.records if "loss is nan at step" in record.message]
+    assert len(messages) == 2 and messages[0].startswith("QuantizationAwareTraining: ")
     assert {path.name for path in tmp_path.iterdir()} == {"trials"}, "checkpoints of copies are not the trainer's own"
 
 
