@@ -67,9 +67,9 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     with locked(list(dict.fromkeys([folder, *experiment_folders(runs)]))):
         states = run_states(config, runs)
         missing = {name: state.config for name, state in states.items() if not is_over(config, state)}
-        estimates = (
-            check_runs(missing or by_name(runs[:1]), console) if runner is None and (missing or config.hpo) else {}
-        )
+        estimates: dict[str, RunEstimate] = {}
+        if runner is None and (missing or config.hpo):
+            estimates = check_runs(missing or by_name(runs[:1]), console)
         if (kept := write_launch(folder, config, runs)) is not None:
             make_console(sys.stderr).print(f"An earlier launch here is not finished; go on with it by --resume {kept}")
         set_aside(missing.values())
