@@ -169,7 +169,20 @@ def loosely_named(tables: Sequence[Path], folder: Path, flag: str) -> dict[str, 
 
 
 def one_set(name: str, files: list[Path], folder: Path, flag: str) -> list[Path]:
-    """Return the files of a split unchanged if they are one file or its shards; else raise UserError."""
+    """Check that the files of a split are one file, or the shards of one.
+
+    Args:
+        name: the split.
+        files: its files.
+        folder: the folder of the data, for errors.
+        flag: the flag that names it, for errors.
+
+    Returns:
+        The files, unchanged.
+
+    Raises:
+        UserError: if there are two sets of files for the split.
+    """
     sets = {(file.parent, SHARD.sub("", stem(file)), "".join(file.suffixes[-2:])): file for file in files}
     if len(sets) > 1:
         first, second, *_ = (str(file.relative_to(folder)) for file in sets.values())

@@ -124,7 +124,13 @@ def prepare_questions(data: TaskData, bundle: ModelBundle, config: Any) -> Prepa
 
 
 def encode(data: TaskData, split: Any, tokenizer: Any, length: int) -> tuple[Any, Pieces]:
-    """Tokenize a split into pieces of at most `length` tokens.
+    """Tokenize a split into pieces, and find the answer in each.
+
+    Args:
+        data: the task's data, for the names of its columns.
+        split: the rows to encode.
+        tokenizer: the model's tokenizer.
+        length: most tokens of a piece.
 
     Returns:
         A `datasets.Dataset` with one row per piece, and where the pieces come from.

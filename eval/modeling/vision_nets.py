@@ -64,7 +64,14 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def stage(blocks: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
-        """Build a stage of which the first block changes the number of channels and the resolution."""
+        """Build a stage.
+
+        Args:
+            blocks: number of blocks.
+            channels_in: channels of the stage's input.
+            channels: channels of its blocks.
+            stride: stride of its first block; the others have stride 1.
+        """
         first = BasicBlock(channels_in, channels, stride)
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
