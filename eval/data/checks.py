@@ -109,10 +109,10 @@ def usable_splits(task: Task, splits: dict[str, Split]) -> tuple[Split, dict[str
         looked = f"no labelled split to evaluate: looked for {choices} among {', '.join(splits)}"
         remedy = "give its labels, or move it away: a tenth of the training rows is held out instead"
         raise UserError("; ".join([looked, *notes, *([remedy] if notes else [])]))
-    return hold_out(task, train)
+    return validation_from_training(task, train)
 
 
-def hold_out(task: Task, split: Split) -> tuple[Split, dict[str, Split], list[str]]:
+def validation_from_training(task: Task, split: Split) -> tuple[Split, dict[str, Split], list[str]]:
     """Hold out the share `HELD_OUT` of a split for evaluation, the same rows in every run; for `lm`, the last ones."""
     from sklearn.model_selection import train_test_split
 
