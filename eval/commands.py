@@ -25,8 +25,9 @@ COMMANDS = {
 """console command -> arguments of `python` that do the same in a checkout"""
 NEEDED = (
     *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "numpy"),
-    *("omegaconf", "optuna", "pandas", "PIL", "psutil", "pyarrow", "yaml", "ray", "rich", "rouge_score", "safetensors"),
-    *("sklearn", "scipy", "tensorboard", "tensorboardX", "timm", "tokenizers", "torch", "torchvision", "transformers"),
+    *("omegaconf", "optuna", "pandas", "PIL", "plotly", "psutil", "pyarrow", "yaml", "ray", "rich", "rouge_score"),
+    *("safetensors", "sklearn", "scipy", "tensorboard", "tensorboardX", "timm", "tokenizers", "torch", "torchvision"),
+    "transformers",
 )
 """import names of the required packages"""
 OLDEST_PYTHON = (3, 11)
