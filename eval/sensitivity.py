@@ -96,7 +96,7 @@ def draw(names: Sequence[str], columns: Columns, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from eval.report.canvas import COLOURS, MARKERS, STYLE
+    from eval.report.canvas import COLOURS, MARKERS, STYLE, plain_log_ticks
 
     kinds = [kind for kind in KINDS if any(title.split()[0] == kind for title in columns)]
     with rc_context(STYLE):
@@ -118,6 +118,7 @@ def draw(names: Sequence[str], columns: Columns, path: Path) -> None:
                     label=title.removeprefix(kind).strip() or None,
                 )
             panel.set_xscale("log")
+            plain_log_ticks(panel.xaxis)
             panel.set_title(kind)
             panel.set_xlabel({"measured": "divergence or loss [nats]", "fisher": "score"}.get(kind, f"|{kind}|"))
             if len(own) > 1:

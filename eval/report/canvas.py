@@ -17,8 +17,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from eval.report.records import Run, sort_formats
 from quant.formats import parse_format
@@ -124,6 +126,12 @@ def format_palette(runs: Sequence[Run]) -> dict[str, FormatStyle]:
         name: FormatStyle(bits[i], to_hex(shades[i]), HATCHES[bits[:i].count(bits[i]) % len(HATCHES)])
         for i, name in enumerate(names)
     }
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, since STYLE leaves mathematical text unparsed."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def method_style(method: str, methods: Sequence[str]) -> tuple[str, str]:

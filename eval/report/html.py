@@ -22,6 +22,8 @@ from eval.report.tables import Table
 
 SIDE_BY_SIDE = ("Pareto", "Formats of all runs", "Sensitivities")
 """headings whose drawings stand side by side, one section for each task and model"""
+BESIDE = ": front, formats, sensitivities"
+"""end of the heading of such a section"""
 
 
 def page(
@@ -55,6 +57,7 @@ def page(
         every_run=every_run,
         sections=_sections(pictures),
         excluded=excluded,
+        side_by_side=BESIDE,
         library=_library() if interactive else None,
     )
 
@@ -66,7 +69,7 @@ def _sections(pictures: Mapping[str, Sequence[Drawing]]) -> dict[str, list[Drawi
         for drawing in pictures.get(heading, ()):
             beside.setdefault(drawing.where, []).append(drawing)
     rest = {heading: list(drawings) for heading, drawings in pictures.items() if heading not in SIDE_BY_SIDE}
-    return {f"{where}: front, formats, sensitivities": own for where, own in beside.items()} | rest
+    return {f"{where}{BESIDE}": own for where, own in beside.items()} | rest
 
 
 def _json(figure: Mapping[str, Any]) -> Markup:

@@ -15,14 +15,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from eval.report import interactive
-from eval.report.canvas import COLOURS, INK, MARKERS, WIDTH, Canvas, Drawing, FormatStyle, method_style
+from eval.report.canvas import COLOURS, INK, WIDTH, Canvas, Drawing, FormatStyle, method_style, plain_log_ticks
 from eval.report.labels import short_names
 from eval.report.layers import NOT_MEASURED, Sensitivities
 from eval.report.pareto import Panel
 from eval.report.records import Run, sort_formats
+
+MARKER_OF = {symbol: marker for marker, symbol in interactive.SYMBOLS.items()}
+"""symbol of plotly -> marker of matplotlib"""
 
 
 def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
@@ -303,10 +306,16 @@ def sensitivities(kind: str, runs: Sequence[Run], found: Mapping[Path, Sensitivi
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        for number, (trace, label) in enumerate(zip(figure["data"], labels, strict=True)):
-            colour, marker = trace["marker"]["color"], MARKERS[number % len(MARKERS)]
-            axes.plot(trace["y"], trace["x"], marker, color=colour, ms=3.5, label=label)
+        for trace, label in zip(figure["data"], labels, strict=True):
+            colour = trace["marker"]["color"]
+            for x, y, symbol in zip(trace["x"], trace["y"], trace["marker"]["symbol"], strict=True):
+                face = "none" if symbol.endswith("-open") else colour
+                axes.plot(y, x, MARKER_OF[symbol.removesuffix("-open")], color=colour, ms=4.5, mfc=face)
+            if trace["x"]:
+                marker = MARKER_OF[trace["marker"]["symbol"][0].removesuffix("-open")]
+                axes.plot([], [], marker, color=colour, ms=4.5, label=label)
         axes.set_xscale("log")
+        plain_log_ticks(axes.xaxis)
         axes.set_xlabel(figure["layout"]["yaxis"]["title"]["text"])
         axes.set_yticks(range(len(layers)), layers)
         axes.set_ylim(len(layers) - 0.4, -0.6)
@@ -379,8 +388,7 @@ def _by_format(values: np.ndarray, formats: Sequence[str]) -> dict[str, np.ndarr
 def _log_axis(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_log_ticks(axes.xaxis)
 
 
 def _format_legend(

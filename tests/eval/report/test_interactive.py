@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from benchmarks.synthetic_runs import write_run
-from eval.report import interactive
-from eval.report.canvas import format_palette
+from eval.report import interactive, plots
+from eval.report.canvas import STYLE, format_palette
 from eval.report.layers import read_sensitivities
 from eval.report.pareto import panels
 from eval.report.records import group_runs, read_each, read_runs, shown_runs
@@ -55,6 +57,15 @@ def test_the_chosen_format_of_a_layer_is_filled(runs):
     figure = interactive.sensitivity_marks("measured", [run], {run.folder: read_sensitivities(run.folder)})
     filled = {trace["meta"].split(" · ")[-1] for trace in figure["data"] if "open" not in trace["marker"]["symbol"][0]}
     assert filled == {chosen}
+    drawing = plots.sensitivities("measured", [run], {run.folder: read_sensitivities(run.folder)})
+    with rc_context(STYLE):
+        canvas = Figure(figsize=drawing.size, layout="constrained")
+        drawing.draw(canvas)
+        canvas.draw_without_rendering()
+    (axes,) = canvas.axes
+    full = [line for line in axes.lines if len(line.get_xdata()) and line.get_markerfacecolor() != "none"]
+    assert [float(line.get_xdata()[0]) for line in full] == [pytest.approx(0.1 * (names.index(chosen) + 1))]
+    assert not any("$" in label.get_text() for label in axes.get_xticklabels())
 
 
 def test_every_picture_has_an_interactive_counterpart_in_strict_json(runs):
