@@ -149,7 +149,10 @@ class SearchFlags:
     )
     cost_beta: float = flag(1.0, "how hard the reward punishes cost")
     charge_attention: bool = flag(False, "charge the products Q*K^T and A*V at the activation width")
-    delay_steps: int | None = flag(None, "steps before the policy learns; default: a quarter of the steps")
+    delay_steps: int | None = flag(
+        None,
+        "steps before the policy learns; default: half of those before the fine-tuning phase, or a quarter of all without one",
+    )
     rl_learning_rate: float | None = flag(None, "learning rate of the policy; default: the recipe's")
     max_entropy_beta: float | None = flag(None, "weight of the entropy term at its largest; default: the recipe's")
     entropy_schedule_type: str = flag(

@@ -20,9 +20,6 @@ from trainer.search.evaluator import AssignmentEvaluator
 from trainer.training.distributed import of_first_process
 from trainer.training.progress import Passes
 
-ADDITIVE = ("measured", "fisher", "hawq_v2", "qbert")
-"""Sensitivities that add up over decisions: each is a method of its own and can be the prior of the policy."""
-
 
 def allocate(method: str, evaluator: AssignmentEvaluator, budget: Budget, seed: int) -> list[int]:
     """Return the choice of a competing method within the budget.
@@ -55,7 +52,7 @@ def sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDArr
     With several processes, all return the result of the first.
 
     Args:
-        kind: one of `ADDITIVE`.
+        kind: "measured", "fisher", "hawq_v2" or "qbert".
         evaluator: model, layers and held-out data.
         seed: seed of the random vectors of Hessian methods.
     """
