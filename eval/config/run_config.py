@@ -151,7 +151,7 @@ class SearchFlags:
     charge_attention: bool = flag(False, "charge the products Q*K^T and A*V at the activation width")
     delay_steps: int | None = flag(
         None,
-        "steps before the policy learns; default: half of those before the fine-tuning phase, or a quarter of all without one",
+        "steps before the policy learns; default: half of those before fine-tuning, or a quarter of all without it",
     )
     rl_learning_rate: float | None = flag(None, "learning rate of the policy; default: the recipe's")
     max_entropy_beta: float | None = flag(None, "weight of the entropy term at its largest; default: the recipe's")
