@@ -123,8 +123,11 @@ def answers(name: str, shared: Path, output: Path, seed: int) -> Answers:
 
 
 def picks(seen: Answers, criterion: NDArray[np.float64], generator: Any) -> tuple[float, float, float]:
-    """On the other examples: points of accuracy of the picks over the mean assignment, points of the truth's
-    probability under the best one, and the correlation of the criterion with the errors there."""
+    """Return how good a criterion's picks are on the other examples.
+
+    Points of accuracy over the mean assignment, points of the truth's probability under the best one, and the
+    correlation of the criterion with the errors there.
+    """
     wrong = (seen.own.argmax(-1) != seen.labels).double().numpy()
     truth = _truth(seen).numpy()
     gained, lost, together = [], [], []

@@ -41,7 +41,7 @@ def model_and_tokenizer() -> tuple[Any, Any]:
 
 
 def windows(tokenizer: Any, shared: Path, count: int) -> Tensor:
-    """int64 (count, LENGTH)"""
+    """Return int64 (count, LENGTH)."""
     (table,) = (shared / "data/glue/mrpc").glob("test-*.parquet")
     text = "\n".join(pd.read_parquet(table)["sentence1"][: 40 * count])
     return torch.tensor(tokenizer(text)["input_ids"][: count * LENGTH]).view(count, LENGTH)
