@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from trainer.training.atomic import write_atomically
+
 if TYPE_CHECKING:  # torch takes seconds to import
     from policy.solve import Table
     from policy.space import SearchSpace
@@ -22,12 +24,16 @@ def choice_names(space: SearchSpace) -> list[str]:
 
 
 def write_csv(names: Sequence[str], columns: Columns, path: Path) -> None:
-    """Write one row per decision: its name, then each column and its error."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["decision", *(f"{title}{part}" for title in columns for part in ("", " error"))])
-        for row, name in enumerate(names):
-            writer.writerow([name, *(part for values in columns.values() for part in values[row])])
+    """Write one row per decision: its name, then each column and its error; a file is complete or absent."""
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["decision", *(f"{title}{part}" for title in columns for part in ("", " error"))])
+            for row, name in enumerate(names):
+                writer.writerow([name, *(part for values in columns.values() for part in values[row])])
+
+    write_atomically(path, write)
 
 
 def keep_sensitivities(folder: Path, space: SearchSpace, kind: str, table: Table) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval.run.sensitivities import FILE, write_csv
 from eval.sensitivity import main
 from quant.errors import UserError
 
@@ -49,3 +50,10 @@ def test_the_module_as_a_command():
     assert done.returncode == 2
     assert "--kinds hessian: unknown 'hessian'; choices: measured, fisher, trace" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path):
+    columns = {"measured int4": [(0.5, None)]}  # of one decision, where there are two
+    with pytest.raises(IndexError):
+        write_csv(["first", "second"], columns, tmp_path / FILE)
+    assert not list(tmp_path.iterdir())
