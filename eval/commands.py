@@ -52,11 +52,6 @@ def command(name: str, *arguments: str | Path) -> str:
     return line if here or script[0] != "-m" else f"cd {shlex.quote(str(ROOT))} && {line}"
 
 
-def example_of(name: str, arguments: str) -> str:
-    """Return the last line of a command's --help."""
-    return f"for example: {command(name)} {arguments}"
-
-
 def again(*arguments: str | Path) -> str:
     """Format the running program (one of `COMMANDS`, or the user's script) with other arguments for a shell."""
     started = Path(sys.argv[0]).resolve()

@@ -20,7 +20,6 @@ if __name__ == "__main__":  # run as a file, Python puts this folder first on th
 from rich.console import Console
 from rich.text import Text
 
-from eval.commands import command, example_of
 from eval.config.files import writing
 from eval.config.parser import CommandParser, entry
 from eval.config.validation import check_can_be_made
@@ -88,12 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _flags(argv: Sequence[str]) -> Namespace:
-    parser = CommandParser(
-        prog=command("mpq-report"),
-        description="Tables and pictures of finished runs.",
-        allow_abbrev=False,
-        epilog=example_of("mpq-report", "output --html report.html"),
-    )
+    parser = CommandParser("mpq-report", "Tables and pictures of finished runs.", "output --html report.html")
     add = parser.add_argument
     add("folders", metavar="DIR", nargs="*", type=Path, help="folder of runs, searched through to any depth")
     add("--format", choices=FORMATS, default="table", help="how the table is printed (default: table)")

@@ -20,7 +20,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from eval.commands import command, example_of
 from eval.config.files import require, writing
 from eval.config.parser import CommandParser, entry
 from eval.export.finished_run import FinishedRun, finished_run
@@ -217,12 +216,7 @@ def _milliseconds(pair: str) -> Column:
 
 
 def _flags(argv: Sequence[str]) -> Namespace:
-    parser = CommandParser(
-        prog=command("mpq-latency"),
-        description="ONNX Runtime latencies of a run.",
-        allow_abbrev=False,
-        epilog=example_of("mpq-latency", "output/digits/default/RUN --threads 2"),
-    )
+    parser = CommandParser("mpq-latency", "ONNX Runtime latencies of a run.", "output/digits/default/RUN --threads 2")
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")
     add("--output", type=Path, help=f"the table (default: RUN_DIR/{TABLE})")

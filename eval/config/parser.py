@@ -179,7 +179,17 @@ def to_yaml(config: RunConfig) -> str:
 
 
 class CommandParser(ArgumentParser):
-    """Argument parser of a command that raises UserError instead of printing its usage and exiting."""
+    """Argument parser of a command that raises UserError instead of printing its usage and exiting.
+
+    Args:
+        name: console command, such as 'mpq-export'.
+        description: what the command does, for --help.
+        example: arguments of the example that --help ends with.
+    """
+
+    def __init__(self, name: str, description: str, example: str) -> None:
+        epilog = f"for example: {command(name)} {example}"
+        super().__init__(prog=command(name), description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the message of argparse."""

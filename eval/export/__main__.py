@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from eval.commands import command, example_of
 from eval.config.files import writing
 from eval.config.parser import CommandParser, entry
 from eval.config.validation import check_one_of
@@ -233,10 +232,7 @@ def metric_drop_warnings(record: dict[str, Any], exported: dict[str, dict[str, f
 
 def _flags(argv: Sequence[str]) -> Namespace:
     parser = CommandParser(
-        prog=command("mpq-export"),
-        description="A finished run as a model for deployment.",
-        allow_abbrev=False,
-        epilog=example_of("mpq-export", "output/digits/default/RUN --format onnx"),
+        "mpq-export", "A finished run as a model for deployment.", "output/digits/default/RUN --format onnx"
     )
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")

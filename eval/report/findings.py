@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from eval.report.paired import Answers, group_answers, half_width
-from eval.report.records import Excluded, Group, lower_is_better
+from eval.report.records import Excluded, Group, evenly_spaced, is_within, lower_is_better
 from eval.run.outcome import choice_line, file_sizes
 
 MAX_BUDGETS = 4
@@ -38,7 +38,7 @@ def findings(groups: Sequence[Group], answers: AnswersOf) -> list[Finding]:
     for name in dict.fromkeys(_place(group) for group in groups):
         own = [group for group in groups if _place(group) == name]
         budgets = sorted({(g.record["cost_type"], g.record["cost_target"]) for g in own if g.record["cost_target"]})
-        paragraphs = [_of_budget(own, *budget, answers) for budget in _spread(budgets)]
+        paragraphs = [_of_budget(own, *budget, answers) for budget in evenly_spaced(budgets, MAX_BUDGETS)]
         if len(budgets) > MAX_BUDGETS:
             more = f"{len(budgets) - MAX_BUDGETS} more budgets lie between these: see the summary."
             paragraphs.append(("", (more,)))
@@ -59,13 +59,6 @@ def left_out(excluded: Sequence[Excluded]) -> str:
 
 def _place(group: Group) -> tuple[str, str, str]:
     return group.record["task"], group.record["model"], group.record["metric"]
-
-
-def _spread(budgets: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Up to MAX_BUDGETS of the budgets, evenly spaced, the smallest and the largest among them."""
-    if len(budgets) <= MAX_BUDGETS:
-        return list(budgets)
-    return [budgets[round(i * (len(budgets) - 1) / (MAX_BUDGETS - 1))] for i in range(MAX_BUDGETS)]
 
 
 def _of_budget(
@@ -106,7 +99,7 @@ def _without_budget(groups: Sequence[Group], answers: AnswersOf) -> tuple[str, t
 
 
 def _fits(group: Group, cost_type: str, target: float) -> bool:
-    return all(run.costs[cost_type] <= target * (1 + 1e-9) for run in group.runs)
+    return all(is_within(run.costs[cost_type], target) for run in group.runs)
 
 
 def _best(groups: Sequence[Group]) -> Group:

@@ -19,7 +19,7 @@ from eval.report.canvas import COLOURS, HATCHES, FormatStyle, method_style
 from eval.report.labels import short_names
 from eval.report.layers import NOT_MEASURED, Sensitivities, formats_by_layer, layer_texts
 from eval.report.pareto import Panel
-from eval.report.records import Group, Run, sort_formats
+from eval.report.records import Group, Run, evenly_spaced, sort_formats
 from eval.run.outcome import file_sizes
 
 Figure: TypeAlias = dict[str, Any]
@@ -254,7 +254,7 @@ def sensitivity_marks(kind: str, runs: Sequence[Run], found: Mapping[Path, Sensi
 
 def policy_maps(panels: Mapping[str, NDArray[Any]], steps: NDArray[Any], decisions: Sequence[str]) -> Figure:
     """A heat map for each format: probability by step and decision. panels: format -> (steps, decisions)."""
-    kept = _spaced(len(steps))
+    kept = evenly_spaced(range(len(steps)), MAX_STEPS)
     layout: Figure = {"height": 150 + 15 * max(8, len(decisions)), "annotations": []}
     layout["coloraxis"] = {
         "cmin": 0,
@@ -311,7 +311,7 @@ def course(
         layout[f"xaxis{suffix}"] = {"title": {"text": "step", "standoff": 2}}
         layout[f"yaxis{suffix}"] = {"title": {"text": escaped(title)}}
         for place, (steps, values) in enumerate(lines):
-            kept = _spaced(len(steps))
+            kept = evenly_spaced(range(len(steps)), MAX_STEPS)
             colour, dash = COLOURS[place % len(COLOURS)], ("solid", "dash", "dot")[place // len(COLOURS) % 3]
             if len(steps):
                 data.append(
@@ -329,7 +329,7 @@ def course(
 
 def draws(points: NDArray[Any], record: Mapping[str, Any]) -> Figure:
     """Cost and quality of drawn assignments, coloured by step. points: (draws, 3) of step, cost, quality."""
-    kept = points[_spaced(len(points), MAX_DRAWS)]
+    kept = points[evenly_spaced(range(len(points)), MAX_DRAWS)]
     cost_title = f"{record['cost_type']} cost of the searched layers [{record['cost_unit']}]"
     lines = {"target": (record["cost_target"], "dash"), "chosen": (record["cost"], "solid")}
     data: list[Figure] = [
@@ -394,8 +394,3 @@ def _layer_axis(names: Sequence[str]) -> Figure:
 def _named_axis(names: Sequence[str]) -> Figure:
     """An axis whose positions 0, 1, ... carry names."""
     return {"tickvals": list(range(len(names))), "ticktext": [escaped(name) for name in names], "zeroline": False}
-
-
-def _spaced(count: int, most: int = MAX_STEPS) -> NDArray[np.int64]:
-    """Up to `most` places among `count`, evenly spaced, the first and the last among them."""
-    return np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(np.int64))

@@ -92,7 +92,7 @@ class Run:
     def feasible(self) -> bool | None:
         """Whether the cost is within the target; None without a target."""
         target = self.record["cost_target"]
-        return None if target is None else self.record["cost"] <= target * (1 + 1e-9)
+        return None if target is None else is_within(self.record["cost"], target)
 
     @cached_property
     def costs(self) -> Mapping[str, float]:
@@ -200,6 +200,17 @@ def sort_formats(names: Iterable[str]) -> list[str]:
 def _evaluated(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Metrics of the first split in {split: metrics}; metrics that are not nested by split are returned as they are."""
     return next((value for value in metrics.values() if isinstance(value, dict)), metrics)
+
+
+def is_within(cost: float, target: float) -> bool:
+    """Whether a cost keeps to its target, up to the rounding of a sum."""
+    return cost <= target * (1 + 1e-9)
+
+
+def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
+    """Up to `most` of the items, evenly spaced, the first and the last among them."""
+    count = min(most, len(items))
+    return [items[round(place * (len(items) - 1) / max(count - 1, 1))] for place in range(count)]
 
 
 def lower_is_better(metric: str) -> bool:

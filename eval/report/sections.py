@@ -11,7 +11,7 @@ from eval.report import plots
 from eval.report.canvas import Drawing, format_palette
 from eval.report.layers import NOT_MEASURED, Sensitivities
 from eval.report.pareto import panels
-from eval.report.records import Group, Run
+from eval.report.records import Group, Run, evenly_spaced
 
 MAX_ROWS = 40
 """runs in one picture of all formats"""
@@ -71,8 +71,7 @@ def _some(runs: Sequence[Run], most: int) -> list[Run]:
     if len(runs) <= most:
         return list(runs)
     first = list({run.key: run for run in reversed(runs)}.values())[::-1]
-    count = min(most, len(first))
-    return [first[round(row * (len(first) - 1) / max(count - 1, 1))] for row in range(count)]
+    return evenly_spaced(first, most)
 
 
 def _alike(runs: Sequence[Run], *names: str) -> list[list[Run]]:
