@@ -11,7 +11,7 @@ from cost.profile import LayerProfile
 from cost.units import CostType
 from quant.convert import Assignment
 from quant.errors import UserError
-from quant.formats import FLOAT, BlockFormat, Format, IntFormat, parse_format
+from quant.formats import FLOAT, BlockFormat, Format, GroupFormat, IntFormat, parse_format
 
 MIB_BITS = 8 * 2**20
 
@@ -78,7 +78,8 @@ def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, pe
 
     - weight: a float32 scale per output channel, or per layer without `per_channel`; weights have no zero point;
     - activation: one float32 scale, and for integers a zero point of 1 byte (2 bytes above int8);
-    - block formats: nothing, as their scales are part of the effective bits, except nvfp4's float32 per tensor;
+    - block and group formats: nothing, as their scales are part of the effective bits, except nvfp4's float32 per
+      tensor;
     - float: nothing.
 
     Args:
@@ -224,4 +225,6 @@ def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tupl
 def _scale_bytes(fmt: Format, scales: int) -> int:
     if isinstance(fmt, BlockFormat):
         return 4 if fmt.two_level else 0
+    if isinstance(fmt, GroupFormat):
+        return 0
     return 4 * scales if fmt.scaled else 0

@@ -16,7 +16,7 @@ from cost.profile import LayerProfile
 from cost.units import CostType
 from quant.convert import Assignment
 from quant.errors import UserError
-from quant.formats import FLOAT, Format
+from quant.formats import FLOAT, Format, activation_format
 from quant.quant_module import Reach, runs_in
 
 Partition: TypeAlias = Literal["layer", "single"] | Mapping[str, Collection[str]]
@@ -114,6 +114,8 @@ def build_space(
 ) -> SearchSpace:
     """Build the space in which each decision takes one of `formats` for weights and activations alike.
 
+    A format of weights only (int4g128) goes with activations in float.
+
     Args:
         layer_names: names of the searched layers.
         formats: formats to choose from.
@@ -134,9 +136,9 @@ def build_space(
     if weight_only:
         choices = tuple((weight, FLOAT) for weight in formats)
     elif separate_activations:
-        choices = tuple(itertools.product(formats, formats))
+        choices = tuple(itertools.product(formats, dict.fromkeys(map(activation_format, formats))))
     else:
-        choices = tuple((both, both) for both in formats)
+        choices = tuple((weight, activation_format(weight)) for weight in formats)
     blocks = merge(_blocks(list(layer_names), partition), tied)
     return SearchSpace(tuple(Decision(name, tuple(layers), choices) for name, layers in blocks.items()))
 

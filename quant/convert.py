@@ -22,7 +22,7 @@ from quant.analysis.float_share import float_share
 from quant.analysis.reach import note_reach
 from quant.analysis.tied import differing, share_quantizers, tied_layers
 from quant.errors import NotFiniteError, UserError
-from quant.formats import FLOAT, Format
+from quant.formats import FLOAT, Format, GroupFormat
 from quant.module_utils import evaluating
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
 from quant.quant_experts import ExpertLinear, QuantExpertLinear
@@ -264,7 +264,8 @@ def quantize_model(
     for module in quantized.values():
         for format in formats:
             module.weight_quantizer.prepare(format)
-            module.input_quantizer.prepare(format)
+            if not isinstance(format, GroupFormat):
+                module.input_quantizer.prepare(format)
     return quantized
 
 

@@ -236,7 +236,54 @@ class BlockFormat:
         return self.name
 
 
-Format: TypeAlias = FloatOff | IntFormat | FloatFormat | BlockFormat
+@dataclass(frozen=True)
+class GroupFormat:
+    """Integers of weights with a fp16 scale for each group of values along the reduction axis.
+
+    Block formats compute their scales from the tensor; a group's scale is chosen from data or learned, as a channel's.
+    The last group of a row may be shorter.
+    """
+
+    width: int
+    size: int
+    """Values in a group, M of `intNgM`."""
+    zero_point: bool = False
+    """Whether each group also has a zero point of `width` bits (`uintNgM`: the codes are 0..2^N-1)."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.width <= 8:
+            raise ValueError(f"{self.name}: integers in groups have 2 to 8 bits")
+        if not 8 <= self.size <= 65536:
+            raise ValueError(f"{self.name}: groups have 8 to 65536 values")
+
+    @property
+    def name(self) -> str:
+        """Name that `parse_format` reads."""
+        return f"{'u' if self.zero_point else ''}int{self.width}g{self.size}"
+
+    @property
+    def bits(self) -> float:
+        """Effective bits: those of the integer, plus its share of the group's scale and zero point."""
+        return self.width + (GROUP_SCALE_BITS + (self.width if self.zero_point else 0)) / self.size
+
+    @property
+    def element(self) -> IntFormat:
+        """The integers of a group."""
+        return IntFormat(self.width)
+
+    @property
+    def scaled(self) -> bool:
+        """True: a scale stretches each group's grid."""
+        return True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+GROUP_SCALE_BITS = 16
+"""Bits of a group's scale, which is stored in fp16."""
+
+Format: TypeAlias = FloatOff | IntFormat | FloatFormat | BlockFormat | GroupFormat
 
 FLOAT = FloatOff()
 E4M3 = FloatFormat(4, 3, 1)
@@ -288,7 +335,8 @@ def byte_grid(format: IntFormat | FloatFormat, low: float, high: float) -> ByteG
 
 CHOICES = (
     "int2..int8, int16, e4m3 (fp8), e5m2, e3m2, e2m3, e2m1 (fp4), any eXmY, "
-    "mxfp8, mxfp6, mxfp4, mxint8, nvfp4, bf16, fp16, float (0)"
+    "mxfp8, mxfp6, mxfp4, mxint8, nvfp4, weights in groups intNgM or, with zero points, uintNgM (int4g128), "
+    "bf16, fp16, float (0)"
 )
 """Choices that the message about an unknown name lists."""
 
@@ -297,8 +345,8 @@ def parse_format(name: str | int) -> Format:
     """Return the format of a name.
 
     Args:
-        name: For example 'int4', '4' or 4; 'e4m3' or 'fp8'; 'mxfp4'; 'float', '0' or 0. Case and outer spaces are
-            ignored.
+        name: For example 'int4', '4' or 4; 'e4m3' or 'fp8'; 'mxfp4'; 'int4g128'; 'float', '0' or 0. Case and outer
+            spaces are ignored.
 
     Returns:
         The format; equal names give equal formats.
@@ -316,6 +364,8 @@ def parse_format(name: str | int) -> Format:
                 return FLOAT
             if 2 <= width <= 8 or width == 16:
                 return IntFormat(width)
+        if match := re.fullmatch(r"(u?)int(\d{1,2})g(\d{1,5})", text):
+            return GroupFormat(int(match[2]), int(match[3]), bool(match[1]))
         if match := re.fullmatch(r"e(\d)m(\d{1,2})", text):
             exponent, mantissa = int(match[1]), int(match[2])
             # With 8 exponent bits the top code is reserved: 2^128 exceeds float32, which every kernel computes in.
@@ -324,6 +374,11 @@ def parse_format(name: str | int) -> Format:
     except ValueError as error:
         raise ValueError(f"unknown format {str(name)!r} ({error}); choices: {CHOICES}") from None
     raise ValueError(f"unknown format {str(name)!r}; choices: {CHOICES}")
+
+
+def activation_format(format: Format) -> Format:
+    """Return the activation format that goes with a weight format: the same, but float for formats of weights only."""
+    return FLOAT if isinstance(format, GroupFormat) else format
 
 
 def parse_search_space(text: str) -> tuple[Format, ...]:

@@ -85,7 +85,9 @@ class QuantModule(nn.Module):
             raise ValueError(f"weights are scaled per tensor or channel, got granularity {weight.granularity!r}")
         shape = self.scale_shape() if weight.granularity == "channel" else (1,) * self.weight.dim()
         device, reduction = self.weight.device, self.reduction_dim
-        self.weight_quantizer = Quantizer(weight, shape, reduction, batched=False, device=device)
+        self.weight_quantizer = Quantizer(
+            weight, shape, reduction, batched=False, device=device, weight_shape=tuple(self.weight.shape)
+        )
         scales: tuple[int, ...] = ()
         if activation.granularity == "channel":
             scales = (self.input_channels, *[1] * (-self.input_reduction_dim - 1))

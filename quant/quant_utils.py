@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat, IntGrid
+from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat, IntGrid
 from quant.kernels.block_formats import FakeQuantizeBlocks
 from quant.kernels.dispatch import kernels, use_compiled
 from quant.kernels.eager import Operands, round_to_grid, rounding_params
+from quant.kernels.groups import FakeQuantizeGroups, half_scale, scale_shape
 
 __all__ = [
     "MIN_LEARNED_SCALE",
@@ -76,7 +77,8 @@ def fake_quantize(
         x: Any floating dtype and shape; not changed.
         format: The format.
         scale: float32, broadcasting to x, positive; None is 1. Receives the LSQ gradient (arXiv 1902.08153) if it
-            requires gradients. Block formats compute their scales from x and take none.
+            requires gradients. Block formats compute their scales from x and take none. Groups: the shape of
+            `quant.kernels.groups.scale_shape`; rounded to fp16.
         zero_point: Whole numbers in any dtype, broadcasting with scale; integer formats only.
         grid: Codes of an integer format; default 'narrow', with a zero point 'full'.
         dim: Reduction axis, along which block formats form their blocks; None: all axes but the first, flattened
@@ -92,6 +94,11 @@ def fake_quantize(
     if isinstance(format, BlockFormat):
         return FakeQuantizeBlocks.apply(x, format, dim)
     factor = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=x.device)
+    if isinstance(format, GroupFormat):
+        shape = scale_shape(x.shape, format.size, dim)
+        shift = None if zero_point is None else torch.as_tensor(zero_point, device=x.device).expand(shape)
+        params = rounding_params(format.element, shift, grid, x.device)
+        return FakeQuantizeGroups.apply(x, half_scale(factor).expand(shape), params, format.size, dim, gradient_scale)
     shift = None
     if zero_point is not None:
         factor, shift = torch.broadcast_tensors(factor, torch.as_tensor(zero_point, device=x.device))

@@ -13,7 +13,7 @@ from typing import Any
 
 from cost.units import UNITS
 from eval.config.files import is_path
-from quant.formats import Format, parse_format, parse_search_space
+from quant.formats import Format, activation_format, parse_format, parse_search_space
 from quant.validation import OBSERVER_NAMES
 
 LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
@@ -380,7 +380,7 @@ class RunConfig(
     def uniform_formats(self) -> tuple[Format, Format]:
         """Formats (weights, activations) of a uniform run; float for the side without a flag."""
         weight, activation = (self.bits if own is None else own for own in (self.weight_bits, self.activation_bits))
-        return parse_format(weight or "float"), parse_format(activation or "float")
+        return parse_format(weight or "float"), activation_format(parse_format(activation or "float"))
 
     @property
     def model_name(self) -> str:

@@ -18,7 +18,7 @@ from eval.config.suggestions import did_you_mean, local_folders
 from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
 from quant.errors import UserError
-from quant.formats import parse_format, parse_search_space
+from quant.formats import GroupFormat, activation_format, parse_format, parse_search_space
 from quant.validation import HIGH_PRECISION_OPS
 
 _POSITIVE = "(0, inf)"
@@ -228,10 +228,17 @@ def _check_formats(config: RunConfig) -> None:
                 parse_format(value)
             except ValueError as error:
                 raise UserError(f"--{flag}: {error}") from None
+    activation = parse_format(config.activation_bits or "float")
+    if activation_format(activation) != activation:
+        raise UserError(f"--activation_bits {activation}: groups are for weights; choose int8, e4m3, mxfp4 or float")
     try:
         formats = parse_search_space(config.search_space)
     except ValueError as error:
         raise UserError(f"--search_space: {error}") from None
+    used = formats if config.chooses else config.uniform_formats[:1]
+    groups = [format for format in used if isinstance(format, GroupFormat) and not format.zero_point]
+    if groups and not config.weight_symmetric:
+        raise UserError(f"--no_weight_symmetric: {groups[0]} is symmetric; u{groups[0]} has zero points")
     if config.target_bits is not None:
         _check_target_bits(config, [format.bits for format in formats])
 

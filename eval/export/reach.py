@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from eval.export.formats import EXPORT_FORMATS
 from quant.errors import UserError
-from quant.formats import FLOAT, FloatFormat, Format
+from quant.formats import FLOAT, FloatFormat, Format, GroupFormat
 
 if TYPE_CHECKING:
     from eval.run.plan import Plan
@@ -64,7 +64,7 @@ def _onnx_holds(weight: Format, activation: Format) -> bool:
         storage = input_storage(activation)
         if storage is None or own_name(storage) != activation.name:
             return False
-    if weight == FLOAT or weight.name in integers:
+    if weight == FLOAT or (weight.element if isinstance(weight, GroupFormat) else weight).name in integers:
         return True
     stored = storage_of(weight) if isinstance(weight, FloatFormat) else None
     return stored is not None and own_name(stored) == weight.name

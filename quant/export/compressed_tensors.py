@@ -1,8 +1,9 @@
 """compressed-tensors: a model of transformers with a config group per pair of formats, for transformers and vLLM.
 
-Supported: Linear layers with symmetric integer weights of 2 to 8 bits (packed) or e4m3 weights, a scale per output
-channel or tensor, and inputs in float, or with a fixed range in integers of 2 to 8 bits or e4m3. All other layers store
-the values of their rounded weights in float32 and read float inputs, as their verdict says.
+Supported: Linear layers with symmetric integer weights of 2 to 8 bits (packed; in groups with float inputs, or with a
+scale per output channel or tensor) or e4m3 weights, and inputs in float, or with a fixed range in integers of 2 to 8
+bits or e4m3. All other layers store the values of their rounded weights in float32 and read float inputs, as their
+verdict says.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict, as_chosen
-from quant.export.weights import from_rows, round_weight, static_range
-from quant.formats import E4M3, FLOAT, BlockFormat, Format, IntFormat
+from quant.export.weights import round_weight, static_range
+from quant.formats import E4M3, FLOAT, Format, GroupFormat, IntFormat
+from quant.kernels.groups import from_rows
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
 
@@ -76,7 +78,7 @@ def export_compressed(
         reason, verdicts[name] = mismatch(name, module), as_chosen(weight, activation)
         if (rounded := round_weight(name, module)) is not None:
             whole = rounded.values()
-            if isinstance(weight, BlockFormat):
+            if rounded.in_block is not None:
                 whole = from_rows(whole, module.weight.shape, module.weight_quantizer.reduction_dim)
             values[name] = whole
         if reason is not None:
@@ -120,6 +122,12 @@ def mismatch(name: str, module: QuantModule) -> str | None:
         return None
     if not isinstance(module, QuantLinear):
         return f"compressed-tensors compresses Linear layers, this is a {type(module).__name__.removeprefix('Quant')}"
+    if isinstance(weight, GroupFormat):
+        if module.in_features % weight.size:
+            return f"its rows of {module.in_features} do not divide into groups of {weight.size}"
+        if weight.zero_point:
+            return "transformers does not load the packed zero points of compressed-tensors"
+        return None if activation == FLOAT else f"compressed-tensors has no {weight} weights with {activation} inputs"
     if not (weight == E4M3 or (isinstance(weight, IntFormat) and weight.width <= 8)):
         return f"compressed-tensors has no scheme for {weight} weights"
     if not module.weight_quantizer.config.symmetric:
@@ -152,6 +160,15 @@ def scheme(names: list[str], module: QuantModule, weight: Format, activation: Fo
         kind = "int" if isinstance(format, IntFormat) else "float"
         return QuantizationArgs(num_bits=int(format.bits), type=kind, strategy=strategy, symmetric=symmetric)  # type: ignore[arg-type]
 
+    if isinstance(weight, GroupFormat):
+        own = QuantizationArgs(
+            num_bits=weight.width,
+            type="int",  # type: ignore[arg-type]
+            strategy="group",  # type: ignore[arg-type]
+            group_size=weight.size,
+            symmetric=True,
+        )
+        return QuantizationScheme(targets=names, weights=own, format="pack-quantized")  # type: ignore[arg-type]
     channels = module.weight_quantizer.config.granularity == "channel"
     inputs = None
     if activation != FLOAT:

@@ -2,7 +2,8 @@
 
 Tensors of a layer L, besides those that stay as they are: `L.weight.codes` uint8 (packed, see `bit_packing`),
 `L.weight.scale` float32, `L.weight.zero_point` int16 (asymmetric weights), `L.weight.block_scales` uint8 (MX e8m0,
-nvfp4 e4m3), `L.weight.tensor_scale` float32 (nvfp4), `L.input.scale` float32, and `L.input.zero_point` int8 or int16 or
+nvfp4 e4m3), `L.weight.tensor_scale` float32 (nvfp4), `L.weight.group_scales` float16 and `L.weight.group_zero_points`
+uint8 (packed like the codes; integers in groups), `L.input.scale` float32, and `L.input.zero_point` int8 or int16 or
 `L.input.offset` float32 (LSQ+). The file's metadata holds a description (formats, shapes, values from the caller) and a
 SHA-256 checksum of it and all tensors.
 """
@@ -28,14 +29,14 @@ from quant.export.bit_packing import decode, decode_powers, encode, encode_power
 from quant.export.layer_report import LayerVerdict, as_chosen, left_in_float
 from quant.export.weights import (
     RoundedWeight,
-    from_rows,
     never_called,
     plain_weight,
     round_weight,
+    spread,
     static_range,
-    to_rows,
 )
-from quant.formats import FLOAT, NVFP4_SCALE, BlockFormat, FloatOff, Format, IntFormat, parse_format
+from quant.formats import FLOAT, NVFP4_SCALE, BlockFormat, FloatOff, Format, GroupFormat, IntFormat, parse_format
+from quant.kernels.groups import from_rows, to_rows
 from quant.quant_module import QuantModule
 from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer, Rounder
@@ -53,7 +54,10 @@ class OnGrid(Quantizer):
     """The quantizer of an unpacked weight, whose values already lie on the grid and are not rounded again."""
 
     scale: Tensor | None = None
-    """float32, broadcasts to the weight; None for block formats and formats without a scale."""
+    """float32, broadcasts to the weight (groups: `Quantizer.scale_shape`); None for block formats and formats without a
+    scale."""
+    zero_point: Tensor | None = None
+    """Whole numbers in float32, with the shape of a group format's scale."""
 
     def prepare(self, format: Format) -> None:
         """Create no scale: it is part of the weight's values."""
@@ -200,8 +204,12 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
             old = module.weight_quantizer
             values = _unpack(own, weight_format, module.weight.shape, old)
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
-            on_grid = OnGrid(old.config, old.shape, old.reduction_dim, batched=False)
+            on_grid = OnGrid(old.config, old.shape, old.reduction_dim, batched=False, weight_shape=old.weight_shape)
             on_grid.scale = own["weight.scale"].view(old.shape) if "weight.scale" in own else None
+            if isinstance(weight_format, GroupFormat):
+                scale, zero_point = _group_scales(own, weight_format)
+                on_grid.scale = scale.view(old.scale_shape(weight_format))
+                on_grid.zero_point = None if zero_point is None else zero_point.view(on_grid.scale.shape)
             module.weight_quantizer = on_grid
             taken |= {f"{name}.{key}" for key in own if key.startswith("weight.")}
         module.set_formats(weight_format, activation_format)
@@ -226,9 +234,9 @@ def packed_sizes(path: Path) -> dict[str, int]:
         path: The file.
 
     Returns:
-        Bytes of `codes` and `block_scales` (quantized weights), `scales` and `zero_points` (of weights and inputs),
-        `float_weights` (weights of layers in float), `rest` (all other tensors) and `header` (names, shapes,
-        description).
+        Bytes of `codes` and `block_scales` (quantized weights; groups' zero points too), `scales` and `zero_points` (of
+        weights and inputs), `float_weights` (weights of layers in float), `rest` (all other tensors) and `header`
+        (names, shapes, description).
     """
     description, tensors = read_packed(path)
     floats = {f"{name}.weight" for name, layer in description["layers"].items() if layer["formats"][0] == FLOAT.name}
@@ -239,6 +247,8 @@ def packed_sizes(path: Path) -> dict[str, int]:
         for part, kind in (
             ("weight.codes", "codes"),
             ("weight.block_scales", "block_scales"),
+            ("weight.group_scales", "block_scales"),
+            ("weight.group_zero_points", "block_scales"),
             *((part, "scales") for part in SCALES),
             *((part, "zero_points") for part in ZERO_POINTS),
         )
@@ -250,8 +260,9 @@ def packed_sizes(path: Path) -> dict[str, int]:
 
 
 def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
-    codes = weight.elements if weight.zero_point is None else weight.elements + weight.zero_point
-    width = int(weight.element.bits)
+    width, codes = int(weight.element.bits), weight.elements
+    if weight.zero_point is not None:
+        codes = codes + spread(weight.zero_point, weight.in_block, codes.shape[-1])
     packed = {"codes": torch.from_numpy(pack_bits(encode(codes.numpy(), weight.element), width))}
     if isinstance(weight.format, BlockFormat):
         scales = weight.scale.numpy().reshape(-1)
@@ -260,6 +271,11 @@ def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
         packed["block_scales"] = torch.from_numpy(block_codes)
         if weight.tensor_scale is not None:
             packed["tensor_scale"] = weight.tensor_scale.clone()
+    elif isinstance(weight.format, GroupFormat):
+        packed["group_scales"] = weight.scale.reshape(-1).half()
+        if weight.zero_point is not None:
+            points = encode(weight.zero_point.numpy(), weight.element)
+            packed["group_zero_points"] = torch.from_numpy(pack_bits(points, width))
     elif weight.format.scaled:
         packed["scale"] = weight.scale.reshape(-1).clone()
         if weight.zero_point is not None:
@@ -269,11 +285,17 @@ def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
 
 def _unpack(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, quantizer: Quantizer) -> Tensor:
     assert not isinstance(format, FloatOff)
-    element = format.element if isinstance(format, BlockFormat) else format
+    element = format.element if isinstance(format, BlockFormat | GroupFormat) else format
     codes = unpack_bits(tensors["weight.codes"].numpy(), int(element.bits), shape.numel())
     elements = torch.from_numpy(decode(codes, element))
-    if isinstance(format, BlockFormat):
+    if isinstance(format, BlockFormat | GroupFormat):
         rows = elements.view(to_rows(torch.empty(shape, device="meta"), quantizer.reduction_dim).shape)
+    if isinstance(format, GroupFormat):
+        group_scale, points = (None if x is None else x.view(len(rows), -1) for x in _group_scales(tensors, format))
+        assert group_scale is not None
+        rows = rows if points is None else rows - spread(points, format.size, rows.shape[1])
+        return from_rows(RoundedWeight(format, rows, group_scale).values(), shape, quantizer.reduction_dim)
+    if isinstance(format, BlockFormat):
         block_codes = tensors["weight.block_scales"].numpy()
         scales = decode(block_codes, NVFP4_SCALE) if format.two_level else decode_powers(block_codes)
         scale = torch.from_numpy(scales).view(len(rows), -1)
@@ -286,6 +308,15 @@ def _unpack(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, qu
     if zero_point is not None:
         elements = elements - zero_point.view(quantizer.shape)
     return RoundedWeight(format, elements, scale).values()
+
+
+def _group_scales(tensors: Mapping[str, Tensor], format: GroupFormat) -> tuple[Tensor, Tensor | None]:
+    """Return the scales and zero points of groups as stored, float32 (rows x groups,)."""
+    scale, points = tensors["weight.group_scales"].float(), tensors.get("weight.group_zero_points")
+    if points is None:
+        return scale, None
+    codes = unpack_bits(points.numpy(), format.width, scale.numel())
+    return scale, torch.from_numpy(decode(codes, format.element))
 
 
 def _rest(model: nn.Module, modules: Mapping[str, QuantModule]) -> tuple[dict[str, Tensor], dict[str, str]]:

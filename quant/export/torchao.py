@@ -1,8 +1,8 @@
 """torchao: convert the Linear layers of an unpacked checkpoint to torchao's quantized weights.
 
-Supported per layer: integer or e4m3 weights with a scale per output channel or tensor and float inputs (weight-only),
-and integer weights with int8 inputs that have a scale and zero point per token (dynamic activations). Codes and scales
-are those of the run. All other layers stay as they are and round in float32, as their verdict says.
+Supported per layer: integer weights with a scale per output channel, tensor or group, or e4m3 weights, and float inputs
+(weight-only); integer weights with int8 inputs that have a scale and zero point per token (dynamic activations). Codes
+and scales are those of the run. All other layers stay as they are and round in float32, as their verdict says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from quant.export.layer_report import LayerVerdict, as_chosen
 from quant.export.packed import OnGrid
-from quant.formats import E4M3, FLOAT, BlockFormat, IntFormat
+from quant.export.weights import spread
+from quant.formats import E4M3, FLOAT, BlockFormat, FloatFormat, GroupFormat, IntFormat
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
 
@@ -60,6 +61,10 @@ def mismatch(module: QuantModule) -> str | None:
         return f"it quantizes Linear layers, this is a {type(module).__name__.removeprefix('Quant')}"
     if module._forward_pre_hooks or module._forward_hooks:  # for example, a migrated layer divides its input
         return "more is done around this layer than a Linear does"
+    if isinstance(weight, GroupFormat):
+        if module.in_features % weight.size:
+            return f"its rows of {module.in_features} do not divide into groups of {weight.size}"
+        return None if activation == FLOAT else f"it has no {weight} weights with {activation} inputs"
     if isinstance(weight, BlockFormat) or not (weight == E4M3 or (isinstance(weight, IntFormat) and weight.width <= 8)):
         return f"it has no {weight} weights"
     if not module.weight_quantizer.config.symmetric:
@@ -87,14 +92,21 @@ def torchao_weight(module: QuantLinear) -> Tensor:
 
     weight, quantizer = module.weight.detach(), module.weight_quantizer
     assert isinstance(quantizer, OnGrid) and quantizer.scale is not None
+    format = quantizer.format
     # The weight is code x scale, rounded once: division and rounding recover the code.
-    scale = quantizer.scale.expand(weight.shape[0], 1).contiguous()
-    block = (1, weight.shape[1])
-    if quantizer.format == E4M3:
+    element: IntFormat | FloatFormat
+    if isinstance(format, GroupFormat):
+        scale, size, element = quantizer.scale, format.size, format.element
+    else:
+        assert isinstance(format, IntFormat | FloatFormat)
+        scale, size, element = quantizer.scale.expand(weight.shape[0], 1).contiguous(), weight.shape[1], format
+    block = (1, size)
+    if element == E4M3:
         return Float8Tensor((weight / scale).to(torch.float8_e4m3fn), scale, list(block), dtype=weight.dtype)
-    assert isinstance(quantizer.format, IntFormat)
-    codes = torch.round(weight / scale).to(torch.int8)
-    no_points = torch.zeros_like(scale, dtype=torch.int8)
-    integers = getattr(torch, quantizer.format.name)
+    points = torch.zeros_like(scale) if quantizer.zero_point is None else quantizer.zero_point
+    codes = torch.round(weight / spread(scale, size, weight.shape[1])) + spread(points, size, weight.shape[1])
+    integers = getattr(torch, element.name)
     activation = None if module.input_quantizer.format == FLOAT else "int8_asym_per_token"
-    return IntxUnpackedToInt8Tensor(codes, scale, no_points, integers, block, weight.dtype, activation)
+    return IntxUnpackedToInt8Tensor(
+        codes.to(torch.int8), scale, points.to(torch.int8), integers, block, weight.dtype, activation
+    )

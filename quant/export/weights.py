@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import UserError
-from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, IntFormat, mx_element
+from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat, mx_element
 from quant.kernels.block_formats import round_blocks
 from quant.kernels.eager import round_to_grid
+from quant.kernels.groups import to_rows
 from quant.quant_module import QuantModule
 from quant.quant_utils import MIN_LEARNED_SCALE
 from quant.quantizers.quant_params import QuantParams
-from quant.quantizers.quantizer import Quantizer
+from quant.quantizers.quantizer import Quantizer, Rounder
 from quant.transforms.computed_weights import weight_of
 
 
@@ -24,11 +25,12 @@ from quant.transforms.computed_weights import weight_of
 class RoundedWeight:
     """A rounded weight as elements x scale (nvfp4: x tensor_scale; mxint8: x 1/64).
 
-    For block formats, the reduction axis is the last one: elements (rows, K), scale (rows, ceil(K / block_size));
-    `from_rows` restores the weight's layout. Otherwise elements has the weight's shape, and scale broadcasts to it.
+    For block and group formats, the reduction axis is the last one: elements (rows, K), scale (rows, blocks), one for
+    each `in_block` elements; `from_rows` restores the weight's layout. Otherwise elements has the weight's shape, and
+    scale broadcasts to it.
     """
 
-    format: IntFormat | FloatFormat | BlockFormat
+    format: IntFormat | FloatFormat | BlockFormat | GroupFormat
     elements: Tensor
     """float32, values of the element format."""
     scale: Tensor
@@ -41,14 +43,21 @@ class RoundedWeight:
     @property
     def element(self) -> IntFormat | FloatFormat:
         """Format of the elements."""
-        return self.format.element if isinstance(self.format, BlockFormat) else self.format
+        return self.format.element if isinstance(self.format, BlockFormat | GroupFormat) else self.format
+
+    @property
+    def in_block(self) -> int | None:
+        """Number of elements that share a scale; None if whole channels or the tensor do."""
+        if isinstance(self.format, GroupFormat):
+            return self.format.size
+        return self.format.block_size if isinstance(self.format, BlockFormat) else None
 
     def values(self) -> Tensor:
         """Return the values that the layer computes with, bit for bit; float32 with the shape of `elements`."""
-        if not isinstance(self.format, BlockFormat):
+        if self.in_block is None:
             return self.elements * self.scale
-        scale = (self.scale * mx_element(self.format)[1]).repeat_interleave(self.format.block_size, dim=1)
-        values = self.elements * scale[:, : self.elements.shape[1]]
+        unit = mx_element(self.format)[1] if isinstance(self.format, BlockFormat) else 1.0
+        values = self.elements * spread(self.scale * unit, self.in_block, self.elements.shape[1])
         return values if self.tensor_scale is None else values * self.tensor_scale
 
 
@@ -91,6 +100,8 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
         return RoundedWeight(format, *round_blocks(rows, format))
     rounder = quantizer.rounding(weight)
     assert rounder is not None and rounder.scale is not None and rounder.rounding_params is not None
+    if isinstance(format, GroupFormat):
+        return _round_groups(to_rows(weight.float(), quantizer.reduction_dim), format, rounder, quantizer.reduction_dim)
     if rounder.offset is not None:
         raise UserError(f"layer {name}: its weight has a learned offset (LSQ+), which no export holds")
     scale = used_scale(rounder.scale)
@@ -103,28 +114,27 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
     return RoundedWeight(format, elements, scale.detach(), zero_point=zero_point)
 
 
+def spread(values: Tensor, size: int | None, length: int) -> Tensor:
+    """Repeat values per block for each element: (..., blocks) -> (..., length); size None: they broadcast already."""
+    return values if size is None else values.repeat_interleave(size, dim=-1)[..., :length]
+
+
+def _round_groups(rows: Tensor, format: GroupFormat, rounder: Rounder, dim: int | None) -> RoundedWeight:
+    """Round a weight, (rows, K), in groups."""
+    assert rounder.scale is not None and rounder.rounding_params is not None
+    along = -1 if dim is None else dim
+    scale, params = to_rows(rounder.scale, along), rounder.rounding_params
+    wide = spread(scale, format.size, rows.shape[1])
+    if params.dim() == 1:
+        return RoundedWeight(format, round_to_grid(rows / wide, params), scale)
+    own = torch.stack([to_rows(number, along) for number in params])
+    elements = round_to_grid(rows / wide, spread(own, format.size, rows.shape[1]))
+    return RoundedWeight(format, elements, scale, zero_point=format.element.bounds("full")[0] - own[0])
+
+
 def used_scale(scale: Tensor) -> Tensor:
     """Return the scale as the kernels use it: a learned one is at least MIN_LEARNED_SCALE."""
     return scale.detach().clamp(min=MIN_LEARNED_SCALE) if isinstance(scale, nn.Parameter) else scale.detach()
-
-
-def to_rows(x: Tensor, dim: int | None) -> Tensor:
-    """Reshape x to (rows, K), where K is the axis `dim`; None: all axes but the first."""
-    return x.reshape(x.shape[0], -1) if dim is None else x.movedim(dim, -1).reshape(-1, x.shape[dim])
-
-
-def from_rows(rows: Tensor, shape: torch.Size, dim: int | None) -> Tensor:
-    """Invert `to_rows`.
-
-    Args:
-        rows: (rows, K).
-        shape: Shape of the original tensor.
-        dim: The axis that `to_rows` was called with.
-    """
-    if dim is None:
-        return rows.reshape(shape)
-    moved = torch.empty(shape, device="meta").movedim(dim, -1).shape
-    return rows.reshape(moved).movedim(-1, dim).contiguous()
 
 
 @dataclass(frozen=True)

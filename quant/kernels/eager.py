@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.formats import FloatFormat, Format, IntFormat, IntGrid, Rounding
-from quant.kernels.layout import Layout, layout_of
+from quant.kernels.layout import GroupLayout, Layout, layout_of
 from quant.module_utils import is_tracing
 
 _EXPONENT_BITS = 0x7F800000
@@ -32,6 +32,8 @@ class Operands(NamedTuple):
     """float32 (5,) or (5, *scale.shape), see `rounding_params`."""
     least_scale: float = 0.0
     """Lower bound applied to the scale; 0 disables it."""
+    group_size: int = 0
+    """If positive: x is (rows, K), contiguous, and the scale (rows, groups), one for each `group_size` values."""
 
 
 class Gradients(NamedTuple):
@@ -188,14 +190,14 @@ class PackedKernels:
 
     def round(self, on: Operands) -> Tensor:
         """Fake-quantize x."""
-        layout = layout_of(on.x, on.scale)
+        layout = _layout(on)
         return layout.unpack(self._forward(*_packed(layout, on)))
 
     def gradients(
         self, grad: Tensor, on: Operands, *, learned: bool, again: bool = False, reuse: bool = False
     ) -> Gradients:
         """Return the gradients w.r.t. x and scale; `grad` is never written to."""
-        layout = layout_of(on.x, on.scale)
+        layout = _layout(on)
         packed = _packed(layout, on)
         g, dscale, rounded = layout.pack(grad), None, None
         if not learned:
@@ -211,7 +213,11 @@ class PackedKernels:
         )
 
 
-def _packed(layout: Layout, on: Operands) -> tuple[Tensor, Tensor, Tensor]:
+def _layout(on: Operands) -> Layout | GroupLayout:
+    return GroupLayout(on.x.shape, on.group_size) if on.group_size else layout_of(on.x, on.scale)
+
+
+def _packed(layout: Layout | GroupLayout, on: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Return x (outer, groups, inner), scale (1, groups, 1) and params (5, ...)."""
     scale = on.scale.detach().clamp(min=on.least_scale) if on.least_scale > 0 else on.scale
     return layout.pack(on.x), layout.pack_scale(scale), layout.pack_params(on.params)

@@ -68,6 +68,41 @@ class Layout:
         return params if params.dim() == 1 else torch.stack([self.pack_scale(number) for number in params])
 
 
+class GroupLayout:
+    """Maps rows (rows, K) to (1, rows x groups, group size), with zeros after a short last group, and back.
+
+    Args:
+        shape: (rows, K).
+        size: Values in a group.
+    """
+
+    def __init__(self, shape: torch.Size, size: int) -> None:
+        self.rows, self.length = shape
+        self.size = size
+        self.groups = -(-self.length // size)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Reshape x to (1, rows x groups, group size)."""
+        padding = self.groups * self.size - self.length
+        return torch.nn.functional.pad(x, (0, padding)).reshape(1, self.rows * self.groups, self.size)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Reshape (1, rows x groups, group size) to (rows, K)."""
+        return x.view(self.rows, self.groups * self.size)[:, : self.length]
+
+    def pack_scale(self, scale: Tensor) -> Tensor:
+        """Reshape a scale (rows, groups) to (1, rows x groups, 1)."""
+        return scale.reshape(1, -1, 1)
+
+    def unpack_scale_gradient(self, gradient: Tensor) -> Tensor:
+        """Reshape a gradient (1, rows x groups, 1) to (rows, groups)."""
+        return gradient.view(self.rows, self.groups)
+
+    def pack_params(self, params: Tensor) -> Tensor:
+        """Reshape rounding parameters (5, rows, groups) to (5, 1, rows x groups, 1); (5,) stays as it is."""
+        return params if params.dim() == 1 else params.reshape(5, 1, -1, 1)
+
+
 @lru_cache(maxsize=4096)
 def _cached_layout(shape: torch.Size, strides: tuple[int, ...], scale_shape: torch.Size) -> Layout:
     return Layout(shape, strides, scale_shape)

@@ -109,29 +109,55 @@ INLINE void gradient_run(const T *grad, const T *x, T *dx, T *out, int64_t size,
     if constexpr (learned && !own_scales) *sums = sum;
 }
 
+/* A tensor as runs of elements that share a scale, `inner` long. Rows are `length` long; the last run of a row may be
+   shorter (groups along the reduction axis). Otherwise a row is one run, length = inner. inner = 1: neighbouring elements
+   have different scales. */
+struct Runs {
+    int64_t outer, groups, inner, length;
+
+    int64_t in_row() const { return (length + inner - 1) / inner; }
+    int64_t count() const { return outer * groups; }
+    int64_t elements() const { return count() / in_row() * length; }
+    int64_t start(int64_t run) const { return run / in_row() * length + run % in_row() * inner; }
+    int64_t size(int64_t run) const {
+        const int64_t left = length - run % in_row() * inner;
+        return left < inner ? left : inner;
+    }
+};
+
 /* Calls work(offset, size, group) for runs of elements that share a scale, or of which each has its own; runs are split
    at the ends of tasks. Returns the bitwise or of the results. */
-template <typename Work>
-INLINE int32_t for_runs(int64_t outer, int64_t groups, int64_t inner, int threads, Work work) {
-    const int64_t size = outer * groups * inner, tasks = (size + CHUNK - 1) / CHUNK;
-    const int64_t run = inner == 1 ? groups : inner;
+template <typename Work> INLINE int32_t for_runs(Runs runs, int threads, Work work) {
+    const int64_t size = runs.elements(), tasks = (size + CHUNK - 1) / CHUNK, in_row = runs.in_row();
     int32_t result = 0;
 #pragma omp parallel for num_threads(threads) if (tasks > 1) reduction(| : result)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t end = task + 1 < tasks ? (task + 1) * CHUNK : size;
-        for (int64_t a = task * CHUNK, b; a < end; a = b) {
-            b = (a / run + 1) * run < end ? (a / run + 1) * run : end;
-            result |= work(a, b - a, inner > 1 ? a / inner % groups : a % groups);
+        int64_t a = task * CHUNK;
+        if (runs.inner == 1) {
+            for (int64_t b; a < end; a = b) {
+                b = (a / runs.groups + 1) * runs.groups < end ? (a / runs.groups + 1) * runs.groups : end;
+                result |= work(a, b - a, a % runs.groups);
+            }
+            continue;
+        }
+        // Runs may be as short as 8 elements: no division within the loop.
+        int64_t place = a / runs.length * in_row + a % runs.length / runs.inner;
+        int64_t row_end = (a / runs.length + 1) * runs.length, b = runs.start(place);
+        for (; a < end; a = b, place++) {
+            if (a == row_end) row_end += runs.length;
+            b = b + runs.inner < row_end ? b + runs.inner : row_end;
+            const int64_t stop = b < end ? b : end;
+            result |= work(a, stop - a, place < runs.groups ? place : place % runs.groups);
         }
     }
     return result;
 }
 
 template <typename T>
-void round_all(const T *x, T *out, Scales scales, Params params, int64_t outer, int64_t groups, int64_t inner,
-               int threads) {
-    for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
-        if (inner > 1) round_run<false, false>(x + a, out + a, size, scales, params, group);
+void round_all(const T *x, T *out, Scales scales, Params params, Runs runs, int threads) {
+    for_runs(runs, threads, [&](int64_t a, int64_t size, int64_t group) {
+        if (runs.inner > 1) round_run<false, false>(x + a, out + a, size, scales, params, group);
         else if (params.step) round_run<true, true>(x + a, out + a, size, scales, params, group);
         else round_run<true, false>(x + a, out + a, size, scales, params, group);
         return 0;
@@ -159,7 +185,7 @@ INLINE int32_t codes_run(const T *x, uint8_t *out, int64_t size, Scales scales, 
 template <typename T>
 int codes_all(const T *x, uint8_t *out, Scales scales, const float *params, float codes_of_one, float shift,
               int64_t outer, int64_t groups, int64_t inner, int threads) {
-    return for_runs(outer, groups, inner, threads, [&](int64_t a, int64_t size, int64_t group) {
+    return for_runs({outer, groups, inner, inner}, threads, [&](int64_t a, int64_t size, int64_t group) {
         return inner > 1 ? codes_run<false>(x + a, out + a, size, scales, params, group, codes_of_one, shift)
                          : codes_run<true>(x + a, out + a, size, scales, params, group, codes_of_one, shift);
     });
@@ -167,24 +193,26 @@ int codes_all(const T *x, uint8_t *out, Scales scales, const float *params, floa
 
 /* Gradients if each run of `inner` elements shares a scale. A task is a piece of a run, or several short runs. */
 template <bool learned, bool again, typename T>
-void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, int64_t outer,
-                       int64_t groups, int64_t inner, float *dscale, int threads) {
-    const int64_t runs = outer * groups, pieces = (inner + CHUNK - 1) / CHUNK;
-    const int64_t together = inner < CHUNK ? CHUNK / inner : 1;
-    std::vector<float> sums(learned ? runs * pieces : 0);
-#pragma omp parallel for num_threads(threads) if (runs * inner > CHUNK)
-    for (int64_t first = 0; first < runs * pieces; first += together) {
-        for (int64_t k = first; k < first + together && k < runs * pieces; k++) {
-            const int64_t a = k / pieces * inner + k % pieces * CHUNK, end = (k / pieces + 1) * inner;
-            const int64_t size = a + CHUNK < end ? CHUNK : end - a;
-            gradient_run<false, false, learned, again>(grad + a, x + a, dx + a, again ? out + a : out, size, scales,
-                                                       params, k / pieces % groups, learned ? &sums[k] : nullptr);
+void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, Runs runs, float *dscale,
+                       int threads) {
+    const int64_t pieces = (runs.inner + CHUNK - 1) / CHUNK, tasks = runs.count() * pieces;
+    const int64_t together = runs.inner < CHUNK ? CHUNK / runs.inner : 1;
+    std::vector<float> sums(learned ? tasks : 0);
+#pragma omp parallel for num_threads(threads) if (runs.elements() > CHUNK)
+    for (int64_t first = 0; first < tasks; first += together) {
+        for (int64_t k = first; k < first + together && k < tasks; k++) {
+            const int64_t run = pieces == 1 ? k : k / pieces, skipped = (k - run * pieces) * CHUNK;
+            const int64_t a = runs.start(run) + skipped, left = runs.size(run) - skipped;
+            if (left <= 0) continue;
+            gradient_run<false, false, learned, again>(grad + a, x + a, dx + a, again ? out + a : out,
+                                                       left < CHUNK ? left : CHUNK, scales, params, run % runs.groups,
+                                                       learned ? &sums[k] : nullptr);
         }
     }
     if constexpr (learned) {
-        std::vector<double> totals(groups);
-        for (int64_t k = 0; k < runs * pieces; k++) totals[k / pieces % groups] += sums[k];
-        for (int64_t g = 0; g < groups; g++) dscale[g] = float(totals[g]);
+        std::vector<double> totals(runs.groups);
+        for (int64_t k = 0; k < tasks; k++) totals[k / pieces % runs.groups] += sums[k];
+        for (int64_t g = 0; g < runs.groups; g++) dscale[g] = float(totals[g]);
     }
 }
 
@@ -215,12 +243,12 @@ void gradients_of_columns(const T *grad, const T *x, T *dx, T *out, Scales scale
 }
 
 template <bool learned, bool again, typename T>
-void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, int64_t outer,
-                   int64_t groups, int64_t inner, float *dscale, int threads) {
-    if (inner == 1)
-        gradients_of_columns<learned, again>(grad, x, dx, out, scales, params, outer, groups, dscale, threads);
+void gradients_all(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, Runs runs, float *dscale,
+                   int threads) {
+    if (runs.inner == 1)
+        gradients_of_columns<learned, again>(grad, x, dx, out, scales, params, runs.outer, runs.groups, dscale, threads);
     else
-        gradients_of_runs<learned, again>(grad, x, dx, out, scales, params, outer, groups, inner, dscale, threads);
+        gradients_of_runs<learned, again>(grad, x, dx, out, scales, params, runs, dscale, threads);
 }
 
 /* Block formats: x is (outer, length, inner), with blocks along the middle axis; the last one may be shorter. */
@@ -359,15 +387,16 @@ void blocks_all(const T *grad, const T *x, T *dx, T *out, Blocks shape, BlockSca
 #define EXPORT(name, T)                                                                                                \
     extern "C" void round_##name(const T *x, T *out, const float *scale, float least, const float *numbers,            \
                                  int64_t stride, int64_t step, int64_t outer, int64_t groups, int64_t inner,           \
-                                 int threads) {                                                                        \
-        round_all(x, out, {scale, least}, {numbers, stride, step}, outer, groups, inner, threads);                     \
+                                 int64_t length, int threads) {                                                        \
+        round_all(x, out, {scale, least}, {numbers, stride, step}, {outer, groups, inner, length}, threads);           \
     }                                                                                                                  \
     extern "C" void gradients_##name(const T *grad, const T *x, T *dx, T *out, float *dscale, const float *scale,      \
                                      float least, const float *numbers, int64_t stride, int64_t step, int64_t outer,   \
-                                     int64_t groups, int64_t inner, int threads) {                                     \
+                                     int64_t groups, int64_t inner, int64_t length, int threads) {                     \
         auto run = dscale ? (out ? gradients_all<true, true, T> : gradients_all<true, false, T>)                       \
                           : (out ? gradients_all<false, true, T> : gradients_all<false, false, T>);                    \
-        run(grad, x, dx, out, {scale, least}, {numbers, stride, step}, outer, groups, inner, dscale, threads);         \
+        run(grad, x, dx, out, {scale, least}, {numbers, stride, step}, {outer, groups, inner, length}, dscale,         \
+            threads);                                                                                                  \
     }                                                                                                                  \
     extern "C" void blocks_##name(const T *grad, const T *x, T *dx, T *out, int64_t outer, int64_t length,             \
                                   int64_t inner, int64_t block, const float *params, int64_t two_level,                \

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from quant.formats import NVFP4_SCALE, BlockFormat, ByteGrid, mx_element
 from quant.kernels import onednn
 from quant.kernels.eager import EAGER, Gradients, Operands, rounding_params
-from quant.kernels.layout import Layout, layout_of
+from quant.kernels.layout import GroupLayout, Layout, layout_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No contraction to fused multiply-adds and no -ffast-math: values would differ from those of the eager kernels.
@@ -38,8 +38,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PLAIN = {Tensor, nn.Parameter}
 
-_GRID = (c_void_p, c_float, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int)
-"""scale, least_scale, params, stride, step, outer, groups, inner, threads"""
+_GRID = (c_void_p, c_float, c_void_p, *[c_int64] * 6, c_int)
+"""scale, least_scale, params, stride, step, outer, groups, inner, length, threads"""
 _BLOCKS = (*[c_int64] * 4, c_void_p, c_int64, c_int64, c_float, c_float, c_void_p, c_int)
 """outer, length, inner, block, params, two_level, largest_exponent, unit, largest_element, scale_params, threads"""
 
@@ -136,7 +136,7 @@ class NativeKernels:
         shift = 0.0 if dtype == torch.int8 else float(grid.zero_point)
         has_nan = self._library.codes_float32(
             *(x.data_ptr(), out.data_ptr(), scale.data_ptr(), on.least_scale or -inf, params.data_ptr()),
-            *(1 / grid.step, shift, *plan.sizes[2:], torch.get_num_threads()),
+            *(1 / grid.step, shift, *plan.sizes[2:5], torch.get_num_threads()),
         )
         return None if has_nan else out
 
@@ -202,34 +202,41 @@ class NativeKernels:
 
     def _plan(self, on: Operands) -> Plan | None:
         """Return the plan for operands of this kind, cached: a training run meets the same few shapes at every step."""
-        x, scale, params, _ = on
+        x, scale, params, _, group_size = on
         if not (type(x) in PLAIN and type(scale) in PLAIN and type(params) in PLAIN) or torch.compiler.is_compiling():
             return None  # subclasses and tensors of a graph hold no memory of their own
-        key = x.dtype, x.shape, x.stride(), scale.dtype, scale.shape, scale.stride(), params.dtype, params.shape
+        own = scale.dtype, scale.shape, scale.stride(), params.dtype, params.shape, group_size
+        key = x.dtype, x.shape, x.stride(), *own
         if not (x.is_cpu and scale.is_cpu and params.is_cpu):
             return None
         try:
             return self._plans[key]
         except KeyError:
-            self._plans[key] = plan = self._new_plan(x, scale, params)
+            self._plans[key] = plan = self._new_plan(x, scale, params, group_size)
             return plan
 
-    def _new_plan(self, x: Tensor, scale: Tensor, params: Tensor) -> Plan | None:
+    def _new_plan(self, x: Tensor, scale: Tensor, params: Tensor, group_size: int) -> Plan | None:
         name = DTYPES.get(x.dtype)
         if not hasattr(self._library, f"round_{name}") or {scale.dtype, params.dtype} != {torch.float32}:
             return None
-        dense = layout_of(x, scale).dense
-        layout = layout_of(x if dense else x.contiguous(), scale)
-        outer, groups, inner = layout.shape
+        layout: Layout | GroupLayout
+        if group_size:
+            layout, dense, plain = GroupLayout(x.shape, group_size), x.is_contiguous(), True
+            outer, groups, inner, length = 1, scale.numel(), group_size, layout.length
+        else:
+            dense = layout_of(x, scale).dense
+            layout = layout_of(x if dense else x.contiguous(), scale)
+            outer, groups, inner = layout.shape
+            length, plain = inner, layout.plain_scale
         stride, step = (1, 0) if params.dim() == 1 else (groups, int(groups > 1))
         return Plan(
             getattr(self._library, f"round_{name}"),
             getattr(self._library, f"gradients_{name}"),
             layout,
             dense,
-            layout.plain_scale and scale.is_contiguous(),
+            plain and scale.is_contiguous(),
             groups,
-            (stride, step, outer, groups, inner),
+            (stride, step, outer, groups, inner, length),
         )
 
 
@@ -238,14 +245,14 @@ class Plan(NamedTuple):
 
     round: Callable[..., None]
     gradients: Callable[..., None]
-    layout: Layout
+    layout: Layout | GroupLayout
     dense: bool
     """Whether x can be rounded in place, without a contiguous copy."""
     plain_scale: bool
     """Whether the scale is (groups,) in memory."""
     groups: int
     sizes: tuple[int, ...]
-    """stride, step, outer, groups, inner"""
+    """stride, step, outer, groups, inner, length"""
 
     def pack(self, on: Operands) -> tuple[Tensor, Tensor]:
         """Return scale (groups,) and params (5, groups) or (5,). Keep them alive while the functions run."""

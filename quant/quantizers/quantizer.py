@@ -10,11 +10,34 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from quant.formats import FLOAT, BlockFormat, ByteGrid, FloatFormat, FloatOff, Format, IntFormat, parse_format
+from quant.errors import UserError
+from quant.formats import (
+    FLOAT,
+    BlockFormat,
+    ByteGrid,
+    FloatFormat,
+    FloatOff,
+    Format,
+    GroupFormat,
+    IntFormat,
+    parse_format,
+)
 from quant.kernels.block_formats import block_gradients, round_in_blocks
 from quant.kernels.dispatch import kernels
 from quant.kernels.eager import Gradients, Operands
 from quant.kernels.emulation import emulate, emulate_grid
+from quant.kernels.groups import (
+    FakeQuantizeGroups,
+    emulate_groups,
+    from_rows,
+    group_gradients,
+    half_scale,
+    join_groups,
+    round_in_groups,
+    scale_shape,
+    split_groups,
+    to_rows,
+)
 from quant.module_utils import is_tracing
 from quant.quant_utils import (
     MIN_LEARNED_SCALE,
@@ -100,6 +123,7 @@ class Quantizer(nn.Module):
         reduction_dim: Axis along which block formats form their blocks; None: all but the first, flattened.
         batched: Whether the first axis is the batch (activations), which LSQ's gradient scale does not count.
         device: Device of the scales.
+        weight_shape: Shape of the weight; without it there are no group formats.
     """
 
     anchor: Tensor
@@ -111,10 +135,12 @@ class Quantizer(nn.Module):
         reduction_dim: int | None = -1,
         batched: bool = True,
         device: torch.device | str = "cpu",
+        weight_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.shape = shape
+        self.weight_shape = weight_shape
         self.reduction_dim = reduction_dim
         self.batched = batched
         self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)  # device of new scales
@@ -126,25 +152,51 @@ class Quantizer(nn.Module):
         """What the observer has seen so far."""
         self.saw_finite: Tensor | bool = True
         """Whether all of that is finite: bool 0-d, on the device of the data because reading it would stall a GPU."""
+        self.rows: Tensor | None = None
+        """The observed weight as (rows, K), for the ranges of groups."""
         self.token_quantiles: dict[str, float] = {}
         """For 'avg_prune_minmax': format name -> quantile of the token bounds to clip at, see `clip_tokens`."""
         self.real_tokens: tuple[Tensor, ...] = ()
         """Masks, bool (B, T), False for padding; observed tensors (B, T, ...) leave padding out."""
 
     def prepare(self, format: Format) -> None:
-        """Create the scale of a format. Learned scales must exist before the optimizer is created."""
+        """Create the scale of a format. Learned scales must exist before the optimizer is created.
+
+        Raises:
+            UserError: For a group format, if the tensor is no weight.
+        """
+        if isinstance(format, GroupFormat) and self.weight_shape is None:
+            raise UserError(f"{format} is a format of weights: activations have no groups along their channels")
         self.prepared.add(format)
         if not format.scaled or self.config.range == "dynamic" or format.name in self.grids:
             return
-        assert isinstance(format, IntFormat | FloatFormat)
-        learned, symmetric = self.config.range == "learned", self.config.symmetric
+        assert isinstance(format, IntFormat | FloatFormat | GroupFormat)
+        learned, offset = self.config.range == "learned", self.config.learned_offset
         with torch.inference_mode(False):
             self.grids[format.name] = QuantParams(
-                self.used_range(format), self.shape, learned, symmetric, self.anchor.device, self.config.learned_offset
+                self.used_range(format),
+                self.scale_shape(format),
+                learned,
+                self.is_symmetric(format),
+                self.anchor.device,
+                offset and not isinstance(format, GroupFormat),
             )
 
-    def used_range(self, format: IntFormat | FloatFormat) -> IntFormat | FloatFormat:
-        """Return the format whose grid is used: int7 for int8 with `reduce_range`, else the format itself."""
+    def scale_shape(self, format: Format) -> tuple[int, ...]:
+        """Return the shape of a format's scale."""
+        if not isinstance(format, GroupFormat):
+            return self.shape
+        assert self.weight_shape is not None
+        return scale_shape(self.weight_shape, format.size, self.reduction_dim)
+
+    def is_symmetric(self, format: Format) -> bool:
+        """Whether a format's integers have no zero point; groups say so themselves, others by the config."""
+        return not format.zero_point if isinstance(format, GroupFormat) else self.config.symmetric
+
+    def used_range(self, format: IntFormat | FloatFormat | GroupFormat) -> IntFormat | FloatFormat:
+        """Return the format whose grid is used: int7 for int8 with `reduce_range`, a group's integers, or `format`."""
+        if isinstance(format, GroupFormat):
+            return format.element
         return IntFormat(7) if self.config.reduce_range and format == IntFormat(8) else format
 
     def set_format(self, format: Format) -> None:
@@ -170,11 +222,13 @@ class Quantizer(nn.Module):
         x = without_padding(x, self.real_tokens)
         if x.numel():
             self.observation = self._see(x, self.observation)
+            if any(isinstance(format, GroupFormat) for format in self.prepared):
+                self.rows = to_rows(x.detach(), self.reduction_dim)
             self.saw_finite = all_finite(x) & self.saw_finite
 
     def forget(self) -> None:
         """Discard what was observed."""
-        self.observation, self.saw_finite = None, True
+        self.observation, self.saw_finite, self.rows = None, True, None
 
     def finish_calibration(self, only: Format | None = None, again: bool = True) -> None:
         """Set the scales from what was observed, and discard that.
@@ -200,9 +254,24 @@ class Quantizer(nn.Module):
         if self.observation is None or format.name not in self.grids:
             return
         params = cast(QuantParams, self.grids[format.name])
-        low, high = estimate(self.observation, params.format, self.config.symmetric)
-        scale, zero_point = scale_from_range(low, high, params.format, self.config.symmetric)
+        if isinstance(format, GroupFormat):
+            assert self.rows is not None
+            scale, zero_point = self._group_scales(self.rows, format)
+        else:
+            low, high = estimate(self.observation, params.format, self.config.symmetric)
+            scale, zero_point = scale_from_range(low, high, params.format, self.config.symmetric)
         params.set(scale.clamp(min=MIN_LEARNED_SCALE), zero_point)
+
+    def _group_scales(self, rows: Tensor, format: GroupFormat) -> tuple[Tensor, Tensor | None]:
+        """Return the scales and zero points of a weight (rows, K), float32 in the shape of the format's scale."""
+        observer, symmetric = self.estimator, not format.zero_point
+        parts = split_groups(rows, format.size)
+        ranges = [observer(observer.see(part, None), format.element, symmetric) for part in parts]
+        low, high = (join_groups(side, len(rows)) for side in zip(*ranges, strict=True))
+        scale, zero_point = scale_from_range(low, high, format.element, symmetric)
+        shape, dim = torch.Size(self.scale_shape(format)), self.reduction_dim
+        along = -1 if dim is None else dim
+        return from_rows(scale, shape, along), None if zero_point is None else from_rows(zero_point, shape, along)
 
     @property
     def estimator(self) -> Observer:
@@ -232,7 +301,9 @@ class Quantizer(nn.Module):
     @property
     def bytes(self) -> ByteGrid | None:
         """Byte codes of the current format, or None if there are none."""
-        return cast(QuantParams, self.grids[self.format.name]).bytes if self.format.name in self.grids else None
+        if self.format.name not in self.grids or isinstance(self.format, GroupFormat):
+            return None
+        return cast(QuantParams, self.grids[self.format.name]).bytes
 
     def rounding_tensors(self) -> list[Tensor]:
         """Return all tensors, other than x, that rounding to the current format depends on."""
@@ -263,9 +334,10 @@ class Quantizer(nn.Module):
             return None
         if isinstance(format, BlockFormat):
             return Rounder(format=format, dim=self.reduction_dim)
+        grouped = isinstance(format, GroupFormat)
         if not format.scaled or self.config.range == "dynamic":
             scale, rounding_params = self._dynamic(x, format)
-            return Rounder(scale, rounding_params)
+            return Rounder(half_scale(scale) if grouped else scale, rounding_params, 1.0, format, self.reduction_dim)
         params = cast(QuantParams, self.grids[format.name])
         if not params.is_ready:
             if self.observation is not None:
@@ -273,6 +345,8 @@ class Quantizer(nn.Module):
             self._calibrate_on(x, format)
         params.keep_positive()
         gradient = lsq_gradient_scale(self._elements(x) // params.scale.numel(), params.largest_code)
+        if grouped:
+            return Rounder(half_scale(params.scale), params.rounding_params, gradient, format, self.reduction_dim)
         # With a scale per input channel, the sum over channels is not a sum of integers.
         bytes = params.bytes if params.scale.numel() == 1 or not self.batched else None
         return Rounder(params.scale, params.rounding_params, gradient, offset=params.offset, bytes=bytes)
@@ -292,8 +366,11 @@ class Quantizer(nn.Module):
         self.finish_calibration(only=format)
 
     @torch.no_grad()
-    def _dynamic(self, x: Tensor, format: IntFormat | FloatFormat) -> tuple[Tensor, Tensor]:
+    def _dynamic(self, x: Tensor, format: IntFormat | FloatFormat | GroupFormat) -> tuple[Tensor, Tensor]:
         """Return scale and rounding parameters computed from x."""
+        if isinstance(format, GroupFormat):
+            group_scale, point = self._group_scales(to_rows(x.detach(), self.reduction_dim), format)
+            return group_scale, rounding_params(format.element, point, device=x.device)
         if not format.scaled:
             return torch.ones((), device=x.device), rounding_params(format, device=x.device)
         format = self.used_range(format)
@@ -339,6 +416,8 @@ class Rounder:
         if self.rounding_params is None or self.scale is None:
             assert isinstance(self.format, BlockFormat)
             return emulate(x, self.format, self.dim).to(x.dtype)
+        if isinstance(self.format, GroupFormat):
+            return emulate_groups(x, self.scale, self.rounding_params, self.format.size, self.dim).to(x.dtype)
         scale = self.scale.clamp(min=least_scale(self.scale))
         centred = x.float() if self.offset is None else x.float() - self.offset
         rounded = emulate_grid(centred / scale, self.rounding_params) * scale
@@ -349,6 +428,8 @@ class Rounder:
         if self.rounding_params is None or self.scale is None:
             assert isinstance(self.format, BlockFormat)
             return round_in_blocks(x, self.format, self.dim)
+        if isinstance(self.format, GroupFormat):
+            return round_in_groups(x, self.scale, self.rounding_params, self.format.size, self.dim)
         return kernels().round(self._operands(x, self.scale))
 
     def codes(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -372,7 +453,11 @@ class Rounder:
             assert isinstance(self.format, BlockFormat)
             dx, rounded = block_gradients(grad, x, self.format, self.dim, again=again, reuse=True)
             return Gradients(dx, None, rounded)
-        found = kernels().gradients(grad, self._operands(x, scale), learned=learned, again=again, reuse=True)
+        if isinstance(self.format, GroupFormat):
+            size, dim = self.format.size, self.dim
+            found = group_gradients(grad, x, scale, self.rounding_params, size, dim, learned=learned, again=again)
+        else:
+            found = kernels().gradients(grad, self._operands(x, scale), learned=learned, again=again, reuse=True)
         return found if found.scale is None else found._replace(scale=found.scale * self.gradient_scale)
 
     def _operands(self, x: Tensor, scale: Tensor) -> Operands:
@@ -385,6 +470,9 @@ class Rounder:
             return self.recordable(x)
         if self.rounding_params is None or self.scale is None:
             return fake_quantize(x, self.format, dim=self.dim)
+        if isinstance(self.format, GroupFormat):
+            arguments = self.rounding_params, self.format.size, self.dim, self.gradient_scale
+            return FakeQuantizeGroups.apply(x, self.scale, *arguments)
         if self.offset is None:
             return fake_quantize_with_params(x, self.scale, self.rounding_params, self.gradient_scale)
         # Autograd derives the offset's gradient from this: the whole gradient minus what passes within the range.

@@ -29,7 +29,7 @@ from quant.export.onnx.integer_ops import round_outputs
 from quant.export.onnx.layers import OnnxLayer
 from quant.export.onnx.nodes import DOMAIN, Replacement, layer_of
 from quant.export.weights import never_called, static_range
-from quant.formats import BlockFormat
+from quant.formats import BlockFormat, GroupFormat
 from quant.kernels.emulation import emulate
 from quant.module_utils import evaluating
 from quant.quant_experts import ExpertLinear
@@ -172,7 +172,7 @@ def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict]) -> dict[str, int]
         if tensor.name.endswith((".weight", ".weight.codes")) and layer.removesuffix(".weight") in layers:
             kind = "float_weights" if layer.endswith(".weight") and not part else "codes"
         elif layer in layers and part == "scale":
-            kind = "block_scales" if isinstance(layers[layer].weight, BlockFormat) else "scales"
+            kind = "block_scales" if isinstance(layers[layer].weight, BlockFormat | GroupFormat) else "scales"
         elif tensor.name.endswith(".input.scale"):
             kind = "scales"
         elif tensor.name.endswith((".input.zero_point", ".weight.zero_point")):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict
-from quant.export.weights import RoundedWeight, StaticRange, plain_weight, round_weight, static_range, to_rows
-from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, IntFormat
+from quant.export.weights import RoundedWeight, StaticRange, plain_weight, round_weight, static_range
+from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat
+from quant.kernels.groups import to_rows
 from quant.quant_conv2d import QuantConv2d
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
@@ -127,7 +128,13 @@ class OnnxLayer:
             stored = "float32" if self.weight_storage is None else own_name(self.weight_storage)
             element_bits = FLOAT.bits if self.weight_storage is None else self.weight_storage.bits
             bits = element_bits
-            if isinstance(weight, BlockFormat) and self.weight_storage is not None:
+            if isinstance(weight, GroupFormat):
+                element = weight.element.name
+                bits += (32 + element_bits * weight.zero_point) / weight.size
+                why.append(f"weights: {weight} stored as {stored} in groups of {weight.size} with float32 scales")
+                if stored == element:
+                    stored = weight.name
+            elif isinstance(weight, BlockFormat) and self.weight_storage is not None:
                 bits += 32 / weight.block_size
                 why.append(f"weights: {weight} as {stored} with float32 block scales, ONNX Runtime has no {weight}")
             elif stored != weight.name:

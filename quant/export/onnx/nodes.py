@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from quant.export.onnx.layers import INT8, OnnxLayer, Storage
-from quant.export.weights import RoundedWeight
+from quant.export.weights import RoundedWeight, spread
 from quant.formats import BlockFormat, FloatFormat, IntFormat, mx_element
 
 DOMAIN = "mpq"
@@ -152,14 +152,14 @@ class Replacement:
         if weight is None:
             plain = layer.float_weight.T if layer.transposed else layer.float_weight
             return self._constant(stored, plain.float().numpy())
-        blocked = isinstance(weight.format, BlockFormat)
+        blocked = weight.in_block is not None
         elements, scale = weight.elements, weight.scale
         if isinstance(weight.format, BlockFormat):
             factor = mx_element(weight.format)[1] * (1 if weight.tensor_scale is None else weight.tensor_scale)
             scale = scale * factor
         point = None if weight.zero_point is None else weight.zero_point
         if point is not None:
-            elements = elements + point
+            elements = elements + spread(point, weight.in_block, elements.shape[-1])
         # The layout that the operation reads: (in, out) for a matrix product, else the weight's own.
         rows_last = layer.transposed or (blocked and layer.float_weight.dim() == 2)
         if rows_last:
@@ -195,10 +195,11 @@ class Replacement:
         rows_last: bool,
     ) -> str:
         assert layer.weight is not None
-        if isinstance(layer.weight.format, BlockFormat):
-            factors = self._constant(f"{name}.scale", scale.numpy())
-            size = layer.weight.format.block_size
-            return self._node("DequantizeLinear", [codes, factors], name, axis=0 if rows_last else 1, block_size=size)
+        if (size := layer.weight.in_block) is not None:
+            inputs = [codes, self._constant(f"{name}.scale", scale.numpy())]
+            if point is not None:
+                inputs.append(self._constant(f"{name}.zero_point", point.numpy().astype(storage.dtype)))
+            return self._node("DequantizeLinear", inputs, name, axis=0 if rows_last else 1, block_size=size)
         if not storage.dequantized:
             values = self._node("Cast", [codes], f"{name}.cast", to=TensorProto.FLOAT)
             factors = self._constant(f"{name}.scale", scale.numpy())

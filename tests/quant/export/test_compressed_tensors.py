@@ -53,15 +53,31 @@ def test_transformers_loads_the_models_logits(granularity, tmp_path):
     )
 
 
-def test_what_has_no_scheme_stays_in_float_and_is_told(tmp_path):
-    model, modules = quantized(["e2m1/int8", "mxfp4/float", "int8/e5m2", "float/float"])
+def test_transformers_loads_weights_in_groups(tmp_path):
+    model, modules = quantized(["int4g16/float", "int3g16/float", "int8g16/float"])
     verdicts, _ = export_compressed(tmp_path, bert(), modules)
-    told = [verdict.why[0].rpartition(": ")[2] if verdict.why else "" for verdict in verdicts.values()][:4]
+    assert all(verdict.as_chosen for verdict in verdicts.values())
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {group["weights"]["group_size"] for group in config["config_groups"].values()} == {16}
+    again = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**BATCH).logits, model(**BATCH).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_scheme_stays_in_float_and_is_told(tmp_path):
+    model, modules = quantized(
+        ["e2m1/int8", "mxfp4/float", "int8/e5m2", "float/float", "int4g12/float", "int4g16/int8", "uint4g16/float"]
+    )
+    verdicts, _ = export_compressed(tmp_path, bert(), modules)
+    told = [verdict.why[0].rpartition(": ")[2] if verdict.why else "" for verdict in verdicts.values()][:7]
     assert told == [
         "compressed-tensors has no scheme for e2m1 weights",
         "compressed-tensors has no scheme for mxfp4 weights",
         "compressed-tensors has no scheme for e5m2 inputs",
         "",
+        "its rows of 32 do not divide into groups of 12",
+        "compressed-tensors has no int4g16 weights with int8 inputs",
+        "transformers does not load the packed zero points of compressed-tensors",
     ]
     again = BertForSequenceClassification.from_pretrained(tmp_path).eval()
     set_formats(modules, {name: (module.formats[0], FLOAT) for name, module in modules.items()})

@@ -92,6 +92,7 @@ SETS = {
     "wide floats": ["bf16/bf16", "fp16/fp16", "e3m4/e3m4", "e5m10/e6m2", "e8m1/int16"],
     "minifloats behind a relu": ["int8/int8", "int8/e4m3", "e4m3/e5m2", "int8/int8", "int8/int8"],
     "blocks": ["mxint8/mxint8", "mxfp4/mxfp4", "nvfp4/nvfp4", "mxfp6/mxfp8", "mxfp8/mxfp6"],
+    "groups": ["int4g16/float", "uint4g16/int8", "int8g32/float", "int3g16/e4m3", "uint3g32/int4"],
     "one side": ["int8/float", "float/int8", "mxfp4/float", "e4m3/int8", "float/e4m3"],
 }
 

@@ -13,8 +13,9 @@ from quant.convert import calibrate, quantize_model, set_formats
 from quant.errors import UserError
 from quant.export.bit_packing import decode, decode_powers, encode, encode_powers, pack_bits, packed_bytes, unpack_bits
 from quant.export.packed import packed_sizes, read_packed, restore, write_packed
-from quant.export.weights import from_rows, round_weight, to_rows
-from quant.formats import FLOAT, BlockFormat, FloatFormat, IntFormat, parse_format
+from quant.export.weights import round_weight
+from quant.formats import FLOAT, FloatFormat, IntFormat, activation_format, parse_format
+from quant.kernels.groups import from_rows, to_rows
 from quant.quantizers.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
 from quant.transforms.placement import Placement, place_quantizers
 from tests.quant.oracles import DTYPES
@@ -23,6 +24,7 @@ NAMES = [
     *(f"int{width}" for width in (2, 3, 4, 5, 6, 7, 8, 16)),
     *("e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "e1m2", "e3m4", "e8m1", "e1m14", "bf16", "fp16"),
     *("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4"),
+    *("int4g32", "uint4g32", "int3g16", "uint3g16", "int8g64"),
 ]
 ELEMENTS = [format for format in map(parse_format, NAMES) if isinstance(format, IntFormat | FloatFormat)]
 
@@ -123,7 +125,7 @@ def test_parts_of_a_weight_multiply_to_what_the_layer_computes_with(name):
     for layer, module in modules.items():
         weight = round_weight(layer, module)
         values = weight.values()
-        if isinstance(weight.format, BlockFormat):
+        if weight.in_block is not None:
             values = from_rows(values, module.weight.shape, module.weight_quantizer.reduction_dim)
         expected = module.weight_quantizer(module.weight)
         assert torch.equal(values.view(torch.int32), expected.detach().view(torch.int32))
@@ -132,7 +134,7 @@ def test_parts_of_a_weight_multiply_to_what_the_layer_computes_with(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rebuilt_model_computes_the_same_logits(name, tmp_path):
     format = parse_format(name)
-    model, modules, batch = quantized([(format, format)], weight=WEIGHT, activation=ACTIVATION)
+    model, modules, batch = quantized([(format, activation_format(format))], weight=WEIGHT, activation=ACTIVATION)
     write_packed(tmp_path / "m.safetensors", model, modules, {"about": "x"})
     torch.manual_seed(7)
     fresh = Net().eval()
@@ -335,6 +337,19 @@ def test_the_file_has_the_size_that_the_formats_say(tmp_path):
     assert sizes["scales"] == 4 * (channels + 4) and sizes["zero_points"] == 2 and sizes["block_scales"] == 0
     biases = 6 + 8 + 37 + 5
     assert sizes["rest"] == 4 * (biases + 4 * 6) + 8  # a batch norm has four vectors and a counter
+
+
+@pytest.mark.parametrize("name", ["int4g32", "uint4g16"])
+def test_groups_take_the_bits_that_the_format_says(name, tmp_path):
+    torch.manual_seed(0)
+    model, format = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 32)), parse_format(name)
+    modules = quantize_model(model, formats=[format])
+    calibrate(model, modules, [torch.randn(4, 256)])
+    set_formats(modules, dict.fromkeys(modules, (format, FLOAT)))
+    write_packed(tmp_path / "m.safetensors", model, modules)
+    sizes = packed_sizes(tmp_path / "m.safetensors")
+    assert 8 * (sizes["codes"] + sizes["block_scales"]) == format.bits * (256 * 64 + 64 * 32)
+    assert sizes["scales"] == sizes["zero_points"] == 0
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):

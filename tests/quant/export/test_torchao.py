@@ -48,6 +48,18 @@ def test_weight_only_layers_are_torchaos(name, weight, tmp_path):
     assert taken == {"2", "4"} and all(verdicts[layer].as_chosen for layer in taken)
 
 
+@pytest.mark.parametrize("name", ["int4g8", "uint4g8", "int8g24", "uint3g12"])
+def test_weights_in_groups_are_torchaos(name, tmp_path):
+    verdicts, taken = exported(tmp_path, {"2": f"{name}/float", "4": "int8/float"})
+    assert taken == {"2", "4"} and all(verdicts[layer].as_chosen for layer in taken)
+
+
+def test_groups_that_do_not_divide_a_row_stay(tmp_path):
+    verdicts, taken = exported(tmp_path, {"2": "int4g32/float", "4": "int4g24/int8"})
+    assert not taken and "48 do not divide into groups of 32" in verdicts["2"].why[0]
+    assert "no int4g24 weights with int8 inputs" in verdicts["4"].why[0]
+
+
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_inputs_with_a_scale_a_token_are_torchaos(name, tmp_path):
     verdicts, taken = exported(tmp_path, {"2": f"{name}/int8", "4": f"{name}/int4"}, activation=PER_TOKEN)
