@@ -89,13 +89,14 @@ def build_from_run(subject: str, folder: Path, config: Any, task: Task, num_labe
         UserError: if the saved model is damaged, is another one than --model, or its weights were migrated.
     """
     from eval.modeling.bundle import copy_tensors, read_tensors
+    from quant.transforms.migration import Migration
 
     described = description(folder, subject)
     build, name = described["build"], getattr(config, "model", None)
     saved = build.get("model")
     if name and saved and not is_folder(name) and not is_folder(saved) and alias(name) != alias(saved):
         raise UserError(f"--model {name}: {subject} holds {saved}; leave --model out")
-    if any((described.get("migration") or {}).values()):
+    if Migration(**(described.get("migration") or {})).factors:
         raise UserError(
             f"{subject}: --gamma_migration or --smooth_quant has moved factors between its weights; "
             "start from the run that it started from"

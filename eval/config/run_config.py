@@ -250,6 +250,10 @@ class QuantizationFlags:
     quantize_products: bool = flag(False, "quantize queries, keys, values and attention probabilities where multiplied")
     quantize_embeddings: bool = flag(False, "quantize embedding tables, one scale a row")
     gamma_migration: bool = flag(False, "move LayerNorm's gamma into the next layer (Outlier Suppression)")
+    rotate: bool = flag(
+        False,
+        "rotate a decoder's residual stream and its heads' values by Hadamard matrices (QuaRot without online part)",
+    )
     smooth_quant: bool = flag(False, "move activation outliers into the weights (SmoothQuant)")
     smooth_quant_alpha: str = flag(
         "0.5", "how much is moved: a number in [0, 1], or the best for each layer: auto, auto:MIN:MAX:STEP"

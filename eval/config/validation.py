@@ -362,10 +362,10 @@ def _check_ptq(config: RunConfig) -> None:
     for flag in ("high_precision_ops", *TENSOR_FLAGS):
         if getattr(config, flag) and config.method == "float":
             _refuse(f"--{flag}", "--method float", "nothing is quantized")
-    for flag in ("gamma_migration", "smooth_quant"):
+    for flag in ("gamma_migration", "smooth_quant", "rotate"):
         if getattr(config, flag) and config.method == "float":
             _refuse(f"--{flag}", "--method float", "nothing is quantized")
-        if getattr(config, flag) and config.gradient_checkpointing:
+        if flag != "rotate" and getattr(config, flag) and config.gradient_checkpointing:
             _refuse(f"--{flag}", "--gradient_checkpointing", "shortcuts cannot be computed again")
 
 

@@ -198,7 +198,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from quant.transforms.migration import added
     from trainer.training.quantization_file import QUANTIZATION
 
-    if (migration := added(run.model)).shortcuts or migration.divided:
+    if added(run.model).factors:
         raise UserError(
             "--format compressed-tensors: has no place for the factors of this run's --gamma_migration or "
             "--smooth_quant; choose packed or onnx"

@@ -85,7 +85,7 @@ def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
 
     if not isinstance(plan.bundle.model, PreTrainedModel):
         raise UserError("it needs a model of transformers")
-    if (migration := added(plan.bundle.model)).shortcuts or migration.divided:
+    if added(plan.bundle.model).factors:
         raise UserError("it has no place for the factors of --gamma_migration or --smooth_quant")
     inputs = {name: x for name, x in plan.prepared.example_inputs.items() if name != "labels"}
     check_fused(fused_groups(plan.bundle.model, modules, inputs).values(), modules)

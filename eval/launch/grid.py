@@ -95,6 +95,7 @@ _BUDGET = ("cost_target", "target_bits", "max_drop", *_LIMITS, "verify_retrain")
 _NOT_IN_FLOAT = (
     "distill",
     "gamma_migration",
+    "rotate",
     "smooth_quant",
     "smooth_quant_alpha",
     "high_precision_ops",

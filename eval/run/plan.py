@@ -100,6 +100,8 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     prepared = prepare(data, bundle, config)
     tell("looking at the layers")
     unfold(bundle.model)
+    if config.rotate:
+        rotate_model(bundle, prepared.example_inputs, config.seed)
     layers = searched_layers(bundle.model, data.kind, config)
     profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
     plan = Plan(config, data, bundle, prepared, layers, profiles)
@@ -107,6 +109,16 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
         plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
     budget(plan)
     return plan
+
+
+def rotate_model(bundle: ModelBundle, example: Any, seed: int) -> None:
+    """Rotate the residual stream for --rotate; before the layers are profiled, as its head may no longer be tied."""
+    from quant.transforms.rotation import rotate
+
+    notes = rotate(bundle.model, example, seed)
+    for note in notes:
+        logger.info(note)
+    bundle.notes += notes
 
 
 def check_phases(config: RunConfig) -> None:

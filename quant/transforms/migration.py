@@ -25,6 +25,7 @@ from quant.formats import FloatFormat, Format, IntFormat
 from quant.module_utils import Arguments, evaluating, examples_of, first_tensor, replace_first_tensor
 from quant.quant_utils import fake_quantize, scale_from_range
 from quant.transforms.graph import Group, find_groups, outputs, scaled_parameters
+from quant.transforms.rotation import untie, untied_layers
 from quant.transforms.shortcut import Shortcut, add_shortcut
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,13 @@ class Migration:
     """Norm -> the layer whose input its shortcut adds."""
     divided: Sequence[str] = ()
     """Layers that divide their input."""
+    untied: Sequence[str] = ()
+    """Layers that a rotation has given a weight of their own."""
+
+    @property
+    def factors(self) -> bool:
+        """Whether the model computes with factors of migration, besides its weights."""
+        return bool(self.shortcuts or self.divided)
 
 
 def added(model: nn.Module) -> Migration:
@@ -120,7 +128,8 @@ def added(model: nn.Module) -> Migration:
         for hook in module._forward_pre_hooks.values()
         if isinstance(getattr(hook, "__self__", None), Shortcut)
     }
-    return Migration(readers, [name for name, module in model.named_modules() if hasattr(module, "input_divisor")])
+    divided = [name for name, module in model.named_modules() if hasattr(module, "input_divisor")]
+    return Migration(readers, divided, untied_layers(model))
 
 
 def attach(model: nn.Module, migration: Migration) -> None:
@@ -136,6 +145,7 @@ def attach(model: nn.Module, migration: Migration) -> None:
     for name in migration.divided:
         layer: Any = modules[name]
         _divide_input(layer, torch.ones(input_channels(layer)))
+    untie(model, migration.untied)
 
 
 def input_channels(layer: Any) -> int:

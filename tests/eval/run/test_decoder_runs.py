@@ -1,0 +1,85 @@
+"""Runs of small decoders with what only decoders have: rotation; their models can be loaded and exported."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eval.config.parser import parse
+from eval.eval_run import run
+from eval.run.plan import make_plan
+from eval.saved_model import load_model
+from quant.errors import UserError
+
+LINES = [f"the {who} sees {number} hills and {number + 1} rivers" for who in ("cat", "dog") for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with texts, and one with a very small Llama: tied head, norms of several gains, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("decoder")
+    (folder / "texts").mkdir()
+    (folder / "texts/train.txt").write_text("\n".join(LINES))
+    (folder / "texts/validation.txt").write_text("\n".join(LINES[:9]))
+    words = {word: index for index, word in enumerate(["[UNK]", "[EOS]", *sorted(set(" ".join(LINES).split()))])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]").save_pretrained(folder / "llama")
+    config = LlamaConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"intermediate_size": 48, "vocab_size": len(words), "tie_word_embeddings": True, "eos_token_id": 1},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "llama")
+    return folder
+
+
+def settings(places, flags):
+    """A config of a run of that model."""
+    start = "" if "--load_model_path" in flags else f"--model_path {places / 'llama'}"
+    return parse(
+        f"--task {places / 'texts'} {start} --max_length 16 --report_to none --quiet --device cpu --save_strategy no "
+        f"--calibration_samples 8 --output_root_dir {places / 'output'} {flags}".split()
+    )
+
+
+def batch_of(plan):
+    split = plan.prepared.validation["validation"]
+    return plan.prepared.data_collator([split[i] for i in range(len(split))])
+
+
+def test_a_rotated_run_is_that_of_another_basis_and_its_model_loads(places):
+    plain, rotated = (settings(places, f"--bits 8 --max_steps 0 {flag}") for flag in ("--run_id plain", "--rotate"))
+    own, record = run(plain), run(rotated)
+    assert float_loss(rotated) == pytest.approx(float_loss(plain), rel=1e-5)
+    assert record["metrics"]["validation"]["loss"] == pytest.approx(own["metrics"]["validation"]["loss"], rel=0.02)
+    assert any("lm_head is no longer tied" in note for note in record["notes"])
+    head = make_plan(plain).bundle.model.lm_head.weight
+    assert record["costs"]["unsearched"] - own["costs"]["unsearched"] == pytest.approx(head.numel() * 2 / 2**20)
+    model, plan = load_model(rotated.run_folder), make_plan(rotated)
+    with torch.no_grad():
+        loss = float(model(**batch_of(plan)).loss)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert loss == pytest.approx(record["metrics"]["validation"]["loss"], rel=1e-3)
+    again = settings(places, f"--load_model_path {rotated.run_folder} --bits 8 --max_steps 0 --run_id again")
+    assert run(again)["metrics"]["validation"]["loss"] == pytest.approx(loss, rel=0.02)
+
+
+def float_loss(config):
+    plan = make_plan(config)
+    with torch.no_grad():
+        return float(plan.bundle.model.eval()(**batch_of(plan)).loss)
+
+
+def test_models_without_a_residual_stream_and_float_runs_are_refused(places):
+    with pytest.raises(UserError, match="--rotate contradicts --method float"):
+        settings(places, "--method float --rotate")
+    convnet = parse(["--task", "digits", "--model", "convnet", "--bits", "4", "--rotate", "--quiet", "--device", "cpu"])
+    with pytest.raises(UserError, match="--rotate: ConvNet has no residual stream"):
+        make_plan(convnet)
