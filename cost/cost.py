@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
-from cost.profile import LayerProfile
+from cost.profile import FileShare, LayerProfile
 from cost.units import CostType
 from quant.convert import Assignment
 from quant.errors import UserError
@@ -19,7 +19,8 @@ MIB_BITS = 8 * 2**20
 def memory_cost(profiles: Sequence[LayerProfile], assignment: Assignment) -> float:
     """Return the memory of the profiled layers' weights in MiB: sum of weights x weight bits / 8 / 2^20.
 
-    Scales and zero points are not included, see `overhead_memory`.
+    Scales and zero points are not included, see `overhead_memory`; in profiles of `cost.file_scope`, they and the rest
+    of the model are.
 
     Args:
         profiles: Profiles of the layers.
@@ -28,7 +29,13 @@ def memory_cost(profiles: Sequence[LayerProfile], assignment: Assignment) -> flo
     Raises:
         ValueError: Unless profiles and assignment have the same layers.
     """
-    return cost_of_bits(profiles, _bits(profiles, assignment), "memory")
+    weights = cost_of_bits(profiles, _bits(profiles, assignment), "memory")
+    others = (
+        profile.file.rest * FLOAT.bits + 8 * _range_bytes(profile.file, *assignment[profile.name])
+        for profile in profiles
+        if profile.file is not None
+    )
+    return weights + sum(others) / MIB_BITS
 
 
 def compute_cost(profiles: Sequence[LayerProfile], assignment: Assignment) -> float:
@@ -87,15 +94,14 @@ def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, pe
         assignment: Layer name -> (weight format, activation format).
         per_channel: Whether weights have a scale per output channel.
     """
-    total = 0
-    for profile in profiles:
-        weight, activation = assignment[profile.name]
-        own_weight = profile.tied_to is None
-        total += _scale_bytes(weight, profile.channels if per_channel else 1) if own_weight else 0
-        total += _scale_bytes(activation, 1)
-        if isinstance(activation, IntFormat):
-            total += 1 if activation.width <= 8 else 2
-    return total / 2**20
+    shares = (FileShare(scales_of(profile, per_channel)) for profile in profiles)
+    pairs = zip(shares, (assignment[profile.name] for profile in profiles), strict=True)
+    return sum(_range_bytes(share, *formats) for share, formats in pairs) / 2**20
+
+
+def scales_of(profile: LayerProfile, per_channel: bool) -> int:
+    """Return the number of a layer's weight scales; 0 for a weight that belongs to an earlier layer."""
+    return 0 if profile.tied_to is not None else profile.channels if per_channel else 1
 
 
 def unsearched_memory(model: nn.Module, names: Collection[str]) -> float:
@@ -113,6 +119,11 @@ def unsearched_memory(model: nn.Module, names: Collection[str]) -> float:
     Raises:
         ValueError: For an unknown name.
     """
+    return unsearched_numbers(model, names) * FLOAT.bits / MIB_BITS
+
+
+def unsearched_numbers(model: nn.Module, names: Collection[str]) -> int:
+    """Return how many numbers `unsearched_memory` counts."""
     modules = dict(model.named_modules())
     if unknown := sorted(set(names) - modules.keys()):
         raise ValueError(f"no modules of {type(model).__name__}: {', '.join(unknown)}")
@@ -120,7 +131,7 @@ def unsearched_memory(model: nn.Module, names: Collection[str]) -> float:
     inside = {part for name in names for part in modules[name].modules()}
     outside = {id(value) for part in modules.values() if part not in inside for value in part._parameters.values()}
     kept = (value.numel() for value in model.parameters() if id(value) not in searched or id(value) in outside)
-    return sum(kept) * FLOAT.bits / MIB_BITS
+    return sum(kept)
 
 
 def assignment_to_json(assignment: Assignment) -> dict[str, list[str]]:
@@ -222,9 +233,21 @@ def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tupl
     return [(assignment[profile.name][0].bits, assignment[profile.name][1].bits) for profile in profiles]
 
 
+def _range_bytes(share: FileShare, weight: Format, activation: Format) -> int:
+    """Return the bytes of a layer's scales and zero points."""
+    total = _scale_bytes(weight, share.scales)
+    if share.zero_points and isinstance(weight, IntFormat):
+        total += 2 * share.scales
+    if share.input_range:
+        total += _scale_bytes(activation, 1)
+        if isinstance(activation, IntFormat):
+            total += 1 if activation.width <= 8 else 2
+    return total
+
+
 def _scale_bytes(fmt: Format, scales: int) -> int:
     if isinstance(fmt, BlockFormat):
-        return 4 if fmt.two_level else 0
+        return 4 if fmt.two_level and scales else 0
     if isinstance(fmt, GroupFormat):
         return 0
     return 4 * scales if fmt.scaled else 0

@@ -21,7 +21,27 @@ ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """Inputs of a model, called as model(tensor), model(*list or tuple) or model(**mapping)."""
 
 
-_KINDS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d, "experts": ExpertLinear}
+_KINDS = {
+    "embedding": nn.Embedding,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "experts": ExpertLinear,
+}
+
+
+@dataclass(frozen=True)
+class FileShare:
+    """What a layer takes in a packed file besides the codes of its weight."""
+
+    scales: int
+    """Weight scales, in float32; 0 for a weight that is stored with an earlier layer."""
+    zero_points: bool = False
+    """Whether integer weights have a zero point, in int16, beside each scale."""
+    input_range: bool = True
+    """Whether the file holds the range of the input: a scale in float32 and, for integers, a zero point."""
+    rest: int = 0
+    """16-bit numbers of the model outside of its layers, charged to one of them so that costs stay additive."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,8 @@ class LayerProfile:
 
     name: str
     macs: int
-    """Multiply-accumulates of weights with activations: params x positions; for experts, params of one x positions."""
+    """Multiply-accumulates of weights with activations: params x positions; for experts, params of one x positions; an
+    embedding has none."""
     params: int
     """Number of weights, without the bias."""
     positions: int
@@ -38,13 +59,15 @@ class LayerProfile:
     channels: int
     """Number of output channels, each of which has a weight scale."""
     kind: str
-    """'linear' (also GPT-2's Conv1D), 'experts', 'conv1d', 'conv2d' or 'conv3d'."""
+    """'linear' (also GPT-2's Conv1D), 'experts', 'conv1d', 'conv2d', 'conv3d' or 'embedding'."""
     calls: int
     """Number of calls in a forward pass; 0 if the model reads the weight without calling the layer."""
     attention: int = 0
     """Multiply-accumulates of activations with activations charged to this layer, see `profile_model`."""
     tied_to: str | None = None
     """An earlier layer with the same weight; `params` is 0 then, since the weight is charged there."""
+    file: FileShare | None = None
+    """With it, the memory of all layers is the size of a packed file, see `cost.file_scope`; None: of weights alone."""
 
 
 def profile_model(
@@ -61,7 +84,7 @@ def profile_model(
         model: The model, on any device, meta included.
         example_inputs: Its inputs. Counts are divided by the batch size, which is the first dimension of the first
             input with two or more dimensions.
-        names: Names of the layers to profile; None: all quantizable layers.
+        names: Names of the layers to profile, embeddings among them; None: all quantizable layers but embeddings.
         charge_attention: Whether to distribute the products of `attention_macs` evenly over the layers of the smallest
             module around each product, so that costs stay additive.
 
@@ -71,7 +94,7 @@ def profile_model(
     Raises:
         ValueError: For a name that is no quantizable layer, and if positions are not a multiple of the batch size.
     """
-    layers = find_layers(unfold(model))
+    layers = find_layers(unfold(model), tables=names is not None)
     if unknown := sorted(set(names or ()) - layers.keys()):
         raise ValueError(f"not quantizable layers of {type(model).__name__}: {', '.join(unknown)}")
     layers = {name: layer for name, layer in layers.items() if names is None or name in names}
@@ -82,7 +105,7 @@ def profile_model(
             if module is not layers[name]:  # a layer that was replaced shares its hooks and may still be called
                 return
             # Counting on the output accounts for stride, padding, dilation and subclasses' own arithmetic.
-            positions[name] += output.numel() // _channels(module)
+            positions[name] += output.numel() // (output.shape[-1] if _is_table(module) else _channels(module))
             calls[name] += 1
 
         return hook
@@ -95,7 +118,8 @@ def profile_model(
             handle.remove()
 
     batch = _batch_size(example_inputs)
-    if uneven := [name for name, total in positions.items() if total % batch]:
+    tables = {name for name, layer in layers.items() if _is_table(layer)}  # one of positions is read once per batch
+    if uneven := [name for name, total in positions.items() if total % batch and name not in tables]:
         raise ValueError(f"positions of {uneven[0]} do not divide by the batch of {batch}: profile with one example")
     tied = tied_layers(layers)
     params = {name: cast(Tensor, layer.weight).numel() for name, layer in layers.items()}
@@ -103,7 +127,7 @@ def profile_model(
     return [
         LayerProfile(
             name=name,
-            macs=params[name] // experts_of(layer) * positions[name] // batch,
+            macs=0 if name in tables else params[name] // experts_of(layer) * positions[name] // batch,
             params=0 if name in tied else params[name],
             positions=positions[name] // batch,
             channels=_channels(layer) * experts_of(layer),
@@ -119,6 +143,11 @@ def profile_model(
 def tied_in(profiles: Sequence[LayerProfile]) -> list[list[str]]:
     """Return lists of layers that share a weight."""
     return tied_groups({profile.name: profile.tied_to for profile in profiles})
+
+
+def tables_in(profiles: Sequence[LayerProfile]) -> list[str]:
+    """Return the embeddings."""
+    return [profile.name for profile in profiles if profile.kind == "embedding"]
 
 
 def attention_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
@@ -170,8 +199,13 @@ def experts_of(layer: nn.Module) -> int:
 
 
 def _channels(layer: nn.Module) -> int:
-    """Return the output channels of a convolution, Linear, transformers Conv1D or expert."""
-    return next(getattr(layer, name) for name in ("out_channels", "out_features", "nf") if hasattr(layer, name))
+    """Return the channels with a weight scale: output channels, or the rows of an embedding."""
+    names = ("out_channels", "out_features", "nf", "num_embeddings")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
+def _is_table(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding)
 
 
 def _batch_size(example_inputs: ExampleInputs) -> int:

@@ -196,11 +196,14 @@ def write_result(
         TrainingDiverged: A metric is not finite.
     """
     from cost.cost import assignment_to_json
+    from quant.transforms.half import halve_rest
     from trainer.reinforce_trainer import TrainingDiverged
     from trainer.training.checkpoint import write_atomically, write_json
 
     answers: dict[str, dict[str, list[Any]]] = {}
     assignment = final_assignment(plan, trainer)
+    if plan.config.cost_scope == "file":
+        halve_rest(trainer.model, modules)
     metrics = evaluate(trainer, plan, answers)
     for split, values in metrics.items():
         for name, value in values.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -111,6 +111,7 @@ def build_space(
     weight_only: bool = False,
     separate_activations: bool = False,
     tied: Iterable[Sequence[str]] = (),
+    tables: Iterable[str] = (),
 ) -> SearchSpace:
     """Build the space in which each decision takes one of `formats` for weights and activations alike.
 
@@ -123,6 +124,7 @@ def build_space(
         weight_only: keep activations in float.
         separate_activations: any pair of (weight, activation) formats is a choice, which keeps costs additive.
         tied: groups of layers that share a weight; they share a decision in every partition.
+        tables: embeddings among the layers, which take the weight format of a choice alone.
 
     Raises:
         UserError: without layers, if both options are given, and for a partition with an empty block, an unknown
@@ -140,13 +142,16 @@ def build_space(
     else:
         choices = tuple((weight, activation_format(weight)) for weight in formats)
     blocks = merge(_blocks(list(layer_names), partition), tied)
-    return SearchSpace(tuple(Decision(name, tuple(layers), choices) for name, layers in blocks.items()))
+    decisions = tuple(Decision(name, tuple(layers), choices) for name, layers in blocks.items())
+    return SearchSpace(decisions, dict.fromkeys(tables, "looked_up"))
 
 
 def uniform_cost(
     profiles: Sequence[LayerProfile], bits: float, cost_type: CostType, weight_only: bool = False
 ) -> float:
     """Return the cost of all layers at `bits` bits: the meaning of `--target_bits`.
+
+    Profiles of `cost.file_scope` give the memory of all numbers of the model at `bits` bits, scales within them.
 
     Args:
         profiles: profiles of the layers.
@@ -159,6 +164,8 @@ def uniform_cost(
     """
     if not 0 < bits < math.inf:
         raise ValueError(f"target bits must be positive, got {bits}")
+    if cost_type == "memory" and (shares := [profile.file for profile in profiles if profile.file is not None]):
+        profiles = [*profiles, replace(profiles[0], params=sum(share.rest for share in shares))]
     return cost_of_bits(profiles, [(bits, FLOAT.bits if weight_only else bits)] * len(profiles), cost_type)
 
 

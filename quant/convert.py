@@ -25,6 +25,7 @@ from quant.errors import NotFiniteError, UserError
 from quant.formats import FLOAT, Format, GroupFormat
 from quant.module_utils import evaluating
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
+from quant.quant_embedding import QuantEmbedding, is_table
 from quant.quant_experts import ExpertLinear, QuantExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
@@ -43,13 +44,18 @@ QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     ExpertLinear: QuantExpertLinear,
 }
 """Float layer -> quantized layer; an entry also covers subclasses of the float layer."""
+TABLES: dict[type[nn.Module], type[QuantModule]] = {nn.Embedding: QuantEmbedding}
+"""The same for layers that are quantized only where they are asked for, see `find_layers`."""
 
 Assignment = Mapping[str, tuple[Format, Format]]
 """Layer name -> (weight format, activation format)."""
 
 
 def find_layers(
-    model: nn.Module, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    model: nn.Module,
+    include: Collection[str] | None = None,
+    exclude: Collection[str] | None = None,
+    tables: bool = False,
 ) -> dict[str, nn.Module]:
     """Find the layers that can be quantized.
 
@@ -60,6 +66,7 @@ def find_layers(
         model: Any model.
         include: Globs over layer names; None: all layers but those of adapters, see `adapter_layers`.
         exclude: Globs over layer names to leave out; takes precedence over include.
+        tables: Whether embeddings are layers like others; else only those whose whole name is in `include` are.
 
     Returns:
         The layers by dotted name, in module order, each once.
@@ -69,8 +76,12 @@ def find_layers(
     """
     known: tuple[type[nn.Module], ...] = tuple(QUANTIZED)
     hidden = _hidden(model)
+    named = set(include or ())
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, known) and name not in hidden
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, known) and name not in hidden)
+        or ((tables or not named.isdisjoint({name, escape(name)})) and is_table(module))
     }
     adapters = adapter_layers(model, layers) if include is None else ()
     for pattern in (*(include or ()), *(exclude or ())):
@@ -136,7 +147,7 @@ def from_float(
     """Convert one layer; it runs in float until `set_formats`.
 
     Args:
-        layer: A layer whose class, or a base class of it, is in `QUANTIZED`.
+        layer: A layer whose class, or a base class of it, is in `QUANTIZED` or `TABLES`.
         weight: How the weight's scales are computed.
         activation: How the input's scales are computed.
 
@@ -160,8 +171,9 @@ def _blank(float_class: Any) -> QuantModule:
 
 @cache
 def _quant_class(float_class: Any) -> type[QuantModule]:
-    base = next(known for known in float_class.__mro__ if known in QUANTIZED)
-    quant_class = QUANTIZED[base]
+    classes = QUANTIZED | TABLES
+    base = next(known for known in float_class.__mro__ if known in classes)
+    quant_class = classes[base]
     if float_class is base:
         return quant_class
     members: dict[str, Any] = {"__module__": quant_class.__module__, "own": float_class, "__reduce_ex__": _reduce}
@@ -224,7 +236,7 @@ def quantize_model(
 
     Args:
         model: The model; changed in place.
-        include: Globs over layer names, see `find_layers`.
+        include: Globs over layer names, see `find_layers`; an embedding is quantized if its whole name is among them.
         exclude: Globs over layer names, see `find_layers`.
         formats: Formats that will be used. Their learned scales are created now, before the optimizer is.
         weight: How weights' scales are computed.

@@ -20,9 +20,9 @@ from quant.quantizers.weight_cache import Made, RoundedWeightCache
 TABLE = "table"
 """Part of the names of embeddings' quantizers, which take the weight's format."""
 
-Reach = Literal["called", "uncalled", "read"]
+Reach = Literal["called", "uncalled", "read", "looked_up"]
 """called: the layer runs. uncalled: calibration never ran it. read: other code reads its weight
-(`quant.analysis.reach`)."""
+(`quant.analysis.reach`). looked_up: the layer runs on indices, so that it has a weight format alone."""
 
 
 def runs_in(reach: Reach, formats: tuple[Format, Format]) -> tuple[Format, Format]:
@@ -40,6 +40,8 @@ def runs_in(reach: Reach, formats: tuple[Format, Format]) -> tuple[Format, Forma
         return formats
     if reach == "read":
         return FLOAT, FLOAT
+    if reach == "looked_up":
+        return weight, FLOAT
     needs_range = activation.scaled and not isinstance(activation, BlockFormat)
     return weight, FLOAT if needs_range else activation
 
@@ -66,6 +68,7 @@ class QuantModule(nn.Module):
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
     reach: Reach = "called"
+    """What calibration found out; of a class, the reach of its layers that run."""
     most_seen: int = -1
     """Elements of the largest input since calibration began; -1: the layer was not called."""
     rounded_weight_cache: RoundedWeightCache | None = None

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler, Subset
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
-from cost.profile import LayerProfile, profile_model, tied_in
+from cost.profile import LayerProfile, profile_model, tables_in, tied_in
 from policy.budget import Budget, Limit
 from policy.space import Partition, SearchSpace, build_space
 from quant.analysis.float_share import FloatShare, float_share
@@ -150,8 +150,9 @@ class ReinforceTrainer(PickleFreeTrainer):
                     f"the model calls none of its {len(self.profiles)} quantized layers: does it keep the float ones "
                     "in a list, or read their weights itself?"
                 )
-            tied = tied_in(self.profiles)
-            space = build_space(list(self.modules), formats, partition, weight_only_search, separate_activations, tied)
+            activations = weight_only_search, separate_activations
+            tied = tied_in(self.profiles), tables_in(self.profiles)
+            space = build_space(list(self.modules), formats, partition, *activations, *tied)
             phases = Phases.of(search, self._length.steps if searching else 0)
             evaluator = self._make_evaluator(search, space)
             self._searches = MultiTargetSearch(search, evaluator, self.profiles, limits, phases, args.seed)

@@ -76,6 +76,7 @@ NEEDS = (
         _quantizes,
         f"quantized layers: --bits B, or {SEARCH}",
     ),
+    Need(("cost_scope",), _quantizes_weights, f"quantized weights: --bits B, --weight_bits B, or {SEARCH}"),
     Need(("high_precision_ops",), _quantizes, f"quantized layers: --bits B, or {SEARCH}"),
     Need(
         ("weight_observer", "weight_quantizer", "weight_range_percentile", "weight_symmetric", "reduce_range"),

@@ -124,6 +124,12 @@ class SearchFlags:
     weight_only_search: bool = flag(False, "search weight formats; activations stay in float")
     separate_activations: bool = flag(False, "weights and activations of a layer may differ")
     cost_type: str = flag("memory", "memory of the weights in MiB, or compute in GBOPs", choices=list(UNITS))
+    cost_scope: str = flag(
+        "searched",
+        "what memory counts: the weights of the searched layers; or the whole packed file, with scales and what stays "
+        "in float at 16 bits, in which embeddings and the head are layers with formats of their own",
+        choices=["searched", "file"],
+    )
     cost_target: float | None = flag(None, "budget in the unit of --cost_type")
     target_bits: str | None = flag(
         None,

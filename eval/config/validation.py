@@ -251,7 +251,7 @@ def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
     if len(set(targets)) < len(targets):
         raise UserError(f"--target_bits {config.target_bits} names one twice")
     low, high = min(bits), max(bits)
-    for target in targets:
+    for target in targets if config.cost_scope == "searched" else ():  # a file has more in it than weights
         if not low <= target <= high:
             raise UserError(
                 f"--target_bits {target:g} is out of reach: "
@@ -327,6 +327,8 @@ def _check_contradictions(config: RunConfig) -> None:
         _refuse(f"--distill {config.distill:g}", "--method float", "the float model would teach itself")
     if config.distill and config.from_scratch and config.load_model_path is None:
         _refuse(f"--distill {config.distill:g}", "--from_scratch", "an untrained model has nothing to teach")
+    if config.cost_scope == "file" and config.quantize_embeddings:
+        _refuse("--quantize_embeddings", "--cost_scope file", "embeddings are layers there, in formats of their own")
     _check_ptq(config)
     if config.fp16 and config.bf16:
         _refuse("--fp16", "--bf16", "choose one")

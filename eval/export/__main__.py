@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before the imports that need the packages
 import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,8 @@ from quant.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from cost.units import CostType
 
 EXPORT_VERSION = 1
 """The schema_version of export.json, which is independent of the version of run records."""
@@ -96,17 +98,30 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
     Raises:
         UserError: The cost of the exported model is over the target, or the saved model contradicts its record.
     """
-    from cost.cost import cost_of_bits
+    from torch import nn
+
+    from cost.cost import cost_of_bits, memory_cost
+    from quant.formats import FLOAT
 
     record = run.record
     chosen = {name: (layer.weight.bits, layer.activation.bits) for name, layer in written.layers.items()}
     exported = {name: (layer.weight_bits, layer.activation_bits) for name, layer in written.layers.items()}
+    # Most exports have no types for embeddings: their rounded values stay in float, which the verdict says.
+    tables = {name for name, module in run.modules.items() if isinstance(module, nn.Embedding)}
+    held = exported | {name: bits for name, bits in chosen.items() if name in tables}
     profiles = run.profiles(evaluated)
-    costs = {
-        name: cost_of_bits(profiles, [bits.get(profile.name, (16, 16)) for profile in profiles], record["cost_type"])
-        for name, bits in (("chosen", chosen), ("exported", exported))
-    }
-    memory = cost_of_bits(profiles, [exported.get(profile.name, (16, 16)) for profile in profiles], "memory") * MIB
+    beside = 0.0  # what a file holds besides the layers' weights, under --cost_scope file
+    if record["cost_type"] == "memory":
+        pairs = {name: (layer.weight, layer.activation) for name, layer in written.layers.items()}
+        whole = {profile.name: pairs.get(profile.name, (FLOAT, FLOAT)) for profile in profiles}
+        beside = memory_cost(profiles, whole) - memory_cost([replace(p, file=None) for p in profiles], whole)
+
+    def cost(bits: Mapping[str, tuple[float, float]], cost_type: CostType) -> float:
+        return cost_of_bits(profiles, [bits.get(profile.name, (16, 16)) for profile in profiles], cost_type)
+
+    kind = record["cost_type"]
+    costs = {"chosen": beside + cost(chosen, kind), "exported": beside + cost(exported, kind)}
+    memory = cost(exported, "memory") * MIB
     if not math.isclose(costs["chosen"], record["cost"], rel_tol=1e-9):
         raise UserError(
             f"RUN_DIR {run.folder}: its saved model costs {costs['chosen']:.6g} {record['cost_unit']}, "
@@ -114,7 +129,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
         )
     target = record["cost_target"]
     # Both costs are exact sums; the tolerance covers the rounding of the target to float64.
-    if target is not None and costs["exported"] > target * (1 + 1e-12):
+    if target is not None and beside + cost(held, kind) > target * (1 + 1e-12):
         widened = [name for name, layer in written.layers.items() if not layer.as_chosen]
         if len(widened) > 3:
             widened = [*widened[:3], "..."]
@@ -152,7 +167,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
             "weights_in_file": written.weight_bytes,
             # Padding of codes to whole bytes and whole blocks; float weights are stored in 32 bits but charged at 16.
             "weights_beyond_cost": written.weight_bytes - round(memory),
-            "of_these_float32": sum(floats) * 2,
+            "of_these_float32": 0 if record.get("cost_scope") == "file" else sum(floats) * 2,
         },
         "measured": written.facts,
         "notes": list(written.notes),

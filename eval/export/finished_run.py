@@ -97,14 +97,18 @@ class FinishedRun:
         Raises:
             UserError: The run charges attention, and the export is not evaluated.
         """
-        from cost.profile import LayerProfile
+        from cost.profile import FileShare, LayerProfile
 
         if evaluated:
             return self.plan.profiles
         if self.config.charge_attention:
             raise UserError("--no_evaluate: this run charges attention, whose share only its model and data tell")
         return [
-            LayerProfile(layer["name"], layer["macs"], layer["params"], 0, 0, "", 1) for layer in self.record["layers"]
+            LayerProfile(
+                *(layer["name"], layer["macs"], layer["params"], 0, 0, "", 1),
+                file=FileShare(**layer["file"]) if "file" in layer else None,
+            )
+            for layer in self.record["layers"]
         ]
 
 

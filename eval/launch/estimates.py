@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from eval.run.plan import Plan
 
 _SHAPING = [entry.name for group in (DataFlags, LayerFlags) for entry in fields(group)]
-_SHAPING += ["load_model_path", "fuse_groups"]
+_SHAPING += ["load_model_path", "fuse_groups", "cost_scope", "per_channel", "weight_symmetric", "per_token"]
 """Flags that the data, the model and its layers depend on. Runs with equal values share one `Plan`."""
 PASS_SHARE = 1 / 3
 """Duration of a forward pass as a share of a training step."""
@@ -41,7 +41,7 @@ class RunEstimate:
     seconds: float | None = None
     """Approximate duration on this machine; None if not measured."""
     outside_cost: str = ""
-    """Matrices that stay in float and their share of the weights; empty if there are none."""
+    """Matrices that no cost counts and their share of the weights; empty if there are none."""
     held_out: int = 0
     """Number of training examples that a search holds out to evaluate assignments."""
     summary: tuple[str, ...] = ()
@@ -98,7 +98,8 @@ def _estimate(plan: Plan, seconds_per_step: float | None) -> RunEstimate:
         seconds = seconds_per_step * (steps + passes * PASS_SHARE)
     reach = search_space(plan).cost_range(plan.profiles, cost_type)
     outside = float_share(plan.bundle.model, plan.layers)
-    return RunEstimate(steps, reach, budget(plan), seconds, str(outside) if outside.left else "", held_out)
+    uncounted = str(outside) if outside.left and run.cost_scope == "searched" else ""
+    return RunEstimate(steps, reach, budget(plan), seconds, uncounted, held_out)
 
 
 def _passes(plan: Plan, steps: int) -> float:

@@ -10,6 +10,7 @@ from rich.table import Table
 from cost.units import UNITS
 from eval.config.run_config import RunConfig
 from eval.launch.estimates import RunEstimate
+from eval.run.outcome import COUNTED
 from eval.run.progress import duration, number
 
 
@@ -24,6 +25,8 @@ def print_plan(console: Console, runs: Mapping[str, RunConfig], estimates: Mappi
     for summary in dict.fromkeys(estimate.summary for estimate in estimates.values() if estimate.summary):
         console.print("\n".join(summary) + "\n")
     console.print(plan_table(runs, estimates))
+    if any(run.cost_scope == "file" for run in runs.values()):
+        console.print(COUNTED["file"])
     for outside in dict.fromkeys(estimate.outside_cost for estimate in estimates.values() if estimate.outside_cost):
         console.print(f"outside the cost: {outside}")
     for held in dict.fromkeys(estimate.held_out for estimate in estimates.values() if estimate.held_out):

@@ -18,7 +18,7 @@ from rich.table import Table
 from eval.launch.estimates import RunEstimate
 from eval.launch.grid import RunState
 from eval.report.records import Excluded, Run, read_run
-from eval.run.outcome import COUNTED, FILE, file_sizes
+from eval.run.outcome import captions, file_sizes, scope_of
 from eval.run.progress import TRAINING, describe, duration, number, read_progress
 from eval.run.schema import loss_rise
 
@@ -253,8 +253,8 @@ def result_table(runs: Mapping[str, RunState], died: Mapping[str, str]) -> Table
             part = read_run(folder)
             table.add_row(f"{name}/{folder.name}", *([part.reason] if isinstance(part, Excluded) else _result(part)))
         table.add_row(name, *_result(state.run))
-    if any(state.run for state in runs.values()):
-        table.caption = f"{COUNTED}\n{FILE}"
+    if finished := [state.run.record for state in runs.values() if state.run]:
+        table.caption = "\n".join(captions(map(scope_of, finished)))
         table.caption_justify = "left"
     return table
 

@@ -13,6 +13,8 @@ from quant.errors import UserError
 
 OFF_FOR_TEXT = ("pooler", "classifier")
 """roles that stay in float in text models unless flags enable them: small layers, to which accuracy is sensitive"""
+WHOLE_FILE = "file"
+"""value of `--cost_scope` under which embeddings and the head are quantized, too"""
 
 
 def role_enabled(role: str | None, kind: Kind, config: Any) -> bool:
@@ -20,7 +22,14 @@ def role_enabled(role: str | None, kind: Kind, config: Any) -> bool:
     if role is None:
         return True
     wanted = getattr(config, f"quantize_{role}", None)
+    if wanted is None and role == "classifier" and takes_file(config):
+        return True
     return (kind == "image" or role not in OFF_FOR_TEXT) if wanted is None else wanted
+
+
+def takes_file(config: Any) -> bool:
+    """Return whether the cost is of the whole file, so that embeddings are layers, and the head is one by default."""
+    return getattr(config, "cost_scope", None) == WHOLE_FILE
 
 
 def searched_layers(model: nn.Module, kind: Kind, config: Any) -> list[str]:
@@ -29,7 +38,8 @@ def searched_layers(model: nn.Module, kind: Kind, config: Any) -> list[str]:
     Args:
         model: the float model.
         kind: the kind of the task; text models leave more roles in float by default.
-        config: has `quantize_<role>` for the roles of `layer_roles`, and `include` and `exclude`, comma lists of globs.
+        config: has `quantize_<role>` for the roles of `layer_roles`, `include` and `exclude`, comma lists of globs, and
+            `cost_scope`.
 
     Raises:
         UserError: if a glob matches no layer, or no layer is left.
@@ -37,12 +47,12 @@ def searched_layers(model: nn.Module, kind: Kind, config: Any) -> list[str]:
     globs = {flag: split_globs(getattr(config, flag, None)) for flag in ("include", "exclude")}
     for flag, patterns in globs.items():
         try:
-            find_layers(model, include=patterns)
+            find_layers(model, include=patterns, tables=takes_file(config))
         except ValueError as error:
             raise UserError(f"--{flag}: {error}") from None
-    candidates = find_layers(model, **globs)
-    roles = layer_roles(model)
-    names = [name for name in candidates if role_enabled(roles[name], kind, config)]
+    candidates = find_layers(model, **globs, tables=takes_file(config))
+    roles = layer_roles(model)  # embeddings have none
+    names = [name for name in candidates if role_enabled(roles.get(name), kind, config)]
     if not names:
         off = [f"--no_quantize_{role}" for role in ROLES if not role_enabled(role, kind, config)]
         raise UserError(f"no layer is left to quantize: {len(roles)} layers, minus {', '.join(off) or '--exclude'}")

@@ -9,7 +9,7 @@ from statistics import mean
 
 from eval.report.paired import Answers, group_answers, half_width
 from eval.report.records import Excluded, Group, evenly_spaced, is_within, lower_is_better
-from eval.run.outcome import choice_line, file_sizes
+from eval.run.outcome import choice_line, file_sizes, scope_of
 
 MAX_BUDGETS = 4
 """budgets of one task and model that get sentences"""
@@ -37,7 +37,7 @@ def findings(groups: Sequence[Group], answers: AnswersOf) -> list[Finding]:
     found = []
     for name in dict.fromkeys(_place(group) for group in groups):
         own = [group for group in groups if _place(group) == name]
-        budgets = sorted({(g.record["cost_type"], g.record["cost_target"]) for g in own if g.record["cost_target"]})
+        budgets = sorted({_budget(g) for g in own if g.record["cost_target"]})
         paragraphs = [_of_budget(own, *budget, answers) for budget in evenly_spaced(budgets, MAX_BUDGETS)]
         if len(budgets) > MAX_BUDGETS:
             more = f"{len(budgets) - MAX_BUDGETS} more budgets lie between these: see the summary."
@@ -61,11 +61,17 @@ def _place(group: Group) -> tuple[str, str, str]:
     return group.record["task"], group.record["model"], group.record["metric"]
 
 
+def _budget(group: Group) -> tuple[str, float, str]:
+    """Return (cost type, target, scope)."""
+    return group.record["cost_type"], group.record["cost_target"], scope_of(group.record)
+
+
 def _of_budget(
-    groups: Sequence[Group], cost_type: str, target: float, answers: AnswersOf
+    groups: Sequence[Group], cost_type: str, target: float, scope: str, answers: AnswersOf
 ) -> tuple[str, tuple[str, ...]]:
     """(opening words, sentences) of one budget: the best configuration, and how it compares with float and uniform."""
-    aimed = [g for g in groups if (g.record["cost_type"], g.record["cost_target"]) == (cost_type, target)]
+    groups = [g for g in groups if scope_of(g.record) == scope or g.record["method"] == "float"]
+    aimed = [g for g in groups if _budget(g) == (cost_type, target, scope)]
     unit = aimed[0].record["cost_unit"]
     opening = f"Within {target:.4g} {unit} ({cost_type})"
     within = [

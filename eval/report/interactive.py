@@ -20,7 +20,7 @@ from eval.report.labels import short_names
 from eval.report.layers import NOT_MEASURED, Sensitivities, formats_by_layer, layer_texts
 from eval.report.pareto import Panel
 from eval.report.records import Group, Run, evenly_spaced, sort_formats
-from eval.run.outcome import file_sizes
+from eval.run.outcome import cost_title, file_sizes
 
 Figure: TypeAlias = dict[str, Any]
 """`data` and `layout` of plotly.js; `customdata` of a point, or else `meta` of its trace, make up its hover text"""
@@ -83,7 +83,7 @@ def front(panel: Panel, methods: Sequence[str]) -> Figure:
         "layout": {
             "height": 420,
             "xaxis": {
-                "title": {"text": escaped(f"{panel.cost_type} cost of the searched layers [{panel.cost_unit}]")},
+                "title": {"text": escaped(panel.cost_title)},
                 "type": "log" if panel.log_cost else "linear",
                 **({"dtick": "D2"} if panel.log_cost else {}),
             },
@@ -330,7 +330,6 @@ def course(
 def draws(points: NDArray[Any], record: Mapping[str, Any]) -> Figure:
     """Cost and quality of drawn assignments, coloured by step. points: (draws, 3) of step, cost, quality."""
     kept = points[evenly_spaced(range(len(points)), MAX_DRAWS)]
-    cost_title = f"{record['cost_type']} cost of the searched layers [{record['cost_unit']}]"
     lines = {"target": (record["cost_target"], "dash"), "chosen": (record["cost"], "solid")}
     data: list[Figure] = [
         {
@@ -360,7 +359,7 @@ def draws(points: NDArray[Any], record: Mapping[str, Any]) -> Figure:
                 _lines([cost, cost], [low, high], COLOURS[1], dash)
                 | {"name": escaped(own), "customdata": [own] * 2, "showlegend": True}
             )
-    layout = {"height": 400, "xaxis": {"title": {"text": escaped(cost_title)}}}
+    layout = {"height": 400, "xaxis": {"title": {"text": escaped(cost_title(record))}}}
     return {"data": data, "layout": layout | {"yaxis": {"title": {"text": "quality (held-out batch)"}}}}
 
 

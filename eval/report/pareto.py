@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from eval.report.records import Group, lower_is_better
+from eval.run.outcome import counted_part, scope_of
 
 Point: TypeAlias = tuple[float, float]
 """(cost, quality)"""
@@ -23,9 +24,16 @@ class Panel:
     metric: str
     cost_type: str
     cost_unit: str
+    scope: str
+    """`cost_scope` of its runs."""
     groups: tuple[Group, ...]
     left_out: int
     """Number of runs without a cost of this type."""
+
+    @property
+    def cost_title(self) -> str:
+        """Title of the axis of costs."""
+        return f"{self.cost_type} cost {counted_part(self.cost_type, self.scope)} [{self.cost_unit}]"
 
     @property
     def lower_is_better(self) -> bool:
@@ -63,15 +71,17 @@ class Panel:
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:
-    """One panel per task, model and cost type with a target; if there are no targets, per cost type."""
+    """One panel per task, model, cost type and scope with a target; if there are no targets, per cost type."""
     found = []
     for task, model, metric in dict.fromkeys(tuple(g.record[k] for k in ("task", "model", "metric")) for g in groups):
         own = [g for g in groups if (g.record["task"], g.record["model"], g.record["metric"]) == (task, model, metric)]
         aimed = [g for g in own if g.record["cost_target"] is not None] or own
-        for cost_type, unit in dict.fromkeys((g.record["cost_type"], g.record["cost_unit"]) for g in aimed):
-            shown = tuple(group for group in own if group.has_cost(cost_type))
-            left_out = sum(len(group.runs) for group in own) - sum(len(group.runs) for group in shown)
-            found.append(Panel(task, model, metric, cost_type, unit, shown, left_out))
+        kinds = ((g.record["cost_type"], g.record["cost_unit"], scope_of(g.record)) for g in aimed)
+        for cost_type, unit, scope in dict.fromkeys(kinds):
+            of_scope = [group for group in own if scope_of(group.record) == scope]
+            shown = tuple(group for group in of_scope if group.has_cost(cost_type))
+            left_out = sum(len(group.runs) for group in of_scope) - sum(len(group.runs) for group in shown)
+            found.append(Panel(task, model, metric, cost_type, unit, scope, shown, left_out))
     return found
 
 

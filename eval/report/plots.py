@@ -23,6 +23,7 @@ from eval.report.labels import short_names
 from eval.report.layers import NOT_MEASURED, Sensitivities
 from eval.report.pareto import Panel
 from eval.report.records import Run, sort_formats
+from eval.run.outcome import cost_title, counted_part, scope_of
 
 MARKER_OF = {symbol: marker for marker, symbol in interactive.SYMBOLS.items()}
 """symbol of plotly -> marker of matplotlib"""
@@ -57,10 +58,7 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
             handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=1, label=name))
         if panel.left_out:
             handles.append(Line2D([], [], ls="", label=f"not shown, cost unknown: {panel.left_out}"))
-        axes.set_xlabel(
-            f"{panel.cost_type} cost of the searched layers [{panel.cost_unit}]"
-            + (", log scale" if panel.log_cost else "")
-        )
+        axes.set_xlabel(panel.cost_title + (", log scale" if panel.log_cost else ""))
         axes.set_ylabel(f"{panel.metric} (validation)" + (", lower is better" if panel.lower_is_better else ""))
         axes.margins(0.08)
         if panel.log_cost:
@@ -243,7 +241,8 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
         handles = [Line2D([], [], color=colour, ls=dash, label=label) for label, colour, dash in lines]
         canvas.legend(handles=handles, loc="outside lower left", ncols=1)
 
-    what = "Thick: running mean over a twentieth of the steps. Cost: of the searched layers; dashed level: the target."
+    parts = " or ".join(dict.fromkeys(counted_part(kind, scope_of(run.record)) for run in runs))
+    what = f"Thick: running mean over a twentieth of the steps. Cost: {parts}; dashed level: the target."
     size = (WIDTH, 1.4 * len(rows) + (0.04 + 0.12 * _most_lines(labels)) * len(runs))
     smooth = {
         measures[name]: [(steps, running_mean(values) if len(values) else values) for steps, values in known[name]]
@@ -277,7 +276,7 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
         dots = axes.scatter(points[:, 1], points[:, 2], c=points[:, 0], cmap="cividis", s=10, linewidths=0.3)
         dots.set_edgecolor(INK)  # keeps the darkest dots visible on a dark page
         canvas.colorbar(dots, ax=axes, label="step")
-        axes.set_xlabel(f"{run.record['cost_type']} cost of the searched layers [{run.record['cost_unit']}]")
+        axes.set_xlabel(cost_title(run.record))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_ylabel("quality (held-out batch)")
         lines = {"target": (run.record["cost_target"], "--"), "chosen": (run.record["cost"], "-")}

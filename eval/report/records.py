@@ -96,9 +96,9 @@ class Run:
 
     @cached_property
     def costs(self) -> Mapping[str, float]:
-        """Cost type -> cost [MiB or GBOPs]: the run's own type and all others in its record."""
+        """Cost type -> cost [MiB or GBOPs]: the run's own type, in its own scope, and all others in its record."""
         noted = {name: float(cost) for name, cost in self.record["costs"].items() if isinstance(cost, NUMBER)}
-        return {self.record["cost_type"]: float(self.record["cost"]), **noted}
+        return {**noted, self.record["cost_type"]: float(self.record["cost"])}
 
     @cached_property
     def formats(self) -> str:

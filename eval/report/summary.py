@@ -12,7 +12,7 @@ from typing import Any
 from eval.report.labels import differing
 from eval.report.paired import Answers, group_answers, half_width
 from eval.report.records import TRAINING_SETTINGS, Group, Run, mean_sd
-from eval.run.outcome import file_sizes
+from eval.run.outcome import file_sizes, scope_of
 from eval.run.schema import loss_rise
 
 
@@ -78,6 +78,7 @@ def _summary_row(group: Group, baseline: float | None, settings: str) -> dict[st
         **{key: record[key] for key in ("task", "model", "method")},
         "formats": group.runs[0].formats,
         **{key: record[key] for key in ("cost_type", "cost_unit", "cost_target")},
+        "cost_scope": scope_of(record),
         "float_share": record.get("float_share"),
         "cost_mean": cost,
         "cost_sd": cost_sd,
@@ -101,7 +102,8 @@ def _against_best(groups: Sequence[Group], answers: Mapping[Path, Answers | None
     rivals: dict[tuple[Any, ...], list[int]] = {}
     for number, group in enumerate(groups):
         if group.record["cost_target"] is not None and group.record["metric"] == "accuracy":
-            same = tuple(group.record[key] for key in ("task", "model", "cost_type", "cost_target"))
+            keys = ("task", "model", "cost_type", "cost_target")
+            same = (scope_of(group.record), *(group.record[key] for key in keys))
             rivals.setdefault(same, []).append(number)
     found = [dict.fromkeys(("minus_best", "minus_best_half_width", "formats_of_best")) for _ in groups]
     for numbers in rivals.values():

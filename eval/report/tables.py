@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from eval.report.records import Run, lower_is_better
-from eval.run.outcome import COUNTED, FILE
+from eval.run.outcome import captions
 from quant.formats import parse_format
 
 Row: TypeAlias = Mapping[str, Any]
@@ -85,7 +85,8 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
     if per_run:
         columns.append(Column("run", lambda row: "/".join(Path(row["run"]).parts[-2:])))
     title = [*(rows[0][key] for key in ("task", "model") if key in shared), *_outside_cost(rows)]
-    return Table("\n".join([" · ".join(title), COUNTED, FILE]).strip(), columns, rows)
+    scopes = captions(row["cost_scope"] for row in rows)
+    return Table("\n".join([" · ".join(title), *scopes]).strip(), columns, rows)
 
 
 def _outside_cost(rows: Sequence[Row]) -> list[str]:

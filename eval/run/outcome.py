@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,36 @@ from eval.commands import command
 
 FLOAT_BITS = 16
 """Bits that the cost charges for a weight in float."""
-COUNTED = f"cost: of the searched layers alone, a weight in float at {FLOAT_BITS} bits"
+COUNTED = {
+    "searched": f"cost: of the searched layers alone, a weight in float at {FLOAT_BITS} bits",
+    "file": f"cost under --cost_scope file: memory of the whole file, a number in float at {FLOAT_BITS} bits",
+}
+"""`cost_scope` of a record -> what its cost counts."""
 FILE = f"file: the whole model, with scales and embeddings; what stays in float counts {FLOAT_BITS} bits a number"
-"""Captions of tables and figures."""
+"""Caption of tables and figures."""
 CRITERIA = {"divergence": "distance from the float model's answers", "loss": "loss"}
 """`contest.judged_by` of a record -> name of the degradation that was compared on held-out data."""
+
+
+def scope_of(record: Mapping[str, Any]) -> str:
+    """Return the `cost_scope` of a record; older ones count the searched layers."""
+    return str(record.get("cost_scope", "searched"))
+
+
+def captions(scopes: Iterable[str]) -> list[str]:
+    """Return what the costs of a table count, for the scopes of its runs, and what its file sizes count."""
+    return [*(COUNTED[scope] for scope in COUNTED if scope in set(scopes)), FILE]
+
+
+def counted_part(cost_type: str, scope: str) -> str:
+    """Return the part of the model that a cost is of, for titles: 'of the searched layers' or 'of the whole file'."""
+    return "of the whole file" if (cost_type, scope) == ("memory", "file") else "of the searched layers"
+
+
+def cost_title(record: Mapping[str, Any]) -> str:
+    """Return the title of an axis of a run's costs."""
+    part = counted_part(record["cost_type"], scope_of(record))
+    return f"{record['cost_type']} cost {part} [{record['cost_unit']}]"
 
 
 def file_sizes(record: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -58,8 +83,13 @@ def cost_line(record: Mapping[str, Any]) -> str:
     # With --max_drop, the recorded target is a result of the search, not a request of the user.
     no_target = record["cost_target"] is None or "max_drop" in contest
     target = "" if no_target else f" (target {record['cost_target']:.6g})"
-    line = f"cost: {record['cost']:.6g} {record['cost_unit']}{target} in {len(record['layers'])} layers"
-    if sizes := file_sizes(record):
+    whole = counted_part(record["cost_type"], scope_of(record)) == "of the whole file"
+    own = f"{record['cost']:.6g} {record['cost_unit']}{' of the whole file' if whole else ''}{target}"
+    line = f"cost: {own} in {len(record['layers'])} layers"
+    sizes = file_sizes(record)
+    if sizes and whole:
+        return f"{line}; {record['cost'] / sizes[1]:.0%} of float's {sizes[1]:.4g} MiB"
+    if sizes:
         line += f"; the whole file {sizes[0]:.4g} MiB, {sizes[0] / sizes[1]:.0%} of float's {sizes[1]:.4g}"
         line += f" (numbers in float at {FLOAT_BITS} bits)"
     return line

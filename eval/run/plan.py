@@ -66,9 +66,10 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     Raises:
         UserError: The data or the model cannot be loaded, or they contradict the flags.
     """
+    from cost.file_scope import charge_file
     from cost.profile import profile_model
     from eval.data.loading import load_task, prepare
-    from eval.layers.coverage import searched_layers
+    from eval.layers.coverage import searched_layers, takes_file
     from eval.layers.fused_groups import fused_groups
     from eval.modeling.inputs import agree_on_classes
     from eval.models import build_model, recompute_activations
@@ -104,6 +105,9 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
         rotate_model(bundle, prepared.example_inputs, config.seed)
     layers = searched_layers(bundle.model, data.kind, config)
     profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
+    if takes_file(config):
+        ranges = config.per_channel, not config.weight_symmetric, not config.per_token
+        profiles = charge_file(profiles, bundle.model, *ranges)
     plan = Plan(config, data, bundle, prepared, layers, profiles)
     if config.fuse_groups:
         plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
@@ -239,12 +243,18 @@ def budget(plan: Plan) -> float | None:
 
 def search_space(plan: Plan) -> SearchSpace:
     """Build the search space that the flags describe."""
-    from cost.profile import tied_in
+    return space_of(plan, partition(plan))
+
+
+def space_of(plan: Plan, partition: Partition) -> SearchSpace:
+    """Build the search space of a partition of the layers."""
+    from cost.profile import tables_in, tied_in
     from policy.space import build_space
 
-    config = plan.config
+    config, profiles = plan.config, plan.profiles
     activations = config.weight_only_search, config.separate_activations
-    return build_space(plan.layers, config.search_formats, partition(plan), *activations, tied_in(plan.profiles))
+    tied = tied_in(profiles), tables_in(profiles)
+    return build_space(plan.layers, config.search_formats, partition, *activations, *tied)
 
 
 def partition(plan: Plan) -> Partition:

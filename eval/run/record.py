@@ -7,21 +7,22 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import Distribution, distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
 from eval.run.limits import limits_of
-from eval.run.outcome import choice_line, cost_line, export_lines
-from eval.run.plan import Plan, budget, search_space
+from eval.run.outcome import choice_line, cost_line, counted_part, export_lines, scope_of
+from eval.run.plan import Plan, budget, search_space, space_of
 from eval.run.schema import SCHEMA_VERSION, loss_rise
 from eval.run.trainer import teacher_share
 from quant.formats import Format
 
 LOSS_ROSE = "the loss ended far above where it started, so training harmed the model (lower --learning_rate):"
 if TYPE_CHECKING:  # importing torch takes seconds; flags are checked without it
+    from cost.profile import LayerProfile
     from quant.quant_module import Reach
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
@@ -44,6 +45,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "seed": config.seed,
         "run_id": config.run_name,
         "cost_type": config.cost_type,
+        "cost_scope": config.cost_scope,
         "cost_target": budget(plan),
         "metric": plan.data.metric,
         "classes": list(plan.data.label_names),
@@ -51,12 +53,18 @@ def describe(plan: Plan) -> dict[str, Any]:
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
         "distill": teacher_share(plan),
         "float_share": float_share(plan.bundle.model, plan.layers).share,
-        "layers": [{"name": p.name, "macs": p.macs, "params": p.params} for p in plan.profiles],
+        "layers": [layer_entry(profile) for profile in plan.profiles],
         "versions": versions(),
         "commit": commit(),
         "device": device_name(config),
         "notes": [*plan.data.notes, *plan.bundle.notes, *plan.prepared.notes, *layer_notes(plan)],
     }
+
+
+def layer_entry(profile: LayerProfile) -> dict[str, Any]:
+    """Return a layer's entry of the record: its size, and its share of the file if the cost counts that."""
+    entry = {"name": profile.name, "macs": profile.macs, "params": profile.params}
+    return entry if profile.file is None else {**entry, "file": asdict(profile.file)}
 
 
 def costs_of(
@@ -70,20 +78,21 @@ def costs_of(
         reach: Layer name -> what calibration found out about the layer, see `quant.quant_module.Reach`.
     """
     from cost.cost import COSTS, overhead_memory, unsearched_memory
-    from cost.profile import tied_in
     from cost.units import UNITS
-    from policy.space import build_space
 
     config = plan.config
     cost_type: Any = config.cost_type
-    costs = {name: cost(plan.profiles, assignment) for name, cost in COSTS.items()}
+    weights = [replace(profile, file=None) for profile in plan.profiles]
+    costs = {name: cost(weights, assignment) for name, cost in COSTS.items()}
     overhead = overhead_memory(plan.profiles, assignment, config.per_channel)
     unsearched = unsearched_memory(plan.bundle.model, plan.layers)
-    activations = config.weight_only_search, config.separate_activations
-    space = build_space(plan.layers, config.search_formats, "layer", *activations, tied_in(plan.profiles))
-    space = replace(space, reach=reach or {})
+    total = costs["memory"] + overhead + unsearched
+    if config.cost_scope == "file":  # which also counts buffers, and zero points of weights
+        total = COSTS["memory"](plan.profiles, assignment)
+    space = space_of(plan, "layer")
+    space = replace(space, reach={**space.reach, **(reach or {})})
     return {
-        "cost": costs[cost_type],
+        "cost": COSTS[cost_type](plan.profiles, assignment),
         "cost_unit": UNITS[cost_type],
         "cost_range": list(space.cost_range(plan.profiles, cost_type)),
         "limits": [
@@ -94,7 +103,7 @@ def costs_of(
             **costs,
             "overhead": overhead,
             "unsearched": unsearched,
-            "total": costs["memory"] + overhead + unsearched,
+            "total": total,
         },
     }
 
@@ -104,7 +113,8 @@ def layer_notes(plan: Plan) -> list[str]:
     from quant.analysis.float_share import float_share
 
     outside = float_share(plan.bundle.model, plan.layers)
-    notes = [f"outside the cost: {outside}"] if outside.left else []
+    where = "in float" if plan.config.cost_scope == "file" else "outside the cost"
+    notes = [f"{where}: {outside}"] if outside.left else []
     if idle := [p.name for p in plan.profiles if not p.calls]:
         notes.append(f"{len(idle)} layers are never called and cost no compute: {', '.join(idle[:3])}")
     return notes
@@ -146,6 +156,8 @@ def device_name(config: RunConfig) -> str:
 def outside_cost(record: Mapping[str, Any]) -> str:
     """Return a suffix for the cost about weights that it excludes; empty if there are none or the record is too old."""
     share = record.get("float_share") or 0.0
+    if share and counted_part(record["cost_type"], scope_of(record)) == "of the whole file":
+        return f"; in float: {100 * share:.3g} % of the weights in matrices"
     return f"; outside it, in float: {100 * share:.3g} % of the weights in matrices" if share else ""
 
 

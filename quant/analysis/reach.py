@@ -8,18 +8,24 @@ it replaced, an embedding) cannot round the weight, and stays in float altogethe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 from weakref import WeakSet
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from quant.quant_embedding import QuantEmbedding
 from quant.quant_module import QuantModule, Reach
 from quant.quantizers.quant_params import QuantParams
 
 logger = logging.getLogger(__name__)
+
+LOOK_UPS = (F.embedding, torch.embedding)
+"""What an embedding reads its own weight with."""
 
 _warned: WeakSet[nn.Module] = WeakSet()
 """Models that a warning has been issued for."""
@@ -36,10 +42,12 @@ def note_reach(model: nn.Module, modules: Mapping[str, QuantModule], run: Callab
     reached = {name: module.most_seen > 0 or _has_range(module) for name, module in modules.items()}
     idle = {name: module for name, module in modules.items() if module.most_seen < 0 and not reached[name]}
     read = weights_read(idle, modules, run) if idle else set[str]()
+    tables = {name: module for name, module in modules.items() if isinstance(module, QuantEmbedding)}
+    read |= weights_read(tables, modules, run, but_by=LOOK_UPS) if tables else set()
     for name, module in modules.items():
         # Dynamic ranges need no calibration.
         fine = reached[name] or module.input_quantizer.config.range == "dynamic"
-        module.reach = "read" if name in read else "called" if fine else "uncalled"
+        module.reach = "read" if name in read else type(module).reach if fine or name in tables else "uncalled"
         module.set_formats(*module.formats)
     if model not in _warned and (notes := notes_on_reach(modules)):
         _warned.add(model)
@@ -63,14 +71,18 @@ def notes_on_reach(modules: Mapping[str, QuantModule]) -> list[str]:
 
 
 def weights_read(
-    idle: Mapping[str, QuantModule], modules: Mapping[str, QuantModule], run: Callable[[], Any]
+    idle: Mapping[str, QuantModule],
+    modules: Mapping[str, QuantModule],
+    run: Callable[[], Any],
+    but_by: Collection[Any] = (),
 ) -> set[str]:
     """Find layers whose weights are read although the layers are not called.
 
     Args:
-        idle: Layers that were not called.
+        idle: Layers that were not called; or tables, whose weights something else reads than look-ups.
         modules: All quantized layers.
         run: Runs a forward pass.
+        but_by: Functions whose reads do not count.
 
     Returns:
         Names among `idle`.
@@ -79,7 +91,7 @@ def weights_read(
     weights = {
         id(weight): name for name, module in idle.items() if (weight := module._parameters.get("weight")) is not None
     }
-    with _Reads(weights.keys() - inside) as reads:
+    with _Reads(weights.keys() - inside, but_by) as reads:
         run()
     return {name for name, module in idle.items() if id(module._parameters.get("weight")) in reads.read}
 
@@ -87,12 +99,14 @@ def weights_read(
 class _Reads(TorchFunctionMode):
     """Records which of the wanted tensors (by id) torch functions compute other tensors from."""
 
-    def __init__(self, wanted: set[int]) -> None:
+    def __init__(self, wanted: set[int], but_by: Collection[Any]) -> None:
         super().__init__()
-        self.wanted, self.read = wanted, set[int]()
+        self.wanted, self.but_by, self.read = wanted, but_by, set[int]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func in self.but_by:
+            return output
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):  # not only its shape or dtype
             self.read |= {id(leaf) for leaf in tree_leaves((args, kwargs))} & self.wanted
         return output
@@ -104,5 +118,5 @@ def _has_range(module: QuantModule) -> bool:
 
 
 def reach_of(modules: Mapping[str, QuantModule]) -> dict[str, Reach]:
-    """Return the layers that calibration did not reach, with their `reach`."""
+    """Return the layers that do not run in any pair of formats (see `quant.quant_module.runs_in`), with their reach."""
     return {name: module.reach for name, module in modules.items() if module.reach != "called"}

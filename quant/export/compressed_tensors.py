@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.analysis.tied import stored_with
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict, as_chosen
 from quant.export.weights import round_weight, static_range
 from quant.formats import E4M3, FLOAT, Format, GroupFormat, IntFormat
 from quant.kernels.groups import from_rows
+from quant.quant_embedding import QuantEmbedding
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
 
@@ -70,12 +72,15 @@ def export_compressed(
             f"--format compressed-tensors: {apart[0]} is no layer of {type(model).__name__} but part of a tensor that "
             "holds several matrices (experts, attention); choose --format packed"
         )
+    owners = stored_with(modules)
     verdicts: dict[str, LayerVerdict] = {}
     groups: dict[tuple[Format, Format], list[str]] = {}
     values: dict[str, Tensor] = {}
     for name, module in modules.items():
         weight, activation = module.formats
         reason, verdicts[name] = mismatch(name, module), as_chosen(weight, activation)
+        if isinstance(modules.get(owners.get(name, "")), QuantEmbedding):
+            reason = f"it shares its weight with {owners[name]}, which is stored once"
         if (rounded := round_weight(name, module)) is not None:
             whole = rounded.values()
             if rounded.in_block is not None:

@@ -41,6 +41,7 @@ from quant.quant_module import QuantModule
 from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer, Rounder
 from quant.transforms.computed_weights import fold_weight, sources
+from quant.transforms.half import holds_exactly
 from quant.transforms.placement import placed_sites
 from quant.transforms.unfold import layer_state
 
@@ -75,7 +76,11 @@ class OnGrid(Quantizer):
 
 
 def write_packed(
-    path: Path, model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any] | None = None
+    path: Path,
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    extra: Mapping[str, Any] | None = None,
+    halve: bool = False,
 ) -> dict[str, LayerVerdict]:
     """Write a packed checkpoint of a model in its current formats.
 
@@ -86,6 +91,7 @@ def write_packed(
         model: The quantized model.
         modules: Its quantized layers, by name.
         extra: JSON values to add to the description, by name.
+        halve: Store tensors that stay in float in 16 bits where that keeps every value (see `quant.transforms.half`).
 
     Returns:
         How each layer is stored, by name.
@@ -98,14 +104,14 @@ def write_packed(
     uncalled = never_called(modules)
     verdicts = {name: (left_in_float if name in uncalled else as_chosen)(*m.formats) for name, m in modules.items()}
     with in_float(uncalled):
-        description, tensors = _contents(model, modules, extra or {})
+        description, tensors = _contents(model, modules, extra or {}, halve)
     metadata = {METADATA: json.dumps({"sha256": _checksum(description, tensors), "description": description})}
     save_file(tensors, str(path), metadata)
     return verdicts
 
 
 def _contents(
-    model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any]
+    model: nn.Module, modules: Mapping[str, QuantModule], extra: Mapping[str, Any], halve: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return (description, tensors) of a packed file."""
     tensors: dict[str, Tensor] = {}
@@ -128,6 +134,8 @@ def _contents(
                 dtype = torch.int8 if range.format.width <= 8 else torch.int16
                 tensors[f"{name}.input.zero_point"] = torch.tensor(range.zero_point, dtype=dtype)
     rest, tied = _rest(model, modules)
+    if halve:
+        rest = {name: holds_exactly(tensor) for name, tensor in rest.items()}
     description = {
         **extra,
         "version": VERSION,

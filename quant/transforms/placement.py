@@ -150,7 +150,7 @@ class _Placer:
         self.mode = _Mode(self)
         self.owner = ""
         self.read: dict[int, weakref.ref[Tensor]] = {}
-        names = {module: name for name, module in modules.items()}
+        names = {module: name for name, module in modules.items() if not isinstance(module, nn.Embedding)}
         hooks = []
         for dotted, module in model.named_modules():
             if isinstance(module, Shortcut | Quantizer):
@@ -352,10 +352,10 @@ class _Mode(TorchFunctionMode):
 
 def _kind(module: nn.Module) -> str:
     """Return the kind of a module that is treated as a unit; '' for one whose inner operations are looked at."""
-    if isinstance(module, QuantModule | nn.Linear | nn.Conv2d):
-        return "layer"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, QuantModule | nn.Linear | nn.Conv2d):
+        return "layer"
     if is_norm(module) and not isinstance(module, nn.BatchNorm2d):
         return "layernorm"
     return "gelu" if "GELU" in type(module).__name__ and not any(module.children()) else ""

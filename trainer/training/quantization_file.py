@@ -33,8 +33,8 @@ def write_quantization(
         assignment: formats of the layers.
         **more: further entries.
     """
-    first = next(iter(modules.values()), None)
-    formats = [] if first is None else [*first.weight_quantizer.grids, *first.input_quantizer.grids]
+    quantizers = [quantizer for m in modules.values() for quantizer in (m.weight_quantizer, m.input_quantizer)]
+    formats = [name for quantizer in quantizers for name in quantizer.grids]
     described = {
         "assignment": assignment_to_json(assignment),
         "formats": list(dict.fromkeys(formats)),

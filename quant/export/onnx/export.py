@@ -32,6 +32,7 @@ from quant.export.weights import never_called, static_range
 from quant.formats import BlockFormat, GroupFormat
 from quant.kernels.emulation import emulate
 from quant.module_utils import evaluating
+from quant.quant_embedding import QuantEmbedding
 from quant.quant_experts import ExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
@@ -104,7 +105,9 @@ def write_onnx(
     check_uncalled(traced, uncalled)
     layers = {name: OnnxLayer.of(name, m, bool(examples)) for name, m in modules.items() if name not in uncalled}
     layers |= {
-        name: replace(layers[name], owner=owner) for name, owner in stored_with(modules).items() if name in layers
+        name: replace(layers[name], owner=owner)
+        for name, owner in stored_with(modules).items()
+        if name in layers and layers[name].transposed == layers[owner].transposed  # a head's, but not a table's
     }
     proto = onnx.ModelProto()
     proto.CopyFrom(traced)
@@ -207,6 +210,8 @@ class _Traced(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # models may pass it by keyword
         """Return the layer's output for placeholders."""
         module, x = self.module, input
+        if isinstance(module, QuantEmbedding):
+            return module.compute(x, placeholder("Weight", self.name, self.weight_shape, torch.empty(1)))
         activation = module.input_quantizer
         if isinstance(activation.format, BlockFormat):
             x = emulate(x, activation.format, activation.reduction_dim)

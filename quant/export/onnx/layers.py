@@ -16,6 +16,7 @@ from quant.export.weights import RoundedWeight, StaticRange, plain_weight, round
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat
 from quant.kernels.groups import to_rows
 from quant.quant_conv2d import QuantConv2d
+from quant.quant_embedding import QuantEmbedding
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
 
@@ -65,6 +66,8 @@ class OnnxLayer:
     float_weight: Tensor
     overflows: bool = False
     """Whether an output could overflow int32, in which engines accumulate products of integers."""
+    table: bool = False
+    """Whether the layer is an embedding, whose rows are looked up."""
     owner: str = ""
     """The layer that a shared weight is stored under; empty: this one."""
 
@@ -96,7 +99,7 @@ class OnnxLayer:
         elif integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
             inputs = INT8
         made = weight, storage, range, inputs, transposed, plain_weight(name, module).float(), overflows
-        return cls(name, module.formats, *made)
+        return cls(name, module.formats, *made, table=isinstance(module, QuantEmbedding))
 
     @property
     def in_integers(self) -> bool:
@@ -106,7 +109,7 @@ class OnnxLayer:
     @property
     def is_product(self) -> bool:
         """Whether the layer is a matrix product, not a convolution."""
-        return self.float_weight.dim() == 2
+        return self.float_weight.dim() == 2 and not self.table
 
     @property
     def float8(self) -> bool:

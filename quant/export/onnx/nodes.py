@@ -161,7 +161,7 @@ class Replacement:
         if point is not None:
             elements = elements + spread(point, weight.in_block, elements.shape[-1])
         # The layout that the operation reads: (in, out) for a matrix product, else the weight's own.
-        rows_last = layer.transposed or (blocked and layer.float_weight.dim() == 2)
+        rows_last = layer.transposed or (blocked and layer.is_product)
         if rows_last:
             elements = elements.T
             scale = scale.T if scale.dim() == 2 else scale
