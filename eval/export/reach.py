@@ -80,7 +80,7 @@ def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
     from transformers import PreTrainedModel
 
     from eval.layers.fused_groups import fused_groups
-    from quant.export.compressed_tensors import check_fused, mismatch
+    from quant.export.compressed_tensors import check_fused, mismatches
     from quant.transforms.migration import added
 
     if not isinstance(plan.bundle.model, PreTrainedModel):
@@ -89,4 +89,4 @@ def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
         raise UserError("it has no place for the factors of --gamma_migration or --smooth_quant")
     inputs = {name: x for name, x in plan.prepared.example_inputs.items() if name != "labels"}
     check_fused(fused_groups(plan.bundle.model, modules, inputs).values(), modules)
-    return sum(mismatch(name, module) is None for name, module in modules.items())
+    return sum(reason is None for reason in mismatches(modules).values())

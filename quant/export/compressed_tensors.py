@@ -72,15 +72,13 @@ def export_compressed(
             f"--format compressed-tensors: {apart[0]} is no layer of {type(model).__name__} but part of a tensor that "
             "holds several matrices (experts, attention); choose --format packed"
         )
-    owners = stored_with(modules)
+    reasons = mismatches(modules)
     verdicts: dict[str, LayerVerdict] = {}
     groups: dict[tuple[Format, Format], list[str]] = {}
     values: dict[str, Tensor] = {}
     for name, module in modules.items():
         weight, activation = module.formats
-        reason, verdicts[name] = mismatch(name, module), as_chosen(weight, activation)
-        if isinstance(modules.get(owners.get(name, "")), QuantEmbedding):
-            reason = f"it shares its weight with {owners[name]}, which is stored once"
+        reason, verdicts[name] = reasons[name], as_chosen(weight, activation)
         if (rounded := round_weight(name, module)) is not None:
             whole = rounded.values()
             if rounded.in_block is not None:
@@ -120,11 +118,23 @@ def export_compressed(
     )
 
 
+def mismatches(modules: Mapping[str, QuantModule]) -> dict[str, str | None]:
+    """Return for each layer the reason why compressed-tensors does not support it; None if it does."""
+    tied = {name: owner for name, owner in stored_with(modules).items() if isinstance(modules[owner], QuantEmbedding)}
+    stored_once = "its weight is that of {}, an embedding"
+    return {
+        name: stored_once.format(tied[name]) if name in tied and module.formats[0] != FLOAT else mismatch(name, module)
+        for name, module in modules.items()
+    }
+
+
 def mismatch(name: str, module: QuantModule) -> str | None:
     """Return the reason why compressed-tensors does not support a layer; None if it does, or the layer is in float."""
     weight, activation = module.formats
     if (weight, activation) == (FLOAT, FLOAT):
         return None
+    if isinstance(module, QuantEmbedding):
+        return "compressed-tensors compresses Linear layers, this is an embedding"
     if not isinstance(module, QuantLinear):
         return f"compressed-tensors compresses Linear layers, this is a {type(module).__name__.removeprefix('Quant')}"
     if isinstance(weight, GroupFormat):

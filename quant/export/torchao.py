@@ -16,6 +16,7 @@ from quant.export.layer_report import LayerVerdict, as_chosen
 from quant.export.packed import OnGrid
 from quant.export.weights import spread
 from quant.formats import E4M3, FLOAT, BlockFormat, FloatFormat, GroupFormat, IntFormat
+from quant.quant_embedding import QuantEmbedding
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
 
@@ -57,6 +58,8 @@ def mismatch(module: QuantModule) -> str | None:
     weight, activation = module.formats
     if (weight, activation) == (FLOAT, FLOAT):
         return None
+    if isinstance(module, QuantEmbedding):
+        return "it quantizes Linear layers, this is an embedding"
     if not isinstance(module, QuantLinear):
         return f"it quantizes Linear layers, this is a {type(module).__name__.removeprefix('Quant')}"
     if module._forward_pre_hooks or module._forward_hooks:  # for example, a migrated layer divides its input
