@@ -233,9 +233,9 @@ def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tupl
     return [(assignment[profile.name][0].bits, assignment[profile.name][1].bits) for profile in profiles]
 
 
-def _range_bytes(share: FileShare, weight: Format, activation: Format) -> int:
-    """Return the bytes of a layer's scales and zero points."""
-    total = _scale_bytes(weight, share.scales)
+def _range_bytes(share: FileShare, weight: Format, activation: Format) -> float:
+    """Return the bytes of a layer's scales and zero points that are not part of its formats' bits."""
+    total = _scale_bytes(weight, share.scales) + _short_block_bytes(share, weight)
     if share.zero_points and isinstance(weight, IntFormat):
         total += 2 * share.scales
     if share.input_range:
@@ -243,6 +243,15 @@ def _range_bytes(share: FileShare, weight: Format, activation: Format) -> int:
         if isinstance(activation, IntFormat):
             total += 1 if activation.width <= 8 else 2
     return total
+
+
+def _short_block_bytes(share: FileShare, weight: Format) -> float:
+    """Return the bytes that blocks or groups take because the last one of a row is short, but has a whole scale."""
+    if not isinstance(weight, BlockFormat | GroupFormat):
+        return 0
+    size = weight.block_size if isinstance(weight, BlockFormat) else weight.size
+    scale_bits = (weight.bits - weight.element.bits) * size
+    return share.rows * (math.ceil(share.row / size) - share.row / size) * scale_bits / 8
 
 
 def _scale_bytes(fmt: Format, scales: int) -> int:

@@ -43,7 +43,9 @@ def charge_file(
                 scales_of(profile, per_channel),
                 zero_points,
                 input_ranges and profile.kind != "embedding",
-                0 if place else rest,
+                rows=profile.channels,
+                row=profile.params // profile.channels,
+                rest=0 if place else rest,
             ),
         )
         for place, profile in enumerate(profiles)

@@ -61,6 +61,7 @@ def names_of(formats, modules):
         (["int4/float", "int8/float", "int3/float"], True, "channel"),
         (["int4/int8", "e4m3/e4m3", "mxfp4/float", "float/float"], True, "channel"),
         (["int4/int4", "int8/int8"], False, "channel"),
+        (["int4g32/float", "uint3g40/int8", "nvfp4/float", "mxint8/float"], True, "channel"),
         (["int5/int8"], True, "tensor"),
     ],
 )
