@@ -105,8 +105,9 @@ def refuse_other_flags(config: RunConfig) -> None:
     before, now = _flags_in(written), yaml.safe_load(to_yaml(config))
     for values in (before, now):  # only the product counts, as the launcher halves a batch that does not fit
         values["train_batch_size"] *= values.pop("gradient_accumulation_steps")
+    defaults = yaml.safe_load(to_yaml(RunConfig()))  # of flags that are newer than the run
     for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
-        if before.get(name) != now.get(name):
+        if before.get(name, defaults.get(name)) != now.get(name):
             raise UserError(
                 f"--{name} {now.get(name)}: {config.run_folder} holds checkpoints of a run with {before.get(name)}; "
                 "give what it was started with to go on from there, or choose another --run_id"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
@@ -414,6 +415,9 @@ class ReinforceTrainer(PickleFreeTrainer):
             logits = class_logits(outputs, batch, checked=False)
             counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
             loss = self.teacher.loss(loss, logits, batch, counted)
+        if model.training and torch.is_grad_enabled() and not loss.requires_grad:
+            # Scales alone are trained, and none of the drawn formats has one: a step without a gradient.
+            loss = loss + 0.0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
         return (loss, outputs) if return_outputs else loss
 
     def _begin_step(self) -> None:

@@ -75,6 +75,11 @@ class TrainingFlags:
     num_train_epochs: float = flag(3.0, "passes over the training split")
     max_steps: int = flag(-1, "optimizer steps, in place of epochs; -1: by epochs, 0: evaluate only")
     learning_rate: float = flag(5e-5, "peak learning rate of the weights")
+    train: str = flag(
+        "all",
+        "what is trained: all weights with the learned scales of the formats, or these scales alone",
+        choices=["all", "scales"],
+    )
     train_batch_size: int = flag(32, "examples in one training batch")
     eval_batch_size: int = flag(32, "examples in one evaluation batch")
     gradient_accumulation_steps: int = flag(1, "batches added up before an optimizer step")

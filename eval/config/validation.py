@@ -259,6 +259,22 @@ def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
             )
 
 
+def _check_trained_scales(config: RunConfig) -> None:
+    """Check that --train scales has scales to train."""
+    if config.max_steps == 0:
+        _refuse("--train scales", "--max_steps 0", "there is no step to train in")
+    weights, activations = (config.weight_quantizer or config.quantizer), config.quantizer
+    used = config.search_formats if config.chooses else config.uniform_formats
+    weight_formats = used if config.chooses else used[:1]
+    learned = weights != "fixed" and any(f.scaled for f in weight_formats)
+    if not config.weight_only_search:
+        inputs = [activation_format(f) for f in used] if config.chooses else used[1:]
+        learned |= activations != "fixed" and not config.per_token and any(f.scaled for f in inputs)
+    if not learned:
+        names = ", ".join(f.name for f in used)
+        raise UserError(f"--train scales: no scale is learned of {names} with --quantizer {config.quantizer}")
+
+
 def _search_flag(config: RunConfig) -> str:
     """Return the flag that turned on the search."""
     return next((f"--{flag}" for flag in ("block_search", "single_decision") if getattr(config, flag)), "--search")
@@ -323,6 +339,8 @@ def _check_contradictions(config: RunConfig) -> None:
     if config.act_range_percentile > 0 and config.observer not in (None, "minmax", "percentile"):
         given = f"--act_range_percentile {config.act_range_percentile:g}"
         _refuse(given, f"--observer {config.observer}", "choose one range")
+    if config.train == "scales":
+        _check_trained_scales(config)
     if config.distill and config.method == "float":
         _refuse(f"--distill {config.distill:g}", "--method float", "the float model would teach itself")
     if config.distill and config.from_scratch and config.load_model_path is None:

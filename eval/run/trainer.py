@@ -62,6 +62,7 @@ def make_trainer(
     from quant.quant_utils import use_compiled
     from trainer.reinforce_trainer import ReinforceTrainer
     from trainer.training.sampler import hold_out
+    from trainer.training.scale_groups import freeze_weights
 
     config, prepared = plan.config, plan.prepared
     set_seed(config.seed)
@@ -78,6 +79,8 @@ def make_trainer(
         modules = quantize_model(
             plan.bundle.model, include=plan.layers, formats=plan.formats, weight=weight, activation=activation
         )
+        if config.train == "scales":
+            freeze_weights(plan.bundle.model)
     if plan.formats and not config.chooses:
         assignment = dict.fromkeys(plan.layers, config.uniform_formats)
     arguments = training_arguments(config)
@@ -134,13 +137,21 @@ def progress_callback(progress: RunProgress) -> TrainerCallback:
 
 
 def float_teacher(plan: Plan) -> Teacher | None:
-    """Copy the float model, before its layers are replaced, if it is needed for distillation or for the search."""
+    """Copy the float model, before its layers are replaced, if it is needed for distillation or for the search.
+
+    If scales alone are trained, the copy shares the weights, unless a migration is about to change them.
+    """
     from trainer.training.distillation import Teacher
 
-    share, data = teacher_share(plan), plan.data
-    classifies = plan.bundle.trained and data.kind in ("image", "text") and not data.task.regression
-    compares = classifies and plan.config.method in ("search", "exhaustive") and search_settings(plan.config).contest
-    return Teacher(copy.deepcopy(plan.bundle.model), share) if share or compares else None
+    share, data, config = teacher_share(plan), plan.data, plan.config
+    answers = plan.bundle.trained and data.kind in ("image", "text", "lm") and not data.task.regression
+    compares = answers and config.method in ("search", "exhaustive") and search_settings(config).contest
+    if not (share or compares):
+        return None
+    model = plan.bundle.model
+    keeps = config.train == "scales" and not (config.gamma_migration or config.smooth_quant)
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if keeps else {}
+    return Teacher(copy.deepcopy(model, shared), share)
 
 
 def teacher_share(plan: Plan) -> float:

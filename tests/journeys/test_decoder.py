@@ -15,8 +15,8 @@ SHAPE = {
 }
 SEARCH = {
     "llama": "--search_space int4,int8 --target_bits 6 --per_channel --fuse_groups",
-    "qwen": "--weight_only_search --search_space int4,int8 --target_bits 6 --per_channel --fuse_groups",
-    "gpt2": "--weight_only_search --search_space mxfp4,nvfp4,mxfp8 --target_bits 6",
+    "qwen": "--search_space int4g64,int4g32,int8g32 --target_bits 6 --fuse_groups --block_search depth",
+    "gpt2": "--weight_only_search --search_space int3g32,nvfp4,mxfp8 --target_bits 6 --train scales",
 }
 EXPORTS = [
     *(("llama", "packed"), ("llama", "onnx"), ("llama", "compressed-tensors")),
@@ -74,7 +74,7 @@ def searched(request, decoders, command):
 
 def run_folder(decoders, name):
     """Where the run of a decoder is: each has a folder, though all models' folders are called 'model'."""
-    (folder,) = (decoders / "output/lm/default").glob(f"*{name}-model-search-*")
+    (folder,) = (decoders / "output/lm/default").glob(f"*{name}-model-*search-*")
     return folder
 
 
@@ -141,7 +141,7 @@ def test_an_export_has_the_runs_perplexity_and_generates(name, kind, decoders, c
 
 def finished(decoders, name, command):
     """The folder of a decoder's search, which is made here where a test alone was asked for."""
-    if not list((decoders / "output").glob(f"*/*/*{name}-model-search-*/result.json")):
+    if not list((decoders / "output").glob(f"*/*/*{name}-model-*search-*/result.json")):
         command(RUN.format(folder=decoders, name=name, search=SEARCH[name]))
     return run_folder(decoders, name)
 

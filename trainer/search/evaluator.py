@@ -28,7 +28,7 @@ from trainer.search.evaluation_sizes import EvaluationSizes
 from trainer.search.sensitivity import Sensitivity, increase, measure_sensitivity
 from trainer.training.batch_norm import LEAST_TELLING, statistics_of_batch
 from trainer.training.batches import BatchReader
-from trainer.training.distillation import Teacher, class_logits, softened_divergence
+from trainer.training.distillation import Answers, Teacher, answers_of, class_logits, difference
 from trainer.training.distributed import mean_over_processes, own_share
 from trainer.training.progress import Listener, Passes, unheard
 
@@ -57,7 +57,8 @@ class AssignmentEvaluator:
         autocast: context for forward passes.
         quality: what rewards and qualities measure, see `quality`.
         reward_examples: held-out examples per reward, over all processes.
-        teacher: float model; assignments are then compared by the divergence from its class probabilities.
+        teacher: float model; assignments are then compared by the divergence from its probabilities of classes or
+            tokens.
         tell: listener of the progress.
     """
 
@@ -97,15 +98,16 @@ class AssignmentEvaluator:
         """Measure the sensitivity of every single decision in each of its formats.
 
         Args:
-            what: 'outputs' measures the divergence of the class probabilities (see `softened_divergence`), or the
-                increase of the loss for models without classes; 'errors' the increase of the share of wrong answers.
+            what: 'outputs' measures the divergence of the probabilities of classes or tokens (see
+                `distillation.difference`), or the increase of the loss for models without them; 'errors' the increase
+                of the share of wrong answers.
         """
         batches = self._batches(0, self.sizes.to_measure(), LEAST_TELLING)
         measured = self.model, self.modules, self.space, batches
         if what == "errors":
             return measure_sensitivity(*measured, self._error_rate, increase, self.tell)
-        if self._has_classes(batches[0]):
-            return measure_sensitivity(*measured, self.logits, softened_divergence, self.tell)
+        if self._answers(batches[0]) is not None:
+            return measure_sensitivity(*measured, self.answers, difference, self.tell)
         return measure_sensitivity(*measured, self.loss, increase, self.tell)
 
     # ------------------------------------------------------ whole assignments
@@ -113,7 +115,7 @@ class AssignmentEvaluator:
     @property
     def criterion(self) -> Literal["divergence", "loss"]:
         """What `evaluate_assignments` takes for the degradation of a choice."""
-        return "loss" if self._teacher_logits(self.reader.read(self.dataset, [0])) is None else "divergence"
+        return "loss" if self._reference(self.reader.read(self.dataset, [0])) is None else "divergence"
 
     @property
     def decide(self) -> Callable[[Sequence[Sequence[int]]], NDArray[np.float64]] | None:
@@ -131,8 +133,8 @@ class AssignmentEvaluator:
             batches: held-out batches; None: `evaluation_batches()`.
 
         Returns:
-            (choices, 2, batches): the degradation, which is the divergence from the teacher's class probabilities, or
-            the loss without a teacher or classes; and the quality in (0, 1].
+            (choices, 2, batches): the degradation, which is the divergence from the teacher's probabilities, or the
+            loss without a teacher, classes or tokens; and the quality in (0, 1].
         """
         return self._evaluate(choices, batches, self._set_choice)
 
@@ -153,14 +155,14 @@ class AssignmentEvaluator:
         order = sorted(range(len(choices)), key=lambda row: tuple(choices[row]))
         for column, batch in enumerate(batches):
             with evaluating(self.model), statistics_of_batch(self.model, batch), prefix_cached(self.modules) as cache:
-                reference = self._teacher_logits(batch)
+                reference = self._reference(batch)
                 for row in order:
                     apply(choices[row])
                     cache.restart()
                     loss, outputs = self._forward(self.model, batch)
-                    logits = class_logits(outputs, batch)
-                    compared = reference is not None and logits is not None
-                    degradation = softened_divergence(reference, logits).mean() if compared else loss  # type: ignore[arg-type]
+                    answers = None if reference is None else answers_of(outputs, batch)
+                    compared = reference is not None and answers is not None
+                    degradation = difference(reference, answers).mean() if compared else loss  # type: ignore[arg-type]
                     results[row, :, column] = float(degradation), float(self._quality(loss, outputs, batch))
                     if self.passes is not None:
                         self.passes.count(self.tell)
@@ -215,9 +217,9 @@ class AssignmentEvaluator:
         """Return the mean loss of a batch, scalar."""
         return self._forward(model, batch)[0]
 
-    def logits(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the class logits of a batch, (examples, classes)."""
-        return class_logits(self._forward(model, batch)[1], batch)  # type: ignore[return-value]
+    def answers(self, model: nn.Module, batch: Any) -> Answers:
+        """Return the logits of a batch, see `distillation.answers_of`."""
+        return answers_of(self._forward(model, batch)[1], batch)  # type: ignore[return-value]
 
     def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         with self.autocast():
@@ -233,11 +235,16 @@ class AssignmentEvaluator:
     def _quality(self, loss: Tensor, outputs: Any, batch: Any) -> Tensor:
         return quality(loss, outputs, batch, self.quality, self.reference_loss)
 
-    def _teacher_logits(self, batch: Any) -> Tensor | None:
+    def _reference(self, batch: Any) -> Answers | None:
         if self.teacher is None:
             return None
         with self.autocast(), statistics_of_batch(self.teacher.model, batch):
-            return self.teacher.answers(batch)
+            return self.teacher.reference(batch)
+
+    @torch.no_grad()
+    def _answers(self, batch: Any) -> Answers | None:
+        with evaluating(self.model):
+            return answers_of(self._forward(self.model, batch)[1], batch)
 
     @torch.no_grad()
     def _has_classes(self, batch: Any) -> bool:

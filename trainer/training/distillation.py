@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,11 @@ class Teacher:
             raise ValueError(f"the teacher's share must lie in [0, 1], got {share}")
         self.model = model.eval().requires_grad_(False)
         self.share = share
+
+    @torch.no_grad()
+    def reference(self, batch: Mapping[str, Any]) -> Answers | None:
+        """Return what others are compared with on a batch, see `answers_of`."""
+        return answers_of(run_model(self.model, batch), batch, checked=False)
 
     @torch.no_grad()
     def answers(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -81,6 +86,64 @@ def softened_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return TEMPERATURE**2 * divergence(reference / TEMPERATURE, logits / TEMPERATURE)
 
 
+Answers: TypeAlias = Tensor | list[Tensor]
+"""Class logits (examples, classes), or the logits (tokens, vocabulary) of each example of a language model."""
+
+
+def answers_of(outputs: Any, batch: Mapping[str, Any], checked: bool = True) -> Answers | None:
+    """Return a model's answers to a batch as logits; None for a model without classes or tokens.
+
+    Args:
+        outputs: outputs of the model.
+        batch: the batch with its labels.
+        checked: see `class_logits`.
+    """
+    logits = class_logits(outputs, batch, checked)
+    return token_logits(outputs, batch) if logits is None else logits
+
+
+def difference(reference: Answers, now: Answers) -> Tensor:
+    """Return how far answers are from the reference, float32 (examples,).
+
+    Of classes this is the `softened_divergence`. Of a language model it is the mean divergence per token in nats, not
+    softened: its reference on held-out text is uncertain by itself.
+
+    Args:
+        reference: the float model's answers.
+        now: the quantized model's answers to the same batch.
+    """
+    if isinstance(reference, Tensor):
+        return softened_divergence(reference, now)  # type: ignore[arg-type]
+    return torch.stack([divergence(before, after).mean() for before, after in zip(reference, now, strict=True)])
+
+
+def token_logits(outputs: Any, batch: Mapping[str, Any]) -> list[Tensor] | None:
+    """Return the logits (tokens, vocabulary) of each example of a language model; None for other models.
+
+    Args:
+        outputs: outputs of the model with logits (examples, tokens, vocabulary).
+        batch: the batch; its labels are tokens, and padding is left out according to them or to its attention mask.
+    """
+    labels, logits = batch.get("labels"), _logits(outputs)
+    if logits is None or logits.dim() != 3 or not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
+        return None
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        return None
+    mask = batch.get("attention_mask")
+    # A causal model predicts the label after a token, so that the mask of its input says where it answers.
+    counted = mask.bool() if isinstance(mask, Tensor) and mask.shape == labels.shape else labels >= 0
+    return [row[own] for row, own in zip(logits, counted, strict=True)]
+
+
+def _logits(outputs: Any) -> Any:
+    """Return the logits among a model's outputs, or None."""
+    if isinstance(outputs, tuple) and not hasattr(outputs, "logits"):
+        return outputs[1] if len(outputs) > 1 and isinstance(outputs[1], Tensor) else None  # (loss, logits, ...)
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+
+
 def class_logits(outputs: Any, batch: Mapping[str, Any], checked: bool = True) -> Tensor | None:
     """Return the logits (examples, classes) of a model with one class per example; None for other models.
 
@@ -90,12 +153,7 @@ def class_logits(outputs: Any, batch: Mapping[str, Any], checked: bool = True) -
         checked: also check that no label is beyond the last class, which waits for a GPU.
     """
     labels: Any = batch.get("labels")
-    if isinstance(outputs, tuple) and not hasattr(outputs, "logits"):
-        logits: Any = outputs[1] if len(outputs) > 1 and isinstance(outputs[1], Tensor) else None  # (loss, logits, ...)
-    elif isinstance(outputs, Tensor):
-        logits = outputs
-    else:
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    logits: Any = _logits(outputs)
     if logits is None or not isinstance(labels, Tensor) or logits.dim() != 2 or logits.shape[1] == 1:
         return None
     whole = not labels.is_floating_point() and labels.dtype != torch.bool

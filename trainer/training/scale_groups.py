@@ -52,5 +52,11 @@ def needs_groups(optimizer: torch.optim.Optimizer) -> bool:
     return not isinstance(optimizer, torch.optim.SGD) and not grouped
 
 
+def freeze_weights(model: nn.Module) -> None:
+    """Let an optimizer train nothing but the learned scales and offsets."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(SCALES in name)
+
+
 def _scales(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if SCALES in name}

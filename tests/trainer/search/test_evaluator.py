@@ -115,3 +115,36 @@ def test_evaluating_reads_disjoint_examples_to_propose_and_to_decide(toy):
     seen, others = ({row.numpy().tobytes() for b in batches for row in b["x"]} for batches in (proposing, deciding))
     assert len(seen) == 64 and len(others) == 136 and not seen & others
     assert get_formats(evaluator.modules)
+
+
+class Bigrams(nn.Module):
+    """A language model: the next token from the one before."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.hidden, self.head = nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 11)
+
+    def forward(self, input_ids, attention_mask, labels):
+        logits = self.head(self.hidden(self.table(input_ids)).relu())
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return {"loss": loss, "logits": logits}
+
+
+def test_language_models_are_judged_by_their_divergence_from_float_on_held_out_text():
+    model = Bigrams()
+    tokens = torch.randint(11, (60, 9), generator=torch.Generator().manual_seed(2))
+    data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in tokens]
+    teacher, layers = Teacher(copy.deepcopy(model)), quantize_model(model, formats=FORMATS)
+    calibrate(model, layers, [torch.utils.data.default_collate(data)])
+    space = build_space(list(layers), FORMATS, weight_only=True)
+    evaluator = AssignmentEvaluator(model, layers, space, data, teacher=teacher)
+    assert evaluator.criterion == "divergence"
+    measured = evaluator.measure()
+    assert (np.diff(measured.mean, axis=1) < 0).all() and (measured.error > 0).all()
+    batches = evaluator.evaluation_batches()
+    found = evaluator.evaluate_assignments([[0, 0]], batches)[0, 0]
+    with torch.no_grad():
+        for batch, value in zip(batches, found, strict=True):
+            before, after = (m.eval()(**batch)["logits"].log_softmax(-1) for m in (teacher.model, model))
+            assert value == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-4)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.training.distillation import TEMPERATURE, Teacher
+from trainer.training.distillation import TEMPERATURE, Teacher, answers_of, difference, token_logits
 
 
 class Linear(nn.Module):
@@ -54,3 +54,33 @@ def test_the_teacher_never_changes_and_its_twin_has_nothing_to_learn():
 def test_a_share_outside_its_range_is_refused(share):
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         Teacher(Linear(0), share)
+
+
+def test_token_answers_leave_padding_out_and_are_compared_by_torchs_divergence():
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    text = {"labels": torch.ones(2, 5, dtype=torch.long), "attention_mask": mask}
+    reference, now = (answers_of({"logits": logits}, text) for logits in (before, after))
+    assert [tuple(rows.shape) for rows in reference] == [(5, 7), (2, 7)]
+    wanted = [
+        functional.kl_div(after[row, :count].log_softmax(-1), before[row, :count].softmax(-1), reduction="batchmean")
+        for row, count in ((0, 5), (1, 2))
+    ]
+    torch.testing.assert_close(difference(reference, now), torch.stack(wanted))
+    torch.testing.assert_close(difference(now, now), torch.zeros(2))
+
+
+def test_labels_say_what_counts_where_the_mask_is_of_another_text():
+    """A summary's attention mask is that of the article."""
+    labels = torch.tensor([[3, 4, -100], [5, -100, -100]])
+    rows = token_logits({"logits": torch.randn(2, 3, 9)}, {"labels": labels, "attention_mask": torch.ones(2, 8)})
+    assert [len(row) for row in rows] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), None], ids=["maps", "classes", "none"]
+)
+def test_other_outputs_of_three_dimensions_are_no_tokens(labels):
+    batch = {} if labels is None else {"labels": labels}
+    assert token_logits({"logits": torch.randn(2, 5, 7)}, batch) is None

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from quant.convert import calibrate, quantize_model
+from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import parse_format
-from trainer.training.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
+from trainer.training.scale_groups import SCALES, freeze_weights, group_scales, needs_groups, scale_exponents
 
 
 @pytest.fixture
@@ -41,3 +41,18 @@ def test_a_scale_moves_by_about_the_learning_rate_of_itself(model):
 
 def test_sgd_follows_the_gradients_size_itself(model):
     assert not needs_groups(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_scales_alone_are_trained():
+    torch.manual_seed(0)
+    model, int4 = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), parse_format("int4")
+    layers, x = quantize_model(model, formats=[int4]), torch.randn(16, 8)
+    calibrate(model, layers, [x])
+    set_formats(layers, dict.fromkeys(layers, (int4, int4)))
+    freeze_weights(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).sub(1).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert len(moved) == 4 and all(SCALES in name for name in moved)
