@@ -73,14 +73,7 @@ NEEDS = (
     Need(("measure_share",), _measures, "something that is measured: a search with --policy_prior measured"),
     Need(
         (
-            "observer",
-            "quantizer",
-            "per_channel",
-            "distill",
-            "train",
-            "smooth_quant",
-            "gamma_migration",
-            "rotate",
+            *("observer", "quantizer", "per_channel", "distill", "train", "smooth_quant", "gamma_migration", "rotate"),
             *TENSOR_FLAGS,
         ),
         _quantizes,

@@ -149,7 +149,7 @@ def float_teacher(plan: Plan) -> Teacher | None:
     if not (share or compares):
         return None
     model = plan.bundle.model
-    keeps = config.train == "scales" and not (config.gamma_migration or config.smooth_quant)
+    keeps = config.train == "scales" and not (config.gamma_migration or config.smooth_quant or config.rotate)
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if keeps else {}
     return Teacher(copy.deepcopy(model, shared), share)
 
