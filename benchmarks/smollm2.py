@@ -40,9 +40,9 @@ def model_and_tokenizer() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, **place)
 
 
-def windows(tokenizer: Any, shared: Path, count: int) -> Tensor:
-    """Return int64 (count, LENGTH)."""
-    (table,) = (shared / "data/glue/mrpc").glob("test-*.parquet")
+def windows(tokenizer: Any, shared: Path, count: int, split: str = "test") -> Tensor:
+    """Return int64 (count, LENGTH), of a split of MRPC."""
+    (table,) = (shared / "data/glue/mrpc").glob(f"{split}-*.parquet")
     text = "\n".join(pd.read_parquet(table)["sentence1"][: 40 * count])
     return torch.tensor(tokenizer(text)["input_ids"][: count * LENGTH]).view(count, LENGTH)
 

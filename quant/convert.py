@@ -31,6 +31,7 @@ from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
 from quant.quantizers.quantizer import ACTIVATION, WEIGHT, QuantizerConfig, all_finite
 from quant.quantizers.weight_cache import RoundedWeightCache
+from quant.quantizers.weighted_mse import InputSketch
 from quant.transforms.unfold import UnfoldedAttention, unfold
 
 logger = logging.getLogger(__name__)
@@ -409,12 +410,32 @@ def calibrate(
         if module.weight_quantizer.grids and not all_finite(module.weight):
             raise NotFiniteError(f"layer {name}: its weight holds NaN or infinity, which no range spans")
     first: list[Any] = []
-    observe_inputs(model, modules, _keeping(first, batches))
-    note_reach(model, modules, partial(_evaluate, model, first))
-    for module in modules.values():
-        module.weight_quantizer.observe(module.weight)
-        for quantizer in (module.weight_quantizer, *module.activation_quantizers):
-            quantizer.finish_calibration(again=learned or quantizer.config.range != "learned")
+    with sketching_inputs(modules, learned):
+        observe_inputs(model, modules, _keeping(first, batches))
+        note_reach(model, modules, partial(_evaluate, model, first))
+        for module in modules.values():
+            module.weight_quantizer.observe(module.weight)
+            for quantizer in (module.weight_quantizer, *module.activation_quantizers):
+                quantizer.finish_calibration(again=learned or quantizer.config.range != "learned")
+
+
+@contextmanager
+def sketching_inputs(modules: Mapping[str, QuantModule], learned: bool = True) -> Iterator[None]:
+    """Within, `observe_inputs` also collects what observers of weights such as 'weighted_mse' know of the inputs.
+
+    Args:
+        modules: The quantized layers, by name.
+        learned: Whether learned scales of weights will be set.
+    """
+    quantizers = [module.weight_quantizer for module in modules.values()]
+    for quantizer in quantizers:
+        if quantizer.wants_inputs and (learned or quantizer.config.range != "learned"):
+            quantizer.inputs = InputSketch()
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.inputs = None
 
 
 def _keeping(first: list[Any], batches: Iterable[Any]) -> Iterator[Any]:
@@ -445,13 +466,16 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
     """
     quantizers = [quantizer for module in modules.values() for quantizer in module.activation_quantizers]
     unpadded = [quantizer for quantizer in quantizers if quantizer.config.ignore_padding]
+    sketches = [module.weight_quantizer.inputs for module in modules.values()]
     empty = True
     for module in modules.values():
         module.observing, module.most_seen = True, -1
     try:
         with torch.no_grad(), evaluating(model):
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 empty = False
+                for sketch in filter(None, sketches):
+                    sketch.batch = number
                 if unpadded:
                     batch, masks = _with_masks(model, batch)
                     for quantizer in unpadded:
@@ -465,7 +489,8 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
     if empty:
         raise UserError("the calibration set is empty: ranges need at least one batch of training data")
     for name, module in modules.items():  # in order: NaN spreads from the first layer that has it
-        if not all(quantizer.saw_finite for quantizer in module.activation_quantizers):
+        finite = [quantizer.saw_finite for quantizer in module.activation_quantizers]
+        if not all(finite) or ((sketch := module.weight_quantizer.inputs) is not None and not sketch.is_finite):
             for quantizer in quantizers:
                 quantizer.forget()
             raise NotFiniteError(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quant.kernels import onednn
 from quant.quant_module import QuantModule
 from quant.quantizers.byte_codes import ByteCodes
+
+LEAST_WINDOWS = 512
+"""Windows of a batch's inputs that ranges of a convolution's weight look at, if it has so many."""
 
 
 class _QuantConv(QuantModule):
@@ -32,6 +38,28 @@ class _QuantConv(QuantModule):
         """Return the convolution, plus the bias: (N, C_in, ...) -> (N, C_out, ...)."""
         made: Tensor = self._conv_forward(input, weight, self.bias)
         return made
+
+    def columns(self: Any, input: Tensor) -> Tensor:
+        """Return the windows of some output positions; see `QuantModule.columns`.
+
+        Args:
+            input: (N, C_in, ...), or without N.
+
+        Returns:
+            (groups, N * positions, C_in / groups * kernel size).
+        """
+        x = input if input.dim() == self.weight.dim() else input.unsqueeze(0)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        x = F.pad(x, self._reversed_padding_repeated_twice, mode)
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        missing = [max(k - size, 0) for k, size in zip(reach, x.shape[2:], strict=True)]
+        x = F.pad(x, [side for more in reversed(missing) for side in (0, more)])  # a forward of its own may pad, too
+        corners = [range(0, n - k + 1, step) for n, k, step in zip(x.shape[2:], reach, self.stride, strict=True)]
+        windows = []
+        for corner in _choose(corners, -(-LEAST_WINDOWS // max(len(x), 1))):
+            place = [slice(c, c + k, d) for c, k, d in zip(corner, reach, self.dilation, strict=True)]
+            windows.append(x[:, :, *place].reshape(len(x), self.groups, -1))
+        return torch.stack(windows, dim=1).flatten(0, 1).transpose(0, 1)
 
     def knows_gradients(self: Any, input: Tensor) -> bool:
         """Whether this is torch's convolution of a batch, with explicit zero padding."""
@@ -92,3 +120,10 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
     plain = nn.Conv3d
     input_reduction_dim = -4
+
+
+def _choose(axes: Sequence[range], count: int) -> list[tuple[int, ...]]:
+    """Choose at most `count` points of a grid at random, the same at every call."""
+    points = list(product(*axes))
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    return [points[n] for n in order[:count].tolist()]

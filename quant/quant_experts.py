@@ -95,6 +95,11 @@ class QuantExpertLinear(QuantModule, ExpertLinear):
         finally:
             del self.__dict__["routed_to"]
 
+    def columns(self, input: Tensor) -> list[Tensor]:
+        """Return the rows that were routed to each expert; see `QuantModule.columns`."""
+        order, parts = _by_expert(self.routed_to, self.experts)
+        return [input[order[start:stop]] for start, stop in parts]
+
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
         """Return the product, plus the bias: (rows, in_features) -> (rows, out_features)."""
         return self.product(input, weight, self.routed_to)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -13,9 +13,10 @@ from quant.module_utils import is_tracing
 from quant.quantizers.autograd import run_quantized
 from quant.quantizers.byte_codes import ByteCodes, Packed, compute_on_codes, fits_bytes, pack_weight
 from quant.quantizers.prefix_cache import PrefixCache
-from quant.quantizers.quantizer import Quantizer, QuantizerConfig, Rounder
+from quant.quantizers.quantizer import Quantizer, QuantizerConfig, Rounder, without_padding
 from quant.quantizers.recompute import Recompute
 from quant.quantizers.weight_cache import Made, RoundedWeightCache
+from quant.validation import WEIGHTS_ONLY
 
 TABLE = "table"
 """Part of the names of embeddings' quantizers, which take the weight's format."""
@@ -82,10 +83,12 @@ class QuantModule(nn.Module):
             activation: How the input's scales are computed.
 
         Raises:
-            ValueError: If weights were to have a scale per token.
+            ValueError: If weights were to have a scale per token, or activations an observer of weights.
         """
         if weight.granularity == "token":
             raise ValueError(f"weights are scaled per tensor or channel, got granularity {weight.granularity!r}")
+        if activation.observer in WEIGHTS_ONLY:
+            raise ValueError(f"observer {activation.observer} is for weights, got it for activations: take mse")
         shape = self.scale_shape() if weight.granularity == "channel" else (1,) * self.weight.dim()
         device, reduction = self.weight.device, self.reduction_dim
         self.weight_quantizer = Quantizer(
@@ -133,6 +136,17 @@ class QuantModule(nn.Module):
     def input_channels(self) -> int:
         """Number of the input's channels."""
         raise NotImplementedError(f"{type(self).__name__} must say how many channels it reads")
+
+    def columns(self, input: Tensor) -> Tensor | Sequence[Tensor]:
+        """Return what the rows of the weight are multiplied with, see `quant.quantizers.weighted_mse.InputSketch.add`.
+
+        Args:
+            input: The layer's input, or the tokens of it that are not padding.
+
+        Returns:
+            (blocks, n, columns), where a row of the weight has as many columns; all of the input, or a sample of it.
+        """
+        return input.reshape(1, -1, input.shape[-1])
 
     @property
     def activation_quantizers(self) -> list[Quantizer]:
@@ -195,6 +209,8 @@ class QuantModule(nn.Module):
         if self.observing:
             self.most_seen = max(self.most_seen, input.numel())
             self.input_quantizer.observe(input)
+            if (sketch := self.weight_quantizer.inputs) is not None and input.numel():
+                sketch.add(self.columns(without_padding(input, self.input_quantizer.real_tokens)))
         weight = self.weight  # read once: a parametrization recomputes it at every access
         input_rounder = self.input_quantizer.rounding(input)
         if not torch.is_grad_enabled():

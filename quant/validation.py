@@ -7,8 +7,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 OBSERVER_NAMES = (
     *("minmax", "percentile", "mse", "entropy", "avg_minmax", "avg_quantile"),
     *("mse_fast", "avg_mse_fast", "lsq_plus", "avg_prune_minmax", "mse_grid", "mse_histogram"),
+    "weighted_mse",
 )
 """Range estimators, implemented in `quant.quantizers.observers.OBSERVERS`."""
+WEIGHTS_ONLY = ("weighted_mse",)
+"""Those that weigh a weight's errors by the layer's inputs, and suit no activations."""
 HIGH_PRECISION_OPS = ("gelu", "softmax", "layernorm")
 """Operations that can run in float between quantized inputs and outputs, see `quant.transforms.placement`."""
 

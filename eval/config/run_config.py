@@ -14,7 +14,7 @@ from typing import Any
 from cost.units import UNITS
 from eval.config.files import is_path
 from quant.formats import Format, activation_format, parse_format, parse_search_space
-from quant.validation import OBSERVER_NAMES
+from quant.validation import OBSERVER_NAMES, WEIGHTS_ONLY
 
 LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
 """names of the files that hold the flags of a launch and of a run, in their folders"""
@@ -230,7 +230,7 @@ class QuantizationFlags:
     observer: str | None = flag(
         None,
         "range estimator; default: mse for learned scales, minmax for fixed ranges",
-        choices=list(OBSERVER_NAMES),
+        choices=[name for name in OBSERVER_NAMES if name not in WEIGHTS_ONLY],
     )
     weight_observer: str | None = flag(
         None,

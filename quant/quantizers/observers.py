@@ -20,6 +20,7 @@ from quant.quantizers.histogram import (
     histogram_percentile,
     quantile_bins,
 )
+from quant.quantizers.weighted_mse import Weighed, least_output_error
 
 SAMPLE_SIZE = 1 << 16
 """Values sampled of an activation, for percentiles and MSE searches; extrema are computed from all values."""
@@ -397,6 +398,22 @@ def _golden_section(function: Callable[[Tensor], Tensor], low: Tensor, high: Ten
     return (low + high) / 2
 
 
+# ------------------------------------------------------ the error of a layer's output
+
+
+def weighted_mse_range(seen: Weighed, format: IntFormat | FloatFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Shrink a weight's extrema by the factor with the least error of the layer's output, see `weighted_mse`.
+
+    Without inputs, as for a layer that calibration never calls, the least squared error of the weight itself decides.
+    Arguments and result: see `RangeEstimator`.
+    """
+    if seen.sketch is None:
+        return mse_range(observe(seen.values, whole=True), format, symmetric)
+    low, high = torch.aminmax(seen.values.detach().float(), dim=1)
+    share = least_output_error(seen, low, high, format, symmetric)
+    return low * share, high * share
+
+
 # ------------------------------------------------------ mean and deviation
 
 
@@ -572,6 +589,8 @@ def on_weights(observer: Observer, guarded: bool = True) -> Observer:
         guarded: Whether to keep the extrema of groups for which clipping would increase the squared error. Rows with
             rare, large weights lose far more by clipping than all others gain by a finer grid.
     """
+    if observer.estimate is weighted_mse_range:
+        return observer  # sees weights alone, and has a guard of its own
 
     def see(groups: Tensor, before: Any) -> Whole:
         sampled = observer.see is _see_sample
@@ -613,6 +632,7 @@ OBSERVERS: dict[str, Observer] = {
     "lsq_plus": Observer(Moments.of, lsq_plus_range),
     "percentile": Observer(Histogram.of, histogram_percentile),
     "mse_histogram": Observer(Histogram.of, histogram_mse),
+    "weighted_mse": Observer(lambda groups, before: Weighed(groups), weighted_mse_range),
     "entropy": Observer(Histogram.of, histogram_entropy),
     "avg_minmax": averaged(lambda groups: observe(groups, sample=False), minmax_range),
     "avg_quantile": averaged(_quantile_clipped, minmax_range),

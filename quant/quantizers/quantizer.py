@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -58,7 +58,8 @@ from quant.quantizers.observers import (
     token_observer,
 )
 from quant.quantizers.quant_params import QuantParams
-from quant.validation import check_choices
+from quant.quantizers.weighted_mse import InputSketch, Weighed
+from quant.validation import WEIGHTS_ONLY, check_choices
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class QuantizerConfig:
     """What shares a scale: the whole tensor, a channel (weights: an output channel; activations: an input channel), or
     the features of one token (activations only)."""
     observer: str = "mse"
-    """Range estimator, a name of `OBSERVERS`; percentile > 0 replaces it."""
+    """Range estimator, a name of `OBSERVERS`; percentile > 0 replaces it. 'weighted_mse', for weights alone, needs
+    `calibrate`, and acts as 'mse' on layers that it does not call."""
     percentile: float = 0.0
     """Percentile of |x| in (0, 100] at which the range is clipped; 0: use the observer."""
     symmetric: bool = True
@@ -156,6 +158,8 @@ class Quantizer(nn.Module):
         """The observed weight as (rows, K), for the ranges of groups."""
         self.token_quantiles: dict[str, float] = {}
         """For 'avg_prune_minmax': format name -> quantile of the token bounds to clip at, see `clip_tokens`."""
+        self.inputs: InputSketch | None = None
+        """Weights: what the layer multiplies them with, while `calibrate` runs and if the observer asks for it."""
         self.real_tokens: tuple[Tensor, ...] = ()
         """Masks, bool (B, T), False for padding; observed tensors (B, T, ...) leave padding out."""
 
@@ -226,6 +230,12 @@ class Quantizer(nn.Module):
                 self.rows = to_rows(x.detach(), self.reduction_dim)
             self.saw_finite = all_finite(x) & self.saw_finite
 
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether the observer of a weight chooses ranges by the layer's inputs, too."""
+        weighs = not self.batched and self.config.observer in WEIGHTS_ONLY and not self.config.percentile
+        return weighs and (bool(self.grids) or self.config.range == "dynamic")
+
     def forget(self) -> None:
         """Discard what was observed."""
         self.observation, self.saw_finite, self.rows = None, True, None
@@ -265,8 +275,13 @@ class Quantizer(nn.Module):
     def _group_scales(self, rows: Tensor, format: GroupFormat) -> tuple[Tensor, Tensor | None]:
         """Return the scales and zero points of a weight (rows, K), float32 in the shape of the format's scale."""
         observer, symmetric = self.estimator, not format.zero_point
-        parts = split_groups(rows, format.size)
-        ranges = [observer(observer.see(part, None), format.element, symmetric) for part in parts]
+        ranges, start = [], 0
+        for part in split_groups(rows, format.size):
+            seen, stop = observer.see(part, None), start + part.numel() // len(rows)
+            if isinstance(seen, Weighed) and self.inputs is not None and (sketch := self.inputs.halves()) is not None:
+                seen = replace(seen, rows=part.float(), sketch=sketch[..., start:stop])
+            ranges.append(observer(seen, format.element, symmetric))
+            start = stop
         low, high = (join_groups(side, len(rows)) for side in zip(*ranges, strict=True))
         scale, zero_point = scale_from_range(low, high, format.element, symmetric)
         shape, dim = torch.Size(self.scale_shape(format)), self.reduction_dim
@@ -282,7 +297,10 @@ class Quantizer(nn.Module):
     def _see(self, x: Tensor, before: Any) -> Any:
         """Return the observer's state after x, given its state before."""
         observer = self.estimator
-        return observer.see(self._tokens(x) if observer.per_token else self._grouped(x), before)
+        seen = observer.see(self._tokens(x) if observer.per_token else self._grouped(x), before)
+        if self.inputs is None or not isinstance(seen, Weighed):
+            return seen
+        return replace(seen, rows=to_rows(x.detach(), self.reduction_dim).float(), sketch=self.inputs.halves())
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Reshape x to (tokens, features); of a convolution's input, the features of a position are its channels."""
