@@ -52,6 +52,7 @@ def trained(flags: str) -> Subject:
 
 def decoder(shared: Path) -> Subject:
     """SmolLM2, scored by perplexity."""
+    use_compiled("auto")
     model, tokenizer = model_and_tokenizer()
     tokens, seen = windows(tokenizer, shared, 8), windows(tokenizer, shared, 32, "train")
 

@@ -489,8 +489,11 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
     if empty:
         raise UserError("the calibration set is empty: ranges need at least one batch of training data")
     for name, module in modules.items():  # in order: NaN spreads from the first layer that has it
-        finite = [quantizer.saw_finite for quantizer in module.activation_quantizers]
-        if not all(finite) or ((sketch := module.weight_quantizer.inputs) is not None and not sketch.is_finite):
+        finite, known = (
+            [quantizer.saw_finite for quantizer in module.activation_quantizers],
+            module.weight_quantizer.inputs,
+        )
+        if not all(finite) or (known is not None and not known.is_finite):
             for quantizer in quantizers:
                 quantizer.forget()
             raise NotFiniteError(

@@ -52,26 +52,35 @@ def rounded(weight, low, high, name, symmetric):
     return (np.clip(np.round(weight / scale) + zero, 0, codes - 1) - zero) * scale
 
 
-def slow_search(weight, sketch, name, symmetric, per_row):
-    """Bounds (rows,) or (1,): the definition in loops, float64; `sketch` is (halves, sums + 1, columns)."""
+def slow_errors(weight, sketch, name, symmetric, per_row=True):
+    """(halves, factors, rows), the definition in loops, float64; `sketch` is (halves, sums + 1, columns)."""
     weight, sketch = weight.double().numpy(), sketch.double().numpy()
-    axis = 1 if per_row else None
-    low, high = (getattr(weight, end)(axis=axis, keepdims=True) for end in ("min", "max"))
-    shares = np.linspace(1, 0.1, 40)
+    low, high = extrema(weight, per_row)
     errors = np.zeros((2, 40, len(weight)))
-    for number, share in enumerate(shares):
+    for number, share in enumerate(SHARES):
         off = rounded(weight, low * share, high * share, name, symmetric) - weight
         for half in range(2):
             for row, d in enumerate(off):
                 by_sums = sum(float(d @ s) ** 2 for s in sketch[half, :-1]) / (sketch.shape[1] - 1)
                 errors[half, number, row] = by_sums + float(sketch[half, -1] @ d**2)
-    errors = errors if per_row else errors.sum(axis=2, keepdims=True)
+    return errors if per_row else errors.sum(axis=2, keepdims=True)
+
+
+SHARES = np.linspace(1, 0.1, 40)
+
+
+def extrema(weight, per_row):
+    axis = 1 if per_row else None
+    return [getattr(weight, end)(axis=axis, keepdims=True) for end in ("min", "max")]
+
+
+def slow_choice(errors):
+    """Factors (groups,) of errors (halves, factors, groups)."""
     groups = np.arange(errors.shape[2])
     for own, other in ((0, 1), (1, 0)):
         if errors[other, errors[own].argmin(axis=0), groups].sum() >= errors[other, 0].sum():
-            return low.flatten(), high.flatten()
-    share = shares[errors.sum(axis=0).argmin(axis=0)]
-    return low.flatten() * share, high.flatten() * share
+            return np.ones(len(groups))
+    return SHARES[errors.sum(axis=0).argmin(axis=0)]
 
 
 @pytest.mark.parametrize("name", ["int2", "int4", "int8", "e2m1"])
@@ -82,9 +91,51 @@ def test_the_search_equals_a_slow_one(name, symmetric, per_row):
     halves = sketch_of(randn(50, 20, seed=1) + 1, randn(50, 20, seed=2) + 1)
     seen = Weighed(weight if per_row else weight.reshape(1, -1), weight, halves)
     low, high = OBSERVERS["weighted_mse"](seen, parse_format(name), symmetric)
-    expected = slow_search(weight, halves[:, 0], name, symmetric, per_row)
-    np.testing.assert_allclose(low, expected[0], rtol=1e-5)
-    np.testing.assert_allclose(high, expected[1], rtol=1e-5)
+    share = slow_choice(slow_errors(weight, halves[:, 0], name, symmetric, per_row))
+    for found, end in zip((low, high), extrema(weight.numpy(), per_row), strict=True):
+        np.testing.assert_allclose(found, end.flatten() * share, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int3g8", "uint4g8", "int4g32"])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "grouped conv"])
+def test_groups_are_searched_alone(name, kind):
+    """20 or 18 columns make two groups of 8 and a short one, or a single short one."""
+    torch.manual_seed(0)
+    make = {"linear": lambda: nn.Linear(20, 6), "Conv1D": lambda: Conv1D(6, 20)}
+    layer = from_float(make.get(kind, lambda: nn.Conv2d(4, 6, 3, groups=2))(), QuantizerConfig(observer="weighted_mse"))
+    with torch.no_grad():
+        layer.weight.copy_(randn(*layer.weight.shape) ** 3)
+    format, quantizer = parse_format(name), layer.weight_quantizer
+    quantizer.prepare(format)
+    quantizer.inputs = InputSketch()
+    for number in range(2):
+        quantizer.inputs.batch = number
+        quantizer.inputs.add(layer.columns(randn(*((9, 4, 5, 5) if "conv" in kind else (50, 20)), seed=number) + 1))
+    quantizer.observe(layer.weight)
+    halves, blocks = quantizer.inputs.halves(), 2 if "conv" in kind else 1
+    quantizer.finish_calibration()
+    rows, element, symmetric = (
+        to_rows(layer.weight.detach(), layer.reduction_dim),
+        f"int{format.width}",
+        not format.zero_point,
+    )
+    whole = rows.shape[1] // format.size * format.size
+    wanted = []
+    for columns in (slice(0, whole), slice(whole, rows.shape[1])):  # full groups decide together, and so do short ones
+        errors, bounds = [], []
+        for start in range(columns.start, columns.stop, format.size):
+            own = slice(start, min(start + format.size, columns.stop))
+            parts = zip(rows[:, own].chunk(blocks), halves.unbind(dim=1), strict=True)
+            errors.append(np.concatenate([slow_errors(w, h[..., own], element, symmetric) for w, h in parts], axis=2))
+            bounds.append(np.concatenate(extrema(rows[:, own].numpy(), per_row=True), axis=1))
+        if errors:
+            share = slow_choice(np.stack(errors, axis=3).reshape(2, 40, -1)).reshape(len(rows), -1)
+            wanted.append(share[..., None] * np.stack(bounds, axis=1))
+    low, high = np.moveaxis(np.concatenate(wanted, axis=1), 2, 0)
+    codes = 2**format.width - 1
+    wide = np.maximum(high, 0) - np.minimum(low, 0)
+    found = to_rows(quantizer.grids[name].scale.detach(), -1 if layer.reduction_dim is None else layer.reduction_dim)
+    np.testing.assert_allclose(found, np.maximum(-low, high) / (codes // 2) if symmetric else wide / codes, rtol=1e-5)
 
 
 def test_weights_in_many_parts_are_searched_like_a_single_part(monkeypatch):
