@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -388,7 +388,12 @@ def rounded_weights_cached(modules: Mapping[str, QuantModule]) -> Iterator[None]
 
 
 def calibrate(
-    model: nn.Module, modules: Mapping[str, QuantModule], batches: Iterable[Any], *, learned: bool = True
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    batches: Iterable[Any],
+    *,
+    learned: bool = True,
+    watch: Callable[[Iterable[QuantModule]], Iterable[QuantModule]] = iter,
 ) -> None:
     """Choose the ranges of every prepared format from batches of data.
 
@@ -401,6 +406,7 @@ def calibrate(
         modules: Its quantized layers, by name.
         batches: Inputs of the model: mappings (keyword arguments), tuples (positional arguments) or tensors.
         learned: Whether to reset learned scales, too; False keeps their trained values.
+        watch: Passes the layers on, one by one, while their ranges are chosen: a progress bar.
 
     Raises:
         UserError: If there is no batch.
@@ -413,7 +419,7 @@ def calibrate(
     with sketching_inputs(modules, learned):
         observe_inputs(model, modules, _keeping(first, batches))
         note_reach(model, modules, partial(_evaluate, model, first))
-        for module in modules.values():
+        for module in watch(modules.values()):
             module.weight_quantizer.observe(module.weight)
             for quantizer in (module.weight_quantizer, *module.activation_quantizers):
                 quantizer.finish_calibration(again=learned or quantizer.config.range != "learned")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from trainer.training.batches import BatchReader, TrainingLength, streams
 from trainer.training.distillation import Teacher, class_logits
 from trainer.training.distributed import share_buffers
 from trainer.training.history import History
-from trainer.training.progress import Listener, unheard
+from trainer.training.progress import Listener, counted, unheard
 from trainer.training.quantization_file import write_companions, write_quantization
 from trainer.training.safetensors_trainer import PickleFreeTrainer
 from trainer.training.sampler import PhasedSampler, hold_out
@@ -312,7 +313,8 @@ class ReinforceTrainer(PickleFreeTrainer):
         if self.modules:
             if has_untrained_batch_norm(self.model):  # its initial statistics would clip every range
                 recalibrate_batch_norm(self.model, self.calibration_batches("calibrating batch norms"))
-            calibrate(self.model, self.modules, self.calibration_batches("calibrating"))
+            watch = partial(counted, total=len(self.modules), phase="choosing ranges", tell=self.tell, noun="layer")
+            calibrate(self.model, self.modules, self.calibration_batches("calibrating"), watch=watch)
             self._set_reach(reach_of(self.modules))
             self.notes += notes_on_reach(self.modules)  # calibration has logged them
             if self.after_calibration is not None:

@@ -6,7 +6,7 @@ Estimating a run loads its data and builds its model, so that invalid settings e
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +67,16 @@ def estimate_runs(runs: Mapping[str, RunConfig], measure: bool = False) -> dict[
     from eval.run.plan_summary import summary_of
 
     estimates: dict[str, RunEstimate] = {}
+    trains = any(run.max_steps != 0 for run in runs.values())
     plans: dict[Any, tuple[Plan, float | None]] = {}
     for name, run in runs.items():
         key = tuple(getattr(run, name) for name in _SHAPING)
         if key not in plans:
             plans.clear()  # keeps one model in memory; runs that share a plan follow each other
             plan = make_plan(run)
-            plans[key] = plan, _seconds_per_step(plan) if measure else None
+            # Without training, from a forward pass: the gradients of a large model may not fit into memory.
+            seconds = (_seconds_per_step(plan) if trains else _seconds_per_pass(plan) / PASS_SHARE) if measure else None
+            plans[key] = plan, seconds
         plan, seconds = plans[key]
         own = replace(plan, config=run)
         estimates[name] = replace(_estimate(own, seconds), summary=summary_of(own) if measure else ())
@@ -95,6 +98,7 @@ def _estimate(plan: Plan, seconds_per_step: float | None) -> RunEstimate:
     if seconds_per_step is not None:
         passes = _passes(plan, steps) if run.method == "search" else 0.0
         passes += steps if teacher_share(plan) else 0
+        passes += _untrained_passes(plan) if run.max_steps == 0 else 0.0
         seconds = seconds_per_step * (steps + passes * PASS_SHARE)
     reach = search_space(plan).cost_range(plan.profiles, cost_type)
     outside = float_share(plan.bundle.model, plan.layers)
@@ -123,15 +127,63 @@ def _passes(plan: Plan, steps: int) -> float:
     return rewards + CACHED_PASS_SHARE * evaluated / batch
 
 
+def _untrained_passes(plan: Plan) -> float:
+    """Forward passes, in batches of a training step, of a run without training: measuring, calibrating, evaluating.
+
+    Passes of a method that computes gradients count with their backward pass. What chooses the ranges of weights is no
+    pass and not part of it.
+    """
+    from eval.run.plan import search_settings, search_space
+    from policy.hessian import MOST_DRAWS
+    from trainer.search.evaluation_sizes import EvaluationSizes
+    from trainer.search.sensitivity import EIGEN_STEPS
+
+    run, rows = plan.config, len(plan.prepared.train)
+    examples = 0.0
+    if run.chooses:
+        space, settings = search_space(plan), search_settings(run)
+        pairs = space.num_decisions * space.num_choices
+        sizes = EvaluationSizes(
+            *(rows, space.num_decisions, space.num_choices, run.eval_batch_size, 0, 1, settings.sensitivity_examples)
+        )
+        few = sizes.to_evaluate(pairs)
+        examples += {
+            "measured": CACHED_PASS_SHARE * pairs * sizes.to_measure(),
+            "greedy": CACHED_PASS_SHARE * pairs * sizes.to_measure(),
+            "fisher": (1 / PASS_SHARE + space.num_choices) * few,
+            "hawq_v2": 2 / PASS_SHARE * MOST_DRAWS * few,
+            "qbert": 2 / PASS_SHARE * EIGEN_STEPS * few,
+            "exhaustive": CACHED_PASS_SHARE * float(space.num_choices) ** space.num_decisions * sizes.to_evaluate(),
+        }.get(str(run.method), 0.0)
+    if plan.formats:
+        examples += 2 * min(run.calibration_samples or 8 * run.train_batch_size, rows)  # again for the chosen formats
+    with_float = plan.bundle.trained and run.method != "float"
+    examples += (2 if with_float else 1) * sum(map(len, plan.prepared.validation.values()))
+    return examples / run.train_batch_size
+
+
 def _seconds_per_step(plan: Plan) -> float:
-    """Time a forward and a backward pass of the float model: the second of two, because the first one allocates."""
+    """Time a forward and a backward pass of the float model."""
+    seconds = _time(plan, lambda model, batch: model(**batch).loss.backward())
+    plan.bundle.model.zero_grad()
+    return seconds * plan.config.gradient_accumulation_steps
+
+
+def _seconds_per_pass(plan: Plan) -> float:
+    """Time a forward pass of the float model over a batch of a training step."""
+    import torch
+
+    with torch.no_grad():
+        return _time(plan, lambda model, batch: model(**batch)) * plan.config.gradient_accumulation_steps
+
+
+def _time(plan: Plan, compute: Callable[[Any, Any], Any]) -> float:
+    """Time what is computed on a training batch: the second of two, because the first one allocates."""
     train, model = plan.prepared.train, plan.bundle.model
     batch = plan.prepared.data_collator([train[i] for i in range(min(plan.config.train_batch_size, len(train)))])
     model.train()
-    seconds = 0.0
     for _ in range(2):
         started = time.monotonic()
-        model(**batch).loss.backward()
+        compute(model, batch)
         seconds = time.monotonic() - started
-    model.zero_grad()
-    return seconds * plan.config.gradient_accumulation_steps
+    return seconds

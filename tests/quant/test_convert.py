@@ -684,3 +684,19 @@ def test_adapters_stay_in_float_unless_asked_for_and_scales_of_a_frozen_layer_tr
     assert model[0].lora_A["default"].weight.grad.abs().sum() > 0
     assert list(find_layers(model, include=["*lora_A*"])) == ["0.lora_A.default"]
     assert list(find_layers(nn.ModuleDict({"lora_A": nn.Linear(2, 2)}))) == ["lora_A"]  # alone it is a name like any
+
+
+def test_the_choice_of_ranges_can_be_watched_layer_by_layer():
+    """Ranges of large weights take most of a calibration, after the last batch has been seen."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    int4 = parse_format("int4")
+    modules = quantize_model(model, formats=[int4])
+    ready = []
+
+    def watch(layers):
+        for layer in layers:
+            ready.append(sum(bool(m.weight_quantizer.grids["int4"].is_ready) for m in modules.values()))
+            yield layer
+
+    calibrate(model, modules, [torch.randn(8, 4)], watch=watch)
+    assert ready == [0, 1]

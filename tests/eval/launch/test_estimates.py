@@ -26,6 +26,31 @@ def test_the_estimate_includes_the_forward_passes_of_a_search(monkeypatch, flags
     assert estimates.estimate_runs({"a": run}, measure=True)["a"].seconds == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(
+    ("flags", "measured"),
+    [
+        (["--bits", "4"], 0.0),
+        (["--method", "uniform", "--target_bits", "5"], 0.0),
+        # Five layers x 2 formats on 32 examples, from the layer on.
+        (["--method", "measured", "--target_bits", "5"], 0.6 * 5 * 2 * 32),
+        # A pass forward and backward counts three times; besides, each layer computes its output in each format.
+        (["--method", "fisher", "--target_bits", "5"], (3 + 2) * 64),
+    ],
+)
+def test_the_estimate_without_training_is_of_measuring_calibrating_and_evaluating(monkeypatch, flags, measured):
+    """What is told must not be a second for a run of an hour."""
+    monkeypatch.setattr(estimates, "_seconds_per_pass", lambda plan: 1.0)
+    run = parse([*RUN, "--max_steps", "0", "--max_eval_samples", "100", *flags])
+    examples = measured + 2 * 8 * 32 + 100  # calibrated twice on 8 batches; evaluated once, as its weights are new
+    assert estimates.estimate_runs({"a": run}, measure=True)["a"].seconds == pytest.approx(examples / 32)
+
+
+def test_a_plan_without_training_computes_no_gradients(monkeypatch):
+    monkeypatch.setattr("torch.Tensor.backward", lambda *_: pytest.fail("gradients of a large model need its memory"))
+    run = parse([*RUN, "--max_steps", "0", "--bits", "4"])
+    assert estimates.estimate_runs({"a": run}, measure=True)["a"].seconds > 0
+
+
 def test_the_estimate_includes_the_forward_passes_of_a_teacher(monkeypatch):
     monkeypatch.setattr(estimates, "_seconds_per_step", lambda plan: 1.0)
     monkeypatch.setattr(run_trainer, "teacher_share", lambda plan: 0.9)
