@@ -35,7 +35,7 @@ from eval.run.full_disk import is_full_disk
 from eval.run.lock import exclusive_lock
 from eval.run.plan import Plan, make_plan
 from eval.run.progress import RunProgress, make_console
-from eval.run.record import LOSS_ROSE, costs_of, describe, outcome
+from eval.run.record import LOSS_ROSE, cache_costs, costs_of, describe, outcome
 from eval.run.schema import LOSS_RISE, loss_rise
 from eval.run.tracking import tracked
 from eval.run.trainer import evaluate, make_trainer
@@ -211,6 +211,7 @@ def write_result(
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
     record = record | costs_of(plan, assignment, trainer.reach) | {"exports": export_reach(plan, modules)}
+    record |= cache_costs(plan)
     record["notes"] = [*record["notes"], *trainer.notes]
     if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):
         record[LOSS_RISE] = list(rise)

@@ -100,6 +100,7 @@ NEEDS = (
         lambda config: config.smooth_quant and config.smooth_quant_alpha.startswith("auto"),
         "--smooth_quant --smooth_quant_alpha auto",
     ),
+    Need(("kv_cache_tokens",), lambda config: config.quantize_kv_cache is not None, "--quantize_kv_cache FORMAT"),
     Need(("subset_ratio",), lambda config: config.use_subset, "--use_subset"),
     Need(("text_column", "label_column"), _is_folder, "a local folder as --task"),
     Need(
@@ -112,7 +113,7 @@ NEEDS = (
 )
 _TEXTS = ("text", "lm", "qa", "summary")
 KINDS = {
-    ("max_length", "cost_seq_len", "remove_padding"): (_TEXTS, "texts"),
+    ("max_length", "cost_seq_len", "remove_padding", "quantize_kv_cache"): (_TEXTS, "texts"),
     ("max_target_length", "num_beams"): (("summary",), "a task whose model writes texts"),
     ("image_size", "augment", "channels_last"): (("image",), "images"),
 }

@@ -262,6 +262,12 @@ class QuantizationFlags:
     )
     quantize_residual_adds: bool = flag(False, "quantize both inputs of residual additions")
     quantize_products: bool = flag(False, "quantize queries, keys, values and attention probabilities where multiplied")
+    quantize_kv_cache: str | None = flag(
+        None, "format of a decoder's cache of keys and values, one scale a token and head; 8 = int8 with a zero point"
+    )
+    kv_cache_tokens: int | None = flag(
+        None, "tokens in the cache whose memory --quantize_kv_cache counts; default: --max_length"
+    )
     quantize_embeddings: bool = flag(False, "quantize embedding tables, one scale a row")
     gamma_migration: bool = flag(False, "move LayerNorm's gamma into the next layer (Outlier Suppression)")
     rotate: bool = flag(
@@ -399,6 +405,11 @@ class RunConfig(
         """Formats (weights, activations) of a uniform run; float for the side without a flag."""
         weight, activation = (self.bits if own is None else own for own in (self.weight_bits, self.activation_bits))
         return parse_format(weight or "float"), activation_format(parse_format(activation or "float"))
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the memory of the cache of keys and values is told for."""
+        return self.kv_cache_tokens or self.max_length
 
     @property
     def model_name(self) -> str:

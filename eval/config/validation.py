@@ -17,6 +17,7 @@ from eval.config.run_config import TUNE_FOLDER, RunConfig, name_of
 from eval.config.suggestions import did_you_mean, local_folders
 from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
+from quant.cache_formats import parse_cache_format
 from quant.errors import UserError
 from quant.formats import GroupFormat, activation_format, parse_format, parse_search_space
 from quant.validation import HIGH_PRECISION_OPS
@@ -29,7 +30,7 @@ RANGES = {
     **dict.fromkeys(["max_memory", "max_compute", "latency_target"], _POSITIVE),
     **dict.fromkeys(["train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "eval_steps"], _POSITIVE),
     **dict.fromkeys(["log_steps", "max_train_samples", "max_eval_samples", "max_length", "image_size"], _POSITIVE),
-    **dict.fromkeys(["max_target_length", "num_beams"], _POSITIVE),
+    **dict.fromkeys(["max_target_length", "num_beams", "kv_cache_tokens"], _POSITIVE),
     **dict.fromkeys(["cost_seq_len", "reward_draws", "num_cpus", "cpus_per_trial", "hpo"], _POSITIVE),
     **dict.fromkeys(["cost_beta", "max_entropy_beta", "delay_steps", "num_gpus", "gpus_per_trial"], _NOT_NEGATIVE),
     "num_workers": _NOT_NEGATIVE,
@@ -377,6 +378,8 @@ def _check_ptq(config: RunConfig) -> None:
     if config.smooth_quant_alpha != "0.5" and not config.smooth_quant:
         _refuse(f"--smooth_quant_alpha {config.smooth_quant_alpha}", "no --smooth_quant", "give both or none")
     alpha_settings(config.smooth_quant_alpha)
+    if config.quantize_kv_cache is not None:
+        parse_cache_format(config.quantize_kv_cache)
     for op in filter(None, (config.high_precision_ops or "").split(",")):
         check_one_of("--high_precision_ops", op.strip(), HIGH_PRECISION_OPS)
     for flag in ("high_precision_ops", *TENSOR_FLAGS):

@@ -70,10 +70,10 @@ class FinishedRun:
     def model(self) -> nn.Module:
         """The trained and quantized model, in eval mode on the CPU."""
         from eval.saved_model import load_model
-        from quant.transforms.placement import placed_sites
+        from quant.transforms.placement import is_cached, placed_sites
 
         model = load_model(self.folder)
-        if placed_sites(model):
+        if not all(map(is_cached, placed_sites(model))):
             raise UserError(
                 f"RUN_DIR {self.folder}: quantizes more than layers (--high_precision_ops, --quantize_residual_adds, "
                 "--quantize_products or --quantize_embeddings), which no export has a place for"

@@ -78,6 +78,19 @@ def copy_side_files(run: FinishedRun, folder: Path) -> None:
             shutil.copy(source, folder / name)
 
 
+HOLD_CACHES = ("packed", "torchao")
+"""Exports that keep the formats of caches of keys and values."""
+NO_CACHE = "it has no place for the format of --quantize_kv_cache"
+
+
+def refuse_caches(run: FinishedRun, kind: str) -> None:
+    """Raise UserError for a run with a quantized cache, whose format this kind of export would lose."""
+    from quant.transforms.kv_cache import caches_of
+
+    if caches_of(run.model):
+        raise UserError(f"--format {kind}: {NO_CACHE.removeprefix('it ')}; choose {' or '.join(HOLD_CACHES)}")
+
+
 def write_packed(run: FinishedRun, folder: Path) -> Written:
     """Write every weight in its own number of bits, in one safetensors file that this project reads."""
     import json
@@ -122,6 +135,7 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
 
     if (kind := run.plan.data.kind) in ("qa", "summary"):
         raise UserError(f"--format onnx: a {kind} model has several outputs or writes; choose packed")
+    refuse_caches(run, "onnx")
     inputs, modules = example(run), run.modules
     traced = trace(run.model, modules, inputs)
     layers = write(folder / ONNX, traced, modules, examples(run))
@@ -199,6 +213,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from quant.transforms.migration import added
     from trainer.training.quantization_file import QUANTIZATION
 
+    refuse_caches(run, "compressed-tensors")
     if added(run.model).factors:
         raise UserError(
             "--format compressed-tensors: has no place for the factors of this run's --gamma_migration or "

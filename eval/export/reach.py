@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from eval.export.formats import EXPORT_FORMATS
+from eval.export.formats import EXPORT_FORMATS, HOLD_CACHES, NO_CACHE
 from quant.errors import UserError
 from quant.formats import FLOAT, FloatFormat, Format, GroupFormat
 
@@ -28,14 +28,16 @@ def export_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, st
     """
     if not modules:
         return {}
-    from quant.transforms.placement import placed_sites
+    from quant.transforms.placement import is_cached, placed_sites
 
-    if placed_sites(plan.bundle.model):
+    if not all(map(is_cached, placed_sites(plan.bundle.model))):
         return dict.fromkeys(EXPORT_FORMATS, "it has no place for what is quantized besides layers")
     return {name: _why_not(name, plan, modules) for name in EXPORT_FORMATS}
 
 
 def _why_not(name: str, plan: Plan, modules: Mapping[str, QuantModule]) -> str | None:
+    if name not in HOLD_CACHES and plan.caches:
+        return NO_CACHE
     try:
         kept = {"onnx": _onnx, "torchao": _torchao, "compressed-tensors": _compressed}.get(name, _all)(plan, modules)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,20 @@ def cost_line(record: Mapping[str, Any]) -> str:
         line += f"; the whole file {sizes[0]:.4g} MiB, {sizes[0] / sizes[1]:.0%} of float's {sizes[1]:.4g}"
         line += f" (numbers in float at {FLOAT_BITS} bits)"
     return line
+
+
+def cache_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return a line about the cache of keys and values; none if it is in float."""
+    if "kv_cache" not in record:
+        return []
+    cache, per_token = record["kv_cache"], record["kv_cache_bytes_per_token"]
+    formats = Counter(cache["formats"].values())
+    told = ", ".join(name if len(formats) == 1 else f"{count} {name}" for name, count in formats.most_common())
+    share = cache["memory"] / cache["float_memory"]
+    return [
+        f"cache of keys and values: {told}; {per_token:.6g} bytes a token, {cache['memory']:.4g} MiB for "
+        f"{cache['tokens']} tokens, {share:.0%} of float's"
+    ]
 
 
 def export_lines(record: Mapping[str, Any], folder: Path) -> str | None:

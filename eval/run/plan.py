@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are ch
     from eval.modeling.bundle import ModelBundle
     from eval.modeling.inputs import ModelInputs
     from policy.space import Partition, SearchSpace
+    from quant.transforms.kv_cache import CachedAttention
     from trainer.search.config import ReinforceConfig
     from trainer.training.progress import Listener
 
@@ -39,6 +40,8 @@ class Plan:
     prepared: PreparedData
     layers: list[str]
     profiles: list[LayerProfile]
+    caches: list[CachedAttention] = field(default_factory=list)
+    """With --quantize_kv_cache: the attentions that have a cache."""
     fused: Blocks = field(default_factory=dict)
     """With --fuse_groups: the finest partition that keeps each fused group together."""
 
@@ -73,6 +76,7 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     from eval.layers.fused_groups import fused_groups
     from eval.modeling.inputs import agree_on_classes
     from eval.models import build_model, recompute_activations
+    from quant.transforms.kv_cache import find_caches
     from quant.transforms.unfold import unfold
     from trainer.training.progress import unheard
 
@@ -108,7 +112,8 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     if takes_file(config):
         ranges = config.per_channel, not config.weight_symmetric, not config.per_token
         profiles = charge_file(profiles, bundle.model, *ranges)
-    plan = Plan(config, data, bundle, prepared, layers, profiles)
+    caches = find_caches(bundle.model, prepared.example_inputs) if config.quantize_kv_cache else []
+    plan = Plan(config, data, bundle, prepared, layers, profiles, caches)
     if config.fuse_groups:
         plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
     budget(plan)

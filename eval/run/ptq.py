@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from eval.config.quant_yaml import alpha_settings
+from quant.cache_formats import parse_cache_format
 from quant.formats import FLOAT, Format, IntFormat
 from quant.quantizers.quantizer import QuantizerConfig
+from quant.transforms.kv_cache import caches_of, sites_of
 from quant.transforms.migration import SmoothQuantConfig, fold
 from quant.transforms.placement import Placement, place_quantizers
 from quant.transforms.token_clipping import clip_tokens
@@ -83,8 +85,16 @@ def place_around_layers(plan: Plan, trainer: ReinforceTrainer) -> None:
         products=config.quantize_products,
         embeddings=config.quantize_embeddings,
     )
-    if placement and trainer.modules:
-        place_quantizers(trainer.model, trainer.modules, next(iter(trainer.calibration_batches())), placement)
+    cached = sites_of(plan.caches)
+    if (placement and trainer.modules) or cached:
+        example = next(iter(trainer.calibration_batches()))
+        place_quantizers(trainer.model, trainer.modules, example, placement if trainer.modules else Placement(), cached)
+
+
+def quantize_caches(plan: Plan, trainer: ReinforceTrainer) -> None:
+    """Set the caches of keys and values to the format of --quantize_kv_cache."""
+    for cache in caches_of(trainer.model).values():
+        cache.set_formats(parse_cache_format(str(plan.config.quantize_kv_cache)))
 
 
 def clips_tokens(config: RunConfig) -> bool:

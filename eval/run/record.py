@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
 from eval.run.limits import limits_of
-from eval.run.outcome import choice_line, cost_line, counted_part, export_lines, scope_of
+from eval.run.outcome import cache_lines, choice_line, cost_line, counted_part, export_lines, scope_of
 from eval.run.plan import Plan, budget, search_space, space_of
 from eval.run.schema import SCHEMA_VERSION, loss_rise
 from eval.run.trainer import teacher_share
-from quant.formats import Format
+from quant.formats import FLOAT, Format
 
 LOSS_ROSE = "the loss ended far above where it started, so training harmed the model (lower --learning_rate):"
 if TYPE_CHECKING:  # importing torch takes seconds; flags are checked without it
@@ -108,6 +108,30 @@ def costs_of(
     }
 
 
+def cache_costs(plan: Plan) -> dict[str, Any]:
+    """Return the entries of the record on the cache of keys and values; empty without --quantize_kv_cache.
+
+    Scales (16 bits a token and head) and zero points are counted.
+    """
+    from quant.transforms.kv_cache import caches_of
+
+    if not plan.caches:
+        return {}
+    formats = {name: cache.formats[0] for name, cache in caches_of(plan.bundle.model).items()}
+    per_token = sum(attention.bits(formats[attention.name]) for attention in plan.caches) / 8
+    of_float = sum(attention.bits(FLOAT) for attention in plan.caches) / 8
+    tokens = plan.config.cache_tokens
+    return {
+        "kv_cache_bytes_per_token": per_token,
+        "kv_cache": {
+            "formats": {name: format.name for name, format in formats.items()},
+            "tokens": tokens,
+            "memory": per_token * tokens / 2**20,
+            "float_memory": of_float * tokens / 2**20,
+        },
+    }
+
+
 def layer_notes(plan: Plan) -> list[str]:
     """Return notes on the cost: matrices that it excludes, and layers that are never called."""
     from quant.analysis.float_share import float_share
@@ -174,6 +198,7 @@ def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
     ]
     contest = record.get("contest") or {}
     lines += [choice_line(record) or "", f"{cost_line(record)}{outside_cost(record)}"]
+    lines += cache_lines(record)
     for limit in record["limits"]:
         lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")
     if "max_drop" in contest:

@@ -56,6 +56,7 @@ def make_trainer(
         clips_tokens,
         migrate_outliers,
         place_around_layers,
+        quantize_caches,
         quantizer_configs,
     )
     from quant.convert import quantize_model
@@ -120,8 +121,10 @@ def make_trainer(
         trainer.add_callback(progress_callback(progress))
     migrate_outliers(plan, trainer)
     place_around_layers(plan, trainer)
-    has_baseline = plan.bundle.trained and config.method != "float"
-    return trainer, modules, evaluate(trainer, plan) if has_baseline else None
+    has_baseline = plan.bundle.trained and (config.method != "float" or bool(plan.caches))
+    float_metrics = evaluate(trainer, plan) if has_baseline else None
+    quantize_caches(plan, trainer)
+    return trainer, modules, float_metrics
 
 
 def progress_callback(progress: RunProgress) -> TrainerCallback:

@@ -42,7 +42,8 @@ from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer, Rounder
 from quant.transforms.computed_weights import fold_weight, sources
 from quant.transforms.half import holds_exactly
-from quant.transforms.placement import placed_sites
+from quant.transforms.kv_cache import describe_caches, restore_caches
+from quant.transforms.placement import is_cached, placed_sites
 from quant.transforms.unfold import layer_state
 
 VERSION = 1
@@ -99,8 +100,8 @@ def write_packed(
     Raises:
         UserError: For a weight that cannot be stored, see `round_weight`, and for quantizers around layers.
     """
-    if sites := placed_sites(model):
-        raise UserError(f"a packed file has no place for the quantizers around layers, such as {next(iter(sites))}")
+    if sites := [site for site in placed_sites(model) if not is_cached(site)]:
+        raise UserError(f"a packed file has no place for the quantizers around layers, such as {sites[0]}")
     uncalled = never_called(modules)
     verdicts = {name: (left_in_float if name in uncalled else as_chosen)(*m.formats) for name, m in modules.items()}
     with in_float(uncalled):
@@ -141,6 +142,7 @@ def _contents(
         "version": VERSION,
         "layers": layers,
         "tied": tied,
+        "caches": describe_caches(model),
         **describe_quantizers(modules),
     }
     return description, tensors | rest
@@ -197,6 +199,7 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
         if name in layers:
             fold_weight(layer)  # the file holds weights, not the tensors they were computed from
     modules = quantize_as_described(model, layers, description)
+    restore_caches(model, description.get("caches", {}))
     taken: set[str] = set()
     for name, module in modules.items():
         shape = layers[name]["shape"]

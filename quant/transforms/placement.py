@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from quant.convert import run_model
 from quant.errors import UserError
 from quant.module_utils import Arguments, evaluating, first_tensor, replace_first_tensor
+from quant.quant_cache import QuantCache
 from quant.quant_module import TABLE, QuantModule
 from quant.quantizers.quantizer import Quantizer, QuantizerConfig
 from quant.transforms.graph import ADD, is_norm
@@ -33,6 +34,8 @@ from quant.validation import HIGH_PRECISION_OPS
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+CACHED = "cached"
+"""Last part of the names of the sites that belong to a `QuantCache`."""
 _TABLE = QuantizerConfig(range="dynamic", granularity="token", observer="minmax", symmetric=True)
 """For embeddings: a symmetric scale per row, which corresponds to a weight's scale per channel."""
 _PLAIN_OBSERVER = {"avg_prune_minmax": "minmax"}
@@ -51,6 +54,8 @@ class Placement:
     """Quantize both inputs of products of activations: queries, keys, attention probabilities, values."""
     embeddings: bool = False
     """Quantize embeddings, with a scale per row, in the format of the first layer's weight."""
+    caches: bool = False
+    """Quantize keys and values where attention reads them, in formats of their own, see `quant.transforms.kv_cache`."""
 
     def __post_init__(self) -> None:
         for op in self.high_precision_ops:
@@ -58,11 +63,15 @@ class Placement:
                 raise UserError(f"high_precision_ops: unknown {op!r}; choices: {', '.join(HIGH_PRECISION_OPS)}")
 
     def __bool__(self) -> bool:
-        return bool(self.high_precision_ops) or self.residual_adds or self.products or self.embeddings
+        return bool(self.high_precision_ops) or self.residual_adds or self.products or self.embeddings or self.caches
 
 
 def place_quantizers(
-    model: nn.Module, modules: Mapping[str, QuantModule], example: Any, placement: Placement
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    example: Any,
+    placement: Placement,
+    cached: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Find the sites of a placement and quantize there, in place, in the current formats of the layers.
 
@@ -71,18 +80,42 @@ def place_quantizers(
         modules: Its quantized layers, by name.
         example: A batch; sites are those that a forward pass over it reaches.
         placement: What to quantize.
+        cached: Sites of caches -> names of the caches, see `quant.transforms.kv_cache`.
 
     Returns:
         Site -> name of the layer that it belongs to, for `attach_quantizers`.
     """
-    watching = _Placer(model, modules, placement)
+    found: dict[str, str] = {}
+    if placement:
+        watching = _Placer(model, modules, placement)
+        try:
+            with torch.no_grad(), evaluating(model):
+                run_model(model, example)
+        finally:
+            watching.remove()
+        found = watching.found
+    found |= cached or {}
+    attach_quantizers(model, modules, found)
+    return found
+
+
+def trace_cached(model: nn.Module, batch: Any) -> tuple[dict[str, Tensor], Any]:
+    """Find where attention reads keys and values, (..., tokens, head_dim), in one forward pass in eval mode.
+
+    Args:
+        model: The model.
+        batch: A batch.
+
+    Returns:
+        Site -> keys or values, in the order of the reads; and the model's output.
+    """
+    watching = _Placer(model, {}, Placement(caches=True))
     try:
         with torch.no_grad(), evaluating(model):
-            run_model(model, example)
+            output = run_model(model, batch)
     finally:
         watching.remove()
-    attach_quantizers(model, modules, watching.found)
-    return watching.found
+    return watching.cached, output
 
 
 def attach_quantizers(model: nn.Module, modules: Mapping[str, QuantModule], sites: Mapping[str, str]) -> None:
@@ -91,12 +124,15 @@ def attach_quantizers(model: nn.Module, modules: Mapping[str, QuantModule], site
     Args:
         model: The quantized model; changed in place.
         modules: Its quantized layers, by name.
-        sites: Site -> name of the layer that it belongs to.
+        sites: Site -> name of the layer that it belongs to; for keys and values, of the `QuantCache`, which is added.
     """
     if not sites:
         return
     for site, name in sites.items():
-        modules[name].place(f"{site}_quantizer", _quantizer(site, modules[name].input_quantizer))
+        if is_cached(site):
+            add_cache(model, name)
+        else:
+            modules[name].place(f"{site}_quantizer", _quantizer(site, modules[name].input_quantizer))
     # Not set as an attribute: as a child module it would be one more step of an nn.Sequential.
     model.__dict__["placer"] = _Placer(model, modules, sites=sites)
 
@@ -105,6 +141,23 @@ def placed_sites(model: nn.Module) -> dict[str, str]:
     """Return site -> layer name, as `place_quantizers` did; empty if nothing was placed."""
     placer = model.__dict__.get("placer")
     return dict(placer.sites) if placer is not None else {}
+
+
+def is_cached(site: str) -> bool:
+    """Whether a site belongs to a `QuantCache`."""
+    return site.rpartition(":")[2] == CACHED
+
+
+def add_cache(model: nn.Module, name: str) -> QuantCache:
+    """Return the `QuantCache` of that name in a model, which is added if there is none."""
+    holder, _, own = name.rpartition(".")
+    parent = model.get_submodule(holder)
+    if own not in parent._modules:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        parent.add_module(own, QuantCache(device))
+    cache = parent._modules[own]
+    assert isinstance(cache, QuantCache)
+    return cache
 
 
 def _quantizer(site: str, beside: Quantizer) -> Quantizer:
@@ -126,6 +179,10 @@ class _Frame:
     def __init__(self, path: str, closed: bool) -> None:
         self.path, self.closed = path, closed
         self.calls: Counter[str] = Counter()
+        self.products: list[tuple[str, Tensor]] = []
+        """Site and second factor of the last product."""
+        self.weighs = False
+        """Whether a softmax has followed that product, so that the next one weighs values."""
 
 
 class _Placer:
@@ -144,7 +201,11 @@ class _Placer:
         self.sites = dict(sites or {})
         self.placement = placement
         self.found: dict[str, str] = {}
-        self.owners = {site: modules[name] for site, name in self.sites.items()}
+        self.cached: dict[str, Tensor] = {}
+        """While searching for sites of caches: site -> keys or values."""
+        self.owners = {
+            site: model.get_submodule(name) if is_cached(site) else modules[name] for site, name in self.sites.items()
+        }
         self.shortcuts = [module for module in model.modules() if isinstance(module, Shortcut)]
         self.frames: list[_Frame] = []
         self.mode = _Mode(self)
@@ -230,10 +291,14 @@ class _Placer:
         if function in _SOFTMAX and args[0].is_floating_point():
             start = self.site(frame, "softmax")
             made = function(self.scores(f"{start}:in", args[0]), *args[1:], **kwargs)
+            self.note_keys(frame)
             return self.pass_on(f"{start}:probabilities", made, "softmax", tokens=made.dim() - 2)
         if function in _MATMUL and not any(isinstance(arg, nn.Parameter) for arg in args):
             start = self.site(frame, "product")
             parts = [self.pass_on(f"{start}:{i}", arg, "product", _tokens_of(arg, i)) for i, arg in enumerate(args)]
+            parts[1:] = [self.store(f"{start}:1:{CACHED}", part, _tokens_of(part, 1)) for part in parts[1:]]
+            if self.placement is not None and self.placement.caches and len(parts) == 2:
+                self.note_product(frame, f"{start}:1:{CACHED}", parts[1])
             return function(*parts, **kwargs)
         if function is F.scaled_dot_product_attention:
             return self.attend(self.site(frame, "attention"), function, args, kwargs)
@@ -281,6 +346,9 @@ class _Placer:
         query, key, value = (
             self.pass_on(f"{start}:{name}", given[name], "product", tokens=2) for name in ("query", "key", "value")
         )
+        key, value = self.store(f"{start}:key:{CACHED}", key), self.store(f"{start}:value:{CACHED}", value)
+        if self.placement is not None and self.placement.caches:
+            self.cached |= {f"{start}:key:{CACHED}": key, f"{start}:value:{CACHED}": value}
         if not any(self.wants(f"{start}:{part}", "softmax") for part in ("scores", "probabilities")):
             return function(query, key, value, **{name: given[name] for name in names[3:] if name in given})
         if given.get("enable_gqa"):
@@ -298,6 +366,38 @@ class _Placer:
             made = torch.nan_to_num(made)  # a padded query may have no key to attend to
         made = self.pass_on(f"{start}:probabilities", made, "softmax", tokens=2)
         return F.dropout(made, given.get("dropout_p", 0.0)) @ value
+
+    # ------------------------------------------------------ caches
+
+    def note_product(self, frame: _Frame, site: str, factor: Tensor) -> None:
+        """Remember the second factor of a product; after a softmax of the last product, it holds values."""
+        if frame.weighs:
+            self.cached[site] = factor
+        frame.products, frame.weighs = [(site, factor)], False
+
+    def note_keys(self, frame: _Frame) -> None:
+        """Take the second factor of the product before a softmax for keys."""
+        for site, factor in frame.products:
+            self.cached[site] = factor.transpose(-1, -2)
+            frame.weighs = True
+        frame.products = []
+
+    def store(self, site: str, x: Tensor, tokens: int = -2) -> Tensor:
+        """Round keys or values as a cache stores them.
+
+        Args:
+            site: Name of the site.
+            x: (..., tokens, head_dim), or with both axes exchanged.
+            tokens: The axis of tokens.
+        """
+        cache = self.owners.get(site)
+        if cache is None:
+            return x
+        turned = tokens % x.dim() == x.dim() - 1
+        rounded: Tensor = cache(x.transpose(-1, -2) if turned else x)
+        return rounded.transpose(-1, -2) if turned else rounded
+
+    # ------------------------------------------------------ softmax
 
     def scores(self, site: str, x: Tensor) -> Tensor:
         """Quantize softmax inputs, (..., T, S); masked entries keep their value and do not count for the range."""
@@ -354,7 +454,7 @@ def _kind(module: nn.Module) -> str:
     """Return the kind of a module that is treated as a unit; '' for one whose inner operations are looked at."""
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, QuantModule | nn.Linear | nn.Conv2d):
+    if isinstance(module, QuantModule | QuantCache | nn.Linear | nn.Conv2d):
         return "layer"
     if is_norm(module) and not isinstance(module, nn.BatchNorm2d):
         return "layernorm"

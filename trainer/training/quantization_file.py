@@ -15,6 +15,7 @@ from cost.cost import assignment_from_json, assignment_to_json
 from quant.convert import Assignment, describe_quantizers, quantize_as_described, set_formats
 from quant.formats import FLOAT, parse_format
 from quant.quant_module import QuantModule
+from quant.transforms.kv_cache import caches_of, describe_caches
 from quant.transforms.migration import Migration, added, attach
 from quant.transforms.placement import attach_quantizers, placed_sites
 from trainer.training.checkpoint import write_json
@@ -41,6 +42,7 @@ def write_quantization(
         **describe_quantizers(modules),
         "migration": asdict(added(model)),
         "placement": placed_sites(model),
+        "caches": describe_caches(model)["formats"],
     }
     write_json(folder / QUANTIZATION, {**more, **described})
 
@@ -65,11 +67,15 @@ def migrate_again(model: nn.Module, described: Mapping[str, Any]) -> None:
 def quantize_again(model: nn.Module, described: Mapping[str, Any]) -> None:
     """Quantize a float model in place as the contents of a quantization.json describe."""
     migrate_again(model, described)
-    if described.get("weight") is None:
-        return  # float run: no layer was replaced
+    cached = described.get("caches", {})
     assignment = assignment_from_json(described["assignment"])
-    formats = [parse_format(name) for name in described["formats"]]
-    modules = quantize_as_described(model, assignment, described, formats)
+    assignment = {name: pair for name, pair in assignment.items() if name not in cached}
+    modules: dict[str, QuantModule] = {}
+    if described.get("weight") is not None:  # else a float run: no layer was replaced
+        formats = [parse_format(name) for name in described["formats"]]
+        modules = quantize_as_described(model, assignment, described, formats)
     attach_quantizers(model, modules, described.get("placement", {}))
+    for name, cache in caches_of(model).items():
+        cache.set_formats(parse_format(cached[name]))
     used = {format for pair in assignment.values() for format in pair if format != FLOAT}
-    set_formats(modules, assignment if used else {})
+    set_formats(modules, assignment if modules and used else {})

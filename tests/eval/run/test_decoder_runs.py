@@ -1,4 +1,4 @@
-"""Runs of small decoders with what only decoders have: rotation; their models can be loaded and exported."""
+"""Runs of small decoders with rotation and quantized caches of keys and values; their models can be loaded."""
 
 import pytest
 import torch
@@ -10,8 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from eval.config.parser import parse
 from eval.eval_run import run
 from eval.run.plan import make_plan
+from eval.run.record import outcome
 from eval.saved_model import load_model
 from quant.errors import UserError
+from quant.formats import FLOAT, IntFormat
+from quant.transforms.kv_cache import caches_of
 
 LINES = [f"the {who} sees {number} hills and {number + 1} rivers" for who in ("cat", "dog") for number in range(40)]
 
@@ -83,3 +86,35 @@ def test_models_without_a_residual_stream_and_float_runs_are_refused(places):
     convnet = parse(["--task", "digits", "--model", "convnet", "--bits", "4", "--rotate", "--quiet", "--device", "cpu"])
     with pytest.raises(UserError, match="--rotate: ConvNet has no residual stream"):
         make_plan(convnet)
+
+
+@pytest.mark.parametrize("flags", ["--bits 8", "--method float"])
+def test_a_run_with_a_cache_in_four_bits_tells_its_memory_and_loads(places, flags):
+    config = settings(places, f"{flags} --max_steps 0 --quantize_kv_cache 4 --kv_cache_tokens 1000")
+    record = run(config)
+    per_token = 2 * 2 * 2 * (8 * 4 + 16 + 4) / 8  # layers, keys and values, heads; head_dim 8, fp16 scale, zero point
+    assert record["kv_cache_bytes_per_token"] == per_token
+    assert record["kv_cache"]["memory"] == pytest.approx(1000 * per_token / 2**20)
+    assert record["kv_cache"]["float_memory"] == pytest.approx(1000 * 2 * 2 * 2 * 8 * 2 / 2**20)
+    assert set(record["kv_cache"]["formats"].values()) == {"int4"}
+    (line,) = [line for line in outcome(record) if line.startswith("cache of keys and values")]
+    assert "int4; 52 bytes a token" in line and "for 1000 tokens, 41% of float's" in line
+    loss = record["metrics"]["validation"]["loss"]
+    assert loss != record["float_metrics"]["validation"]["loss"] == pytest.approx(float_loss(config), rel=1e-3)
+    model = load_model(config.run_folder)
+    with torch.no_grad():
+        assert float(model(**batch_of(make_plan(config))).loss) == pytest.approx(loss, rel=1e-4)
+    assert {cache.formats for cache in caches_of(model).values()} == {(IntFormat(4), FLOAT)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--bits 8 --quantize_kv_cache int4g32", "give int4"),
+        ("--bits 8 --quantize_kv_cache 99", "unknown format '99'"),
+        ("--bits 8 --kv_cache_tokens 5", "--kv_cache_tokens 5 has no effect here: it needs --quantize_kv_cache"),
+    ],
+)
+def test_wrong_formats_of_caches_are_refused_before_a_model_loads(places, flags, why):
+    with pytest.raises(UserError, match=why):
+        settings(places, flags)
