@@ -13,6 +13,7 @@ would cost nothing here and is left out of every row.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shlex
 import subprocess
@@ -42,11 +43,20 @@ OURS = {
 LLAMA = ("Q4_0", "Q4_K_M", "Q3_K_M")
 
 
+def plain_copy(model: Any) -> Any:
+    """Return the model without the note that it was read from a GGUF file, with which it could not be saved."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
 def prepare(folder: Path, shared: Path) -> tuple[Any, Tensor, Tensor]:
     """Write the model and the texts to `folder` once; return the float model, the test windows and its logits."""
     model, tokenizer = model_and_tokenizer()
     if not (folder / "model").exists():
-        model.save_pretrained(folder / "model")
+        plain_copy(model).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         (folder / "text").mkdir(exist_ok=True)
         for split, count in (("train", TRAINING_SENTENCES), ("validation", 60)):

@@ -19,7 +19,7 @@ from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
 from quant.cache_formats import parse_cache_format
 from quant.errors import UserError
-from quant.formats import GroupFormat, activation_format, parse_format, parse_search_space
+from quant.formats import FLOAT, GroupFormat, activation_format, parse_format, parse_search_space
 from quant.validation import HIGH_PRECISION_OPS
 
 _POSITIVE = "(0, inf)"
@@ -262,6 +262,8 @@ def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
 
 def _check_trained_scales(config: RunConfig) -> None:
     """Check that --train scales has scales to train."""
+    if not config.chooses and config.uniform_formats == (FLOAT, FLOAT):
+        return  # refused as a flag without effect
     if config.max_steps == 0:
         _refuse("--train scales", "--max_steps 0", "there is no step to train in")
     weights, activations = (config.weight_quantizer or config.quantizer), config.quantizer

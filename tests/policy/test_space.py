@@ -23,6 +23,14 @@ def profiles(layers=LAYERS, attention=0):
     ]
 
 
+def test_weights_in_groups_go_with_inputs_in_float():
+    group = parse_format("int4g32")
+    paired = build_space(LAYERS, [group, INT8]).decisions[0].choices
+    assert paired == ((group, FLOAT), (INT8, INT8))
+    apart = build_space(LAYERS, [group, INT8], separate_activations=True).decisions[0].choices
+    assert apart == ((group, FLOAT), (group, INT8), (INT8, FLOAT), (INT8, INT8))
+
+
 def test_a_decision_per_layer():
     space = build_space(LAYERS, [INT4, INT8])
     assert [(d.name, d.layers) for d in space.decisions] == [(name, (name,)) for name in LAYERS]

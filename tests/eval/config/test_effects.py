@@ -25,6 +25,8 @@ IGNORED = [
     "--weight_bits 4 --per_token",
     "--search --weight_only_search --act_symmetric",
     "--bits 8 --smooth_quant --smooth_quant_samples 8",
+    "--method float --train scales",
+    "--method random --sensitivity_examples 4",
     "--subset_ratio 0.5",
     "--text_column sentence",
     "--data_dir .",
@@ -37,6 +39,7 @@ IGNORED = [
 USED = [
     "--search --weight_only_search --search_space 2,4,8",
     "--method measured --search_space 2,4 --measure_share 0.1",
+    "--method measured --search_space int4g32,8 --sensitivity_examples 4 --train scales",
     "--method uniform --target_bits 5 --search_space 4,8",
     "--bits 4 --observer mse --no_per_channel",
     "--task sst2 --model bert-tiny --max_length 64 --data_dir .",
