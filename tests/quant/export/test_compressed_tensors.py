@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("compressed_tensors")
 
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.errors import UserError
-from quant.export.compressed_tensors import check_fused, export_compressed
+from quant.export.compressed_tensors import check_fused, export_compressed, mismatches
 from quant.formats import FLOAT, parse_format
 from quant.quantizers.quantizer import ACTIVATION, WEIGHT, QuantizerConfig
 
@@ -106,3 +106,25 @@ def test_layers_that_engines_fuse_must_share_a_format():
         check_fused([names[:3]], modules)
     _, modules = quantized(["int8/int8"])
     check_fused([names[:3], names[3:4]], modules)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_rounded_values_in_float(tied, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    model, plain = (LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    int4 = parse_format("int4")
+    modules = quantize_model(model, include=["*", "model.embed_tokens"], formats=[int4])
+    calibrate(model, modules, [{"input_ids": BATCH["input_ids"]}])
+    set_formats(modules, dict.fromkeys(modules, (int4, FLOAT)))
+    verdicts, _ = export_compressed(tmp_path, plain, modules)
+    assert "this is an embedding" in verdicts["model.embed_tokens"].why[0]
+    assert verdicts["lm_head"].as_chosen is not tied
+    reasons = mismatches(modules)
+    assert {name: reason is None for name, reason in reasons.items()} == {n: v.as_chosen for n, v in verdicts.items()}
+    again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = model(BATCH["input_ids"]).logits
+        torch.testing.assert_close(again(BATCH["input_ids"]).logits, expected, rtol=1e-4, atol=1e-5)

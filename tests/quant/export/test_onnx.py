@@ -670,3 +670,33 @@ def test_a_reduced_range_is_what_the_file_holds(symmetric, tmp_path):
     assert all(codes.min() >= -64 and codes.max() <= 63 for codes in weights.values())
     with torch.no_grad():
         torch.testing.assert_close(run(tmp_path / "model.onnx", images), model(images), rtol=1e-3, atol=1e-3)
+
+
+class Reader(nn.Module):
+    """Looks words up, and scores them by the same table."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer = nn.Embedding(24, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 24, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        return self.head(self.layer(self.words(ids)).relu())
+
+
+def test_tables_are_stored_in_their_formats(tmp_path):
+    ids, path = torch.arange(48).view(4, 12) % 24, tmp_path / "m.onnx"
+    for name, stored in (("int4", "int4"), ("int4g16", "int4g16"), ("mxfp4", "e4m3")):
+        torch.manual_seed(0)
+        model, format = Reader().eval(), parse_format(name)
+        modules = quantize_model(model, include=["words", "layer", "head"], formats=[format])
+        calibrate(model, modules, [ids])
+        set_formats(modules, dict.fromkeys(modules, (format, FLOAT)))
+        layers = export_onnx(path, model, modules, {"ids": ids})
+        with torch.no_grad():
+            expected = model(ids)
+        got = torch.from_numpy(session(path).run(["logits"], {"ids": ids.numpy()})[0])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), msg=name)
+        assert layers["words"].exported_weight == stored, name
+        assert layers["words"].activation == FLOAT

@@ -91,3 +91,23 @@ def test_what_does_not_match_goes_on_as_it_is_and_is_told(tmp_path):
         "it has no e2m1 weights",
         "it has no int8 inputs with a range that is fixed",
     ]
+
+
+def test_an_embedding_stays_and_its_tied_head_is_torchaos(tmp_path):
+    torch.manual_seed(0)
+
+    def made():
+        model = nn.Sequential(nn.Embedding(24, 32), nn.Linear(32, 24, bias=False)).eval()
+        model[1].weight = model[0].weight
+        return model
+
+    model, ids, int8 = made(), torch.arange(24).view(2, 12), parse_format("int8")
+    modules = quantize_model(model, include=["0", "1"], formats=[int8])
+    calibrate(model, modules, [ids])
+    set_formats(modules, dict.fromkeys(modules, (int8, FLOAT)))
+    write_packed(tmp_path / "m.safetensors", model, modules)
+    again = made()
+    verdicts = to_torchao(again, restore(again, *read_packed(tmp_path / "m.safetensors")))
+    assert "this is an embedding" in verdicts["0"].why[0] and verdicts["1"].as_chosen
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), model(ids), rtol=1e-5, atol=1e-5)
