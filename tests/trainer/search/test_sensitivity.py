@@ -93,6 +93,13 @@ def test_mode_and_formats_come_back(measured):
     assert get_formats(layers) == before
 
 
+def test_progress_counts_the_layers_that_run(measured):
+    """The last of three layers takes a third of the first one's time, since those before it are cached."""
+    reports = []
+    measure_sensitivity(*measured, logits, divergence, lambda phase, done, total, what: reports.append((done, total)))
+    assert reports == [(0, 18), (3, 18), (5, 18), (6, 18), (9, 18), (11, 18), (12, 18), (15, 18), (17, 18), (18, 18)]
+
+
 def normed_copies(first, second):
     """Both layers weight-normed, the second a copy of the first: torch's cache of weights takes one for the other."""
     one = nn.utils.parametrizations.weight_norm(first)
