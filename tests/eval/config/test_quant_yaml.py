@@ -78,6 +78,53 @@ def test_the_section_becomes_flags():
     }
 
 
+PUBLISHED = """
+    is_remove_padding: True
+    ln:
+        delay: {delay}
+    a_qconfig:
+        quantizer: {quantizer}
+        observer: {observer}
+        bit: 6
+        symmetric: False
+        ch_axis: -1
+    w_qconfig:
+        quantizer: FixedFakeQuantize
+        observer: MinMaxObserver
+        bit: 6
+        symmetric: True
+        ch_axis: 0
+    calibrate: 256
+"""
+
+
+@pytest.mark.parametrize(
+    "task, delay, quantizer, observer, flags",
+    [
+        ("cola", False, "FixedFakeQuantize", "AvgMinMaxObserver", ("fixed", "avg_minmax")),
+        ("cola", False, "FixedFakeQuantize", "AvgQuantileObserver", ("fixed", "avg_quantile")),
+        ("cola", False, "FixedFakeQuantize", "AvgMSEFastObserver", ("fixed", "avg_mse_fast")),
+        *(
+            (task, True, "LSQPlusFakeQuantize", "AvgPruneMinMaxObserver", ("lsq_plus", "avg_prune_minmax"))
+            for task in ("mrpc", "stsb", "squad", "xsum")
+        ),
+    ],
+)
+def test_published_sections_run_as_they_are_written(task, delay, quantizer, observer, flags, tmp_path):
+    """The `quant:` sections of Outlier Suppression's own experiments (github.com/wimh966/outlier_suppression, exp/)."""
+    section = yaml.safe_load(PUBLISHED.format(delay=delay, quantizer=quantizer, observer=observer))
+    path = tmp_path / "config.yaml"
+    model = "bart" if task == "xsum" else "bert"
+    path.write_text(yaml.safe_dump({"task": task, "model": model, "max_steps": 0, "quant": section}))
+    config = parse(["--config", str(path)])
+    assert (config.quantizer, config.observer) == flags and config.weight_quantizer == "fixed"
+    assert config.gamma_migration is delay and config.remove_padding and config.calibration_samples == 256
+    weight, activation = quantizer_configs(config)
+    assert (weight.granularity, weight.symmetric, weight.observer) == ("channel", True, "minmax")
+    assert (activation.granularity, activation.symmetric, activation.ignore_padding) == ("tensor", False, True)
+    assert [format.name for format in config.uniform_formats] == ["int6", "int6"]
+
+
 def test_defaults_are_those_of_the_framework():
     """Defaults: no padding, 256 examples, averaged extrema for activations; symmetric weights per channel."""
     flags = quant_flags({"a_qconfig": {"bit": 8}, "w_qconfig": {"bit": 8}}, "file")
