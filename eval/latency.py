@@ -15,7 +15,6 @@ import csv
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -58,6 +57,7 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
     from quant.formats import BlockFormat
 
     modules, pairs = run.modules, format_pairs(run)
+    each = [(name, pair) for name in run.record["assignment"] for pair in pairs_of(modules[name], pairs)]
     before = get_formats(modules)
     calls = layer_calls(run, modules)
     files: dict[Any, dict[tuple[Format, Format], Path]] = {}
@@ -65,7 +65,7 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
     traces: dict[Any, Any] = {}
     with TemporaryDirectory() as folder:
         try:
-            for name, (weight, activation) in product(run.record["assignment"], pairs):
+            for name, (weight, activation) in each:
                 module = modules[name]
                 set_formats(modules, {name: (weight, activation)})
                 for x in calls[name]:
@@ -90,7 +90,7 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
         for (alike, known), taken in zip(files.items(), measured, strict=True)
     }
     rows = []
-    for name, pair in product(run.record["assignment"], pairs):
+    for name, pair in each:
         total = sum(times[signature(modules[name]), x.shape][pair] for x in calls[name])
         rows.append(dict(zip(COLUMNS, (name, pair[0].name, pair[1].name, round(total, 6)), strict=True)))
     return rows
@@ -112,6 +112,13 @@ def format_pairs(run: FinishedRun) -> list[tuple[Format, Format]]:
     else:
         searched = [(format, format) for format in formats]
     return list(dict.fromkeys([(FLOAT, FLOAT), *searched, *chosen]))
+
+
+def pairs_of(module: QuantModule, pairs: Sequence[tuple[Format, Format]]) -> list[tuple[Format, Format]]:
+    """Return the different pairs that a layer runs in: an embedding has no activation format."""
+    from quant.quant_module import runs_in
+
+    return list(dict.fromkeys(runs_in(type(module).reach, pair) for pair in pairs))
 
 
 def layer_calls(run: FinishedRun, modules: Mapping[str, QuantModule]) -> dict[str, list[Tensor]]:
@@ -212,7 +219,7 @@ def print_latencies(run: FinishedRun, rows: Sequence[Mapping[str, Any]], model: 
 def _milliseconds(pair: str) -> Column:
     from eval.report.tables import Column
 
-    return Column(f"{pair} [ms]", lambda row: f"{row[pair]:.4f}", pair)
+    return Column(f"{pair} [ms]", lambda row: f"{row[pair]:.4f}" if pair in row else "", pair)
 
 
 def _flags(argv: Sequence[str]) -> Namespace:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from eval.report.labels import short_names
 from eval.report.records import DamagedFile, Run
+from eval.run.outcome import counted_part, scope_of
 from eval.run.sensitivities import FILE
 from quant.formats import parse_format
 
@@ -72,6 +73,8 @@ def cost_shares(run: Run) -> dict[str, float]:
             in_memory = run.record["cost_type"] == "memory"
             costs[layer["name"]] = layer["params"] * weight if in_memory else layer["macs"] * weight * activation
     total = sum(costs.values())
+    if counted_part(run.record["cost_type"], scope_of(run.record)) == "of the whole file":
+        total = run.record["cost"] * 8 * 2**20  # with scales and what no layer holds
     return {name: cost / total for name, cost in costs.items()} if total else {}
 
 

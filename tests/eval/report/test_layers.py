@@ -59,3 +59,15 @@ def test_a_long_list_of_stretches_is_cut(tmp_path):
     run.record["assignment"] = {f"m.{i}": [f"int{2 + i % 2}"] * 2 for i in range(40)}
     lines = formats_by_layer(run)
     assert len(lines) == MAX_STRETCHES and lines[-1] == f"… and {40 - MAX_STRETCHES + 1} more stretches"
+
+
+def test_shares_of_a_whole_file_leave_room_for_its_scales_and_norms(tmp_path):
+    record = {"cost_type": "memory", "cost_unit": "MiB", "cost_scope": "file"}
+    alone = cost_shares(run_of(tmp_path / "m", cost_type="memory", cost_unit="MiB"))
+    layers = run_of(tmp_path / "s", **record).record
+    bits = sum(
+        layer["params"] * float(layers["assignment"][layer["name"]][0].removeprefix("int"))
+        for layer in layers["layers"]
+    )
+    whole = cost_shares(run_of(tmp_path / "f", **record, cost=bits / 8 / 2**20 * 1.25))
+    assert whole == {name: pytest.approx(share * 0.8) for name, share in alone.items()}

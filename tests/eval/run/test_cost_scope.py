@@ -7,11 +7,13 @@ import pytest
 from eval.config.parser import parse
 from eval.eval_run import main
 from eval.export.__main__ import main as export
+from eval.latency import pairs_of
 from eval.report.records import read_run
 from eval.run.outcome import captions, scope_of
 from eval.run.plan import make_plan, search_space
+from quant.convert import quantize_model
 from quant.errors import UserError
-from quant.formats import FLOAT
+from quant.formats import FLOAT, parse_format
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +107,12 @@ def test_flags_that_contradict_the_scope_are_refused(place, more, message):
     run = [flag for flag in flags(place) if flag not in ("--search_space", "4,8", "--observer", "minmax")]
     with pytest.raises(UserError, match=message):
         parse([*run, "--cost_scope", "file", *more])
+
+
+def test_latencies_of_an_embedding_are_of_its_weights_formats(place):
+    plan = make_plan(parse(flags(place, "--method", "measured", "--cost_scope", "file", "--target_bits", "6")))
+    modules = quantize_model(plan.bundle.model, include=plan.layers)
+    int4, int8 = parse_format("int4"), parse_format("int8")
+    pairs = [(FLOAT, FLOAT), (int4, int4), (int4, int8), (int8, int8)]
+    assert pairs_of(modules["model.embed_tokens"], pairs) == [(FLOAT, FLOAT), (int4, FLOAT), (int8, FLOAT)]
+    assert pairs_of(modules["lm_head"], pairs) == pairs
