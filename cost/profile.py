@@ -15,6 +15,7 @@ from quant.analysis.tied import tied_groups, tied_layers
 from quant.convert import find_layers, run_model
 from quant.module_utils import evaluating
 from quant.quant_experts import ExpertLinear
+from quant.transforms.kv_cache import CachedAttention
 from quant.transforms.unfold import unfold
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -141,6 +142,17 @@ def profile_model(
         )
         for name, layer in layers.items()
     ]
+
+
+def cache_profile(attention: CachedAttention, tokens: int) -> LayerProfile:
+    """Return the profile of a cache of keys and values: its values are charged like weights, and compute nothing.
+
+    Args:
+        attention: The attention that reads the cache.
+        tokens: Tokens in the cache.
+    """
+    vectors = attention.heads * tokens
+    return LayerProfile(attention.name, 0, attention.values * tokens, tokens, vectors, "kv_cache", calls=1)
 
 
 def tied_in(profiles: Sequence[LayerProfile]) -> list[list[str]]:

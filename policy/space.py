@@ -112,6 +112,7 @@ def build_space(
     separate_activations: bool = False,
     tied: Iterable[Sequence[str]] = (),
     tables: Iterable[str] = (),
+    caches: Mapping[str, Sequence[Format]] | None = None,
 ) -> SearchSpace:
     """Build the space in which each decision takes one of `formats` for weights and activations alike.
 
@@ -125,6 +126,8 @@ def build_space(
         separate_activations: any pair of (weight, activation) formats is a choice, which keeps costs additive.
         tied: groups of layers that share a weight; they share a decision in every partition.
         tables: embeddings among the layers, which take the weight format of a choice alone.
+        caches: caches of keys and values among the layers -> formats to choose from, see `quant.quant_cache`; each is a
+            decision of its own. Where decisions have different numbers of choices, the last choice is repeated.
 
     Raises:
         UserError: without layers, if both options are given, and for a partition with an empty block, an unknown
@@ -141,9 +144,18 @@ def build_space(
         choices = tuple(itertools.product(formats, dict.fromkeys(map(activation_format, formats))))
     else:
         choices = tuple((weight, activation_format(weight)) for weight in formats)
-    blocks = merge(_blocks(list(layer_names), partition), tied)
-    decisions = tuple(Decision(name, tuple(layers), choices) for name, layers in blocks.items())
-    return SearchSpace(decisions, dict.fromkeys(tables, "looked_up"))
+    caches = caches or {}
+    blocks = merge(_blocks([name for name in layer_names if name not in caches], partition), tied)
+    decisions = [Decision(name, tuple(layers), choices) for name, layers in blocks.items()]
+    decisions += [Decision(name, (name,), tuple((own, FLOAT) for own in formats)) for name, formats in caches.items()]
+    most = max(len(decision.choices) for decision in decisions)
+    return SearchSpace(tuple(_padded(decision, most) for decision in decisions), dict.fromkeys(tables, "looked_up"))
+
+
+def _padded(decision: Decision, size: int) -> Decision:
+    """Return the decision with `size` choices, the last of its own repeated."""
+    missing = size - len(decision.choices)
+    return replace(decision, choices=(*decision.choices, *decision.choices[-1:] * missing))
 
 
 def uniform_cost(

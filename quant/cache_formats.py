@@ -27,6 +27,14 @@ def parse_cache_format(name: str) -> Format:
     return format
 
 
+def parse_cache_formats(names: str) -> tuple[Format, ...]:
+    """Parse a comma list of formats of caches; raises UserError as `parse_cache_format`, and for a repeated one."""
+    formats = tuple(parse_cache_format(name.strip()) for name in names.split(","))
+    if len(set(formats)) < len(formats):
+        raise UserError(f"--quantize_kv_cache {names} names a format twice")
+    return formats
+
+
 def bits_per_value(format: Format, head_dim: int) -> float:
     """Return the bits that one value of a cache takes, with its share of the scale (fp16) and the zero point."""
     if not format.scaled:

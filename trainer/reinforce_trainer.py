@@ -109,6 +109,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         on_step: Callable[[dict[str, Any]], None] | None = None,
         calibration_samples: int | None = None,
         after_calibration: Callable[[ReinforceTrainer], None] | None = None,
+        caches: Mapping[str, Sequence[Format]] | None = None,
         on_progress: Listener | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -154,7 +155,7 @@ class ReinforceTrainer(PickleFreeTrainer):
                 )
             activations = weight_only_search, separate_activations
             tied = tied_in(self.profiles), tables_in(self.profiles)
-            space = build_space(list(self.modules), formats, partition, *activations, *tied)
+            space = build_space(list(self.modules), formats, partition, *activations, *tied, caches)
             phases = Phases.of(search, self._length.steps if searching else 0)
             evaluator = self._make_evaluator(search, space)
             self._searches = MultiTargetSearch(search, evaluator, self.profiles, limits, phases, args.seed)

@@ -33,6 +33,7 @@ _LAUNCHER_ONLY = (
 _LISTS = {
     *GRID_FLAGS,
     *("search_space", "target_bits", "include", "exclude", "high_precision_ops", "cuda_visible_devices"),
+    "quantize_kv_cache",
 }
 _UNSET = object()
 INTERRUPTED = 130

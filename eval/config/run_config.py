@@ -13,6 +13,7 @@ from typing import Any
 
 from cost.units import UNITS
 from eval.config.files import is_path
+from quant.cache_formats import parse_cache_formats
 from quant.formats import Format, activation_format, parse_format, parse_search_space
 from quant.validation import OBSERVER_NAMES, WEIGHTS_ONLY
 
@@ -263,7 +264,9 @@ class QuantizationFlags:
     quantize_residual_adds: bool = flag(False, "quantize both inputs of residual additions")
     quantize_products: bool = flag(False, "quantize queries, keys, values and attention probabilities where multiplied")
     quantize_kv_cache: str | None = flag(
-        None, "format of a decoder's cache of keys and values, one scale a token and head; 8 = int8 with a zero point"
+        None,
+        "format of a decoder's cache of keys and values, one scale a token and head; 8 = int8 with a zero point; "
+        "several (4,8): a choice of the search for each attention, whose memory counts in the budget",
     )
     kv_cache_tokens: int | None = flag(
         None, "tokens in the cache whose memory --quantize_kv_cache counts; default: --max_length"
@@ -405,6 +408,11 @@ class RunConfig(
         """Formats (weights, activations) of a uniform run; float for the side without a flag."""
         weight, activation = (self.bits if own is None else own for own in (self.weight_bits, self.activation_bits))
         return parse_format(weight or "float"), activation_format(parse_format(activation or "float"))
+
+    @property
+    def cache_formats(self) -> tuple[Format, ...]:
+        """The formats of --quantize_kv_cache; several are choices of the search."""
+        return parse_cache_formats(self.quantize_kv_cache) if self.quantize_kv_cache else ()
 
     @property
     def cache_tokens(self) -> int:

@@ -17,7 +17,7 @@ from eval.config.run_config import TUNE_FOLDER, RunConfig, name_of
 from eval.config.suggestions import did_you_mean, local_folders
 from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
-from quant.cache_formats import parse_cache_format
+from quant.cache_formats import parse_cache_formats
 from quant.errors import UserError
 from quant.formats import FLOAT, GroupFormat, activation_format, parse_format, parse_search_space
 from quant.validation import HIGH_PRECISION_OPS
@@ -47,7 +47,7 @@ RANGES = {
     "settle_fraction": "[0, 1)",
 }
 """flag -> the interval that its value must lie in"""
-LISTS = ("target_bits", "search_space", "include", "exclude", "high_precision_ops")
+LISTS = ("target_bits", "search_space", "include", "exclude", "high_precision_ops", "quantize_kv_cache")
 """flags that take a comma list; empty entries are refused"""
 
 
@@ -381,7 +381,7 @@ def _check_ptq(config: RunConfig) -> None:
         _refuse(f"--smooth_quant_alpha {config.smooth_quant_alpha}", "no --smooth_quant", "give both or none")
     alpha_settings(config.smooth_quant_alpha)
     if config.quantize_kv_cache is not None:
-        parse_cache_format(config.quantize_kv_cache)
+        _check_caches(config, config.quantize_kv_cache)
     for op in filter(None, (config.high_precision_ops or "").split(",")):
         check_one_of("--high_precision_ops", op.strip(), HIGH_PRECISION_OPS)
     for flag in ("high_precision_ops", *TENSOR_FLAGS):
@@ -392,6 +392,15 @@ def _check_ptq(config: RunConfig) -> None:
             _refuse(f"--{flag}", "--method float", "nothing is quantized")
         if flag != "rotate" and getattr(config, flag) and config.gradient_checkpointing:
             _refuse(f"--{flag}", "--gradient_checkpointing", "shortcuts cannot be computed again")
+
+
+def _check_caches(config: RunConfig, given: str) -> None:
+    several = len(parse_cache_formats(given)) > 1
+    if several and not config.chooses:
+        raise UserError(f"--quantize_kv_cache {given}: several formats are a choice of a search; give one, or --search")
+    for flag, value in (("method", config.method), ("policy_prior", config.policy_prior)):
+        if several and value in ("hawq_v2", "qbert"):
+            _refuse(f"--quantize_kv_cache {given}", f"--{flag} {value}", "it sees weights alone; give one format")
 
 
 def _check_device(config: RunConfig) -> None:

@@ -101,7 +101,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
     from torch import nn
 
     from cost.cost import cost_of_bits, memory_cost
-    from quant.formats import FLOAT
+    from quant.formats import FLOAT, parse_format
 
     record = run.record
     chosen = {name: (layer.weight.bits, layer.activation.bits) for name, layer in written.layers.items()}
@@ -110,6 +110,9 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
     tables = {name for name, module in run.modules.items() if isinstance(module, nn.Embedding)}
     held = exported | {name: bits for name, bits in chosen.items() if name in tables}
     profiles = run.profiles(evaluated)
+    cached = {p.name: record["assignment"][p.name] for p in profiles if p.kind == "kv_cache"}  # no file holds them
+    of_caches = {name: (parse_format(stored).bits, FLOAT.bits) for name, (stored, _) in cached.items()}
+    chosen, exported, held = chosen | of_caches, exported | of_caches, held | of_caches
     beside = 0.0  # what a file holds besides the layers' weights, under --cost_scope file
     if record["cost_type"] == "memory":
         pairs = {name: (layer.weight, layer.activation) for name, layer in written.layers.items()}
@@ -121,7 +124,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
 
     kind = record["cost_type"]
     costs = {"chosen": beside + cost(chosen, kind), "exported": beside + cost(exported, kind)}
-    memory = cost(exported, "memory") * MIB
+    memory = cost({**exported, **dict.fromkeys(cached, (0.0, 0.0))}, "memory") * MIB
     if not math.isclose(costs["chosen"], record["cost"], rel_tol=1e-9):
         raise UserError(
             f"RUN_DIR {run.folder}: its saved model costs {costs['chosen']:.6g} {record['cost_unit']}, "

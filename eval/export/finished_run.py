@@ -105,7 +105,7 @@ class FinishedRun:
             raise UserError("--no_evaluate: this run charges attention, whose share only its model and data tell")
         return [
             LayerProfile(
-                *(layer["name"], layer["macs"], layer["params"], 0, 0, "", 1),
+                *(layer["name"], layer["macs"], layer["params"], 0, 0, layer.get("kind", ""), 1),
                 file=FileShare(**layer["file"]) if "file" in layer else None,
             )
             for layer in self.record["layers"]

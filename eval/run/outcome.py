@@ -51,7 +51,7 @@ def file_sizes(record: Mapping[str, Any]) -> tuple[float, float] | None:
     costs = record["costs"]
     if "total" not in costs or "unsearched" not in costs:
         return None
-    searched = sum(layer["params"] for layer in record["layers"]) * FLOAT_BITS / 8 / 2**20
+    searched = sum(layer["params"] for layer in record["layers"] if "kind" not in layer) * FLOAT_BITS / 8 / 2**20
     return costs["total"], searched + costs["unsearched"]
 
 

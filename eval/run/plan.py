@@ -52,6 +52,12 @@ class Plan:
         return None if own else self.data.compute_metrics
 
     @property
+    def cache_choices(self) -> dict[str, tuple[Format, ...]]:
+        """Caches whose format is chosen -> their formats; empty if all have the same."""
+        formats = self.config.cache_formats
+        return {cache.name: formats for cache in self.caches} if len(formats) > 1 else {}
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """Formats that layers may have, without float."""
         config = self.config
@@ -70,7 +76,7 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
         UserError: The data or the model cannot be loaded, or they contradict the flags.
     """
     from cost.file_scope import charge_file
-    from cost.profile import profile_model
+    from cost.profile import cache_profile, profile_model
     from eval.data.loading import load_task, prepare
     from eval.layers.coverage import searched_layers, takes_file
     from eval.layers.fused_groups import fused_groups
@@ -114,6 +120,7 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
         profiles = charge_file(profiles, bundle.model, *ranges)
     caches = find_caches(bundle.model, prepared.example_inputs) if config.quantize_kv_cache else []
     plan = Plan(config, data, bundle, prepared, layers, profiles, caches)
+    plan.profiles += [cache_profile(cache, config.cache_tokens) for cache in caches if plan.cache_choices]
     if config.fuse_groups:
         plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
     budget(plan)
@@ -259,7 +266,8 @@ def space_of(plan: Plan, partition: Partition) -> SearchSpace:
     config, profiles = plan.config, plan.profiles
     activations = config.weight_only_search, config.separate_activations
     tied = tied_in(profiles), tables_in(profiles)
-    return build_space(plan.layers, config.search_formats, partition, *activations, *tied)
+    names = [*plan.layers, *plan.cache_choices]
+    return build_space(names, config.search_formats, partition, *activations, *tied, plan.cache_choices)
 
 
 def partition(plan: Plan) -> Partition:

@@ -59,7 +59,8 @@ def model_lines(plan: Plan) -> list[str]:
         f"  {'layers':<12}{len(plan.layers)}, with {searched:,} weights ({percent(searched, total)} of the model)",
     ]
     if plan.caches:
-        told = f"{plan.config.quantize_kv_cache}, {len(plan.caches)} attentions, {cache_bytes(plan):.6g} bytes a token"
+        most = f"at most {cache_bytes(plan):.6g} bytes a token"
+        told = f"{plan.config.quantize_kv_cache}, {len(plan.caches)} attentions, {most}"
         lines.append(f"  {'cache':<12}{told}")
     if inputs is None:
         shape = f"at most {min(plan.config.max_length, plan.bundle.max_length)} tokens"
@@ -71,10 +72,7 @@ def model_lines(plan: Plan) -> list[str]:
 
 def cache_bytes(plan: Plan) -> float:
     """Return the bytes that a token takes in the cache of keys and values, in the widest format that it may have."""
-    from quant.cache_formats import parse_cache_format
-
-    formats = [parse_cache_format(name) for name in str(plan.config.quantize_kv_cache).split(",")]
-    return sum(max(attention.bits(format) for format in formats) for attention in plan.caches) / 8
+    return sum(max(map(attention.bits, plan.config.cache_formats)) for attention in plan.caches) / 8
 
 
 def colours(mean: Sequence[float], std: Sequence[float]) -> str:

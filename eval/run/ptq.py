@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from eval.config.quant_yaml import alpha_settings
-from quant.cache_formats import parse_cache_format
 from quant.formats import FLOAT, Format, IntFormat
 from quant.quantizers.quantizer import QuantizerConfig
 from quant.transforms.kv_cache import caches_of, sites_of
@@ -92,9 +91,10 @@ def place_around_layers(plan: Plan, trainer: ReinforceTrainer) -> None:
 
 
 def quantize_caches(plan: Plan, trainer: ReinforceTrainer) -> None:
-    """Set the caches of keys and values to the format of --quantize_kv_cache."""
-    for cache in caches_of(trainer.model).values():
-        cache.set_formats(parse_cache_format(str(plan.config.quantize_kv_cache)))
+    """Set the caches of keys and values to the format of --quantize_kv_cache; a search sets them itself."""
+    for name, cache in caches_of(trainer.model).items():
+        if name not in plan.cache_choices:
+            cache.set_formats(plan.config.cache_formats[0])
 
 
 def clips_tokens(config: RunConfig) -> bool:

@@ -63,7 +63,9 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def layer_entry(profile: LayerProfile) -> dict[str, Any]:
     """Return a layer's entry of the record: its size, and its share of the file if the cost counts that."""
-    entry = {"name": profile.name, "macs": profile.macs, "params": profile.params}
+    entry: dict[str, Any] = {"name": profile.name, "macs": profile.macs, "params": profile.params}
+    if profile.kind == "kv_cache":
+        entry["kind"] = profile.kind
     return entry if profile.file is None else {**entry, "file": asdict(profile.file)}
 
 
@@ -84,11 +86,13 @@ def costs_of(
     cost_type: Any = config.cost_type
     weights = [replace(profile, file=None) for profile in plan.profiles]
     costs = {name: cost(weights, assignment) for name, cost in COSTS.items()}
-    overhead = overhead_memory(plan.profiles, assignment, config.per_channel)
+    stored = [profile for profile in plan.profiles if profile.kind != "kv_cache"]  # a file holds no keys and values
+    in_file = {profile.name: assignment[profile.name] for profile in stored}
+    overhead = overhead_memory(stored, in_file, config.per_channel)
     unsearched = unsearched_memory(plan.bundle.model, plan.layers)
-    total = costs["memory"] + overhead + unsearched
+    total = COSTS["memory"]([replace(profile, file=None) for profile in stored], in_file) + overhead + unsearched
     if config.cost_scope == "file":  # which also counts buffers, and zero points of weights
-        total = COSTS["memory"](plan.profiles, assignment)
+        total = COSTS["memory"](stored, in_file)
     space = space_of(plan, "layer")
     space = replace(space, reach={**space.reach, **(reach or {})})
     return {

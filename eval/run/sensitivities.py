@@ -19,8 +19,12 @@ Columns: TypeAlias = dict[str, list[tuple[float, float | None]]]
 
 
 def choice_names(space: SearchSpace) -> list[str]:
-    """Names of the choices: 'int4', or 'int4/int8' if weights and activations differ."""
-    return [weight.name if weight == act else f"{weight}/{act}" for weight, act in space.decisions[0].choices]
+    """Names of the choices: 'int4', or 'int4/int8' if weights and activations differ; other decisions' in brackets."""
+    titles = []
+    for pairs in zip(*(decision.choices for decision in space.decisions), strict=True):
+        first, *others = dict.fromkeys(weight.name if weight == act else f"{weight}/{act}" for weight, act in pairs)
+        titles.append(first + (f" ({', '.join(others)})" if others else ""))
+    return titles
 
 
 def write_csv(names: Sequence[str], columns: Columns, path: Path) -> None:

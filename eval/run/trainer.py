@@ -60,7 +60,9 @@ def make_trainer(
         quantizer_configs,
     )
     from quant.convert import quantize_model
+    from quant.quant_cache import as_layer
     from quant.quant_utils import use_compiled
+    from quant.transforms.placement import add_cache
     from trainer.reinforce_trainer import ReinforceTrainer
     from trainer.training.sampler import hold_out
     from trainer.training.scale_groups import freeze_weights
@@ -82,6 +84,7 @@ def make_trainer(
         )
         if config.train == "scales":
             freeze_weights(plan.bundle.model)
+    caches = {name: as_layer(add_cache(plan.bundle.model, name)) for name in plan.cache_choices}
     if plan.formats and not config.chooses:
         assignment = dict.fromkeys(plan.layers, config.uniform_formats)
     arguments = training_arguments(config)
@@ -97,7 +100,8 @@ def make_trainer(
         weight_only_search=config.weight_only_search,
         separate_activations=config.separate_activations,
         assignment=assignment,
-        modules=modules,
+        modules=modules | caches,
+        caches=plan.cache_choices,
         profiles=plan.profiles,
         train_dataset=train,
         search_dataset=search_dataset,

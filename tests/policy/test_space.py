@@ -156,3 +156,19 @@ def test_the_uniform_cost_is_a_target_that_its_own_assignment_meets(cost_type, i
     choice = solve_assignment(values, space.cost_table(records, cost_type), target)
     assert choice == [index] * 70
     assert COSTS[cost_type](records, space.assignment(choice)) <= target
+
+
+def test_caches_are_decisions_of_their_own_with_their_own_formats():
+    formats, caches = parse_search_space("int3,int4,int8"), {"a.kv_cache": parse_search_space("int4,e4m3")}
+    space = build_space(["a", "b", "a.kv_cache"], formats, "single", weight_only=True, caches=caches)
+    assert [(decision.name, decision.layers) for decision in space.decisions] == [
+        ("model", ("a", "b")),
+        ("a.kv_cache", ("a.kv_cache",)),
+    ]
+    names = [[(str(weight), str(act)) for weight, act in decision.choices] for decision in space.decisions]
+    assert names[1] == [("int4", "float"), ("e4m3", "float"), ("e4m3", "float")]  # filled up with the last one
+    profiles = [LayerProfile(name, 0, 1000, 1, 1, "linear", 1) for name in ("a", "b", "a.kv_cache")]
+    table = space.cost_table(profiles, "memory") * 2**20
+    assert table.tolist() == [[750, 1000, 2000], [500, 1000, 1000]]
+    chosen = space.assignment([0, 2])
+    assert space.choice(chosen) == [0, 1] and chosen["a.kv_cache"] == (parse_format("e4m3"), FLOAT)

@@ -15,6 +15,7 @@ from policy.allocators import best_uniform, greedy, head_tail, least_degradation
 from policy.budget import Budget
 from policy.hessian import MOST_DRAWS, held_weights
 from policy.solve import InfeasibleError
+from quant.quant_cache import QuantCache
 from trainer.search import sensitivity
 from trainer.search.evaluator import AssignmentEvaluator
 from trainer.training.distributed import of_first_process
@@ -76,7 +77,7 @@ def _sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDAr
         return value
 
     if kind == "fisher":
-        with held_weights(modules):
+        with held_weights({name: module for name, module in modules.items() if not isinstance(module, QuantCache)}):
             return sensitivity.fisher_sensitivity(model, modules, space, batches, loss)
     return sensitivity.hessian_sensitivity(model, modules, space, batches, loss, kind, seed)
 

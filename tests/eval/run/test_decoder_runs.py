@@ -13,7 +13,7 @@ from eval.run.plan import make_plan
 from eval.run.record import outcome
 from eval.saved_model import load_model
 from quant.errors import UserError
-from quant.formats import FLOAT, IntFormat
+from quant.formats import FLOAT, IntFormat, parse_format
 from quant.transforms.kv_cache import caches_of
 
 LINES = [f"the {who} sees {number} hills and {number + 1} rivers" for who in ("cat", "dog") for number in range(40)]
@@ -112,9 +112,37 @@ def test_a_run_with_a_cache_in_four_bits_tells_its_memory_and_loads(places, flag
     [
         ("--bits 8 --quantize_kv_cache int4g32", "give int4"),
         ("--bits 8 --quantize_kv_cache 99", "unknown format '99'"),
+        ("--bits 8 --quantize_kv_cache 4,8", "several formats are a choice of a search; give one, or --search"),
+        ("--search --quantize_kv_cache 4,4", "names a format twice"),
+        ("--method hawq_v2 --target_bits 6 --quantize_kv_cache 4,8", "it sees weights alone"),
         ("--bits 8 --kv_cache_tokens 5", "--kv_cache_tokens 5 has no effect here: it needs --quantize_kv_cache"),
     ],
 )
 def test_wrong_formats_of_caches_are_refused_before_a_model_loads(places, flags, why):
     with pytest.raises(UserError, match=why):
         settings(places, flags)
+
+
+@pytest.mark.parametrize("flags", ["--method measured --max_steps 0", "--search --max_steps 8 --learning_rate 1e-3"])
+def test_a_search_chooses_the_format_of_each_cache_within_the_budget_of_memory(places, flags):
+    flags += " --search_space int3,int4,int8 --weight_only_search --target_bits 5 --kv_cache_tokens 2000"
+    config = settings(places, f"{flags} --quantize_kv_cache 4,fp8 --train_batch_size 4")
+    record = run(config)
+    caches = [f"model.layers.{block}.self_attn.kv_cache" for block in (0, 1)]
+    assert set(record["assignment"]) == {layer["name"] for layer in record["layers"]} > set(caches)
+    assert all(record["assignment"][name] in (["int4", "float"], ["e4m3", "float"]) for name in caches)
+    numbers = {layer["name"]: layer["params"] for layer in record["layers"]}
+    assert [numbers[name] for name in caches] == [2000 * 2 * 2 * 8] * 2  # tokens, keys and values, heads, head_dim
+    bits = {name: parse_format(weight).bits for name, (weight, _) in record["assignment"].items()}
+    memory = sum(numbers[name] * bits[name] for name in numbers) / 8 / 2**20
+    assert record["cost"] == pytest.approx(memory) and memory <= record["cost_target"]
+    assert record["cost_target"] == pytest.approx(sum(numbers.values()) * 5 / 8 / 2**20)
+    of_weights = sum(numbers[name] * bits[name] for name in numbers if name not in caches) / 8 / 2**20
+    costs = record["costs"]
+    assert costs["total"] == pytest.approx(of_weights + costs["overhead"] + costs["unsearched"])
+    model = load_model(config.run_folder)
+    assert {name: cache.formats[0].name for name, cache in caches_of(model).items()} == record["kv_cache"]["formats"]
+    assert record["kv_cache"]["formats"] == {name: record["assignment"][name][0] for name in caches}
+    with torch.no_grad():
+        loss = float(model(**batch_of(make_plan(config))).loss)
+    assert loss == pytest.approx(record["metrics"]["validation"]["loss"], rel=1e-3)
