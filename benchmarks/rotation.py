@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M with quantized weights and activations, with and without --rotate.
 
-    python -m benchmarks.rotation [--shared ../shared] [--windows 8] [--seeds 3]
+    python -m benchmarks.rotation [--shared ../shared] [--windows 8] [--weight_observer weighted_mse] [--seeds 3]
 
 Needs the packages of `benchmarks.smollm2`. Every Linear layer but the head is quantized: weights with a scale an output
 channel, inputs with a scale a token, or with one static scale, calibrated on MRPC's training sentences. The text is
@@ -24,7 +24,6 @@ from quant.formats import FLOAT, IntFormat
 from quant.quantizers.quantizer import QuantizerConfig
 from quant.transforms.rotation import rotate
 
-WEIGHT = QuantizerConfig(range="calibrated", granularity="channel", observer="mse")
 INPUTS = {
     "a token": QuantizerConfig(range="dynamic", granularity="token", observer="minmax", symmetric=False),
     "static": QuantizerConfig(range="calibrated", granularity="tensor", observer="minmax", symmetric=False),
@@ -48,18 +47,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--weight_observer", default="weighted_mse", help="range estimator of weights")
     parser.add_argument("--seeds", type=int, default=3, help="rotations that are drawn")
     arguments = parser.parse_args()
     model, tokenizer = model_and_tokenizer()
     test = windows(tokenizer, arguments.shared, arguments.windows)
     train = calibration(tokenizer, arguments.shared, 8)
+    weights = QuantizerConfig(range="calibrated", granularity="channel", observer=arguments.weight_observer)
     formats = [format_of(bits) for bits in sorted({bits for pair in PAIRS for bits in pair if bits})]
     for seed in (None, *range(arguments.seeds)):
         for kind, inputs in INPUTS.items():
             own = copy.deepcopy(model)
             if seed is not None:
                 rotate(own, {"input_ids": test[:1]}, seed)
-            modules = quantize_model(own, exclude=["lm_head"], formats=formats, weight=WEIGHT, activation=inputs)
+            modules = quantize_model(own, exclude=["lm_head"], formats=formats, weight=weights, activation=inputs)
             calibrate(own, modules, [{"input_ids": train}])
             for weight, activation in PAIRS:
                 set_formats(modules, dict.fromkeys(modules, (format_of(weight), format_of(activation))))

@@ -72,6 +72,8 @@ class QuantExpertLinear(QuantModule, ExpertLinear):
 
     routed_to: Tensor
     """The experts of the current call."""
+    idle: frozenset[int] = frozenset()
+    """Experts that no row of the calibration data was sent to."""
 
     def scale_shape(self) -> tuple[int, ...]:
         """Return the shape of the weight's scales: one per expert and output channel."""
@@ -90,6 +92,9 @@ class QuantExpertLinear(QuantModule, ExpertLinear):
     def forward(self, input: Tensor, experts: Tensor) -> Tensor:  # type: ignore[override]
         """Apply each row's expert, with rounded input and weight; see `ExpertLinear.forward`."""
         self.__dict__["routed_to"] = experts
+        if self.observing:
+            before = frozenset(range(self.experts)) if self.most_seen < 0 else self.idle
+            self.idle = before - set(experts.unique().tolist())
         try:
             return super().forward(input)
         finally:

@@ -58,7 +58,7 @@ def _is_folder(config: RunConfig) -> bool:
 SEARCH = "a search: --search, --block_search or --single_decision"
 NEEDS = (
     Need(
-        ("search_space", "weight_only_search", "separate_activations", "fuse_groups"),
+        ("search_space", "weight_only_search", "separate_activations", "fuse_groups", "fuse_experts"),
         _chooses,
         f"{SEARCH}, or a --method that chooses formats",
     ),

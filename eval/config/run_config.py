@@ -123,6 +123,7 @@ class SearchFlags:
         choices=["role", "depth"],
     )
     single_decision: bool = flag(False, "search one format for the whole model")
+    fuse_experts: bool = flag(False, "one decision for all experts of a mixture, as engines run them in one format")
     fuse_groups: bool = flag(
         False, "layers that engines run in one format share a decision: query, key, value; gate, up; residual sums"
     )
@@ -458,8 +459,13 @@ class RunConfig(
         formats = None
         if self.method == "uniform" and not self.chooses:
             formats = "-".join(dict.fromkeys(f.name for f in self.uniform_formats))
-        words = [self.model_name, method, "fused" if self.fuse_groups else None, formats, self.budget, f"s{self.seed}"]
+        words = [self.model_name, method, *self.fusions, formats, self.budget, f"s{self.seed}"]
         return "-".join(safe_name(word) for word in words if word)
+
+    @property
+    def fusions(self) -> tuple[str, ...]:
+        """Words of the run's name for the layers that share a decision besides the partition."""
+        return ("fused",) * self.fuse_groups + ("experts",) * self.fuse_experts
 
     @property
     def experiment_folder(self) -> Path:

@@ -292,8 +292,9 @@ def _check_contradictions(config: RunConfig) -> None:
             _refuse(f"--method {config.method}", _search_flag(config), "drop one of them")
         if config.block_search and config.single_decision:
             _refuse("--block_search", "--single_decision", "choose one")
-        if config.fuse_groups and config.single_decision:
-            _refuse("--fuse_groups", "--single_decision", "all layers share one format already")
+        for flag in ("fuse_groups", "fuse_experts"):
+            if getattr(config, flag) and config.single_decision:
+                _refuse(f"--{flag}", "--single_decision", "all layers share one format already")
         if config.weight_only_search and config.separate_activations:
             _refuse("--weight_only_search", "--separate_activations", "there are no activation formats to separate")
         if config.max_steps == 0:
@@ -335,8 +336,9 @@ def _check_contradictions(config: RunConfig) -> None:
         for flag in budgets:
             if getattr(config, flag) is not None:
                 _refuse(f"--{flag} {getattr(config, flag)}", f"--method {config.method}", "nothing is searched")
-        if config.fuse_groups:
-            _refuse("--fuse_groups", f"--method {config.method}", "nothing is searched")
+        for flag in ("fuse_groups", "fuse_experts"):
+            if getattr(config, flag):
+                _refuse(f"--{flag}", f"--method {config.method}", "nothing is searched")
     if config.from_scratch and config.model_path is not None:
         _refuse("--from_scratch", f"--model_path {config.model_path}", "its weights would not be used")
     if config.act_range_percentile > 0 and config.observer not in (None, "minmax", "percentile"):

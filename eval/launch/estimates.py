@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from eval.run.plan import Plan
 
 _SHAPING = [entry.name for group in (DataFlags, LayerFlags) for entry in fields(group)]
-_SHAPING += ["load_model_path", "fuse_groups", "rotate", "quantize_kv_cache"]
+_SHAPING += ["load_model_path", "fuse_groups", "fuse_experts", "rotate", "quantize_kv_cache"]
 _SHAPING += ["cost_scope", "per_channel", "weight_symmetric", "per_token"]
 """Flags that the data, the model and its layers depend on. Runs with equal values share one `Plan`."""
 PASS_SHARE = 1 / 3

@@ -88,7 +88,7 @@ def _items(config: RunConfig, name: str) -> list[Any] | None:
     return items
 
 
-_SEARCH = ("search", "block_search", "single_decision", "fuse_groups")
+_SEARCH = ("search", "block_search", "single_decision", "fuse_groups", "fuse_experts")
 _BITS = ("bits", "weight_bits", "activation_bits")
 _LIMITS = ("max_memory", "max_compute", "max_latency", "latency_target")
 _BUDGET = ("cost_target", "target_bits", "max_drop", *_LIMITS, "verify_retrain")

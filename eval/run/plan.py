@@ -43,7 +43,7 @@ class Plan:
     caches: list[CachedAttention] = field(default_factory=list)
     """With --quantize_kv_cache: the attentions that have a cache."""
     fused: Blocks = field(default_factory=dict)
-    """With --fuse_groups: the finest partition that keeps each fused group together."""
+    """With --fuse_groups, --fuse_experts: the finest partition that keeps each fused group together."""
 
     @property
     def compute_metrics(self) -> Any:
@@ -79,7 +79,6 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     from cost.profile import cache_profile, profile_model
     from eval.data.loading import load_task, prepare
     from eval.layers.coverage import searched_layers, takes_file
-    from eval.layers.fused_groups import fused_groups
     from eval.modeling.inputs import agree_on_classes
     from eval.models import build_model, recompute_activations
     from quant.transforms.kv_cache import find_caches
@@ -121,10 +120,27 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     caches = find_caches(bundle.model, prepared.example_inputs) if config.quantize_kv_cache else []
     plan = Plan(config, data, bundle, prepared, layers, profiles, caches)
     plan.profiles += [cache_profile(cache, config.cache_tokens) for cache in caches if plan.cache_choices]
-    if config.fuse_groups:
-        plan.fused = fused_groups(bundle.model, layers, prepared.example_inputs)
+    plan.fused = fused(plan)
     budget(plan)
     return plan
+
+
+def fused(plan: Plan) -> Blocks:
+    """Return the finest partition that keeps the groups of --fuse_groups and --fuse_experts together; {} without both.
+
+    Raises:
+        UserError: The model has no experts for --fuse_experts.
+    """
+    from eval.layers.experts import expert_groups
+    from eval.layers.fused_groups import fused_groups
+    from policy.space import merge
+
+    config, model, layers = plan.config, plan.bundle.model, plan.layers
+    experts = expert_groups(model, layers) if config.fuse_experts else []
+    if config.fuse_experts and not experts:
+        raise UserError(f"--fuse_experts: {type(model).__name__} has no experts among its quantized layers")
+    inputs = fused_groups(model, layers, plan.prepared.example_inputs) if config.fuse_groups else {}
+    return merge({name: [name] for name in layers}, [*inputs.values(), *experts]) if inputs or experts else {}
 
 
 def rotate_model(bundle: ModelBundle, example: Any, seed: int) -> None:

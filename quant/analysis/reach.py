@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from quant.quant_embedding import QuantEmbedding
+from quant.quant_experts import QuantExpertLinear
 from quant.quant_module import QuantModule, Reach
 from quant.quantizers.quant_params import QuantParams
 
@@ -67,7 +68,18 @@ def notes_on_reach(modules: Mapping[str, QuantModule]) -> list[str]:
         if names:
             more = ", ..." if len(names) > 3 else ""
             notes.append(f"{len(names)} of {len(modules)} {words}: {', '.join(names[:3])}{more}")
-    return notes
+    return notes + _notes_on_experts(modules)
+
+
+def _notes_on_experts(modules: Mapping[str, QuantModule]) -> list[str]:
+    idle = {name: module for name, module in modules.items() if isinstance(module, QuantExpertLinear) and module.idle}
+    if not idle:
+        return []
+    worst, module = max(idle.items(), key=lambda item: len(item[1].idle) / item[1].experts)
+    return [
+        f"{len(idle)} layers have experts that no calibration token was sent to, at most {len(module.idle)} of "
+        f"{module.experts} ({worst}): the ranges of their weights are chosen without data"
+    ]
 
 
 def weights_read(

@@ -1,11 +1,14 @@
-"""Runs of small decoders with rotation and quantized caches of keys and values; their models can be loaded."""
+"""Runs of small decoders: rotation, quantized caches of keys and values, experts; their models can be loaded."""
+
+import json
+import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from eval.config.parser import parse
 from eval.eval_run import run
@@ -45,7 +48,7 @@ def places(tmp_path_factory):
 
 def settings(places, flags):
     """A config of a run of that model."""
-    start = "" if "--load_model_path" in flags else f"--model_path {places / 'llama'}"
+    start = "" if "--load_model_path" in flags or "--model_path" in flags else f"--model_path {places / 'llama'}"
     return parse(
         f"--task {places / 'texts'} {start} --max_length 16 --report_to none --quiet --device cpu --save_strategy no "
         f"--calibration_samples 8 --output_root_dir {places / 'output'} {flags}".split()
@@ -146,3 +149,27 @@ def test_a_search_chooses_the_format_of_each_cache_within_the_budget_of_memory(p
     with torch.no_grad():
         loss = float(model(**batch_of(make_plan(config))).loss)
     assert loss == pytest.approx(record["metrics"]["validation"]["loss"], rel=1e-3)
+
+
+def test_the_experts_of_each_mixture_are_one_decision(places):
+    folder = places / "mixtral"
+    shutil.copytree(places / "llama", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    config = MixtralConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"intermediate_size": 48, "vocab_size": words, "num_local_experts": 4, "eos_token_id": 1},
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    flags = "--method measured --search_space int4g32,int8 --target_bits 6 --weight_only_search --max_steps 0"
+    record = run(settings(places, f"{flags} --model_path {folder} --fuse_experts"))
+    assert "experts" in record["run_id"]
+    for block in (0, 1):
+        experts = [f"model.layers.{block}.mlp.experts.{part}_proj" for part in ("gate_up", "down")]
+        assert experts in record["decisions"].values()
+        assert len({tuple(record["assignment"][name]) for name in experts}) == 1
+    assert len(record["decisions"]) == len(record["assignment"]) - 2
+    with pytest.raises(UserError, match="--fuse_experts: LlamaForCausalLM has no experts"):
+        make_plan(settings(places, f"{flags} --fuse_experts"))
+    with pytest.raises(UserError, match="--fuse_experts contradicts --single_decision"):
+        settings(places, "--single_decision --fuse_experts")
