@@ -1,6 +1,6 @@
 """ResNet-20 quantized without training, its inputs' ranges by every observer; the table goes into RESULTS.md.
 
-    python -m benchmarks.observers [--shared ../shared] [--bits 8,4] [--samples 256]
+    python -m benchmarks.observers [--shared ../shared] [--bits 8,4] [--samples 256] [--observers minmax,mse]
 
 The whole test split (1,017 images). Ranges come from the first training images, not augmented. Weights are quantized
 per output channel, to their least squared error, in as many bits as the inputs. Every observer starts from a model of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from quant.quantizers.quantizer import QuantizerConfig
 from quant.transforms.token_clipping import clip_tokens
 
 
-def accuracies(shared: Path, bits: list[int], samples: int) -> dict[str, list[float]]:
+def accuracies(
+    shared: Path, bits: list[int], samples: int, observers: Iterable[str] = OBSERVERS
+) -> dict[str, list[float]]:
     """Observer -> accuracy in percent at each of the bit widths; 'float' first."""
     flags = f"--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 --method float --max_steps 0 --seed 0"
     flags += f" --model_path {shared}/models/resnet20-cifar10 --no_augment --report_to none --quiet"
@@ -39,7 +42,7 @@ def accuracies(shared: Path, bits: list[int], samples: int) -> dict[str, list[fl
 
     found = {"float": [score()] * len(bits)}
     formats = [IntFormat(width) for width in bits]
-    for observer in OBSERVERS:
+    for observer in observers:
         trainer.model = trainer.model_wrapped = model = copy.deepcopy(original)
         activation: Any = QuantizerConfig(range="calibrated", observer=observer, symmetric=False)
         weight = QuantizerConfig(range="calibrated", granularity="channel", observer="mse")
@@ -61,9 +64,10 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--bits", default="8,4", help="comma list of bit widths")
     parser.add_argument("--samples", type=int, default=256, help="training images that ranges are found on")
+    parser.add_argument("--observers", default=",".join(OBSERVERS), help="comma list")
     arguments = parser.parse_args()
     bits = [int(width) for width in arguments.bits.split(",")]
-    found = accuracies(arguments.shared, bits, arguments.samples)
+    found = accuracies(arguments.shared, bits, arguments.samples, arguments.observers.split(","))
     print("\n| observer | " + " | ".join(f"int{width}" for width in bits) + " |\n|---|" + "---|" * len(bits))
     for observer, values in found.items():
         print(f"| {observer} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
