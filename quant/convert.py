@@ -483,7 +483,7 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
                 for sketch in filter(None, sketches):
                     sketch.batch = number
                 if unpadded:
-                    batch, masks = _with_masks(model, batch)
+                    batch, masks = with_masks(model, batch)
                     for quantizer in unpadded:
                         quantizer.real_tokens = masks
                 run_model(model, batch)
@@ -507,7 +507,7 @@ def observe_inputs(model: nn.Module, modules: Mapping[str, QuantModule], batches
             )
 
 
-def _with_masks(model: nn.Module, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
+def with_masks(model: nn.Module, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
     """Return the batch, and masks, bool (B, T), of the tokens that are not padding, for encoder and decoder.
 
     Layers are matched with masks by shape. If the encoder's sequences are as long as the decoder's, the encoder's get
