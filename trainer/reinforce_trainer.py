@@ -41,6 +41,7 @@ from trainer.training.safetensors_trainer import PickleFreeTrainer
 from trainer.training.sampler import PhasedSampler, hold_out
 from trainer.training.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 from trainer.training.step_logger import StepLogger, TrainingDiverged
+from trainer.training.weight_rounding import WeightRounding
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 
@@ -80,6 +81,9 @@ class ReinforceTrainer(PickleFreeTrainer):
         on_step: called with each entry of the history.
         calibration_samples: training examples for calibration; None: 8 batches.
         after_calibration: called with the trainer once ranges are calibrated.
+        rounding: rounds the weights by reconstruction. Without steps (`max_steps=0`), for the assignment of each
+            target; else once before the first step, for the given assignment or the choice that a search starts from
+            (of several targets, the largest).
         on_progress: listener of the run's progress.
         **trainer_arguments: further arguments of the Trainer.
 
@@ -110,6 +114,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         calibration_samples: int | None = None,
         after_calibration: Callable[[ReinforceTrainer], None] | None = None,
         caches: Mapping[str, Sequence[Format]] | None = None,
+        rounding: WeightRounding | None = None,
         on_progress: Listener | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -137,6 +142,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         if teacher is not None:
             teacher.model.to(self.args.device)
         self.calibration_samples, self.after_calibration = calibration_samples, after_calibration
+        self.rounding = rounding
         self.tell = on_progress if first and on_progress is not None else unheard
         self.reach: dict[str, Reach] = {}
         """Layers that the first calibration did not reach; they stay in float for good."""
@@ -278,8 +284,13 @@ class ReinforceTrainer(PickleFreeTrainer):
         """
         self.target = self.targets[turn]
         if self.assignment is not None:
+            rounds = self.rounding is not None and self.args.max_steps == 0
+            if self.rounding is not None and rounds:
+                self.rounding.restore(self.modules)
             set_formats(self.modules, self.assignment)
             self._recalibrate()
+            if rounds:
+                self._round_weights()
         if self.args.max_steps != 0:
             recalibrate_batch_norm(self.model, self.calibration_batches("recalibrating batch norms"))
 
@@ -325,6 +336,19 @@ class ReinforceTrainer(PickleFreeTrainer):
             self.target = self.targets[-1]
         if self._fine_tuning and self.assignment:
             set_formats(self.modules, self.assignment)
+        if self.rounding is not None and self.args.max_steps != 0:
+            if self.search is not None:
+                set_formats(self.modules, self.space.assignment(self.search.best()))
+            self._round_weights()
+
+    def _round_weights(self) -> None:
+        """Round the weights by reconstruction for the current formats."""
+        assert self.rounding is not None
+        examples, size = self.rounding.samples, self._length.batch_size
+        batches = self._reader.sample(self.train_dataset, examples, size, exclude=self.search_rows)
+        several = self.args.max_steps == 0 and len(self.targets) > 1
+        notes = self.rounding.round(self.model, self.modules, batches, again=several, tell=self.tell)
+        self.notes += [note for note in notes if note not in self.notes]
 
     def _set_reach(self, reach: Mapping[str, Reach]) -> None:
         """Keep layers that calibration did not reach in float: in assignments, and in their costs."""

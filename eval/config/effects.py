@@ -86,7 +86,10 @@ NEEDS = (
     Need(("cost_scope",), _quantizes_weights, f"quantized weights: --bits B, --weight_bits B, or {SEARCH}"),
     Need(("high_precision_ops",), _quantizes, f"quantized layers: --bits B, or {SEARCH}"),
     Need(
-        ("weight_observer", "weight_quantizer", "weight_range_percentile", "weight_symmetric", "reduce_range"),
+        (
+            *("weight_observer", "weight_quantizer", "weight_range_percentile", "weight_symmetric", "reduce_range"),
+            "rounding",
+        ),
         _quantizes_weights,
         f"quantized weights: --bits B, --weight_bits B, or {SEARCH}",
     ),
@@ -101,6 +104,7 @@ NEEDS = (
         "--smooth_quant --smooth_quant_alpha auto",
     ),
     Need(("kv_cache_tokens",), lambda config: config.quantize_kv_cache is not None, "--quantize_kv_cache FORMAT"),
+    Need(("rounding_samples",), lambda config: config.rounding != "nearest", "--rounding gptq or adaround"),
     Need(("subset_ratio",), lambda config: config.use_subset, "--use_subset"),
     Need(("text_column", "label_column"), _is_folder, "a local folder as --task"),
     Need(

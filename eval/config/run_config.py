@@ -255,6 +255,13 @@ class QuantizationFlags:
     reduce_range: bool = flag(
         False, "int8 weights use 7 of their bits, for processors whose int8 products saturate (without VNNI)"
     )
+    rounding: str = flag(
+        "nearest",
+        "weights: to the nearest value, or so that the layers' outputs are kept on training examples, block by block; "
+        "at --max_steps 0 for the chosen formats, else once before the first step",
+        choices=["nearest", "gptq", "adaround"],
+    )
+    rounding_samples: int = flag(128, "training examples that --rounding gptq or adaround reads")
     calibration_samples: int | None = flag(
         None, "training examples that ranges are calibrated on; default: 8 training batches"
     )

@@ -19,7 +19,7 @@ from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
 from quant.cache_formats import parse_cache_formats
 from quant.errors import UserError
-from quant.formats import FLOAT, GroupFormat, activation_format, parse_format, parse_search_space
+from quant.formats import FLOAT, BlockFormat, GroupFormat, activation_format, parse_format, parse_search_space
 from quant.validation import HIGH_PRECISION_OPS
 
 _POSITIVE = "(0, inf)"
@@ -42,7 +42,7 @@ RANGES = {
     "distill": "[0, 1]",
     "max_drop": _SHARE,
     "search_fraction": _SHARE,
-    **dict.fromkeys(("calibration_samples", "sensitivity_examples"), _POSITIVE),
+    **dict.fromkeys(("calibration_samples", "rounding_samples", "sensitivity_examples"), _POSITIVE),
     "smooth_quant_samples": _POSITIVE,
     "settle_fraction": "[0, 1)",
 }
@@ -368,6 +368,11 @@ def _check_ptq(config: RunConfig) -> None:
         if getattr(config, flag) == "lsq_plus" and getattr(config, symmetric):
             way_out = "drop it" if symmetric == "act_symmetric" else "give --no_weight_symmetric"
             _refuse(f"--{flag} lsq_plus", f"--{symmetric}", f"it learns an offset; {way_out}, or take lsq")
+    weights = config.search_formats if config.chooses else config.uniform_formats[:1]
+    if config.rounding == "adaround" and (blocks := [f.name for f in weights if isinstance(f, BlockFormat)]):
+        _refuse(
+            "--rounding adaround", blocks[0], "its block scales follow from the rounded values; take gptq or nearest"
+        )
     if config.act_per_channel:
         if config.per_token:
             _refuse("--act_per_channel", "--per_token", "choose one")

@@ -11,6 +11,7 @@ from quant.transforms.kv_cache import caches_of, sites_of
 from quant.transforms.migration import SmoothQuantConfig, fold
 from quant.transforms.placement import Placement, place_quantizers
 from quant.transforms.token_clipping import clip_tokens
+from trainer.training.weight_rounding import WeightRounding
 
 if TYPE_CHECKING:
     from eval.config.run_config import RunConfig
@@ -95,6 +96,13 @@ def quantize_caches(plan: Plan, trainer: ReinforceTrainer) -> None:
     for name, cache in caches_of(trainer.model).items():
         if name not in plan.cache_choices:
             cache.set_formats(plan.config.cache_formats[0])
+
+
+def weight_rounding(config: RunConfig) -> WeightRounding | None:
+    """Return how weights are rounded according to --rounding; None to nearest."""
+    if config.rounding == "nearest":
+        return None
+    return WeightRounding(config.rounding, config.rounding_samples)  # type: ignore[arg-type]
 
 
 def clips_tokens(config: RunConfig) -> bool:

@@ -58,6 +58,7 @@ def make_trainer(
         place_around_layers,
         quantize_caches,
         quantizer_configs,
+        weight_rounding,
     )
     from quant.convert import quantize_model
     from quant.quant_cache import as_layer
@@ -116,6 +117,7 @@ def make_trainer(
         on_step=on_step,
         calibration_samples=config.calibration_samples,
         after_calibration=partial(clip_outlier_tokens, plan) if plan.formats and clips_tokens(config) else None,
+        rounding=weight_rounding(config),
         on_progress=progress,
     )
     if chooses and trainer.is_world_process_zero():

@@ -37,10 +37,9 @@ def gptq(
     Returns:
         The rounded matrices, float64 (G, R, C).
     """
-    grid = grid.whole(weight.shape)
     at_once = max(1, PART_ELEMENTS // (weight[0].numel() + hessian[0].numel()))
     parts = [slice(start, start + at_once) for start in range(0, len(weight), at_once)]
-    return torch.cat([_gptq(weight[p].double(), hessian[p].double(), grid[p,], damping, act_order) for p in parts])
+    return torch.cat([_gptq(weight[p].double(), hessian[p].double(), grid.part(p), damping, act_order) for p in parts])
 
 
 def _gptq(weight: Tensor, hessian: Tensor, grid: WeightGrid, damping: float, act_order: bool) -> Tensor:
@@ -51,14 +50,12 @@ def _gptq(weight: Tensor, hessian: Tensor, grid: WeightGrid, damping: float, act
     factor = _inverse_factor(hessian, order, damping)
     # Columns become rows, which are contiguous in memory.
     columns = weight.transpose(1, 2).gather(1, order.unsqueeze(2).expand(-1, -1, weight.shape[1]))
-    matrix = torch.arange(len(weight), device=weight.device)
     for start in range(0, weight.shape[2], LAZY):
         block = columns[:, start : start + LAZY]
         stop = start + block.shape[1]
         errors = torch.empty_like(block)
-        for i in range(block.shape[1]):
+        for i, here in enumerate(grid.columns(order[:, start:stop])):
             column = block[:, i]
-            here = grid[matrix, :, order[:, start + i]]
             rounded = here.round(column)
             row = factor[:, start + i, start + i : stop].unsqueeze(2)
             errors[:, i] = (column - rounded) / row[:, 0]

@@ -6,13 +6,13 @@ gives it back bit for bit: files, saved models and evaluation need nothing new.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quant.formats import BlockFormat, mx_element
+from quant.formats import BlockFormat, GroupFormat, mx_element
 from quant.kernels.block_formats import round_blocks
 from quant.kernels.eager import rounding_params
 from quant.quant_module import QuantModule
@@ -20,6 +20,8 @@ from quant.quant_utils import MIN_LEARNED_SCALE
 from quant.quantizers.quantizer import Quantizer, Rounder
 from quant.reconstruction.matrices import to_matrices
 
+LEAST_SCALE = 1e-300
+"""Scale of blocks whose values vanish in float32."""
 SETTLING = 4
 """Times that a weight may be rounded again until it no longer changes, by one unit in the last place of its scale."""
 
@@ -29,7 +31,7 @@ class WeightGrid:
     """The grid of a weight (G, R, C), see `matrices`; all tensors float64, broadcasting to it."""
 
     scale: Tensor
-    """Not negative; 0 where only 0 can be stored."""
+    """Positive; LEAST_SCALE where only 0 can be stored."""
     low: Tensor
     """Smallest value in units of the scale."""
     high: Tensor
@@ -46,7 +48,7 @@ class WeightGrid:
     def units(self, weight: Tensor) -> Tensor:
         """Return a weight, or some of its columns, in units of the scale."""
         weight = weight if self.offset is None else weight - self.offset
-        return weight / torch.where(self.scale > 0, self.scale, torch.inf)
+        return weight / self.scale
 
     def values(self, units: Tensor) -> Tensor:
         """Return the weight of values in units of the scale."""
@@ -68,18 +70,32 @@ class WeightGrid:
         """Round a weight (G, R, C) to the nearest values."""
         return self.values(self.nearest(self.units(weight)))
 
-    def __getitem__(self, index: tuple[slice | Tensor, ...]) -> WeightGrid:
-        """Return the grid of a part of the weight; the grid has to be `whole`."""
-        return self._changed(lambda value: value[index])
+    def part(self, matrices: slice) -> WeightGrid:
+        """Return the grid of some of the G matrices."""
+        return self._changed(lambda value: value if len(value) == 1 else value[matrices])
 
-    def whole(self, shape: torch.Size) -> WeightGrid:
-        """Return the same grid with a value of its own for each element of the weight (G, R, C)."""
-        return self._changed(lambda value: value.expand(shape))
+    def columns(self, order: Tensor) -> list[WeightGrid]:
+        """Return the grids, (G, R) or broadcasting to it, of columns of each matrix.
+
+        Args:
+            order: int64 (G, columns), the columns of each matrix.
+        """
+
+        def taken(value: Tensor) -> Sequence[Tensor]:
+            if value.shape[2] == 1:
+                return [value[:, :, 0]] * order.shape[1]
+            index = order.unsqueeze(1).expand(-1, value.shape[1], -1)
+            return value.expand(len(order), -1, -1).gather(2, index).movedim(2, 0).contiguous().unbind()
+
+        parts = {name: taken(value) for name, value in self._tensors()}
+        return [replace(self, **{name: part[i] for name, part in parts.items()}) for i in range(order.shape[1])]  # type: ignore[arg-type]
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> WeightGrid:
-        offset, fixed = (None if value is None else change(value) for value in (self.offset, self.fixed))
-        scale, low, high = (change(value) for value in (self.scale, self.low, self.high))
-        return replace(self, scale=scale, low=low, high=high, offset=offset, fixed=fixed)
+        return replace(self, **{name: change(value) for name, value in self._tensors()})  # type: ignore[arg-type]
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        named = {name: getattr(self, name) for name in ("scale", "low", "high", "offset", "fixed")}
+        return [(name, value) for name, value in named.items() if value is not None]
 
 
 @torch.no_grad()
@@ -110,12 +126,12 @@ def grid_of(module: QuantModule) -> WeightGrid:
 
 
 def _fix_scale(quantizer: Quantizer, weight: Tensor) -> None:
-    format = quantizer.format
-    if quantizer.config.range == "dynamic" and format.scaled:
+    if quantizer.config.range == "dynamic" and quantizer.format.scaled:
         quantizer.config = replace(quantizer.config, range="calibrated")
-        quantizer.prepare(format)
+        for format in list(quantizer.prepared):
+            quantizer.prepare(format)
         quantizer.observe(weight)
-        quantizer.finish_calibration(only=format)
+        quantizer.finish_calibration()
 
 
 def _wide(module: QuantModule, values: Tensor) -> Tensor:
@@ -123,11 +139,11 @@ def _wide(module: QuantModule, values: Tensor) -> Tensor:
     if values.numel() == 1:
         return values.double().view(1, 1, 1)
     weight, dim = module.weight, module.reduction_dim
-    size = getattr(module.weight_quantizer.format, "size", None)
-    if size is None:
+    format = module.weight_quantizer.format
+    if not isinstance(format, GroupFormat):
         return to_matrices(module, values.double().expand(weight.shape))
     along, length = (-1, weight[0].numel()) if dim is None else (dim, weight.shape[dim])
-    groups = torch.arange(length, device=values.device) // size
+    groups = torch.arange(length, device=values.device) // format.size
     return to_matrices(module, values.double().index_select(along, groups).reshape(weight.shape))
 
 
@@ -141,7 +157,9 @@ def _block_grid(module: QuantModule, format: BlockFormat) -> WeightGrid:
     rows = matrices.reshape(-1, matrices.shape[-1])
     elements, scale, tensor_scale = round_blocks(rows, format)
     unit = mx_element(format)[1] if tensor_scale is None else float(tensor_scale)
-    wide = (scale.double() * unit).repeat_interleave(format.block_size, dim=1)[:, : rows.shape[1]]
+    wide = (
+        (scale.double() * unit).clamp(min=LEAST_SCALE).repeat_interleave(format.block_size, dim=1)[:, : rows.shape[1]]
+    )
     params = rounding_params(format.element).tolist()
     low, high = (torch.full((1, 1, 1), bound, dtype=torch.float64, device=rows.device) for bound in params[:2])
     fixed = None

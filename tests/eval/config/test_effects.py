@@ -35,6 +35,8 @@ IGNORED = [
     "--no_augment",
     "--log_dir logs --report_to none",
     "--max_steps 0 --eval_steps 5",
+    "--activation_bits 8 --rounding gptq",
+    "--weight_bits 4 --rounding_samples 16",
 ]
 USED = [
     "--search --weight_only_search --search_space 2,4,8",
