@@ -53,12 +53,17 @@ def windows(tokenizer: Any, shared: Path, count: int, split: str = "test") -> Te
 
 
 @torch.no_grad()
+def perplexity(model: Any, tokens: Tensor) -> float:
+    return perplexity_of(log_probabilities(model, tokens), tokens)
+
+
+@torch.no_grad()
 def log_probabilities(model: Any, tokens: Tensor) -> Tensor:
     """Return float32 (windows, LENGTH, vocabulary)."""
     return torch.cat([model(input_ids=row.unsqueeze(0)).logits.log_softmax(-1) for row in tokens])
 
 
-def perplexity(log_probs: Tensor, tokens: Tensor) -> float:
+def perplexity_of(log_probs: Tensor, tokens: Tensor) -> float:
     of_next = log_probs[:, :-1].gather(2, tokens[:, 1:].unsqueeze(2))
     return math.exp(-float(of_next.mean()))
 
@@ -84,7 +89,7 @@ def main() -> None:
     batches = [{"input_ids": part} for part in examples.split(8)]
     formats = [parse_format(name) for name in arguments.formats.split(",")]
     whole = log_probabilities(model, tokens)
-    print(f"float {perplexity(whole, tokens):.2f}", flush=True)
+    print(f"float {perplexity_of(whole, tokens):.2f}", flush=True)
     for observer in arguments.observers.split(","):
         own, _ = (model, None) if observer == arguments.observers else model_and_tokenizer()
         weight = QuantizerConfig(range="calibrated", granularity="channel", observer=observer)
@@ -100,7 +105,7 @@ def main() -> None:
                 round_weights(own, modules, batches, rounding)  # type: ignore[arg-type]
             minutes = (time.monotonic() - began) / 60
             found = log_probabilities(own, tokens)
-            figures = f"perplexity {perplexity(found, tokens):.2f} KL {divergence(whole, found):.4f}"
+            figures = f"perplexity {perplexity_of(found, tokens):.2f} KL {divergence(whole, found):.4f}"
             print(f"{observer} {format} {rounding} {figures} ({minutes:.1f} min)", flush=True)
 
 

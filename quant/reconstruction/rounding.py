@@ -222,7 +222,8 @@ class _Reconstruction:
 
 def _nearest_layers(model: nn.Module, modules: Mapping[str, QuantModule]) -> dict[str, str]:
     """Return the layers whose weights must stay as they are, and why."""
-    quantizers = {id(module): id(module.weight_quantizer) for module in modules.values()}
+    able = [module for module in modules.values() if why_nearest(module) is None]
+    quantizers = {id(module): id(module.weight_quantizer) for module in able}
     users: dict[int, set[int | None]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
