@@ -85,10 +85,12 @@ def cost_line(record: Mapping[str, Any]) -> str:
     no_target = record["cost_target"] is None or "max_drop" in contest
     target = "" if no_target else f" (target {record['cost_target']:.6g})"
     whole = counted_part(record["cost_type"], scope_of(record)) == "of the whole file"
-    own = f"{record['cost']:.6g} {record['cost_unit']}{' of the whole file' if whole else ''}{target}"
+    charged = any(layer.get("kind") == "kv_cache" for layer in record["layers"])
+    scope = " of the whole file" * whole + (" with the cache" if charged and record["cost_type"] == "memory" else "")
+    own = f"{record['cost']:.6g} {record['cost_unit']}{scope}{target}"
     line = f"cost: {own} in {len(record['layers'])} layers"
     sizes = file_sizes(record)
-    if sizes and whole:
+    if sizes and whole and not charged:
         return f"{line}; {record['cost'] / sizes[1]:.0%} of float's {sizes[1]:.4g} MiB"
     if sizes:
         line += f"; the whole file {sizes[0]:.4g} MiB, {sizes[0] / sizes[1]:.0%} of float's {sizes[1]:.4g}"

@@ -8,7 +8,8 @@ it replaced, an embedding) cannot round the weight, and stays in float altogethe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from quant.formats import FLOAT
 from quant.quant_embedding import QuantEmbedding
 from quant.quant_experts import QuantExpertLinear
 from quant.quant_module import QuantModule, Reach
@@ -44,7 +46,8 @@ def note_reach(model: nn.Module, modules: Mapping[str, QuantModule], run: Callab
     idle = {name: module for name, module in modules.items() if module.most_seen < 0 and not reached[name]}
     read = weights_read(idle, modules, run) if idle else set[str]()
     tables = {name: module for name, module in modules.items() if isinstance(module, QuantEmbedding)}
-    read |= weights_read(tables, modules, run, but_by=LOOK_UPS) if tables else set()
+    with _in_float(tables.values()):  # else their own quantizers read them
+        read |= weights_read(tables, modules, run, but_by=LOOK_UPS) if tables else set()
     for name, module in modules.items():
         # Dynamic ranges need no calibration.
         fine = reached[name] or module.input_quantizer.config.range == "dynamic"
@@ -54,6 +57,19 @@ def note_reach(model: nn.Module, modules: Mapping[str, QuantModule], run: Callab
         _warned.add(model)
         for note in notes:
             logger.warning(note)
+
+
+@contextmanager
+def _in_float(tables: Iterable[QuantEmbedding]) -> Iterator[None]:
+    """Within, look-ups return the tables' own rows."""
+    formats = {table.weight_quantizer: table.weight_quantizer.format for table in tables}
+    for quantizer in formats:
+        quantizer.set_format(FLOAT)
+    try:
+        yield
+    finally:
+        for quantizer, format in formats.items():
+            quantizer.set_format(format)
 
 
 def notes_on_reach(modules: Mapping[str, QuantModule]) -> list[str]:

@@ -128,6 +128,14 @@ def test_a_table_that_other_code_reads_stays_in_float():
     assert modules["layer"].formats == (INT4, INT4)
 
 
+def test_calibrating_again_under_an_assignment_takes_a_table_for_looked_up():
+    model = llama()
+    modules = quantized(model)
+    set_formats(modules, dict.fromkeys(modules, (INT8, FLOAT)))
+    calibrate(model, modules, [{"input_ids": IDS}], learned=False)
+    assert modules[TABLE].reach == "looked_up" and modules[TABLE].formats == (INT8, FLOAT)
+
+
 def test_tables_that_are_more_than_look_ups_are_no_layers():
     model = nn.ModuleDict({"clipped": nn.Embedding(4, 8, max_norm=1.0), "layer": nn.Linear(8, 8)})
     assert list(find_layers(model, tables=True)) == ["layer"]
