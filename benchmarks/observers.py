@@ -25,10 +25,13 @@ from quant.formats import IntFormat
 from quant.quantizers.observers import OBSERVERS
 from quant.quantizers.quantizer import QuantizerConfig
 from quant.transforms.token_clipping import clip_tokens
+from quant.validation import WEIGHTS_ONLY
+
+FOR_INPUTS = [name for name in OBSERVERS if name not in WEIGHTS_ONLY]
 
 
 def accuracies(
-    shared: Path, bits: list[int], samples: int, observers: Iterable[str] = OBSERVERS
+    shared: Path, bits: list[int], samples: int, observers: Iterable[str] = FOR_INPUTS
 ) -> dict[str, list[float]]:
     """Observer -> accuracy in percent at each of the bit widths; 'float' first."""
     flags = f"--task cifar10 --model resnet20 --data_dir {shared}/data/cifar10 --method float --max_steps 0 --seed 0"
@@ -64,7 +67,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--bits", default="8,4", help="comma list of bit widths")
     parser.add_argument("--samples", type=int, default=256, help="training images that ranges are found on")
-    parser.add_argument("--observers", default=",".join(OBSERVERS), help="comma list")
+    parser.add_argument("--observers", default=",".join(FOR_INPUTS), help="comma list")
     arguments = parser.parse_args()
     bits = [int(width) for width in arguments.bits.split(",")]
     found = accuracies(arguments.shared, bits, arguments.samples, arguments.observers.split(","))

@@ -50,6 +50,9 @@ class QuantEmbedding(QuantModule, nn.Embedding):
         """1: indices have no channels."""
         return 1
 
+    def columns(self, input: Tensor) -> None:
+        """Return None: indices choose rows, whose values count alike. See `QuantModule.columns`."""
+
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
         """Return the rows: (...) -> (..., embedding_dim)."""
         return F.embedding(input, weight, self.padding_idx)

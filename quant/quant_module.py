@@ -137,7 +137,7 @@ class QuantModule(nn.Module):
         """Number of the input's channels."""
         raise NotImplementedError(f"{type(self).__name__} must say how many channels it reads")
 
-    def columns(self, input: Tensor) -> Tensor | Sequence[Tensor]:
+    def columns(self, input: Tensor) -> Tensor | Sequence[Tensor] | None:
         """Return what the rows of the weight are multiplied with, see `quant.quantizers.weighted_mse.InputSketch.add`.
 
         Args:
@@ -145,6 +145,7 @@ class QuantModule(nn.Module):
 
         Returns:
             (blocks, n, columns), where a row of the weight has as many columns; all of the input, or a sample of it.
+            None: the weight is multiplied with nothing.
         """
         return input.reshape(1, -1, input.shape[-1])
 
@@ -210,7 +211,9 @@ class QuantModule(nn.Module):
             self.most_seen = max(self.most_seen, input.numel())
             self.input_quantizer.observe(input)
             if (sketch := self.weight_quantizer.inputs) is not None and input.numel():
-                sketch.add(self.columns(without_padding(input, self.input_quantizer.real_tokens)))
+                columns = self.columns(without_padding(input, self.input_quantizer.real_tokens))
+                if columns is not None:
+                    sketch.add(columns)
         weight = self.weight  # read once: a parametrization recomputes it at every access
         input_rounder = self.input_quantizer.rounding(input)
         if not torch.is_grad_enabled():

@@ -122,55 +122,63 @@ def least_output_error(
     Returns:
         Factors, float32 (groups,).
     """
-    errors = output_errors(seen, low, high, format, symmetric)
-    factors = torch.tensor(SHARES, device=low.device)
-    pays = [_at(held_out, half.argmin(dim=0)).sum() < held_out[0].sum() for half, held_out in (errors, errors.flip(0))]
-    return torch.where(torch.stack(pays).all(), factors[errors.sum(dim=0).argmin(dim=0)], factors[0])
-
-
-def _at(errors: Tensor, index: Tensor) -> Tensor:
-    """Return the errors, (factors, groups), at one factor for each group, (groups,)."""
-    return errors.gather(0, index.unsqueeze(0)).squeeze(0)
-
-
-def output_errors(seen: Weighed, low: Tensor, high: Tensor, format: IntFormat | FloatFormat, symmetric: bool) -> Tensor:
-    """Estimate the squared error of the layer's output, for every factor on the range and each half of the data.
-
-    Args:
-        seen: The weight and its inputs' sketch.
-        low: float32 (groups,).
-        high: float32 (groups,).
-        format: The format.
-        symmetric: Whether integers are symmetric.
-
-    Returns:
-        float32 (2, factors, groups), up to a constant factor.
-    """
     assert seen.rows is not None and seen.sketch is not None
-    halves, blocks, sums, columns = seen.sketch.shape
-    size = seen.rows.shape[1]
-    groups = columns // size
-    # Each group of columns is a block of its own: (blocks * groups, rows, size).
-    weight = seen.rows.view(blocks, -1, groups, size).transpose(1, 2).flatten(0, 1)
-    sketch = seen.sketch.view(halves, blocks, sums, groups, size).transpose(2, 3).flatten(1, 2)
-    count = weight.shape[1]
+    blocks, columns = seen.sketch.shape[1], seen.sketch.shape[3]
+    groups = columns // seen.rows.shape[1]
+    count = len(seen.rows) // (blocks * groups)
     low, high = (
         bound.expand(blocks * count * groups).view(blocks, count, groups).transpose(1, 2).reshape(-1, count, 1)
         for bound in (low, high)
     )
+    parts = output_errors(seen, low, high, format, symmetric)
+    if len(seen.values) == 1:  # one factor for all
+        whole = torch.stack([errors.flatten(2).sum(dim=2, keepdim=True) for _, errors in parts]).sum(dim=0)
+        parts, chosen = iter([((slice(None), slice(None)), whole.unsqueeze(3))]), low.new_zeros(1, 1, dtype=torch.long)
+    else:
+        chosen = low.new_zeros(low.shape[:2], dtype=torch.long)
+    change = low.new_zeros(2)  # of the error of each half, by factors that are chosen on the other
+    for part, errors in parts:
+        chosen[part] = errors.sum(dim=0).argmin(dim=0)
+        for half, (own, held_out) in enumerate((errors, errors.flip(0))):
+            change[half] += (held_out.gather(0, own.argmin(dim=0, keepdim=True)) - held_out[:1]).sum()
+    factors = torch.tensor(SHARES, device=low.device)
+    chosen = torch.where((change < 0).all(), chosen, 0)
+    return factors[chosen if len(seen.values) == 1 else chosen.view(blocks, groups, count).transpose(1, 2)].flatten()
+
+
+def output_errors(
+    seen: Weighed, low: Tensor, high: Tensor, format: IntFormat | FloatFormat, symmetric: bool
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Estimate the squared error of the layer's output, for every factor on the range and each half of the data.
+
+    Args:
+        seen: The weight and its inputs' sketch.
+        low: float32 (blocks * groups, rows, 1): each group of columns counts as a block of its own.
+        high: float32 of the same shape.
+        format: The format.
+        symmetric: Whether integers are symmetric.
+
+    Yields:
+        Slices of blocks * groups and of rows, and their errors, float32 (2, factors, *sizes of the slices), up to a
+        constant factor: a part of the weight at a time, since all errors may be larger than the weight.
+    """
+    assert seen.rows is not None and seen.sketch is not None
+    halves, blocks, sums, columns = seen.sketch.shape
+    size = seen.rows.shape[1]
+    weight = seen.rows.view(blocks, -1, columns // size, size).transpose(1, 2).flatten(0, 1)
+    sketch = seen.sketch.view(halves, blocks, sums, -1, size).transpose(2, 3).flatten(1, 2)
     projections = sketch[:, :, :-1].permute(1, 3, 0, 2).flatten(2) / math.sqrt(sums - 1)
-    squares = sketch[:, :, -1].permute(1, 2, 0)
-    errors = torch.empty(halves, len(SHARES), *weight.shape[:2], device=weight.device)
+    squares = sketch[:, :, -1].transpose(0, 1).contiguous().transpose(1, 2)  # fast in this memory order
     for part in _parts(weight):
         points = weight[part].contiguous()
+        errors = torch.empty(halves, len(SHARES), *points.shape[:2], device=weight.device)
         for number, share in enumerate(SHARES):
             scale, zero_point = scale_from_range(low[part] * share, high[part] * share, format, symmetric)
             error = fake_quantize(points, format, scale, zero_point).sub_(points)
             outputs = (error @ projections[part[0]]).square_().unflatten(2, (halves, sums - 1)).sum(dim=3)
             outputs += error.square_() @ squares[part[0]]
-            errors[:, number, part[0], part[1]] = outputs.permute(2, 0, 1)
-    errors = errors.unflatten(2, (blocks, groups)).transpose(3, 4).flatten(2)
-    return errors.sum(dim=2, keepdim=True) if len(seen.values) == 1 else errors
+            errors[:, number] = outputs.permute(2, 0, 1)
+        yield part, errors
 
 
 def _parts(weight: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quant import quant_conv2d
-from quant.convert import calibrate, from_float, quantize_model, set_formats
+from quant.convert import calibrate, find_layers, from_float, quantize_model, set_formats
 from quant.errors import NotFiniteError
 from quant.formats import FLOAT, parse_format
 from quant.kernels.groups import to_rows
@@ -351,6 +351,38 @@ def test_layers_that_share_a_weight_share_what_is_known_of_their_inputs():
     calibrate(model, modules, [x])
     with torch.no_grad():
         torch.testing.assert_close(seen[0], kept([x, model.one(x)]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_knows_the_inputs_of_the_head_that_it_is_tied_to(tied):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            if tied:
+                self.head.weight = self.table.weight
+
+        def forward(self, words):
+            return self.head(self.table(words))
+
+    torch.manual_seed(0)
+    model, format = Words(), parse_format("int3")
+    layers = list(find_layers(model, tables=True))
+    modules = quantize_model(
+        model, layers, formats=[format], weight=QuantizerConfig("calibrated", "channel", "weighted_mse")
+    )
+    words = torch.arange(9).repeat(4)
+    calibrate(model, modules, [words, words])
+    sketch = InputSketch()
+    for sketch.batch in range(2):
+        sketch.add(model.table.weight.detach()[words].unsqueeze(0))
+    weight = model.table.weight.detach()
+    if tied:
+        low, high = OBSERVERS["weighted_mse"](Weighed(weight, weight, sketch.halves()), format, True)
+    else:
+        low, high = mse_range(observe(weight, whole=True), format, True)
+    found = modules["table"].weight_quantizer.grids["int3"].scale.flatten()
+    torch.testing.assert_close(found, torch.maximum(-low, high) / 3)
 
 
 def test_inputs_that_are_not_finite_are_refused_if_weights_alone_are_quantized():
