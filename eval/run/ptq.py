@@ -98,6 +98,11 @@ def quantize_caches(plan: Plan, trainer: ReinforceTrainer) -> None:
             cache.set_formats(plan.config.cache_formats[0])
 
 
+def changes_weights(config: RunConfig) -> bool:
+    """Whether the float weights are migrated, rotated or rounded before the training."""
+    return config.gamma_migration or config.smooth_quant or config.rotate or config.rounding != "nearest"
+
+
 def weight_rounding(config: RunConfig) -> WeightRounding | None:
     """Return how weights are rounded according to --rounding; None to nearest."""
     if config.rounding == "nearest":

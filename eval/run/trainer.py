@@ -148,8 +148,9 @@ def progress_callback(progress: RunProgress) -> TrainerCallback:
 def float_teacher(plan: Plan) -> Teacher | None:
     """Copy the float model, before its layers are replaced, if it is needed for distillation or for the search.
 
-    If scales alone are trained, the copy shares the weights, unless a migration is about to change them.
+    If scales alone are trained, the copy shares the weights, unless these are about to change.
     """
+    from eval.run.ptq import changes_weights
     from trainer.training.distillation import Teacher
 
     share, data, config = teacher_share(plan), plan.data, plan.config
@@ -158,7 +159,7 @@ def float_teacher(plan: Plan) -> Teacher | None:
     if not (share or compares):
         return None
     model = plan.bundle.model
-    keeps = config.train == "scales" and not (config.gamma_migration or config.smooth_quant or config.rotate)
+    keeps = config.train == "scales" and not changes_weights(config)
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if keeps else {}
     return Teacher(copy.deepcopy(model, shared), share)
 
