@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are ch
     from trainer.training.distillation import Teacher
 
 COMPILE_ABOVE = 1e8
-"""Activation elements rounded in a whole CPU run above which --compile auto compiles the kernels, which costs 3 s."""
+"""Elements rounded in a whole CPU run (activations; without training weights) above which --compile auto compiles the
+kernels, which costs 3 s."""
 SAVE_INTERVAL = 0.1
 """Default of the Trainer's `save_steps`, which reads values below 1 as a share of the run's steps."""
 
@@ -219,12 +220,19 @@ def training_arguments(config: RunConfig) -> Any:
 
 
 def compile_mode(plan: Plan, examples: int) -> Any:
-    """Resolve --compile: 'auto' compiles if the run is long enough to regain the time for compilation."""
+    """Resolve --compile: 'auto' compiles if the run is long enough to regain the time for compilation.
+
+    Without training, the weights are what is rounded: once in each format, and for the evaluation.
+    """
     config = plan.config
     if config.compile != "auto" or not plan.formats:
         return config.compile if plan.formats else "off"
-    elements = sum(p.positions * p.channels for p in plan.profiles) * config.train_batch_size
-    return "auto" if elements * count_steps(config, examples) > COMPILE_ABOVE else "off"
+    if config.max_steps == 0:
+        rounded = sum(p.params for p in plan.profiles) * (1 + len(plan.formats))
+    else:
+        elements = sum(p.positions * p.channels for p in plan.profiles if p.kind != "embedding")
+        rounded = elements * config.train_batch_size * count_steps(config, examples)
+    return "auto" if rounded > COMPILE_ABOVE else "off"
 
 
 def evaluate(

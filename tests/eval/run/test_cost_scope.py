@@ -1,6 +1,7 @@
 """`--cost_scope file`: a run's cost is the size of its packed export, and every text about it says what it counts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from eval.latency import pairs_of
 from eval.report.records import read_run
 from eval.run.outcome import captions, scope_of
 from eval.run.plan import make_plan, search_space
+from eval.run.trainer import compile_mode
 from quant.convert import quantize_model
 from quant.errors import UserError
 from quant.formats import FLOAT, parse_format
@@ -116,3 +118,11 @@ def test_latencies_of_an_embedding_are_of_its_weights_formats(place):
     pairs = [(FLOAT, FLOAT), (int4, int4), (int4, int8), (int8, int8)]
     assert pairs_of(modules["model.embed_tokens"], pairs) == [(FLOAT, FLOAT), (int4, FLOAT), (int8, FLOAT)]
     assert pairs_of(modules["lm_head"], pairs) == pairs
+
+
+@pytest.mark.parametrize(("weights", "mode"), [(10_000, "off"), (50_000_000, "auto")])
+def test_without_training_large_weights_are_worth_compiled_kernels(place, weights, mode):
+    plan = make_plan(parse(flags(place, "--method", "measured", "--target_bits", "6")))
+    assert compile_mode(plan, 8) == "off"
+    plan.profiles = [replace(plan.profiles[0], params=weights), *plan.profiles[1:]]
+    assert compile_mode(plan, 8) == mode
