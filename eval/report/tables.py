@@ -78,6 +78,8 @@ def summary_table(rows: Sequence[Row], per_run: bool = False) -> Table:
     ]
     if any(row["minus_best"] is not None for row in rows):
         columns.insert(-3, Column("Δ best, 95 %", _best(rows), "minus_best"))
+    if len({row["cost_scope"] for row in rows}) > 1:
+        columns.append(Column("cost scope", _plain("cost_scope"), "cost_scope"))
     if any(row["loss_rise"] for row in rows):
         columns.append(Column("loss ROSE", lambda row: row["loss_rise"] or ""))
     if any(row["settings"] for row in rows):

@@ -29,7 +29,8 @@ def scope_of(record: Mapping[str, Any]) -> str:
 
 def captions(scopes: Iterable[str]) -> list[str]:
     """Return what the costs of a table count, for the scopes of its runs, and what its file sizes count."""
-    return [*(COUNTED[scope] for scope in COUNTED if scope in set(scopes)), FILE]
+    given = set(scopes)
+    return [*(COUNTED[scope] for scope in COUNTED if scope in given), FILE]
 
 
 def counted_part(cost_type: str, scope: str) -> str:

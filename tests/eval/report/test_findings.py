@@ -5,7 +5,10 @@ import json
 from benchmarks.synthetic_runs import write_run
 from eval.report.findings import MAX_BUDGETS, MAX_CLASSES, findings, left_out
 from eval.report.paired import read_answers
+from eval.report.pareto import panels
 from eval.report.records import Excluded, group_runs, read_runs
+from eval.report.summary import summary_rows
+from eval.report.tables import summary_table
 
 
 def write(folder, method, right, seed=0, bits=(4, 8), target=0.05, **changes):
@@ -100,3 +103,21 @@ def test_what_was_left_out_is_counted(tmp_path):
     assert left_out([]) == "Every run that was read counts; none was left out."
     twice = [Excluded(tmp_path, "failed: nan"), Excluded(tmp_path, "unfinished: no result.json")]
     assert left_out(twice).startswith("2 runs or files were left out (failed, unfinished).")
+
+
+def test_costs_of_layers_and_of_whole_files_are_not_compared(tmp_path):
+    memory = {"cost_type": "memory", "cost_unit": "MiB"}
+    write(tmp_path, "search", 80, **memory)
+    write(tmp_path, "measured", 70, seed=1, cost_scope="file", **memory)
+    groups = group_runs(read_runs([tmp_path])[0])
+    assert {panel.scope: panel.cost_title for panel in panels(groups)} == {
+        "searched": "memory cost of the searched layers [MiB]",
+        "file": "memory cost of the whole file [MiB]",
+    }
+    assert [len(panel.groups) for panel in panels(groups)] == [1, 1]
+    assert len(saying(tmp_path, "search (int4,int8) is the only configuration with this target")) > 0
+    assert len(saying(tmp_path, "measured (int4,int8) is the only configuration with this target")) > 0
+    table = summary_table(summary_rows(groups, {}))
+    assert "searched layers alone" in table.title and "--cost_scope file" in table.title
+    column = next(column for column in table.columns if column.heading == "cost scope")
+    assert sorted(column.text(row) for row in table.rows) == ["file", "searched"]

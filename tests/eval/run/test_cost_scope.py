@@ -93,7 +93,7 @@ def test_a_dry_run_says_what_the_cost_counts(place, capsys):
 
 def test_captions_name_each_scope_of_a_table():
     assert scope_of({}) == "searched"
-    both = captions(["file", "searched", "file"])
+    both = captions(scope for scope in ("file", "searched", "file"))
     assert len(both) == 3 and "searched layers alone" in both[0] and "whole file" in both[1]
     assert len(captions(["searched"])) == 2
 
