@@ -245,11 +245,11 @@ def _readers(model: nn.Module, norm: nn.Module, streams: Sequence[Stream], names
 
 def _centres(norm: Any, stream: Stream) -> bool:
     """Whether a norm subtracts the mean, so that a number added to all channels changes nothing."""
-    x = stream.norm_inputs[norm].float()
+    x = stream.norm_inputs[norm]
     forward: Callable[..., Tensor] = norm.forward
-    own = x.to(stream.norm_inputs[norm])
-    shifted = (x + 4 * x.abs().max()).to(own)
-    return bool((forward(shifted) - forward(own)).abs().max() < 0.1 * forward(own).abs().max())
+    own = forward(x).float()
+    change = forward(x + x.float().square().mean().sqrt().to(x)).float() - own
+    return bool(change.abs().mean() < 0.1 * own.abs().mean())
 
 
 @torch.no_grad()

@@ -116,6 +116,18 @@ def test_a_saved_rotation_loads_into_a_model_that_ties_its_head():
     assert added(fresh) == Migration(**saved) and not fresh.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_outliers_in_bfloat16_do_not_hide_what_kind_a_norm_is(name):
+    model, batch = build(name, {})
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        table[:, 7] *= 300
+    model = model.bfloat16()
+    before = model(**batch).logits.float()
+    rotate(model, batch)
+    assert (model(**batch).logits.float() - before).abs().max() < 0.1 * before.abs().max()
+
+
 def test_seeds_decide_the_rotation():
     weights = []
     for seed in (0, 0, 1):
