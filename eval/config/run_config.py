@@ -239,7 +239,8 @@ class QuantizationFlags:
     )
     weight_observer: str | None = flag(
         None,
-        "range estimator of weights; default: --observer where it suits weights, else its default",
+        "range estimator of weights; default: --observer where it suits weights, else weighted_mse for learned scales, "
+        "minmax for fixed ranges",
         choices=list(OBSERVER_NAMES),
     )
     quantizer: str = flag(

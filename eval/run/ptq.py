@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from eval.config.quant_yaml import alpha_settings
 from quant.formats import FLOAT, Format, IntFormat
-from quant.quantizers.quantizer import QuantizerConfig
+from quant.quantizers.quantizer import WEIGHT, QuantizerConfig
 from quant.transforms.kv_cache import caches_of, sites_of
 from quant.transforms.migration import SmoothQuantConfig, fold
 from quant.transforms.placement import Placement, place_quantizers
@@ -25,11 +25,12 @@ FOR_WEIGHTS = ("minmax", "mse", "mse_fast", "mse_grid", "lsq_plus")
 def quantizer_configs(config: RunConfig) -> tuple[QuantizerConfig, QuantizerConfig]:
     """Return the quantizer configurations for weights and for activations."""
     learned = config.quantizer != "fixed"
-    # Learned scales are initialized with the minimal squared error, unless the user names another observer.
+    # Learned scales are initialized with the least error of tensor or layer, unless the user names another observer.
+    # Fixed ranges of weights follow the weights in training, which those of a calibration do not.
     observer = config.observer or ("mse" if learned else "minmax")
     weight_learned = (config.weight_quantizer or config.quantizer) != "fixed"
     own = config.weight_observer or (
-        observer if config.observer in FOR_WEIGHTS else "mse" if weight_learned else "minmax"
+        observer if config.observer in FOR_WEIGHTS else WEIGHT.observer if weight_learned else "minmax"
     )
     ranges: Literal["learned", "dynamic", "calibrated"]
     ranges = "learned" if weight_learned else "dynamic" if own == "minmax" else "calibrated"

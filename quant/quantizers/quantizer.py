@@ -112,7 +112,7 @@ class QuantizerConfig:
         return percentile_observer(self.percentile) if self.percentile else OBSERVERS[self.observer]
 
 
-WEIGHT = QuantizerConfig(granularity="channel")
+WEIGHT = QuantizerConfig(granularity="channel", observer="weighted_mse")
 ACTIVATION = QuantizerConfig(symmetric=False)
 
 

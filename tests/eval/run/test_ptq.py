@@ -36,6 +36,23 @@ def config(task, folder, flags):
     return parse(f"--task {task} {BASE} --quiet --output_root_dir {folder} {flags}".split())
 
 
+@pytest.mark.parametrize(
+    "flags, observer",
+    [
+        ("", "weighted_mse"),
+        ("--quantizer lsq_plus", "weighted_mse"),
+        ("--weight_quantizer fixed", "minmax"),
+        ("--quantizer fixed --weight_quantizer lsq", "weighted_mse"),
+        ("--observer minmax", "minmax"),
+        ("--observer entropy", "weighted_mse"),
+        ("--weight_observer mse", "mse"),
+    ],
+)
+def test_learned_scales_of_weights_start_from_the_error_of_the_output(flags, observer):
+    weight, activation = eval.run.ptq.quantizer_configs(parse(f"--task cifar10 --model resnet20 --bits 8 {flags}".split()))
+    assert weight.observer == observer and activation.observer != "weighted_mse"
+
+
 PTQ = "--max_steps 0 --remove_padding --calibration_samples 32 --bits 6"
 
 
