@@ -49,7 +49,8 @@ def config(task, folder, flags):
     ],
 )
 def test_learned_scales_of_weights_start_from_the_error_of_the_output(flags, observer):
-    weight, activation = eval.run.ptq.quantizer_configs(parse(f"--task cifar10 --model resnet20 --bits 8 {flags}".split()))
+    run_flags = f"--task cifar10 --model resnet20 --bits 8 {flags}".split()
+    weight, activation = eval.run.ptq.quantizer_configs(parse(run_flags))
     assert weight.observer == observer and activation.observer != "weighted_mse"
 
 
