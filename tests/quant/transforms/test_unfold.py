@@ -231,7 +231,8 @@ def test_experts_without_a_gate():
 @pytest.mark.parametrize("format", ["int4", "e2m1", "mxfp4", "nvfp4"])
 def test_each_expert_is_rounded_as_a_layer_of_its_own_would_be(build, format):
     model, chosen = build(), parse_format(format)
-    modules = quantize_model(model, formats=[chosen], activation=QuantizerConfig("dynamic"))
+    weight = QuantizerConfig(granularity="channel", observer="mse")
+    modules = quantize_model(model, formats=[chosen], weight=weight, activation=QuantizerConfig("dynamic"))
     name = next(name for name in modules if name.endswith("experts.down_proj"))
     layer = modules[name]
     calibrate(model, modules, [{"input_ids": IDS}])
@@ -243,7 +244,7 @@ def test_each_expert_is_rounded_as_a_layer_of_its_own_would_be(build, format):
     for expert, matrix in enumerate(layer.weight):
         alone = nn.Linear(*(matrix.shape if layer.transposed else matrix.shape[::-1]), bias=False)
         alone.weight = nn.Parameter((matrix.t() if layer.transposed else matrix).detach().clone())
-        single = quantize_model(nn.Sequential(alone), formats=[chosen])["0"]
+        single = quantize_model(nn.Sequential(alone), formats=[chosen], weight=weight)["0"]
         single.weight_quantizer.observe(single.weight)
         single.weight_quantizer.finish_calibration()
         single.set_formats(chosen, parse_format("float"))
