@@ -39,7 +39,7 @@ def gptq(
     """
     at_once = max(1, PART_ELEMENTS // (weight[0].numel() + hessian[0].numel()))
     parts = [slice(start, start + at_once) for start in range(0, len(weight), at_once)]
-    return torch.cat([_gptq(weight[p].double(), hessian[p].double(), grid.part(p), damping, act_order) for p in parts])
+    return torch.cat([_gptq(weight[p].double(), hessian[p], grid.part(p), damping, act_order) for p in parts])
 
 
 def _gptq(weight: Tensor, hessian: Tensor, grid: WeightGrid, damping: float, act_order: bool) -> Tensor:
@@ -72,17 +72,19 @@ def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     A Hessian that is singular within float64 is damped ten times as much, until it is not.
     """
     index = order.unsqueeze(2).expand_as(hessian)
-    hessian = hessian.gather(1, index).gather(2, index.transpose(1, 2))
+    hessian = hessian.gather(1, index).gather(2, index.transpose(1, 2)).double()
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     dead = diagonal <= 0
     live = (~dead).sum(1, keepdim=True)
     mean = torch.where(live > 0, diagonal.sum(1, keepdim=True) / live.clamp(min=1), 1.0)
-    diagonal.copy_(torch.where(dead, mean, diagonal))
+    undamped = torch.where(dead, mean, diagonal)
     for attempt in range(ATTEMPTS):
-        damped = hessian + torch.diag_embed((damping * 10**attempt * mean).expand_as(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(undamped + damping * 10**attempt * mean)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not failed.any():
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            inverse = torch.cholesky_inverse(factor)
+            del factor  # as large as the Hessian
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed.any():
             return factor
     raise NotFiniteError("the Hessian of a layer's inputs cannot be inverted: they hold NaN or infinity")
