@@ -8,6 +8,7 @@ from torch import nn
 
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import FLOAT, parse_format
+from quant.quantizers.quantizer import QuantizerConfig
 from quant.reconstruction.adaround import adaround, error
 from quant.reconstruction.grid import grid_of
 from quant.reconstruction.matrices import to_matrices
@@ -17,7 +18,7 @@ def layer(name, columns=40, rows=6):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(columns, rows))
     format = parse_format(name)
-    modules = quantize_model(model, formats=[format])
+    modules = quantize_model(model, formats=[format], weight=QuantizerConfig(granularity="channel", observer="mse"))
     calibrate(model, modules, [torch.randn(4, columns)])
     set_formats(modules, {"0": (format, FLOAT)})
     return to_matrices(modules["0"], modules["0"].weight.detach()).double(), grid_of(modules["0"])

@@ -204,7 +204,8 @@ def test_convolutions_are_reconstructed(quick):
     shapes = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)]
     model, int3 = nn.Sequential(*shapes), parse_format("int3")
     whole, x = copy.deepcopy(model), torch.randn(8, 3, 10, 10)
-    modules = quantize_model(model, formats=[int3])
+    # Ranges that are chosen by the output's error leave GPTQ little to gain on layers this small.
+    modules = quantize_model(model, formats=[int3], weight=QuantizerConfig(granularity="channel", observer="mse"))
     calibrate(model, modules, [x])
     set_formats(modules, dict.fromkeys(modules, (int3, FLOAT)))
     nearest = (model(x) - whole(x)).square().mean()
