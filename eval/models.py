@@ -152,7 +152,9 @@ def recompute_activations(model: nn.Module) -> None:
     """
     from eval.modeling.text_nets import CandidateScorer
     from eval.modeling.vision_nets import ImageClassifier
+    from trainer.training.batch_norm import ignore_recomputation
 
+    ignore_recomputation(model)
     inner: Any = model.model if isinstance(model, CandidateScorer) else model
     inner = inner.net if isinstance(inner, ImageClassifier) else inner
     if getattr(inner, "supports_gradient_checkpointing", False):  # transformers; renamed in 5.23

@@ -62,6 +62,28 @@ def statistics_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[
             norm.training, norm.track_running_stats = False, True
 
 
+def ignore_recomputation(model: nn.Module) -> None:
+    """Keep moving averages as they are when a backward pass computes activations again (activation checkpointing).
+
+    PyTorch would count each batch twice: the averages of a run would depend on whether it saves memory.
+    """
+    for norm in _batch_norms(model):
+        momentum: list[Any] = []
+
+        def before(norm: Any, args: Any, momentum: list[Any] = momentum) -> None:
+            if norm.training and torch._C._current_graph_task_id() != -1:  # within a backward pass
+                momentum.append(norm.momentum)
+                norm.momentum = 0.0
+
+        def after(norm: Any, args: Any, output: Any, momentum: list[Any] = momentum) -> None:
+            if momentum:
+                norm.momentum = momentum.pop()
+                norm.num_batches_tracked.sub_(1)
+
+        norm.register_forward_pre_hook(before)
+        norm.register_forward_hook(after, always_call=True)  # a recomputation may stop in the middle of a norm
+
+
 def has_untrained_batch_norm(model: nn.Module) -> bool:
     """Return whether any norm still has its initial statistics, mean 0 and variance 1."""
     return any(not n.running_mean.any() and not (n.running_var - 1).any() for n in _batch_norms(model))

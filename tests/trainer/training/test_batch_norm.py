@@ -1,7 +1,14 @@
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from trainer.training.batch_norm import LEAST_TELLING, recalibrate_batch_norm, statistics_of_batch
+from trainer.training.batch_norm import (
+    LEAST_TELLING,
+    ignore_recomputation,
+    recalibrate_batch_norm,
+    statistics_of_batch,
+)
 
 
 def test_batch_norm_is_recalibrated_to_the_plain_mean():
@@ -45,3 +52,21 @@ def test_the_statistics_of_a_few_examples_are_not_used():
     model, few = nn.Sequential(nn.BatchNorm1d(3)).eval(), torch.randn(LEAST_TELLING - 1, 3)
     with statistics_of_batch(model, {"input": few}):
         torch.testing.assert_close(model(few), few / (1 + model[0].eps) ** 0.5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_batches_count_once(reentrant):
+    def trained(recomputes):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+        x = torch.randn(16, 4, requires_grad=True)
+        if recomputes:
+            ignore_recomputation(model)
+        y = checkpoint(model, x, use_reentrant=reentrant) if recomputes else model(x)
+        y.square().sum().backward()
+        return model[1]
+
+    plain, recomputed = trained(False), trained(True)
+    assert recomputed.momentum == plain.momentum
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, dict(recomputed.named_buffers())[name]), name
