@@ -325,7 +325,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         if self.modules:
             if has_untrained_batch_norm(self.model):  # its initial statistics would clip every range
                 recalibrate_batch_norm(self.model, self.calibration_batches("calibrating batch norms"))
-            watch = partial(counted, total=len(self.modules), phase="choosing ranges", tell=self.tell, noun="layer")
+            watch = partial(counted, total=len(self.modules), phase="setting ranges", tell=self.tell, noun="layer")
             calibrate(self.model, self.modules, self.calibration_batches("calibrating"), watch=watch)
             self._set_reach(reach_of(self.modules))
             self.notes += notes_on_reach(self.modules)  # calibration has logged them
