@@ -24,11 +24,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.smollm2 import LENGTH, model_and_tokenizer, perplexity, windows
+from benchmarks.smollm2 import (
+    LENGTH,
+    divergence,
+    log_probabilities,
+    model_and_tokenizer,
+    perplexity_of,
+    sentences,
+    windows,
+)
+from cost.cost import MIB_BITS
 
 TRAINING_SENTENCES = 2000
 SPACE = "int2g64,int3g128,int3g32,int4g128,int4g32,int6g64,int8g128"
@@ -54,7 +62,7 @@ def plain_copy(model: Any) -> Any:
 
 
 def prepare(folder: Path, shared: Path) -> tuple[Any, Tensor, Tensor]:
-    """Write the model and the texts to `folder` once; return the float model, the test windows and its logits."""
+    """Write model and texts to `folder` once; return the float model, the test windows and its log-probabilities."""
     model, tokenizer = model_and_tokenizer()
     if not (folder / "model").exists():
         plain_copy(model).save_pretrained(folder / "model")
@@ -62,23 +70,15 @@ def prepare(folder: Path, shared: Path) -> tuple[Any, Tensor, Tensor]:
         (folder / "text").mkdir(exist_ok=True)
         for split, count in (("train", TRAINING_SENTENCES), ("validation", 60)):
             name = {"train": "train", "validation": "test"}[split]
-            (table,) = (shared / "data/glue/mrpc").glob(f"{name}-*.parquet")
-            sentences = pd.read_parquet(table)["sentence1"][:count]
-            (folder / f"text/{split}.txt").write_text("\n".join(sentences))
+            (folder / f"text/{split}.txt").write_text("\n".join(sentences(shared, name, count)))
     tokens = windows(tokenizer, shared, 8)
-    with torch.no_grad():
-        reference = model(input_ids=tokens).logits
-    return model, tokens, reference
+    return model, tokens, log_probabilities(model, tokens)
 
 
-@torch.no_grad()
-def divergence(model: Any, tokens: Tensor, reference: Tensor) -> float:
-    """Return the mean KL(float || quantized) per token in nats, given the float logits (windows, tokens, words)."""
-    total = 0.0
-    for row, logits in zip(tokens, reference, strict=True):
-        before, after = logits.log_softmax(-1), model(input_ids=row.unsqueeze(0)).logits[0].log_softmax(-1)
-        total += float((before.exp() * (before - after)).sum(-1).mean())
-    return total / len(tokens)
+def scores(model: Any, tokens: Tensor, reference: Tensor) -> dict[str, float]:
+    """Return the perplexity, and the mean KL to float per token in nats."""
+    found = log_probabilities(model, tokens)
+    return {"perplexity": perplexity_of(found, tokens), "kl": divergence(reference, found)}
 
 
 def run(folder: Path, row: str, bits: str) -> list[Path]:
@@ -109,9 +109,8 @@ def ours(folder: Path, row: str, bits: str, tokens: Tensor, reference: Tensor) -
             found.append(
                 {
                     "row": row,
-                    "bits": record["costs"]["total"] * 8 * 2**20 / weights_of(model),
-                    "perplexity": perplexity(model, tokens),
-                    "kl": divergence(model, tokens, reference),
+                    "bits": record["costs"]["total"] * MIB_BITS / weights_of(model),
+                    **scores(model, tokens, reference),
                     "minutes": record["wall_seconds"] / 60,
                 }
             )
@@ -143,8 +142,7 @@ def llama(folder: Path, kind: str, tokens: Tensor, reference: Tensor) -> dict[st
     return {
         "row": f"llama.cpp {kind}",
         "bits": size * 8 / weights_of(model),
-        "perplexity": perplexity(model, tokens),
-        "kl": divergence(model, tokens, reference),
+        **scores(model, tokens, reference),
         "minutes": minutes,
     }
 
@@ -170,8 +168,7 @@ def q4_0(tokens: Tensor, reference: Tensor) -> dict[str, Any]:
     return {
         "row": "Q4_0 (gguf)",
         "bits": size * 8 / weights_of(model),
-        "perplexity": perplexity(model, tokens),
-        "kl": divergence(model, tokens, reference),
+        **scores(model, tokens, reference),
         "minutes": (time.monotonic() - started) / 60,
     }
 
@@ -204,7 +201,7 @@ def main() -> None:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model, tokens, reference = prepare(folder, arguments.shared)
-    rows = [{"row": "float", "bits": 16.0, "perplexity": perplexity(model, tokens), "kl": 0.0, "minutes": 0.0}]
+    rows = [{"row": "float", "bits": 16.0, **scores(model, tokens, reference), "minutes": 0.0}]
     for row in arguments.rows.split(";"):
         if row == "Q4_0":
             rows.append(q4_0(tokens, reference))

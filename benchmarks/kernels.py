@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import ratio, take_turns, with_allocator
-from quant.formats import parse_format
+from quant.formats import GroupFormat, parse_format
+from quant.kernels.groups import scale_shape
 from quant.quant_utils import fake_quantize, fake_quantize_with_params, rounding_params, use_compiled
 from quant.quantizers.quantizer import Quantizer, QuantizerConfig
 
@@ -36,6 +37,10 @@ def roundings(x: Tensor, format_name: str = "int4") -> dict[str, tuple[Callable[
         "per channel": (lambda x: fake_quantize_with_params(x, channels, row), [channels]),
         "per token": (token, []),
     }
+    for size in (128, 32):
+        group = GroupFormat(4, size)
+        groups = nn.Parameter(torch.full(scale_shape(x.shape, size, -1), float(whole.detach()), device=x.device))
+        plain[f"groups of {size}"] = (lambda x, f=group, s=groups: fake_quantize(x, f, s), [groups])
     for name in ("mxfp8", "mxfp4", "mxint8", "nvfp4"):
         block = parse_format(name)
         plain[name] = (lambda x, block=block: fake_quantize(x, block), [])

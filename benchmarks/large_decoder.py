@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pandas as pd
 import torch
 
+from benchmarks.smollm2 import sentences
 from eval.transformer_utils import SCRATCH_VOCABULARY, train_tokenizer
 
 SHAPE = {"hidden_size": 2048, "num_hidden_layers": 22, "intermediate_size": 5632, "vocab_size": 32000}
@@ -32,8 +32,7 @@ def write_text(shared: Path, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}
     for name, split, count in (("train", "train", 2000), ("validation", "test", 400)):
-        (table,) = (shared / "data/glue/mrpc").glob(f"{split}-*.parquet")
-        lines[name] = list(pd.read_parquet(table)["sentence1"][:count])
+        lines[name] = sentences(shared, split, count)
         (folder / f"{name}.txt").write_text("\n".join(lines[name]))
     return lines["train"]
 

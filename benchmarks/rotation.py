@@ -14,11 +14,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
-from torch import Tensor
-
-from benchmarks.smollm2 import LENGTH, model_and_tokenizer, perplexity, windows
+from benchmarks.smollm2 import model_and_tokenizer, perplexity, windows
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.formats import FLOAT, IntFormat
 from quant.quantizers.quantizer import QuantizerConfig
@@ -30,13 +26,6 @@ INPUTS = {
 }
 PAIRS = [(0, 0), (4, 0), (8, 8), (4, 8), (4, 4)]
 """Bits of weights and of activations; 0: float."""
-
-
-def calibration(tokenizer: Any, shared: Path, count: int) -> Tensor:
-    """Return int64 (count, LENGTH): training sentences."""
-    (table,) = (shared / "data/glue/mrpc").glob("train-*.parquet")
-    text = "\n".join(pd.read_parquet(table)["sentence1"][: 40 * count])
-    return torch.tensor(tokenizer(text)["input_ids"][: count * LENGTH]).view(count, LENGTH)
 
 
 def format_of(bits: int) -> Any:
@@ -52,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = model_and_tokenizer()
     test = windows(tokenizer, arguments.shared, arguments.windows)
-    train = calibration(tokenizer, arguments.shared, 8)
+    train = windows(tokenizer, arguments.shared, 8, "train")
     weights = QuantizerConfig(range="calibrated", granularity="channel", observer=arguments.weight_observer)
     formats = [format_of(bits) for bits in sorted({bits for pair in PAIRS for bits in pair if bits})]
     for seed in (None, *range(arguments.seeds)):

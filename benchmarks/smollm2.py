@@ -45,10 +45,15 @@ def model_and_tokenizer() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, **place)
 
 
+def sentences(shared: Path, split: str, count: int) -> list[str]:
+    """Return the first sentences of a split of MRPC."""
+    (table,) = (shared / "data/glue/mrpc").glob(f"{split}-*.parquet")
+    return list(pd.read_parquet(table)["sentence1"][:count])
+
+
 def windows(tokenizer: Any, shared: Path, count: int, split: str = "test") -> Tensor:
     """Return int64 (count, LENGTH), of a split of MRPC."""
-    (table,) = (shared / "data/glue/mrpc").glob(f"{split}-*.parquet")
-    text = "\n".join(pd.read_parquet(table)["sentence1"][: 40 * count])
+    text = "\n".join(sentences(shared, split, 40 * count))
     return torch.tensor(tokenizer(text)["input_ids"][: count * LENGTH]).view(count, LENGTH)
 
 

@@ -11,7 +11,7 @@ from cost.profile import FileShare, LayerProfile
 from cost.units import CostType
 from quant.convert import Assignment
 from quant.errors import UserError
-from quant.formats import FLOAT, BlockFormat, Format, GroupFormat, IntFormat, parse_format
+from quant.formats import FLOAT, BlockFormat, Format, GroupFormat, IntFormat, parse_format, values_per_scale
 
 MIB_BITS = 8 * 2**20
 
@@ -247,9 +247,9 @@ def _range_bytes(share: FileShare, weight: Format, activation: Format) -> float:
 
 def _short_block_bytes(share: FileShare, weight: Format) -> float:
     """Return the bytes that blocks or groups take because the last one of a row is short, but has a whole scale."""
-    if not isinstance(weight, BlockFormat | GroupFormat):
+    size = values_per_scale(weight)
+    if size is None or not isinstance(weight, BlockFormat | GroupFormat):
         return 0
-    size = weight.block_size if isinstance(weight, BlockFormat) else weight.size
     scale_bits = (weight.bits - weight.element.bits) * size
     return share.rows * (math.ceil(share.row / size) - share.row / size) * scale_bits / 8
 

@@ -376,6 +376,13 @@ def parse_format(name: str | int) -> Format:
     raise ValueError(f"unknown format {str(name)!r}; choices: {CHOICES}")
 
 
+def values_per_scale(format: Format) -> int | None:
+    """Return how many values along the reduction axis share a scale; None if whole channels or the tensor do."""
+    if isinstance(format, GroupFormat):
+        return format.size
+    return format.block_size if isinstance(format, BlockFormat) else None
+
+
 def activation_format(format: Format) -> Format:
     """Return the activation format that goes with a weight format: the same, but float for formats of weights only."""
     return FLOAT if isinstance(format, GroupFormat) else format

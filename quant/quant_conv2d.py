@@ -39,6 +39,12 @@ class _QuantConv(QuantModule):
         made: Tensor = self._conv_forward(input, weight, self.bias)
         return made
 
+    def padded(self: Any, input: Tensor) -> Tensor:
+        """Return the input (N, C_in, ...), or without N, as (N, C_in, ...) with the padding of the convolution."""
+        x = input if input.dim() == self.weight.dim() else input.unsqueeze(0)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode)
+
     def columns(self: Any, input: Tensor) -> Tensor:
         """Return the windows of some output positions; see `QuantModule.columns`.
 
@@ -48,9 +54,7 @@ class _QuantConv(QuantModule):
         Returns:
             (groups, N * positions, C_in / groups * kernel size).
         """
-        x = input if input.dim() == self.weight.dim() else input.unsqueeze(0)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        x = F.pad(x, self._reversed_padding_repeated_twice, mode)
+        x = self.padded(input)
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         missing = [max(k - size, 0) for k, size in zip(reach, x.shape[2:], strict=True)]
         x = F.pad(x, [side for more in reversed(missing) for side in (0, more)])  # a forward of its own may pad, too

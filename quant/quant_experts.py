@@ -102,7 +102,7 @@ class QuantExpertLinear(QuantModule, ExpertLinear):
 
     def columns(self, input: Tensor) -> list[Tensor]:
         """Return the rows that were routed to each expert; see `QuantModule.columns`."""
-        order, parts = _by_expert(self.routed_to, self.experts)
+        order, parts = by_expert(self.routed_to, self.experts)
         return [input[order[start:stop]] for start, stop in parts]
 
     def compute(self, input: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class _Product(torch.autograd.Function):
         dx = _multiply(grad, weight, experts, not transposed) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
-            order, parts = _by_expert(experts, len(weight))
+            order, parts = by_expert(experts, len(weight))
             x, grad = x.to(grad.dtype)[order], grad[order]
             left, right = (x, grad) if transposed else (grad, x)
             dw = torch.stack([left[start:stop].t() @ right[start:stop] for start, stop in parts])
@@ -138,7 +138,7 @@ def _multiply(x: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> T
     """Multiply each row of x, (rows, in), with its expert's matrix, (out, in) or, if transposed, (in, out)."""
     if x.is_meta:  # only the shape matters, and meta tensors hold no indices
         return x.new_empty(len(x), weight.shape[2 if transposed else 1])
-    order, parts = _by_expert(experts, len(weight))
+    order, parts = by_expert(experts, len(weight))
     rows = x[order]
     products = [
         F.linear(rows[start:stop], matrix.t() if transposed else matrix)
@@ -149,7 +149,7 @@ def _multiply(x: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> T
     return torch.cat(products)[order.argsort()]
 
 
-def _by_expert(experts: Tensor, count: int) -> tuple[Tensor, list[tuple[int, int]]]:
+def by_expert(experts: Tensor, count: int) -> tuple[Tensor, list[tuple[int, int]]]:
     """Return the order that sorts rows by expert, and (start, stop) of each expert's rows in it."""
     order = experts.argsort(stable=True)
     ends = accumulate(experts.clamp(max=count).bincount(minlength=count + 1)[:count].tolist(), initial=0)

@@ -28,6 +28,7 @@ __all__ = [
     "rounding_params",
     "scale_from_range",
     "use_compiled",
+    "used_scale",
 ]
 
 MIN_LEARNED_SCALE = 1e-8
@@ -56,6 +57,11 @@ class _FakeQuantize(torch.autograd.Function):
 def least_scale(scale: Tensor) -> float:
     """Return the lower bound applied to a scale: MIN_LEARNED_SCALE for learned ones, frozen or not, else 0 (none)."""
     return MIN_LEARNED_SCALE if scale.requires_grad or isinstance(scale, nn.Parameter) else 0.0
+
+
+def used_scale(scale: Tensor) -> Tensor:
+    """Return the scale as the kernels use it: a learned one is at least MIN_LEARNED_SCALE."""
+    return scale.detach().clamp(min=MIN_LEARNED_SCALE) if isinstance(scale, nn.Parameter) else scale.detach()
 
 
 def fake_quantize(

@@ -32,11 +32,10 @@ from quant.export.weights import (
     never_called,
     plain_weight,
     round_weight,
-    spread,
     static_range,
 )
 from quant.formats import FLOAT, NVFP4_SCALE, BlockFormat, FloatOff, Format, GroupFormat, IntFormat, parse_format
-from quant.kernels.groups import from_rows, to_rows
+from quant.kernels.groups import from_rows, spread, to_rows
 from quant.quant_module import QuantModule
 from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer, Rounder

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from quant.export.layer_report import LayerVerdict, as_chosen
 from quant.export.packed import OnGrid
-from quant.export.weights import spread
 from quant.formats import E4M3, FLOAT, BlockFormat, FloatFormat, GroupFormat, IntFormat
+from quant.kernels.groups import spread
 from quant.quant_embedding import QuantEmbedding
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule

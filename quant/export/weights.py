@@ -7,15 +7,24 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quant.errors import UserError
-from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat, mx_element
+from quant.formats import (
+    BlockFormat,
+    FloatFormat,
+    FloatOff,
+    Format,
+    GroupFormat,
+    IntFormat,
+    mx_element,
+    values_per_scale,
+)
 from quant.kernels.block_formats import round_blocks
 from quant.kernels.eager import round_to_grid
-from quant.kernels.groups import to_rows
+from quant.kernels.groups import group_dim, spread, to_rows
 from quant.quant_module import QuantModule
-from quant.quant_utils import MIN_LEARNED_SCALE
+from quant.quant_utils import used_scale
 from quant.quantizers.quant_params import QuantParams
 from quant.quantizers.quantizer import Quantizer, Rounder
 from quant.transforms.computed_weights import weight_of
@@ -48,9 +57,7 @@ class RoundedWeight:
     @property
     def in_block(self) -> int | None:
         """Number of elements that share a scale; None if whole channels or the tensor do."""
-        if isinstance(self.format, GroupFormat):
-            return self.format.size
-        return self.format.block_size if isinstance(self.format, BlockFormat) else None
+        return values_per_scale(self.format)
 
     def values(self) -> Tensor:
         """Return the values that the layer computes with, bit for bit; float32 with the shape of `elements`."""
@@ -114,15 +121,10 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
     return RoundedWeight(format, elements, scale.detach(), zero_point=zero_point)
 
 
-def spread(values: Tensor, size: int | None, length: int) -> Tensor:
-    """Repeat values per block for each element: (..., blocks) -> (..., length); size None: they broadcast already."""
-    return values if size is None else values.repeat_interleave(size, dim=-1)[..., :length]
-
-
 def _round_groups(rows: Tensor, format: GroupFormat, rounder: Rounder, dim: int | None) -> RoundedWeight:
     """Round a weight, (rows, K), in groups."""
     assert rounder.scale is not None and rounder.rounding_params is not None
-    along = -1 if dim is None else dim
+    along = group_dim(dim)
     scale, params = to_rows(rounder.scale, along), rounder.rounding_params
     wide = spread(scale, format.size, rows.shape[1])
     if params.dim() == 1:
@@ -130,11 +132,6 @@ def _round_groups(rows: Tensor, format: GroupFormat, rounder: Rounder, dim: int 
     own = torch.stack([to_rows(number, along) for number in params])
     elements = round_to_grid(rows / wide, spread(own, format.size, rows.shape[1]))
     return RoundedWeight(format, elements, scale, zero_point=format.element.bounds("full")[0] - own[0])
-
-
-def used_scale(scale: Tensor) -> Tensor:
-    """Return the scale as the kernels use it: a learned one is at least MIN_LEARNED_SCALE."""
-    return scale.detach().clamp(min=MIN_LEARNED_SCALE) if isinstance(scale, nn.Parameter) else scale.detach()
 
 
 @dataclass(frozen=True)

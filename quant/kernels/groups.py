@@ -55,6 +55,16 @@ def scale_shape(shape: Sequence[int], size: int, dim: int | None) -> tuple[int, 
     return *shape[:dim], -(-shape[dim] // size), *shape[dim + 1 :]
 
 
+def group_dim(dim: int | None) -> int:
+    """Return the axis of the groups in a scale of the shape of `scale_shape`, for the weight's reduction axis."""
+    return -1 if dim is None else dim
+
+
+def spread(values: Tensor, size: int | None, length: int) -> Tensor:
+    """Repeat values per block for each element: (..., blocks) -> (..., length); size None: they broadcast already."""
+    return values if size is None else values.repeat_interleave(size, dim=-1)[..., :length]
+
+
 def split_groups(rows: Tensor, size: int) -> list[Tensor]:
     """Split rows into groups.
 
@@ -163,19 +173,14 @@ def group_gradients(
     dx, dscale, rounded = kernels().gradients(to_rows(grad, dim), on, learned=learned, again=again)
     return Gradients(
         _like(x, dx, dim),
-        None if dscale is None else from_rows(dscale, scale.shape, _scale_dim(dim)),
+        None if dscale is None else from_rows(dscale, scale.shape, group_dim(dim)),
         None if rounded is None else _like(x, rounded, dim),
     )
 
 
-def _scale_dim(dim: int | None) -> int:
-    """Return the axis of the groups in the scale."""
-    return -1 if dim is None else dim
-
-
 def _operands(x: Tensor, scale: Tensor, params: Tensor, size: int, dim: int | None) -> Operands:
     """Return x as rows (rows, K), the scale as (rows, groups) and the parameters as (5,) or (5, rows, groups)."""
-    along = _scale_dim(dim)
+    along = group_dim(dim)
     if params.dim() > 1:
         params = torch.stack([to_rows(number, along) for number in params])
     return Operands(to_rows(x.detach(), dim), to_rows(scale.detach(), along), params, group_size=size)

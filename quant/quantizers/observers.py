@@ -20,7 +20,7 @@ from quant.quantizers.histogram import (
     histogram_percentile,
     quantile_bins,
 )
-from quant.quantizers.weighted_mse import Weighed, least_output_error
+from quant.quantizers.weighted_mse import CHUNK, SHARES, Weighed, least_output_error
 
 SAMPLE_SIZE = 1 << 16
 """Values sampled of an activation, for percentiles and MSE searches; extrema are computed from all values."""
@@ -28,10 +28,6 @@ _GROUP_SAMPLE_SIZE = 512
 """Least number of values sampled per scale, if many share SAMPLE_SIZE."""
 _TAIL_SHARE = 64
 """The largest values are stored in addition: one per so many sampled values."""
-_MSE_STEPS = 40
-_MSE_NARROWEST = 0.1
-_CHUNK = 1 << 18
-"""Elements processed at a time, so that they stay in the CPU cache."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +203,8 @@ def mse_range(seen: Observation, format: IntFormat | FloatFormat, symmetric: boo
 
 
 def _parts(values: Tensor) -> list[slice]:
-    """Split the rows of (groups, values) into slices of about _CHUNK elements."""
-    rows = max(_CHUNK // values.shape[1], 1)
+    """Split the rows of (groups, values) into slices of about CHUNK elements."""
+    rows = max(CHUNK // values.shape[1], 1)
     return [slice(start, start + rows) for start in range(0, len(values), rows)]
 
 
@@ -217,7 +213,7 @@ def _best_share(
 ) -> Tensor:
     """Return the factor on low..high with the least error, float32 (groups,)."""
     best, share = torch.full_like(low, torch.inf), torch.ones_like(low)
-    for candidate in torch.linspace(1.0, _MSE_NARROWEST, _MSE_STEPS).tolist():
+    for candidate in SHARES:
         error = squared_error(points, weights, low * candidate, high * candidate, format, symmetric)
         better = error < best
         best, share = torch.where(better, error, best), torch.where(better, candidate, share)
@@ -292,7 +288,7 @@ class SquaredError:
 
     def __call__(self, low: Tensor, high: Tensor) -> Tensor:
         """Return the weighted sum of squared errors of each range; all are float32 (candidates, groups)."""
-        parts = max(_CHUNK // self.points.numel(), 1)
+        parts = max(CHUNK // self.points.numel(), 1)
         errors = []
         for lows, highs in zip(low.split(parts), high.split(parts), strict=True):
             scale, zero_point = scale_from_range(lows, highs, self.format, self.symmetric)

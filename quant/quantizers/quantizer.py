@@ -30,6 +30,7 @@ from quant.kernels.groups import (
     FakeQuantizeGroups,
     emulate_groups,
     from_rows,
+    group_dim,
     group_gradients,
     half_scale,
     join_groups,
@@ -284,8 +285,7 @@ class Quantizer(nn.Module):
             start = stop
         low, high = (join_groups(side, len(rows)) for side in zip(*ranges, strict=True))
         scale, zero_point = scale_from_range(low, high, format.element, symmetric)
-        shape, dim = torch.Size(self.scale_shape(format)), self.reduction_dim
-        along = -1 if dim is None else dim
+        shape, along = torch.Size(self.scale_shape(format)), group_dim(self.reduction_dim)
         return from_rows(scale, shape, along), None if zero_point is None else from_rows(zero_point, shape, along)
 
     @property

@@ -25,7 +25,7 @@ PROJECTIONS = 32
 """Random sums kept for each half of the calibration data."""
 SHARES = torch.linspace(1.0, 0.1, 40).tolist()
 """Factors on the extrema that are tried."""
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 """Elements processed at a time, so that they stay in the CPU cache."""
 
 
@@ -182,10 +182,10 @@ def output_errors(
 
 
 def _parts(weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Split (blocks, rows, columns) into parts of about _CHUNK elements: slices of blocks and of rows."""
+    """Split (blocks, rows, columns) into parts of about CHUNK elements: slices of blocks and of rows."""
     blocks, rows, columns = weight.shape
-    of_rows = min(max(_CHUNK // columns, 1), rows)
-    of_blocks = max(_CHUNK // (columns * rows), 1)
+    of_rows = min(max(CHUNK // columns, 1), rows)
+    of_blocks = max(CHUNK // (columns * rows), 1)
     for block in range(0, blocks, of_blocks):
         for row in range(0, rows, of_rows):
             yield slice(block, block + of_blocks), slice(row, row + of_rows)

@@ -15,8 +15,9 @@ from torch import Tensor
 from quant.formats import BlockFormat, GroupFormat, mx_element
 from quant.kernels.block_formats import round_blocks
 from quant.kernels.eager import rounding_params
+from quant.kernels.groups import from_rows, group_dim, spread, to_rows
 from quant.quant_module import QuantModule
-from quant.quant_utils import MIN_LEARNED_SCALE
+from quant.quant_utils import used_scale
 from quant.quantizers.quantizer import Quantizer, Rounder
 from quant.reconstruction.matrices import to_matrices
 
@@ -115,14 +116,13 @@ def grid_of(module: QuantModule) -> WeightGrid:
     _fix_scale(quantizer, weight)
     rounder = quantizer.rounding(weight)
     assert rounder is not None and rounder.scale is not None and rounder.rounding_params is not None
-    scale = rounder.scale.detach()
-    if isinstance(rounder.scale, torch.nn.Parameter):
-        scale = scale.clamp(min=MIN_LEARNED_SCALE)
     params = rounder.rounding_params
     low, high = (_wide(module, bound) for bound in params[:2])
     numbers = params.reshape(len(params), -1)[:, 0].tolist()
     offset = None if rounder.offset is None else _wide(module, rounder.offset.detach())
-    return WeightGrid(_wide(module, scale), low, high, numbers[2], numbers[3] / (1.5 * 2**23), offset)
+    return WeightGrid(
+        _wide(module, used_scale(rounder.scale)), low, high, numbers[2], numbers[3] / (1.5 * 2**23), offset
+    )
 
 
 def _fix_scale(quantizer: Quantizer, weight: Tensor) -> None:
@@ -142,9 +142,9 @@ def _wide(module: QuantModule, values: Tensor) -> Tensor:
     format = module.weight_quantizer.format
     if not isinstance(format, GroupFormat):
         return to_matrices(module, values.double().expand(weight.shape))
-    along, length = (-1, weight[0].numel()) if dim is None else (dim, weight.shape[dim])
-    groups = torch.arange(length, device=values.device) // format.size
-    return to_matrices(module, values.double().index_select(along, groups).reshape(weight.shape))
+    rows = to_rows(values.double(), group_dim(dim))
+    length = weight[0].numel() if dim is None else weight.shape[dim]
+    return to_matrices(module, from_rows(spread(rows, format.size, length), weight.shape, dim))
 
 
 def _block_grid(module: QuantModule, format: BlockFormat) -> WeightGrid:
@@ -157,9 +157,7 @@ def _block_grid(module: QuantModule, format: BlockFormat) -> WeightGrid:
     rows = matrices.reshape(-1, matrices.shape[-1])
     elements, scale, tensor_scale = round_blocks(rows, format)
     unit = mx_element(format)[1] if tensor_scale is None else float(tensor_scale)
-    wide = (
-        (scale.double() * unit).clamp(min=LEAST_SCALE).repeat_interleave(format.block_size, dim=1)[:, : rows.shape[1]]
-    )
+    wide = spread((scale.double() * unit).clamp(min=LEAST_SCALE), format.block_size, rows.shape[1])
     params = rounding_params(format.element).tolist()
     low, high = (torch.full((1, 1, 1), bound, dtype=torch.float64, device=rows.device) for bound in params[:2])
     fixed = None

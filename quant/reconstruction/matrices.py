@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional
 
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
-from quant.quant_experts import QuantExpertLinear
+from quant.quant_experts import QuantExpertLinear, by_expert
 from quant.quant_linear import QuantConv1D, QuantLinear
 from quant.quant_module import QuantModule
 
@@ -66,9 +65,10 @@ def input_matrices(module: QuantModule, x: Tensor, experts: Tensor | None = None
     """
     if isinstance(module, QuantExpertLinear):
         assert experts is not None
-        for expert in experts.unique().tolist():
-            if expert < module.experts:
-                yield slice(expert, expert + 1), x[experts == expert].unsqueeze(0)
+        order, parts = by_expert(experts, module.experts)
+        for expert, (start, stop) in enumerate(parts):
+            if stop > start:
+                yield slice(expert, expert + 1), x[order[start:stop]].unsqueeze(0)
     elif isinstance(module, Convolution):
         yield from ((slice(None), windows) for windows in _windows(module, x))
     else:
@@ -82,9 +82,7 @@ def _groups(module: Any) -> int:
 def _windows(conv: Any, x: Tensor) -> Iterator[Tensor]:
     """Yield the windows that a convolution multiplies its filters with, (groups, positions, C), some images at once."""
     space = conv.weight.dim() - 2
-    x = x if x.dim() == space + 2 else x.unsqueeze(0)
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    x = conv.padded(x)
     for axis in range(2, 2 + space):
         step, size, spread = (of[axis - 2] for of in (conv.stride, conv.kernel_size, conv.dilation))
         x = x.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from quant.convert import get_formats, set_formats, with_masks
 from quant.errors import UserError
 from quant.formats import FLOAT, BlockFormat
 from quant.module_utils import evaluating
+from quant.progress import Listener, unheard
 from quant.quant_module import QuantModule
 from quant.reconstruction.adaround import adaround
 from quant.reconstruction.blocks import BlockInputs, Unit, find_units, run_until_stopped, stopping_after
@@ -27,17 +28,6 @@ from quant.reconstruction.matrices import from_matrices, to_matrices, why_neares
 Method = Literal["gptq", "adaround"]
 
 
-class Listener(Protocol):
-    """Function that is called after each block."""
-
-    def __call__(self, phase: str, done: int = 0, total: int | None = None, what: str = "") -> None:
-        """Receive a report, see `trainer.training.progress.Listener`."""
-
-
-def _unheard(phase: str, done: int = 0, total: int | None = None, what: str = "") -> None:
-    pass
-
-
 def round_weights(
     model: nn.Module,
     modules: Mapping[str, QuantModule],
@@ -45,7 +35,7 @@ def round_weights(
     method: Method = "gptq",
     *,
     act_order: bool = True,
-    tell: Listener = _unheard,
+    tell: Listener = unheard,
 ) -> list[str]:
     """Round the weights of all layers, in place, to the formats that they are set to.
 

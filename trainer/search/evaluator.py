@@ -106,7 +106,7 @@ class AssignmentEvaluator:
         measured = self.model, self.modules, self.space, batches
         if what == "errors":
             return measure_sensitivity(*measured, self._error_rate, increase, self.tell)
-        if self._answers(batches[0]) is not None:
+        if answers_of(self._outputs(batches[0]), batches[0]) is not None:
             return measure_sensitivity(*measured, self.answers, difference, self.tell)
         return measure_sensitivity(*measured, self.loss, increase, self.tell)
 
@@ -190,7 +190,7 @@ class AssignmentEvaluator:
     def find_reference_loss(self) -> None:
         """Measure the float model's loss before training; for models without classes it becomes `reference_loss`."""
         batches = self.evaluation_batches()
-        if not self._has_classes(batches[0]):
+        if class_logits(self._outputs(batches[0]), batches[0]) is None:
             with evaluating(self.model), in_float(self.modules):
                 losses = [float(self.loss(self.model, batch)) for batch in batches]
             self.reference_loss = reference_of(sum(losses) / len(losses), batches[0].get("labels"))
@@ -242,14 +242,9 @@ class AssignmentEvaluator:
             return self.teacher.reference(batch)
 
     @torch.no_grad()
-    def _answers(self, batch: Any) -> Answers | None:
+    def _outputs(self, batch: Any) -> Any:
         with evaluating(self.model):
-            return answers_of(self._forward(self.model, batch)[1], batch)
-
-    @torch.no_grad()
-    def _has_classes(self, batch: Any) -> bool:
-        with evaluating(self.model):
-            return class_logits(self._forward(self.model, batch)[1], batch) is not None
+            return self._forward(self.model, batch)[1]
 
 
 def quality(loss: Tensor, outputs: Any, batch: Mapping[str, Any], kind: str, reference: float | None = None) -> Tensor:

@@ -15,8 +15,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from quant.export.onnx.layers import INT8, OnnxLayer, Storage
-from quant.export.weights import RoundedWeight, spread
+from quant.export.weights import RoundedWeight
 from quant.formats import BlockFormat, FloatFormat, IntFormat, mx_element
+from quant.kernels.groups import spread
 
 DOMAIN = "mpq"
 """Domain of the placeholders."""

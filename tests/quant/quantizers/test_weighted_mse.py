@@ -144,7 +144,7 @@ def test_weights_in_many_parts_are_searched_like_a_single_part(monkeypatch):
     seen = Weighed(weight, weight, halves)
     whole = OBSERVERS["weighted_mse"](seen, parse_format("int3"), True)
     for size in (1, 50, 200, 500):
-        monkeypatch.setattr(weighted_mse, "_CHUNK", size)
+        monkeypatch.setattr(weighted_mse, "CHUNK", size)
         parts = OBSERVERS["weighted_mse"](seen, parse_format("int3"), True)
         assert all(torch.equal(one, two) for one, two in zip(whole, parts, strict=True))
 
