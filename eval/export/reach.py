@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from eval.export.formats import EXPORT_FORMATS, HOLD_CACHES, NO_CACHE
+from quant.engines.table import ENGINES
 from quant.errors import UserError
-from quant.formats import FLOAT, FloatFormat, Format, GroupFormat
 
 if TYPE_CHECKING:
     from eval.run.plan import Plan
@@ -54,22 +54,7 @@ def _onnx(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
         raise UserError(f"a {plan.data.kind} model has several outputs or writes")
     if plan.config.per_token:
         raise UserError("inputs have no fixed range under --per_token")
-    return sum(_onnx_holds(*module.formats) for module in modules.values())
-
-
-def _onnx_holds(weight: Format, activation: Format) -> bool:
-    """Whether ONNX has native types for both formats of a layer."""
-    from quant.export.onnx.layers import INT_STORAGE, input_storage, own_name, storage_of
-
-    integers = {storage.name for storage in INT_STORAGE}
-    if activation != FLOAT:
-        storage = input_storage(activation)
-        if storage is None or own_name(storage) != activation.name:
-            return False
-    if weight == FLOAT or (weight.element if isinstance(weight, GroupFormat) else weight).name in integers:
-        return True
-    stored = storage_of(weight) if isinstance(weight, FloatFormat) else None
-    return stored is not None and own_name(stored) == weight.name
+    return sum(ENGINES["onnxruntime"].keeps("linear", module.formats) for module in modules.values())
 
 
 def _torchao(plan: Plan, modules: Mapping[str, QuantModule]) -> int:

@@ -1,0 +1,1 @@
+"""What inference engines store and run: one table, and the rules that read it. Torch is not imported."""
