@@ -39,7 +39,7 @@ from benchmarks.smollm2 import (
 from cost.cost import MIB_BITS
 
 TRAINING_SENTENCES = 2000
-SPACE = "int2g64,int3g128,int3g32,int4g128,int4g32,int6g64,int8g128"
+SPACE = "int2g64,int3g128,int3g32,int4g128,int4g32,int8g128"
 SCOPE = "--weight_only_search --cost_scope file --cost_type memory --fuse_groups"
 OURS = {
     "uniform": f"--method uniform --max_steps 0 {SCOPE}",
@@ -83,7 +83,7 @@ def scores(model: Any, tokens: Tensor, reference: Tensor) -> dict[str, float]:
 
 def run(folder: Path, row: str, bits: str) -> list[Path]:
     """Run a row's command for all budgets at once; return the folders of its runs, the largest budget last."""
-    name = row.replace(", ", "-")
+    name = f"{row}-{bits}".replace(", ", "-").replace(",", "-")
     out = folder / "output"
     command = (
         f"{sys.executable} eval/eval_run.py --task {folder}/text --model_path {folder}/model {OURS[row]}"

@@ -41,7 +41,7 @@ def main() -> None:
     model, tokenizer = model_and_tokenizer()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     batches = [
-        {"input_ids": part} for part in windows(tokenizer, arguments.shared, arguments.windows, "train").split(8)
+        {"input_ids": part} for part in windows(tokenizer, arguments.shared, arguments.windows, "train").split(4)
     ]
     began = time.process_time()
     with torch.no_grad():

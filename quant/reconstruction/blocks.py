@@ -71,8 +71,8 @@ def find_units(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) ->
     calls: dict[str, int] = {}
     handles = [_on_call(layer, partial(_count, calls, name)) for name, layer in layers.items()]
     watches = [_Watch(chain, partial(_count, calls, chain.names[0] + ".")) for chain in candidates]
-    with _removing([*handles, *(handle for watch in watches for handle in watch.handles)]), torch.no_grad():
-        run_model(model, batch)
+    handles += [handle for watch in watches for handle in watch.handles]
+    run_until_stopped(model, batch, [*handles, *_stop_at_head(model, layers)])
     units: dict[str, list[Unit]] = {}
     taken: set[str] = set()
     for chain in (watch.chain for watch in watches if watch.complete):
@@ -86,6 +86,18 @@ def find_units(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) ->
     found = [unit for name in calls for unit in units.get(name, ())]
     unreached = [name for name in layers if name not in calls and name not in taken]
     return [*found, *([Unit(unreached[0], unreached)] if unreached else [])]
+
+
+def _stop_at_head(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[RemovableHandle]:
+    """Stop a forward pass at an output embedding that is none of the layers: its logits can outweigh the model."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module) or head in layers.values():
+        return []
+
+    def stop() -> None:
+        raise _Stop
+
+    return [_on_call(head, stop)]
 
 
 def _candidates(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Chain]:

@@ -72,19 +72,20 @@ def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     A Hessian that is singular within float64 is damped ten times as much, until it is not.
     """
     index = order.unsqueeze(2).expand_as(hessian)
-    hessian = hessian.gather(1, index).gather(2, index.transpose(1, 2)).double()
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    diagonal = hessian.diagonal(dim1=1, dim2=2).double().gather(1, order)
     dead = diagonal <= 0
     live = (~dead).sum(1, keepdim=True)
     mean = torch.where(live > 0, diagonal.sum(1, keepdim=True) / live.clamp(min=1), 1.0)
     undamped = torch.where(dead, mean, diagonal)
     for attempt in range(ATTEMPTS):
-        diagonal.copy_(undamped + damping * 10**attempt * mean)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
+        factor = hessian.gather(1, index).gather(2, index.transpose(1, 2)).double()
+        factor.diagonal(dim1=1, dim2=2).copy_(undamped + damping * 10**attempt * mean)
+        factor = factor.mT  # equal, since symmetric, and with the strides that LAPACK overwrites in place
+        failed = torch.zeros(len(factor), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed.any():
-            inverse = torch.cholesky_inverse(factor)
-            del factor  # as large as the Hessian
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            torch.cholesky_inverse(factor, out=factor)
+            torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
         if not failed.any():
             return factor
     raise NotFiniteError("the Hessian of a layer's inputs cannot be inverted: they hold NaN or infinity")
