@@ -197,7 +197,8 @@ def build_pretrained(config: Any, task: Task, head: dict[str, Any]) -> Built:
     bare = folder is not None and not (folder / "config.json").is_file()
     settings = configuration(name if bare else source)
     settings.update({**({"vocab_size": len(tokenizer)} if bare else {}), **head})
-    model, notes = load_pretrained(auto_class(settings, task), source, config=settings)
+    as_stored = getattr(config, "offload_weights", False)
+    model, notes = load_pretrained(auto_class(settings, task), source, as_stored=as_stored, config=settings)
     return model, tokenizer, notes
 
 

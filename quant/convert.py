@@ -23,6 +23,7 @@ from quant.analysis.reach import note_reach
 from quant.analysis.tied import differing, share_quantizers, tied_layers
 from quant.errors import NotFiniteError, UserError
 from quant.formats import FLOAT, Format, GroupFormat
+from quant.mapped_weights import is_mapped
 from quant.module_utils import evaluating
 from quant.quant_conv2d import QuantConv1d, QuantConv2d, QuantConv3d
 from quant.quant_embedding import QuantEmbedding, is_table
@@ -376,10 +377,12 @@ def in_float(modules: Mapping[str, QuantModule]) -> Iterator[None]:
 def rounded_weights_cached(modules: Mapping[str, QuantModule]) -> Iterator[None]:
     """Within, forward passes without gradients round each weight once, not once per batch; results are bit-identical.
 
-    Weights may change within, through an optimizer or `load_state_dict`, but not through `.data`.
+    Weights may change within, through an optimizer or `load_state_dict`, but not through `.data`. Those in mapped files
+    are rounded once per batch all the same, since their rounded values would be in memory.
     """
     for module in modules.values():
-        module.rounded_weight_cache = RoundedWeightCache()
+        if not is_mapped(module.weight):
+            module.rounded_weight_cache = RoundedWeightCache()
     try:
         yield
     finally:

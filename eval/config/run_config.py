@@ -97,6 +97,9 @@ class TrainingFlags:
     fp16: bool = flag(False, "half precision autocast; needs a GPU")
     bf16: bool = flag(False, "bfloat16 autocast, on GPU or CPU")
     gradient_checkpointing: bool = flag(False, "recompute activations to save memory")
+    offload_weights: bool = flag(
+        False, "keep the weights in files mapped into memory, for models larger than memory; needs --max_steps 0"
+    )
     channels_last: bool = flag(False, "images and convolutions with the channels innermost in memory")
     num_workers: int = flag(0, "processes that load and augment the data; 0: the training process itself")
     eval_steps: int | None = flag(None, "evaluate every so many steps; default: once, at the end")

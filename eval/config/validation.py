@@ -65,6 +65,7 @@ def validate(config: RunConfig) -> None:
     _check_formats(config)
     _check_contradictions(config)
     check_effects(config)
+    _check_offloading(config)
     _check_device(config)
     check_tracking(config)
 
@@ -399,6 +400,13 @@ def _check_ptq(config: RunConfig) -> None:
             _refuse(f"--{flag}", "--method float", "nothing is quantized")
         if flag != "rotate" and getattr(config, flag) and config.gradient_checkpointing:
             _refuse(f"--{flag}", "--gradient_checkpointing", "shortcuts cannot be computed again")
+
+
+def _check_offloading(config: RunConfig) -> None:
+    if config.offload_weights and config.max_steps != 0:
+        _refuse("--offload_weights", f"--max_steps {config.max_steps}", "training needs its weights in memory")
+    if config.offload_weights and config.device == "cuda":
+        _refuse("--offload_weights", "--device cuda", "mapped files are read by the CPU")
 
 
 def _check_caches(config: RunConfig, given: str) -> None:

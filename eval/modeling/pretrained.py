@@ -116,12 +116,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         )
 
 
-def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
+def load_pretrained(
+    auto_class: Any, source: str, *, as_stored: bool = False, **settings: Any
+) -> tuple[PreTrainedModel, list[str]]:
     """Load a model in float32 from safetensors.
 
     Args:
         auto_class: a class such as `AutoModelForSequenceClassification`.
         source: a folder or a Hub id.
+        as_stored: leave the weights in the dtype of the file, which is then read where it is used, and not into memory.
         settings: arguments of `from_pretrained`, such as `num_labels`.
 
     Returns:
@@ -134,13 +137,16 @@ def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreT
     model, info = from_anywhere(
         auto_class.from_pretrained,
         source,
-        dtype=torch.float32,
+        dtype="auto" if as_stored else torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **settings,
     )
+    if as_stored:
+        _check_buffers(model, source)
+        model.config.dtype = torch.float32  # what the caller makes of the weights
     resized = {name: (tuple(before), tuple(after)) for name, before, after in info["mismatched_keys"]}
     new = set(info["missing_keys"])
     words = model.get_output_embeddings()
@@ -158,6 +164,16 @@ def load_pretrained(auto_class: Any, source: str, **settings: Any) -> tuple[PreT
     notes = [f"{name}: {before} in {source}, new {after}" for name, (before, after) in sorted(resized.items())]
     heads = sorted({name.rpartition(".")[0] for name in new} - {name.rpartition(".")[0] for name in resized})
     return model, notes + [f"{name} is new: {source} has none" for name in heads]
+
+
+def _check_buffers(model: PreTrainedModel, source: str) -> None:
+    """Raise UserError if tensors that no file holds are computed in another dtype than float32."""
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.dtype != torch.float32:
+            raise UserError(
+                f"--offload_weights: {source} computes {name} in {str(buffer.dtype).removeprefix('torch.')}, the type "
+                "of its weights; save the model in float32 first"
+            )
 
 
 def in_body(model: PreTrainedModel, name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.config.effects import check_kind
+from eval.config.files import writing
 from eval.config.run_config import RunConfig
 from eval.modeling.places import saved_model, starting_model
 from eval.run.limits import LIMIT_FLAGS, limits_of
@@ -94,6 +95,8 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     corpus = data.corpus() if trains_tokenizer else None
     tell("building the model")
     bundle = build_model(config, data.num_labels, corpus)
+    if config.offload_weights:
+        offload(bundle.model, config)
     if config.gradient_checkpointing:
         recompute_activations(bundle.model)
     if config.channels_last:
@@ -112,6 +115,8 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     unfold(bundle.model)
     if config.rotate:
         rotate_model(bundle, prepared.example_inputs, config.seed)
+    if config.offload_weights:
+        offload(bundle.model, config)  # weights that have been made anew since
     layers = searched_layers(bundle.model, data.kind, config)
     profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
     if takes_file(config):
@@ -123,6 +128,20 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     plan.fused = fused(plan)
     budget(plan)
     return plan
+
+
+def offload(model: Any, config: RunConfig) -> None:
+    """Move a model's weights into files without a name in --output_root_dir, for --offload_weights.
+
+    Raises:
+        UserError: The disk has no room for them.
+    """
+    from quant.mapped_weights import map_weights
+
+    folder = Path(config.output_root_dir)
+    with writing("output_root_dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        map_weights(model, folder)
 
 
 def fused(plan: Plan) -> Blocks:

@@ -210,6 +210,7 @@ def training_arguments(config: RunConfig) -> Any:
         save_total_limit=2,  # the older one is a fallback if the newer is damaged
         report_to=config.report_to,
         use_cpu=config.device == "cpu"
+        or config.offload_weights
         or not torch.cuda.is_available(),  # else the Trainer checks a GPU for bfloat16 support
         ddp_find_unused_parameters=True,  # a step uses only the scales of the sampled formats
         remove_unused_columns=False,

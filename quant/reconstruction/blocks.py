@@ -90,7 +90,8 @@ def find_units(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) ->
 
 def _stop_at_head(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[RemovableHandle]:
     """Stop a forward pass at an output embedding that is none of the layers: its logits can outweigh the model."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     if not isinstance(head, nn.Module) or head in layers.values():
         return []
 

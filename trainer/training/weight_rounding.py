@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quant.mapped_weights import clone
 from quant.quant_module import QuantModule
 from quant.reconstruction.rounding import round_weights
 from trainer.training.progress import Listener, unheard
@@ -49,7 +50,7 @@ class WeightRounding:
         """
         if again:
             own = {name: module.weight for name, module in modules.items() if "weight" in module._parameters}
-            self._float = {name: weight.detach().clone() for name, weight in own.items()}
+            self._float = {name: clone(weight.detach()) for name, weight in own.items()}
         return round_weights(model, modules, batches, self.method, tell=tell)
 
     @torch.no_grad()

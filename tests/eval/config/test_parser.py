@@ -141,6 +141,8 @@ def test_an_unknown_task_suggests_a_local_folder(tmp_path, monkeypatch):
         (["--search", "--search_space", "int4g4,8"], ["--search_space", "int4g4", "8 to 65536"]),
         (["--activation_bits", "int4g32"], ["--activation_bits int4g32", "weights", "int8"]),
         (["--weight_bits", "int4g32", "--no_weight_symmetric"], ["--no_weight_symmetric", "uint4g32"]),
+        (["--bits", "4", "--offload_weights"], ["--offload_weights", "--max_steps", "memory"]),
+        (["--bits", "4", "--offload_weights", "--max_steps", "0", "--device", "cuda"], ["--offload_weights", "cuda"]),
         (["--bits", "4", "--train", "scales", "--max_steps", "0"], ["--train scales", "--max_steps 0"]),
         (["--bits", "4", "--train", "scales", "--quantizer", "fixed"], ["--train scales", "int4", "fixed"]),
         (["--bits", "mxfp4", "--train", "scales"], ["--train scales", "mxfp4"]),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -17,7 +18,9 @@ from eval.run.record import outcome
 from eval.saved_model import load_model
 from quant.errors import UserError
 from quant.formats import FLOAT, IntFormat, parse_format
+from quant.mapped_weights import is_mapped
 from quant.transforms.kv_cache import caches_of
+from trainer.training.saved_files import WEIGHTS
 
 LINES = [f"the {who} sees {number} hills and {number + 1} rivers" for who in ("cat", "dog") for number in range(40)]
 
@@ -75,6 +78,26 @@ def test_a_rotated_run_is_that_of_another_basis_and_its_model_loads(places):
     assert loss == pytest.approx(record["metrics"]["validation"]["loss"], rel=1e-3)
     again = settings(places, f"--load_model_path {rotated.run_folder} --bits 8 --max_steps 0 --run_id again")
     assert run(again)["metrics"]["validation"]["loss"] == pytest.approx(loss, rel=0.02)
+
+
+def test_weights_in_mapped_files_give_the_same_results_and_leave_no_file(places, tmp_path):
+    """A model stored in bfloat16, as published ones are: the file is read in float32 either way."""
+    model = LlamaForCausalLM.from_pretrained(places / "llama", dtype=torch.bfloat16)
+    shutil.copytree(places / "llama", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    start = f"--model_path {tmp_path / 'model'} --method measured --search_space 2,8 --max_steps 0"
+    start += " --target_bits 3,6 --rounding gptq --rotate --sensitivity_examples 4"
+    records = []
+    for more in ("--run_id memory", "--offload_weights --run_id files"):
+        config = settings(places, f"{start} {more}")
+        records.append(run(config))
+        assert all(is_mapped(p) == config.offload_weights for p in make_plan(config).bundle.model.parameters())
+    memory, files = records
+    assert files["assignment"] == memory["assignment"] and files["metrics"] == memory["metrics"]
+    saved = [(settings(places, f"{start} --run_id {name}").run_folder / "model") for name in ("memory", "files")]
+    (own, one), (other, two) = [((at / "config.json").read_text(), load_file(at / WEIGHTS)) for at in saved]
+    assert own == other and one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert not list((places / "output").glob("*.mapped"))
 
 
 def float_loss(config):
