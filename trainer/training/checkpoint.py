@@ -58,12 +58,16 @@ def save_weights(state: Mapping[str, Tensor], folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
+    stored: set[int] = set()
     for name, tensor in state.items():
         place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         if tensor.numel() and (owner := first.setdefault(place, name)) != name:
             tied[name] = owner
         else:
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+            own = tensor.detach().cpu().contiguous()
+            part = own.untyped_storage().nbytes() != own.nbytes or own.data_ptr() in stored
+            tensors[name] = own.clone() if part else own  # safetensors refuses tensors that share memory
+            stored.add(tensors[name].data_ptr())
     metadata = {"format": "pt", TIED: json.dumps(tied)} if tied else None  # transformers requires a format
     save_tensors(tensors, folder / "model.safetensors", metadata)
 

@@ -5,13 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from trainer.training import checkpoint
 from trainer.training.checkpoint import (
     CheckpointError,
     load_state,
     random_state,
+    read_tensors,
     restore_random_state,
     save_state,
+    save_weights,
     write_atomically,
     write_json,
 )
@@ -66,3 +70,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, fails)
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_that_share_memory_are_stored_each_and_others_not_copied(tmp_path, monkeypatch):
+    base = torch.arange(12.0)
+    state = {"whole": base.view(3, 4), "flat": base, "part": base[2:5], "turned": base.view(3, 4).t()}
+    state |= {"again": base.view(3, 4), "empty": torch.empty(0), "scalar": torch.tensor(3.0)}
+    written = {}
+
+    def watched(tensors, path, metadata):
+        written.update(tensors)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", watched)
+    save_weights(state, tmp_path)
+    found = read_tensors(tmp_path / "model.safetensors")
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    assert written["whole"].data_ptr() == base.data_ptr() and "again" not in written
