@@ -28,6 +28,7 @@ from quant.export.layer_report import LayerVerdict, left_in_float
 from quant.export.onnx.integer_ops import round_outputs
 from quant.export.onnx.layers import OnnxLayer
 from quant.export.onnx.nodes import DOMAIN, Replacement, layer_of
+from quant.export.onnx.simplify import simplify
 from quant.export.weights import never_called, static_range
 from quant.formats import BlockFormat, GroupFormat
 from quant.kernels.emulation import emulate
@@ -113,8 +114,9 @@ def write_onnx(
     proto.CopyFrom(traced)
     Replacement(proto, layers, bool(examples)).run()
     set_opset(proto)
-    rounded = round_outputs(proto, [_widened(example) for example in examples]) if examples else 0
-    helper.set_model_props(proto, session_settings(layers.values(), rounded))
+    if examples:
+        round_outputs(proto, [_widened(example) for example in examples])
+    helper.set_model_props(proto, session_settings(layers.values()))
     if proto.ByteSize() > LARGEST_FILE:
         raise UserError(f"--format onnx: the model takes {proto.ByteSize():,} bytes, a file holds {LARGEST_FILE:,}")
     try:
@@ -142,24 +144,16 @@ def set_opset(proto: onnx.ModelProto) -> None:
     del proto.functions[:]
 
 
-def session_settings(layers: Iterable[OnnxLayer], rounded: int) -> dict[str, str]:
-    """Return settings for ONNX Runtime's sessions, which affect speed and exactness but not the file's meaning.
+def session_settings(layers: Iterable[OnnxLayer]) -> dict[str, str]:
+    """Return settings for ONNX Runtime's sessions, which affect exactness but not the file's meaning.
 
-    ONNX Runtime has integer operations for matrix products, and for convolutions whose outputs are rounded. All other
-    weights are better treated as float constants. By default it would dequantize them at every call, or round the float
-    inputs of products to 8 bits (accuracy level 4).
+    By default, ONNX Runtime rounds the float inputs of products with weights in groups to 8 bits (accuracy level 4).
 
     Args:
         layers: The layers of the file.
-        rounded: Number of outputs of convolutions that are rounded to 8 bits.
     """
-    counts = {True: 0, False: 0}
-    for layer in layers:
-        if layer.weight is not None:
-            counts[layer.in_integers and (layer.is_product or rounded > 0)] += layer.float_weight.numel()
-    if counts[False] > counts[True]:
-        return {"session.disable_quant_qdq": "1"}
-    return {"session.qdq_matmulnbits_accuracy_level": "1"} if counts[False] else {}
+    grouped = any(layer.weight is not None and layer.unpacked_in_products for layer in layers)
+    return {"session.qdq_matmulnbits_accuracy_level": "1"} if grouped else {}
 
 
 def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict]) -> dict[str, int]:
@@ -306,6 +300,7 @@ def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[
             reason = " ".join(str(cause).split())[:300]
             raise UserError(f"--format onnx: {type(model).__name__} cannot be exported: {reason}") from None
     rename_values(proto.graph)
+    simplify(proto.graph)
     return proto
 
 

@@ -16,6 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from quant.export.onnx.nodes import replace_nodes
+from quant.export.onnx.simplify import drop_unread
 
 UINT8 = TensorProto.UINT8
 JOINING = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
@@ -48,6 +49,7 @@ def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor
             scale, point = grid_of(*bounds[name], coarsest_scale(graph, name))
             insert(graph, name, [constant(graph, f"{name}/scale", scale), constant(graph, f"{name}/point", point)])
     move_codes(graph)
+    drop_unread(graph)
     return len(outputs)
 
 
@@ -163,8 +165,8 @@ def readers_of(graph: onnx.GraphProto) -> dict[str, list[NodeProto]]:
 def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
     """Return the QuantizeLinear to 8 bits that a tensor's only rounding reader uses.
 
-    None if no layer rounds the tensor, several do, or the grid is narrower than 8 bits, so that others should not use
-    it.
+    None if no layer rounds the tensor, several do, or the grid is narrower than 8 bits, so that others that read the
+    tensor should not use it.
     """
     readers = readers_of(graph)
     rounding = roundings(graph, name)
@@ -172,7 +174,7 @@ def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
         return None
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     whole = all(node.op_type == "DequantizeLinear" for node in readers[rounding[0].output[0]])
-    return rounding[0] if whole and of_bytes(rounding[0], types) else None
+    return rounding[0] if (whole or len(readers[name]) == 1) and of_bytes(rounding[0], types) else None
 
 
 def roundings(graph: onnx.GraphProto, name: str) -> list[NodeProto]:
@@ -227,7 +229,7 @@ def share(graph: onnx.GraphProto, name: str, own: NodeProto) -> None:
         name: The tensor.
         own: The layer's QuantizeLinear.
     """
-    others = [node for node in readers_of(graph)[name] if node is not own]
+    others = [node for node in readers_of(graph)[name] if node.output[0] != own.output[0]]
     if not others:
         return
     rounded = f"{name}/8bit"

@@ -112,9 +112,9 @@ class OnnxLayer:
         return self.float_weight.dim() == 2 and not self.table
 
     @property
-    def float8(self) -> bool:
-        """Whether weight or input is stored in a float8 type."""
-        return not {self.weight_storage, self.input_storage}.isdisjoint(FLOAT8_STORAGE)
+    def unpacked_in_products(self) -> bool:
+        """Whether engines unpack the weight, integers in groups, while they multiply it with float inputs."""
+        return isinstance(self.formats[0], GroupFormat) and self.is_product and self.input_storage is None
 
     @property
     def emulated(self) -> bool:

@@ -57,6 +57,7 @@ class Replacement:
             self.new_nodes.append(helper.make_node("Identity", [source], list(node.output)))
         replace_nodes(self.graph, self.new_nodes)
         self._drop_identities()
+        self._keep_weights()
         self._spell_out_bounds()
         self._drop_unused()
 
@@ -97,8 +98,9 @@ class Replacement:
         """Add nodes that round an input to integers."""
         range, bits = layer.range, storage.bits
         assert range is not None
-        # The same codes, shifted to unsigned: processors multiply unsigned inputs with signed weights.
-        dtype, zero_point = UNSIGNED[bits], range.zero_point + 2 ** (bits - 1)
+        # The same codes, shifted to unsigned: processors multiply unsigned inputs with signed weights. The smallest one
+        # becomes 0, so that rounding to a narrower range stops there by itself, and a Relu before it can be dropped.
+        dtype, zero_point = UNSIGNED[bits], int(-range.low)
         narrower = range.high - range.low + 1 < 2**bits
         point = self._constant(f"{layer.name}.input.zero_point", np.asarray(zero_point).astype(dtype))
         codes = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes")
@@ -167,58 +169,70 @@ class Replacement:
             elements = elements.T
             scale = scale.T if scale.dim() == 2 else scale
             point = point.T if point is not None and point.dim() == 2 else point
-        values = elements.numpy()
         if storage is None:
             made = self._constant(stored, (elements * scale).numpy())
         else:
-            codes = self._constant(f"{stored}.codes", values.astype(storage.dtype))
-            if storage.bits < 8 and layer.in_integers and (layer.is_product or self.integers):
-                # ONNX Runtime folds this Cast when it loads the model, and multiplies only 8-bit integers.
-                codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
-            made = self._dequantized(layer, storage, codes, scale, point, name, rows_last)
-        if (blocked and (not layer.is_product or layer.input_storage is not None)) or layer.overflows:
-            # The Reshape keeps ONNX Runtime from fusing: it would compute products of block formats with scaled inputs
-            # in integers, and round the input of long rows once more, to bytes.
-            sizes = layer.float_weight.T.shape if layer.transposed else layer.float_weight.shape
-            shape = self._constant(f"{name}.shape", np.asarray(sizes, dtype=np.int64))
-            made = self._node("Reshape", [made, shape], f"{name}.shaped")
+            codes = self._constant(f"{stored}.codes", elements.numpy().astype(storage.dtype))
+            if layer.in_integers and (layer.is_product or self.integers):
+                if storage.bits < 8:  # ONNX Runtime folds this Cast when it loads the model: it multiplies bytes alone
+                    codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
+                made = self._dequantized(storage, codes, scale, point, name)
+            elif layer.unpacked_in_products:
+                inputs = [codes, self._constant(f"{name}.scale", scale.numpy())]
+                if point is not None:
+                    inputs.append(self._constant(f"{name}.zero_point", point.numpy().astype(storage.dtype)))
+                made = self._node("DequantizeLinear", inputs, name, axis=0, block_size=weight.in_block)
+            else:
+                made = self._unpacked(layer, storage, codes, scale, point, 0 if rows_last else 1)
         self.made[layer.name] = made
         return made
 
-    def _dequantized(
-        self,
-        layer: OnnxLayer,
-        storage: Storage,
-        codes: str,
-        scale: Tensor,
-        point: Tensor | None,
-        name: str,
-        rows_last: bool,
-    ) -> str:
-        assert layer.weight is not None
-        if (size := layer.weight.in_block) is not None:
-            inputs = [codes, self._constant(f"{name}.scale", scale.numpy())]
-            if point is not None:
-                inputs.append(self._constant(f"{name}.zero_point", point.numpy().astype(storage.dtype)))
-            return self._node("DequantizeLinear", inputs, name, axis=0 if rows_last else 1, block_size=size)
-        if not storage.dequantized:
-            values = self._node("Cast", [codes], f"{name}.cast", to=TensorProto.FLOAT)
-            factors = self._constant(f"{name}.scale", scale.numpy())
-            return self._node("Mul", [values, factors], name)
+    def _dequantized(self, storage: Storage, codes: str, scale: Tensor, point: Tensor | None, name: str) -> str:
+        """Add the DequantizeLinear of an operation that ONNX Runtime runs in integers."""
         channel = next((axis for axis, size in enumerate(scale.shape) if size > 1), None)
         flat, axis = ((), {}) if channel is None else ((-1,), {"axis": channel})
         points = []
         if point is not None:
             zero_points = point.numpy().reshape(flat).astype(storage.dtype)
             points.append(self._constant(f"{name}.zero_point", zero_points))
-        if layer.float8:
-            # ONNX Runtime treats float8 operands of a product as integers, so the scale is applied by a separate Mul.
-            ones = np.ones((), np.float32) if point is None else np.ones_like(scale.numpy().reshape(flat))
-            one = self._constant(f"{DOMAIN}.one" if point is None else f"{name}.ones", ones)
-            values = self._node("DequantizeLinear", [codes, one, *points], f"{name}.values", **(axis if points else {}))
-            return self._node("Mul", [values, self._constant(f"{name}.scale", scale.numpy())], name)
         factors = self._constant(f"{name}.scale", scale.numpy().reshape(flat))
         return self._node("DequantizeLinear", [codes, factors, *points], name, **axis)
+
+    def _unpacked(
+        self, layer: OnnxLayer, storage: Storage, codes: str, scale: Tensor, point: Tensor | None, axis: int
+    ) -> str:
+        """Add nodes that ONNX Runtime computes once, when it loads the model.
+
+        It would run a DequantizeLinear at each call, and join it with what reads the weight.
+
+        Args:
+            layer: The layer, which computes in float.
+            storage: The type of the codes.
+            codes: Name of the codes.
+            scale: Scales as the file holds them.
+            point: Zero points, with the scales' shape.
+            axis: The axis of the codes that blocks lie on.
+        """
+        assert layer.weight is not None
+        name, size = f"{layer.name}.weight", layer.weight.in_block
+        width = layer.weight.elements.shape[-1]
+
+        def spread_out(numbers: str) -> str:
+            if size is None or width <= size:
+                return numbers
+            blocks = self._constant(f"{DOMAIN}.blocks_of_{size}_in_{width}", np.arange(width) // size)
+            return self._node("Gather", [numbers, blocks], f"{numbers}/spread", axis=axis)
+
+        values = self._node("Cast", [codes], f"{name}.cast", to=TensorProto.FLOAT)
+        if point is not None:
+            stored = self._constant(f"{name}.zero_point", point.numpy().astype(storage.dtype))
+            zero_points = self._node("Cast", [stored], f"{name}.zero_point.cast", to=TensorProto.FLOAT)
+            values = self._node("Sub", [values, spread_out(zero_points)], f"{name}.moved")
+        values = self._node("Mul", [values, spread_out(self._constant(f"{name}.scale", scale.numpy()))], name)
+        if size is None or layer.is_product:
+            return values
+        sizes = self._constant(f"{name}.shape", np.asarray(layer.float_weight.shape, np.int64))
+        return self._node("Reshape", [values, sizes], f"{name}.shaped")
 
     def _settle_convolutions(self) -> None:
         """Move the biases of convolutions to float additions: ONNX Runtime rounds them to input scale x weight scale.
@@ -307,6 +321,32 @@ class Replacement:
                 node.input[place] = source
         rest = [n for n in self.graph.node if not (n.op_type == "Identity" and n.output[0] in names)]
         replace_nodes(self.graph, rest)
+
+    def _keep_weights(self) -> None:
+        """Put a Max that changes nothing between a convolution with float weights and the rounding of its output.
+
+        ONNX Runtime would round the weights of a convolution between a DequantizeLinear and a QuantizeLinear to 8 bits,
+        with a scale of its own. It looks through what it joins with the convolution, and through Relu and Clip.
+        """
+        made_by = {output: node for node in self.graph.node for output in node.output}
+        values = {tensor.name for tensor in self.graph.initializer}
+        joined = ("BatchNormalization", "Add", "Sub", "Mul", "Div", "Relu", "Clip")
+        nodes: list[NodeProto] = []
+        for node in self.graph.node:
+            source = made_by.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+            while source is not None and source.op_type in joined:
+                source = made_by.get(next((name for name in source.input if name not in values), ""))
+            if source is not None and source.op_type == "Conv" and not self._in_integers(source, made_by):
+                kept = f"{node.output[0]}/kept"
+                lowest = self._constant(f"{DOMAIN}.lowest", np.finfo(np.float32).min)
+                nodes.append(helper.make_node("Max", [node.input[0], lowest], [kept], name=kept))
+                node.input[0] = kept
+            nodes.append(node)
+        replace_nodes(self.graph, nodes)
+
+    def _in_integers(self, conv: NodeProto, made_by: Mapping[str, NodeProto]) -> bool:
+        sources = [made_by.get(name) for name in conv.input[:2]]
+        return all(source is not None and source.op_type == "DequantizeLinear" for source in sources)
 
     def _spell_out_bounds(self) -> None:
         """Replace Relu and Clip before 4-bit codes by Max and Min.
