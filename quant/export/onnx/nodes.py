@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from quant.export.onnx.layers import INT8, OnnxLayer, Storage
+from quant.export.onnx.simplify import drop_unread
 from quant.export.weights import RoundedWeight
 from quant.formats import BlockFormat, FloatFormat, IntFormat, mx_element
 from quant.kernels.groups import spread
@@ -59,6 +60,7 @@ class Replacement:
         self._drop_identities()
         self._keep_weights()
         self._spell_out_bounds()
+        drop_unread(self.graph)
         self._drop_unused()
 
     def _constant(self, name: str, value: Any) -> str:
