@@ -22,7 +22,9 @@ EXTRAS = {
     for name, lines in PROJECT["project"]["optional-dependencies"].items()
 }  # fmt: skip
 OF_AN_EXTRA = {
-    **dict.fromkeys(("compressed_tensors", "ml_dtypes", "onnx", "onnxruntime", "onnxscript", "torchao"), "export"),
+    **dict.fromkeys(
+        ("compressed_tensors", "gguf", "ml_dtypes", "onnx", "onnxruntime", "onnxscript", "torchao"), "export"
+    ),
     "wandb": "tracking",
 }
 """what is imported where single flags ask for it alone -> the extra that brings it"""

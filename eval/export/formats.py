@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from eval.export.finished_run import FinishedRun
     from quant.export import LayerVerdict
 
-SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+SIDE_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    "chat_template.jinja",
+)
 """Files of a text model in addition to its weights."""
 
 
@@ -244,6 +247,58 @@ def load_compressed(run: FinishedRun, folder: Path) -> nn.Module:
     return getattr(transformers, type(run.model).__name__).from_pretrained(folder, trust_remote_code=False)
 
 
+GGUF = "model.gguf"
+
+
+def write_gguf(run: FinishedRun, folder: Path) -> Written:
+    """Write a GGUF file for llama.cpp.
+
+    Raises:
+        UserError: llama.cpp does not compute this model or has no such tokenizer, or the model has migration factors.
+    """
+    import json
+
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    from eval.export.gguf_model import gguf_contents, reader_config
+    from eval.export.gguf_model import write_gguf as write
+    from quant.transforms.migration import added
+
+    refuse_caches(run, "gguf")
+    if not isinstance(run.model, PreTrainedModel) or added(run.model).factors:
+        raise UserError(
+            "--format gguf: needs a decoder of transformers without the factors of --gamma_migration or "
+            "--smooth_quant; choose packed or onnx"
+        )
+    contents = gguf_contents(run.model, run.modules)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model", trust_remote_code=False)
+    write(folder / GGUF, run.model, contents, tokenizer, run.record["model"])
+    copy_side_files(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(reader_config(config, contents), indent=2))
+    sizes = {name: tensor.data.nbytes for name, tensor in contents.tensors.items()}
+    weights = sum(sizes[name] for name in contents.weights)
+    parts = {"weights": weights, "rest": sum(sizes.values()) - weights}
+    parts["header"] = (folder / GGUF).stat().st_size - sum(parts.values())
+    return Written(contents.layers, parts, weights, tuple(contents.notes))
+
+
+def load_gguf(run: FinishedRun, folder: Path) -> nn.Module:
+    """Load a GGUF export with transformers, as a module with its weights in float32."""
+    import contextlib
+    import io
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar; failures are exceptions
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, config=config, dtype=torch.float32)
+    plain = type(read)(config)  # a Trainer takes no model that is marked as quantized
+    plain.load_state_dict(read.state_dict())
+    return plain.eval()
+
+
 CALL = """\
 with torch.no_grad():
     logits = model(**inputs).logits"""
@@ -266,6 +321,14 @@ COMPRESSED_USAGE = Usage(
     CALL,
     where="It needs the packages transformers and compressed-tensors.",
 )
+GGUF_USAGE = Usage(
+    ("import torch", "from transformers import AutoConfig, AutoModelForCausalLM"),
+    'config = AutoConfig.from_pretrained("{folder}")\n'
+    f'options = {{{{"gguf_file": "{GGUF}", "config": config, "dtype": torch.float32}}}}\n'
+    'model = AutoModelForCausalLM.from_pretrained("{folder}", **options)',
+    CALL,
+    where=f"llama.cpp runs it: `llama-cli -m {GGUF}`. Transformers reads it with the package gguf, in float32.",
+)
 ONNX_CALL = """\
 feed = {entry.name: inputs[entry.name] for entry in session.get_inputs()}
 logits = session.run(["logits"], feed)[0]"""
@@ -275,4 +338,5 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(write_onnx, load_onnx, None, ONNX_PACKAGES),
     "torchao": ExportFormat(write_torchao, load_torchao, TORCHAO_USAGE, ("torchao",)),
     "compressed-tensors": ExportFormat(write_compressed, load_compressed, COMPRESSED_USAGE, ("compressed_tensors",)),
+    "gguf": ExportFormat(write_gguf, load_gguf, GGUF_USAGE, ("gguf",)),
 }

@@ -39,7 +39,7 @@ def _why_not(name: str, plan: Plan, modules: Mapping[str, QuantModule]) -> str |
     if name not in HOLD_CACHES and plan.caches:
         return NO_CACHE
     try:
-        kept = {"onnx": _onnx, "torchao": _torchao, "compressed-tensors": _compressed}.get(name, _all)(plan, modules)
+        kept = _KEPT.get(name, _all)(plan, modules)
     except UserError as error:
         return str(error).removeprefix(f"--format {name}: ")
     return None if kept == len(modules) else WIDENED.format(kept, len(modules))
@@ -77,3 +77,22 @@ def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
     inputs = {name: x for name, x in plan.prepared.example_inputs.items() if name != "labels"}
     check_fused(fused_groups(plan.bundle.model, modules, inputs).values(), modules)
     return sum(reason is None for reason in mismatches(modules).values())
+
+
+def _gguf(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
+    from eval.export.gguf_model import architecture_of
+    from quant.export.gguf_blocks import gguf_verdict, tensor_type
+    from quant.transforms.migration import added
+
+    if getattr(plan.bundle.model, "config", None) is None or added(plan.bundle.model).factors:
+        raise UserError("it needs a decoder of transformers without migration factors")
+    architecture_of(plan.bundle.model.config)  # type: ignore[arg-type]
+    types = {
+        name: tensor_type(module.formats[0], module.weight.shape[-1], not module.weight_quantizer.config.symmetric)
+        for name, module in modules.items()
+    }
+    return sum(gguf_verdict(*module.formats, types[name]).as_chosen for name, module in modules.items())
+
+
+_KEPT = {"onnx": _onnx, "torchao": _torchao, "compressed-tensors": _compressed, "gguf": _gguf}
+"""Export format -> how many layers it keeps in their formats; formats that are not listed keep all."""

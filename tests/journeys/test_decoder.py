@@ -20,7 +20,7 @@ SEARCH = {
 }
 EXPORTS = [
     *(("llama", "packed"), ("llama", "onnx"), ("llama", "compressed-tensors")),
-    *(("qwen", "compressed-tensors"), ("qwen", "torchao")),
+    *(("qwen", "compressed-tensors"), ("qwen", "torchao"), ("qwen", "gguf")),
     ("gpt2", "packed"),
 ]
 """each kind of export once or twice, of what it is for"""
