@@ -128,8 +128,8 @@ def test_the_reloaded_model_generates_with_the_settings_it_was_published_with(se
 def test_an_export_has_the_runs_perplexity_and_generates(name, kind, decoders, command):
     if kind == "torchao":
         pytest.importorskip("torchao")
-    if kind == "compressed-tensors":
-        pytest.importorskip("compressed_tensors")
+    if kind in ("compressed-tensors", "gguf"):
+        pytest.importorskip(kind.replace("-", "_"))
     folder = finished(decoders, name, command)
     ended = command(f"python -m eval.export {folder} --format {kind}")
     told = re.search(r"perplexity ([\d.]+) -> ([\d.]+)", ended.out)
@@ -164,6 +164,7 @@ def generated(folder, kind):
         "packed": load_packed,
         "torchao": lambda place: load_torchao(place)[0],
         "compressed-tensors": transformers.AutoModelForCausalLM.from_pretrained,
+        "gguf": lambda place: transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file="model.gguf"),
     }
     model, tokenizer = readers[kind](folder), transformers.AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("the big dog", return_tensors="pt")
