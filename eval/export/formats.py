@@ -291,9 +291,11 @@ def load_gguf(run: FinishedRun, folder: Path) -> nn.Module:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar; failures are exceptions
-        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, config=config, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     plain = type(read)(config)  # a Trainer takes no model that is marked as quantized
     plain.load_state_dict(read.state_dict())
     return plain.eval()
