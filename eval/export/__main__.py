@@ -23,7 +23,7 @@ from eval.config.files import writing
 from eval.config.parser import CommandParser, entry
 from eval.config.validation import check_one_of
 from eval.export.finished_run import FinishedRun, finished_run
-from eval.export.formats import EXPORT_FORMATS, ROUND_OUTPUTS, Written
+from eval.export.formats import ALLOW_FAKE, EXPORT_FORMATS, ROUND_OUTPUTS, Written
 from eval.modeling.inputs import to_json
 from quant.errors import UserError
 
@@ -259,6 +259,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add("--data_dir", help="where the run's data stands now")
     add("--no_evaluate", action="store_true", help="do not read the export back and evaluate it")
     add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)
+    add("--allow_fake", action="store_true", help=ALLOW_FAKE)
     return parser.parse_args(argv)
 
 
@@ -268,7 +269,10 @@ def main(argv: Sequence[str]) -> int:
     check_one_of("--format", flags.format, EXPORT_FORMATS)
     if flags.round_outputs and flags.format != "onnx":
         raise UserError(f"--round_outputs contradicts --format {flags.format}: it is for onnx alone")
-    run = replace(finished_run(flags.run, flags.data_dir), round_outputs=flags.round_outputs)
+    if flags.allow_fake and flags.format != "torchao":
+        raise UserError(f"--allow_fake contradicts --format {flags.format}: it is for torchao alone")
+    asked = {"round_outputs": flags.round_outputs, "allow_fake": flags.allow_fake}
+    run = replace(finished_run(flags.run, flags.data_dir), **asked)
     folder = flags.output_dir or flags.run / "export" / flags.format
     verdict = export(run, flags.format, folder, evaluate=not flags.no_evaluate)
     print_verdict(verdict)

@@ -37,6 +37,8 @@ class FinishedRun:
     """Replaces the --data_dir of the run, for data that has been moved."""
     round_outputs: bool = False
     """ONNX only: also quantize the outputs of convolutions to 8 bits."""
+    allow_fake: bool = False
+    """torchao only: export a run of which torchao runs no layer."""
 
     @cached_property
     def config(self) -> RunConfig:

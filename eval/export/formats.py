@@ -181,14 +181,33 @@ def load_onnx(run: FinishedRun, folder: Path) -> nn.Module:
     return OnnxModel(folder / ONNX, run.plan.data.kind)
 
 
-def write_torchao(run: FinishedRun, folder: Path) -> Written:
-    """Write a packed export that is loaded with torchao's weights, and note which layers torchao supports."""
-    from eval.packed_model import load_torchao
+ALLOW_FAKE = "torchao: also write a file of which torchao runs no layer: all layers then round in float32"
 
+
+def write_torchao(run: FinishedRun, folder: Path) -> Written:
+    """Write a packed export that is loaded with torchao's weights, and note which layers torchao supports.
+
+    Raises:
+        UserError: torchao runs none of the layers, and `run.allow_fake` does not ask for the file nevertheless.
+    """
+    from eval.packed_model import load_torchao
+    from quant.engines.table import ENGINES
+    from quant.export.torchao import mismatch
+    from quant.formats import FLOAT
+
+    quantized = {name: module for name, module in run.modules.items() if module.formats != (FLOAT, FLOAT)}
+    reasons = {name: mismatch(module) for name, module in quantized.items()}
+    if quantized and None not in reasons.values() and not run.allow_fake:
+        name, reason = next(iter(reasons.items()))
+        raise UserError(
+            f"--format torchao: torchao runs none of the {len(quantized)} quantized layers ({name}: {reason}); it runs "
+            f"Linear layers in {ENGINES['torchao'].choices()}; choose packed or onnx, or give --allow_fake for a file "
+            "that rounds in float32"
+        )
     written = write_packed(run, folder)
     _, layers = load_torchao(folder)
-    runs = sum(layer.as_chosen for layer in layers.values())
-    note = f"torchao runs {runs} of {len(layers)} layers; the file holds every weight in its own bits, torchao in bytes"
+    runs = sum(reason is None for reason in reasons.values())
+    note = f"torchao runs {runs} of {len(quantized)} layers; the file holds weights in their own bits, torchao in bytes"
     return replace(written, layers=layers, notes=(note,))
 
 

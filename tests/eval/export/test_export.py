@@ -213,9 +213,13 @@ def test_a_layer_called_with_keyword_arguments_is_timed_on_its_inputs():
     assert [torch.equal(read, 2 * x) for read in layer_calls(run, modules)["layer"]] == [True]
 
 
-def test_a_torchao_export_reports_the_supported_layers(folder, tmp_path):
+def test_a_torchao_export_of_which_torchao_runs_nothing_is_an_error_unless_asked_for(folder, tmp_path):
     pytest.importorskip("torchao")
-    verdict = export(finished_run(folder), "torchao", tmp_path / "ao")
+    with pytest.raises(UserError, match=r"torchao runs none of the \d+ quantized layers .*; it runs .*--allow_fake"):
+        export(finished_run(folder), "torchao", tmp_path / "ao")
+    assert not (tmp_path / "ao").exists()
+    verdict = export(replace(finished_run(folder), allow_fake=True), "torchao", tmp_path / "ao")
+    assert any("torchao runs 0 of" in note for note in verdict["notes"])
     before, after = (verdict["metrics"][name]["validation"]["accuracy"] for name in ("record", "exported"))
     assert before == after
     assert any("this is a Conv2d" in why for layer in verdict["layers"].values() for why in layer["why"])
