@@ -168,7 +168,7 @@ def generated(folder, kind):
     }
     model, tokenizer = readers[kind](folder), transformers.AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("the big dog", return_tensors="pt")
-    settings = transformers.GenerationConfig.from_pretrained(folder)  # beside GGUF, transformers does not read it itself
+    settings = transformers.GenerationConfig.from_pretrained(folder)  # transformers reads none beside GGUF
     assert (settings if kind == "gguf" else model.generation_config).repetition_penalty == 1.5
     written = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
     return tokenizer.decode(written[inputs["input_ids"].shape[1] :])
