@@ -189,10 +189,10 @@ def _operands(x: Tensor, scale: Tensor, params: Tensor, size: int, dim: int | No
 def _like(x: Tensor, rows: Tensor, dim: int | None) -> Tensor:
     """Return rows (rows, K) in the shape and memory order of x."""
     values = from_rows(rows, x.shape, dim)
-    like = torch.empty_like(x, dtype=values.dtype)
-    return (
-        values if values.stride() == like.stride() else like.copy_(values)
-    ).data  # a view cannot be changed in place
+    order = torch.empty_like(x, device="meta").stride()  # of a copy of x; allocating one takes longer than rounding
+    if values.stride() != order:
+        values = torch.empty_strided(x.shape, order, dtype=values.dtype, device=x.device).copy_(values)
+    return values.data  # a view cannot be changed in place
 
 
 def emulate_groups(x: Tensor, scale: Tensor, params: Tensor, size: int, dim: int | None) -> Tensor:
