@@ -10,6 +10,7 @@ from torch import nn
 from cost.profile import FileShare, LayerProfile
 from cost.units import CostType
 from quant.convert import Assignment
+from quant.engines.table import ENGINES
 from quant.errors import UserError
 from quant.formats import FLOAT, BlockFormat, Format, GroupFormat, IntFormat, parse_format, values_per_scale
 
@@ -76,6 +77,11 @@ def cost_of_bits(profiles: Sequence[LayerProfile], bits: Sequence[tuple[float, f
     if cost_type == "memory":
         return math.fsum(profile.params * weight for profile, (weight, _) in pairs) / MIB_BITS
     return math.fsum((profile.macs * weight + profile.attention * act) * act for profile, (weight, act) in pairs) / 1e9
+
+
+def charged_bits(profile: LayerProfile, weight: Format) -> float:
+    """Return the bits that a layer's weights are charged in a format: those in the file of its engine."""
+    return weight.bits if profile.engine is None else ENGINES[profile.engine].weight_bits(weight)
 
 
 def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, per_channel: bool = True) -> float:
@@ -230,7 +236,9 @@ def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tupl
     """Return (weight bits, activation bits) per profile."""
     if differing := sorted({profile.name for profile in profiles} ^ assignment.keys()):
         raise ValueError(f"layers with a profile or a format, but not both: {', '.join(differing)}")
-    return [(assignment[profile.name][0].bits, assignment[profile.name][1].bits) for profile in profiles]
+    return [
+        (charged_bits(profile, assignment[profile.name][0]), assignment[profile.name][1].bits) for profile in profiles
+    ]
 
 
 def _range_bytes(share: FileShare, weight: Format, activation: Format) -> float:

@@ -72,6 +72,8 @@ class LayerProfile:
     """An earlier layer with the same weight; `params` is 0 then, since the weight is charged there."""
     file: FileShare | None = None
     """With it, the memory of all layers is the size of a packed file, see `cost.file_scope`; None: of weights alone."""
+    engine: str | None = None
+    """Engine whose file the weights are charged in (`quant.engines.table`); None: by their formats alone."""
 
 
 def profile_model(
@@ -109,7 +111,7 @@ def profile_model(
             if module is not layers[name]:  # a layer that was replaced shares its hooks and may still be called
                 return
             # Counting on the output accounts for stride, padding, dilation and subclasses' own arithmetic.
-            positions[name] += output.numel() // (output.shape[-1] if _is_table(module) else _channels(module))
+            positions[name] += output.numel() // (output.shape[-1] if _is_table(module) else channels_of(module))
             calls[name] += 1
 
         return hook
@@ -134,7 +136,7 @@ def profile_model(
             macs=0 if name in tables else params[name] // experts_of(layer) * positions[name] // batch,
             params=0 if name in tied else params[name],
             positions=positions[name] // batch,
-            channels=_channels(layer) * experts_of(layer),
+            channels=channels_of(layer) * experts_of(layer),
             kind=next((name for name, kind in _KINDS.items() if isinstance(layer, kind)), "linear"),
             calls=calls[name],
             tied_to=tied.get(name),
@@ -213,7 +215,7 @@ def experts_of(layer: nn.Module) -> int:
     return layer.experts if isinstance(layer, ExpertLinear) else 1
 
 
-def _channels(layer: nn.Module) -> int:
+def channels_of(layer: nn.Module) -> int:
     """Return the channels with a weight scale: output channels, or the rows of an embedding."""
     names = ("out_channels", "out_features", "nf", "num_embeddings")
     return next(getattr(layer, name) for name in names if hasattr(layer, name))

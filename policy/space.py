@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost.cost import COSTS, cost_of_bits
+from cost.engine import RunsAs
 from cost.profile import LayerProfile
 from cost.units import CostType
 from quant.convert import Assignment
+from quant.engines.rules import UNQUANTIZED, Pair
 from quant.errors import UserError
-from quant.formats import FLOAT, Format, activation_format
+from quant.formats import FLOAT, Format, format_pairs
 from quant.quant_module import Reach, runs_in
 
 Partition: TypeAlias = Literal["layer", "single"] | Mapping[str, Collection[str]]
@@ -113,6 +114,7 @@ def build_space(
     tied: Iterable[Sequence[str]] = (),
     tables: Iterable[str] = (),
     caches: Mapping[str, Sequence[Format]] | None = None,
+    stores: RunsAs | None = None,
 ) -> SearchSpace:
     """Build the space in which each decision takes one of `formats` for weights and activations alike.
 
@@ -128,6 +130,8 @@ def build_space(
         tables: embeddings among the layers, which take the weight format of a choice alone.
         caches: caches of keys and values among the layers -> formats to choose from, see `quant.quant_cache`; each is a
             decision of its own. Where decisions have different numbers of choices, the last choice is repeated.
+        stores: the formats that an engine stores a layer in, see `cost.engine.stores`. They become the choices; of a
+            decision's layers, those that the engine stores all of them in.
 
     Raises:
         UserError: without layers, if both options are given, and for a partition with an empty block, an unknown
@@ -137,19 +141,34 @@ def build_space(
         raise UserError("there are no layers to search")
     if weight_only and separate_activations:
         raise UserError("weight-only search leaves activations in float: it has no separate activation formats")
-    choices: tuple[tuple[Format, Format], ...]
-    if weight_only:
-        choices = tuple((weight, FLOAT) for weight in formats)
-    elif separate_activations:
-        choices = tuple(itertools.product(formats, dict.fromkeys(map(activation_format, formats))))
-    else:
-        choices = tuple((weight, activation_format(weight)) for weight in formats)
+    choices = format_pairs(formats, weight_only, separate_activations)
     caches = caches or {}
     blocks = merge(_blocks([name for name in layer_names if name not in caches], partition), tied)
     decisions = [Decision(name, tuple(layers), choices) for name, layers in blocks.items()]
     decisions += [Decision(name, (name,), tuple((own, FLOAT) for own in formats)) for name, formats in caches.items()]
+    if stores is not None:
+        decisions = [_stored(decision, set(tables), stores) for decision in decisions]
     most = max(len(decision.choices) for decision in decisions)
     return SearchSpace(tuple(_padded(decision, most) for decision in decisions), dict.fromkeys(tables, "looked_up"))
+
+
+def _stored(decision: Decision, tables: Collection[str], stores: RunsAs) -> Decision:
+    """Return the decision with the choices in which an engine stores its layers; float if there are none.
+
+    Args:
+        decision: The decision.
+        tables: Embeddings, which take the weight format of a choice alone.
+        stores: The formats that the engine stores a layer in.
+    """
+    first = next((layer for layer in decision.layers if layer not in tables), decision.layers[0])
+    found = dict.fromkeys(stored for pair in decision.choices if (stored := stores(first, pair)) is not None)
+
+    def kept(layer: str, pair: Pair) -> bool:
+        own = stores(layer, pair)
+        return own is not None and own[0] == pair[0] and (layer in tables or own == pair)
+
+    shared = tuple(pair for pair in found if all(kept(layer, pair) for layer in decision.layers))
+    return replace(decision, choices=shared or (UNQUANTIZED,))
 
 
 def _padded(decision: Decision, size: int) -> Decision:

@@ -6,7 +6,9 @@ Sources: OCP MX v1.0 (block formats, FP8, FP6, FP4), IEEE 754 (fp16), bfloat16, 
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -386,6 +388,23 @@ def values_per_scale(format: Format) -> int | None:
 def activation_format(format: Format) -> Format:
     """Return the activation format that goes with a weight format: the same, but float for formats of weights only."""
     return FLOAT if isinstance(format, GroupFormat) else format
+
+
+def format_pairs(
+    formats: Sequence[Format], weight_only: bool = False, separate_activations: bool = False
+) -> tuple[tuple[Format, Format], ...]:
+    """Return the (weight format, activation format) pairs that a search space of formats means.
+
+    Args:
+        formats: Formats to choose from.
+        weight_only: Activations are in float.
+        separate_activations: Any weight format may go with the activation format of any other.
+    """
+    if weight_only:
+        return tuple((weight, FLOAT) for weight in formats)
+    if separate_activations:
+        return tuple(itertools.product(formats, dict.fromkeys(map(activation_format, formats))))
+    return tuple((weight, activation_format(weight)) for weight in formats)
 
 
 def parse_search_space(text: str) -> tuple[Format, ...]:

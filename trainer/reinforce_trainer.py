@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from policy.space import Partition, SearchSpace, build_space
 from quant.analysis.float_share import FloatShare, float_share
 from quant.analysis.reach import notes_on_reach, reach_of
 from quant.convert import Assignment, calibrate, check_tied, quantize_model, rounded_weights_cached, set_formats
+from quant.engines.table import ENGINES
 from quant.errors import NotFiniteError, UserError
-from quant.formats import Format, parse_search_space
+from quant.formats import Format, format_pairs, parse_search_space
 from quant.quant_module import QuantModule, Reach
 from trainer.search.config import ReinforceConfig
+from trainer.search.engine import check_choices, quantize_for, stored_in
 from trainer.search.evaluation_sizes import EvaluationSizes
 from trainer.search.evaluator import AssignmentEvaluator, quality
 from trainer.search.search_state import Phases, Search
@@ -123,7 +126,9 @@ class ReinforceTrainer(PickleFreeTrainer):
         _check_training_data(train_dataset, search is not None)
         formats = _parsed(search_space)
         if search is not None and modules is None:
-            modules = quantize_model(model, formats=formats)
+            pairs = format_pairs(formats, weight_only_search, separate_activations)
+            engine = ENGINES.get(search.engine or "")
+            modules = quantize_for(engine, model, pairs) if engine else quantize_model(model, formats=formats)
         self.modules = dict(modules or {})
         check_tied(self.modules, assignment or {})
         searching = search is not None and search.method == "search"
@@ -161,7 +166,11 @@ class ReinforceTrainer(PickleFreeTrainer):
                 )
             activations = weight_only_search, separate_activations
             tied = tied_in(self.profiles), tables_in(self.profiles)
-            space = build_space(list(self.modules), formats, partition, *activations, *tied, caches)
+            stores = stored_in(search.engine, self.modules)
+            space = build_space(list(self.modules), formats, partition, *activations, *tied, caches, stores)
+            if search.engine is not None:
+                check_choices(search.engine, space)
+                self.profiles = [replace(profile, engine=search.engine) for profile in self.profiles]
             phases = Phases.of(search, self._length.steps if searching else 0)
             evaluator = self._make_evaluator(search, space)
             self._searches = MultiTargetSearch(search, evaluator, self.profiles, limits, phases, args.seed)

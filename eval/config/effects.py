@@ -57,6 +57,7 @@ def _is_folder(config: RunConfig) -> bool:
 
 SEARCH = "a search: --search, --block_search or --single_decision"
 NEEDS = (
+    Need(("engine",), _quantizes, f"quantized layers: --bits B, or {SEARCH}"),
     Need(
         ("search_space", "weight_only_search", "separate_activations", "fuse_groups", "fuse_experts"),
         _chooses,

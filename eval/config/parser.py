@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 
 from eval.commands import command
 from eval.config.effects import reads_texts, without_idle
+from eval.config.engine import for_engine
 from eval.config.help import requested_help
 from eval.config.quant_yaml import quant_flags
 from eval.config.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
 from eval.config.validation import check_inside, validate
 from eval.run.full_disk import is_full_disk
+from quant.engines.table import ENGINES
 from quant.errors import UserError
 
 __all__ = ["RunConfig", "complete", "entry", "parse", "read_flags", "to_yaml", "validate"]
@@ -91,6 +93,7 @@ def complete(config: RunConfig) -> RunConfig:
     if config.method == "search":
         config = replace(config, search=True)
     validate(config)
+    config = for_engine(config)
     if config.target_bits is not None:
         config = replace(config, target_bits=",".join(f"{bits:.12g}" for bits in config.target_list))
     if config.chooses and config.cost_target is None and config.target_bits is None and config.max_drop is None:
@@ -111,7 +114,7 @@ def _default_target(config: RunConfig) -> dict[str, Any]:
     if given and (config.cost_type in given or config.cost_type == "memory"):
         kind = config.cost_type if config.cost_type in given else next(iter(given))
         return {"cost_type": kind, "cost_target": given[kind]}
-    bits = [f.bits for f in config.search_formats]
+    bits = config.charged_bits
     limited = bool(given) or config.max_latency is not None
     return {"target_bits": f"{max(bits) if limited else (min(bits) + max(bits)) / 2:g}"}
 
@@ -143,7 +146,14 @@ def read_flags(argv: Sequence[str]) -> RunConfig:
     """
     given = flags_given(argv)
     values = read_yaml(Path(given["config"]), "--config") if given.get("config") else {}
-    return read_values({**values, **given}, "flags")
+    return read_values(_with_default_space({**values, **given}), "flags")
+
+
+def _with_default_space(values: dict[str, Any]) -> dict[str, Any]:
+    """Add the search space of --engine where no formats are given."""
+    engine = ENGINES.get(str(values.get("engine")))
+    given = {"bits", "weight_bits", "activation_bits"} & values.keys()
+    return values if engine is None or given else {"search_space": engine.default_space, **values}
 
 
 def read_values(values: dict[str, Any], source: str) -> RunConfig:

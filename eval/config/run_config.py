@@ -14,7 +14,9 @@ from typing import Any
 from cost.units import UNITS
 from eval.config.files import is_path
 from quant.cache_formats import parse_cache_formats
-from quant.formats import Format, activation_format, parse_format, parse_search_space
+from quant.engines.rules import COMPUTING, Pair
+from quant.engines.table import ENGINES
+from quant.formats import Format, activation_format, format_pairs, parse_format, parse_search_space
 from quant.validation import OBSERVER_NAMES, WEIGHTS_ONLY
 
 LAUNCH_FILE, RUN_FILE = "launch.yaml", "config.yaml"
@@ -130,7 +132,14 @@ class SearchFlags:
     fuse_groups: bool = flag(
         False, "layers that engines run in one format share a decision: query, key, value; gate, up; residual sums"
     )
-    search_space: str = flag("4,8", "formats to choose from, e.g. 2,4,8 or int4,e2m1,e4m3")
+    search_space: str = flag(
+        "4,8", "formats to choose from, e.g. 2,4,8 or int4,e2m1,e4m3; with --engine: the engine's own default"
+    )
+    engine: str | None = flag(
+        None,
+        "what will run the result: layers choose among the formats that it stores, and cost what these take",
+        choices=list(ENGINES),
+    )
     weight_only_search: bool = flag(False, "search weight formats; activations stay in float")
     separate_activations: bool = flag(False, "weights and activations of a layer may differ")
     cost_type: str = flag("memory", "memory of the weights in MiB, or compute in GBOPs", choices=list(UNITS))
@@ -412,8 +421,27 @@ class RunConfig(
 
     @property
     def search_formats(self) -> tuple[Format, ...]:
-        """The formats of --search_space."""
-        return parse_search_space(self.search_space)
+        """The formats of --search_space; with --engine, those that it stores their weights in."""
+        if self.engine is None:
+            return parse_search_space(self.search_space)
+        return tuple(dict.fromkeys(weight for weight, _ in self.stored_pairs))
+
+    @property
+    def charged_bits(self) -> list[float]:
+        """Bits that a weight costs in each of `search_formats`."""
+        engine = ENGINES.get(self.engine or "")
+        return [format.bits if engine is None else engine.weight_bits(format) for format in self.search_formats]
+
+    @property
+    def search_pairs(self) -> tuple[Pair, ...]:
+        """The pairs (weights, activations) of --search_space."""
+        return format_pairs(parse_search_space(self.search_space), self.weight_only_search, self.separate_activations)
+
+    @property
+    def stored_pairs(self) -> list[Pair]:
+        """With --engine: the pairs that layers of any kind are stored and run in."""
+        pairs = self.search_pairs if self.chooses else [self.uniform_formats]
+        return ENGINES[str(self.engine)].stored(pairs, COMPUTING, self.per_token)
 
     @property
     def uniform_formats(self) -> tuple[Format, Format]:
@@ -470,7 +498,7 @@ class RunConfig(
         formats = None
         if self.method == "uniform" and not self.chooses:
             formats = "-".join(dict.fromkeys(f.name for f in self.uniform_formats))
-        words = [self.model_name, method, *self.fusions, formats, self.budget, f"s{self.seed}"]
+        words = [self.model_name, method, *self.fusions, self.engine, formats, self.budget, f"s{self.seed}"]
         return "-".join(safe_name(word) for word in words if word)
 
     @property

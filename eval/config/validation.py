@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 from eval.config.effects import check_effects
+from eval.config.engine import check_engine
 from eval.config.files import is_path
 from eval.config.quant_yaml import TENSOR_FLAGS, alpha_settings
 from eval.config.run_config import TUNE_FOLDER, RunConfig, name_of
@@ -241,23 +242,25 @@ def _check_formats(config: RunConfig) -> None:
     groups = [format for format in used if isinstance(format, GroupFormat) and not format.zero_point]
     if groups and not config.weight_symmetric:
         raise UserError(f"--no_weight_symmetric: {groups[0]} is symmetric; u{groups[0]} has zero points")
+    check_engine(config)
     if config.target_bits is not None:
-        _check_target_bits(config, [format.bits for format in formats])
+        _check_target_bits(config)
 
 
-def _check_target_bits(config: RunConfig, bits: Sequence[float]) -> None:
+def _check_target_bits(config: RunConfig) -> None:
     try:
         targets = config.target_list
     except ValueError:
         raise UserError(f"--target_bits {config.target_bits}: must be a number, or several with commas") from None
     if len(set(targets)) < len(targets):
         raise UserError(f"--target_bits {config.target_bits} names one twice")
-    low, high = min(bits), max(bits)
+    low, high = min(config.charged_bits), max(config.charged_bits)
+    where = "" if config.engine is None else f" in {config.engine}"
     for target in targets if config.cost_scope == "searched" else ():  # a file has more in it than weights
         if not low <= target <= high:
             raise UserError(
                 f"--target_bits {target:g} is out of reach: "
-                f"--search_space {config.search_space} costs {low:g} to {high:g} bits"
+                f"--search_space {config.search_space} costs {low:g} to {high:g} bits{where}"
             )
 
 

@@ -100,16 +100,20 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
     """
     from torch import nn
 
-    from cost.cost import cost_of_bits, memory_cost
+    from cost.cost import charged_bits, cost_of_bits, memory_cost
     from quant.formats import FLOAT, parse_format
 
     record = run.record
-    chosen = {name: (layer.weight.bits, layer.activation.bits) for name, layer in written.layers.items()}
+    profiles = run.profiles(evaluated)
+    profile_of = {profile.name: profile for profile in profiles}
+    chosen = {
+        name: (charged_bits(profile_of[name], layer.weight), layer.activation.bits)
+        for name, layer in written.layers.items()
+    }
     exported = {name: (layer.weight_bits, layer.activation_bits) for name, layer in written.layers.items()}
     # Most exports have no types for embeddings: their rounded values stay in float, which the verdict says.
     tables = {name for name, module in run.modules.items() if isinstance(module, nn.Embedding)}
     held = exported | {name: bits for name, bits in chosen.items() if name in tables}
-    profiles = run.profiles(evaluated)
     cached = {p.name: record["assignment"][p.name] for p in profiles if p.kind == "kv_cache"}  # no file holds them
     of_caches = {name: (parse_format(stored).bits, FLOAT.bits) for name, (stored, _) in cached.items()}
     chosen, exported, held = chosen | of_caches, exported | of_caches, held | of_caches

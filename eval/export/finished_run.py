@@ -109,6 +109,7 @@ class FinishedRun:
             LayerProfile(
                 *(layer["name"], layer["macs"], layer["params"], 0, 0, layer.get("kind", ""), 1),
                 file=FileShare(**layer["file"]) if "file" in layer else None,
+                engine=self.record.get("engine"),
             )
             for layer in self.record["layers"]
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from eval.config.effects import check_kind
 from eval.config.files import writing
 from eval.config.run_config import RunConfig
 from eval.modeling.places import saved_model, starting_model
+from eval.run.engine import engine_layers, storage_of
 from eval.run.limits import LIMIT_FLAGS, limits_of
 from quant.errors import UserError
 from quant.formats import FLOAT, Format
@@ -62,7 +63,10 @@ class Plan:
     def formats(self) -> tuple[Format, ...]:
         """Formats that layers may have, without float."""
         config = self.config
-        wanted = config.search_formats if config.chooses else config.uniform_formats
+        if config.engine is not None:
+            wanted = tuple(format for pair in config.stored_pairs for format in pair)
+        else:
+            wanted = config.search_formats if config.chooses else config.uniform_formats
         return tuple(dict.fromkeys(format for format in wanted if format != FLOAT))
 
 
@@ -84,6 +88,7 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     from eval.models import build_model, recompute_activations
     from quant.transforms.kv_cache import find_caches
     from quant.transforms.unfold import unfold
+    from trainer.search.engine import check_choices
     from trainer.training.progress import unheard
 
     check_phases(config)
@@ -118,14 +123,22 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     if config.offload_weights:
         offload(bundle.model, config)  # weights that have been made anew since
     layers = searched_layers(bundle.model, data.kind, config)
+    if config.engine is not None:
+        layers, notes = engine_layers(bundle.model, layers, config)
+        for note in notes:
+            logger.info(note)
+        bundle.notes += notes
     profiles = profile_model(bundle.model, prepared.example_inputs, layers, charge_attention=config.charge_attention)
     if takes_file(config):
         ranges = config.per_channel, not config.weight_symmetric, not config.per_token
         profiles = charge_file(profiles, bundle.model, *ranges)
     caches = find_caches(bundle.model, prepared.example_inputs) if config.quantize_kv_cache else []
     plan = Plan(config, data, bundle, prepared, layers, profiles, caches)
+    plan.profiles = [replace(profile, engine=config.engine) for profile in plan.profiles]
     plan.profiles += [cache_profile(cache, config.cache_tokens) for cache in caches if plan.cache_choices]
     plan.fused = fused(plan)
+    if config.engine is not None and config.chooses:
+        check_choices(config.engine, search_space(plan))
     budget(plan)
     return plan
 
@@ -302,7 +315,8 @@ def space_of(plan: Plan, partition: Partition) -> SearchSpace:
     activations = config.weight_only_search, config.separate_activations
     tied = tied_in(profiles), tables_in(profiles)
     names = [*plan.layers, *plan.cache_choices]
-    return build_space(names, config.search_formats, partition, *activations, *tied, plan.cache_choices)
+    stores = storage_of(plan.bundle.model, plan.layers, config)
+    return build_space(names, config.search_formats, partition, *activations, *tied, plan.cache_choices, stores)
 
 
 def partition(plan: Plan) -> Partition:

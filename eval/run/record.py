@@ -42,6 +42,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "task": config.task_name,
         "model": config.model_name,
         "method": config.method,
+        **({} if config.engine is None else {"engine": config.engine}),
         "seed": config.seed,
         "run_id": config.run_name,
         "cost_type": config.cost_type,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
+from eval.run.engine import storage_of
 from eval.run.limits import limits_of
 from eval.run.plan import Plan, count_steps, partition, search_settings
 from eval.run.sensitivities import keep_sensitivities
@@ -89,6 +90,8 @@ def make_trainer(
     caches = {name: as_layer(add_cache(plan.bundle.model, name)) for name in plan.cache_choices}
     if plan.formats and not config.chooses:
         assignment = dict.fromkeys(plan.layers, config.uniform_formats)
+        if (stores := storage_of(plan.bundle.model, plan.layers, config)) is not None:
+            assignment = {name: stores(name, pair) or pair for name, pair in assignment.items()}
     arguments = training_arguments(config)
     if config.save_strategy == "best":
         arguments.metric_for_best_model, arguments.greater_is_better = f"{next(iter(prepared.validation))}_loss", False

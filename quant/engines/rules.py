@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeAlias, get_args
 
 from quant.formats import FLOAT, FloatFormat, Format, GroupFormat, IntFormat, parse_format
 
-Kind: TypeAlias = Literal["linear", "conv", "depthwise", "embedding", "experts", "cache"]
-"""What a layer is to an engine; 'cache' stands for the keys and values of an attention."""
+Kind: TypeAlias = Literal["linear", "conv1d", "conv", "depthwise", "embedding", "experts", "cache"]
+"""What a layer is to an engine. conv1d: GPT-2's linear layer, weight (in, out); cache: keys and values."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+COMPUTING: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in ("embedding", "cache"))
+"""Kinds that multiply an input, which has a format as well."""
 Pair: TypeAlias = tuple[Format, Format]
 """(weight format, input format)."""
 UNQUANTIZED: Pair = (FLOAT, FLOAT)
@@ -77,6 +79,8 @@ class Engine:
     """Whether integer weights must have no zero point."""
     symmetric_inputs: bool | None = None
     """Whether integer inputs must have no zero point (True), must have one (False), or may have either (None)."""
+    takes_factors: bool = False
+    """Whether its file has a place for the factors of --smooth_quant and --gamma_migration."""
     whole_groups: bool = True
     """Whether groups must divide the rows of a weight."""
     group_scale_bits: int = 16
@@ -125,6 +129,11 @@ class Engine:
             and self.keeps(kind, (weight, activation), per_token, row)
         }
         return min(found, key=lambda stored: (self.weight_bits(stored[0]), stored[1].bits, str(stored)), default=None)
+
+    def stored(self, pairs: Iterable[Pair], kinds: Sequence[Kind] = KINDS, per_token: bool | None = None) -> list[Pair]:
+        """Return the different formats that layers of some kinds are stored in, if `pairs` are asked for."""
+        found = (self.stored_as(kind, pair, per_token) for pair in pairs for kind in kinds)
+        return list(dict.fromkeys(pair for pair in found if pair is not None))
 
     def weight_bits(self, weight: Format) -> float:
         """Return the bits that a weight takes in the engine's file, with its share of a group's scale."""

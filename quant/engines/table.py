@@ -12,9 +12,10 @@ INTS = tuple(f"int{width}" for width in range(2, 9))
 GROUPS = tuple(f"int{width}gN" for width in range(2, 9))
 POINTED_GROUPS = tuple(f"u{name}" for name in GROUPS)
 GROUPS_4_8 = ("int4gN", "int8gN", "uint4gN", "uint8gN")
-PRODUCTS: tuple[Kind, ...] = ("linear", "conv", "depthwise", "experts")
+PRODUCTS: tuple[Kind, ...] = ("linear", "conv1d", "conv", "depthwise", "experts")
 """Kinds that multiply their input by a weight."""
 LAYERS: tuple[Kind, ...] = (*PRODUCTS, "embedding")
+MATRICES: tuple[Kind, ...] = ("linear", "conv1d", "experts")
 
 ORT_TYPES = "ONNX opset 21, QuantizeLinear and DequantizeLinear; tried with onnxruntime 1.31.1, CPU"
 ORT_INTEGERS = "onnxruntime 1.31.1, MatMulInteger and QLinearConv; tried on the CPU"
@@ -31,6 +32,7 @@ VLLM_WNA16 = "vLLM, compressed_tensors/schemes/compressed_tensors_wNa16.py: 4 an
 CT = "compressed-tensors 0.20.0 with transformers: from_pretrained unpacks the weights (tried)"
 AO = "torchao 0.18.0, IntxUnpackedToInt8Tensor and Float8Tensor (tried)"
 AO_DYNAMIC = "torchao 0.18.0, IntxUnpackedToInt8Tensor with int8_asym_per_token (tried)"
+AO_CACHE = "the packed file keeps the formats of caches, whose values are rounded beside torchao"
 GGUF = "llama.cpp, ggml-common.h: block_q4_0, block_q4_1, block_q5_0, block_q8_0; gguf 0.19.0, GGMLQuantizationType"
 ET_STATIC = "ExecuTorch documentation, XNNPACK Quantization: 8-bit symmetric weights, 8-bit asymmetric inputs"
 ET_DYNAMIC = "ExecuTorch documentation, XNNPACK Quantization: int4 weights per axis or group, 8-bit dynamic inputs"
@@ -52,6 +54,7 @@ _ENGINES = (
             ),
         ),
         default_space="4,8",
+        takes_factors=True,
         whole_groups=False,
         group_scale_bits=32,
     ),
@@ -61,10 +64,10 @@ _ENGINES = (
         "2026.4.1",
         "onnx",
         (
-            Rule(("linear", "experts"), ("int8",), ("int8",), True, OV_INTEGERS),
+            Rule(MATRICES, ("int8",), ("int8",), True, OV_INTEGERS),
             Rule(("conv", "depthwise"), ("int8",), ("int4", "int8"), True, OV_INTEGERS),
-            Rule(("linear", "experts"), ("int4",), ("float", "int4", "int8"), True, OV_COMPRESSED),
-            Rule(("linear", "experts"), ("int8", "int4gN", "int8gN"), ("float",), True, OV_COMPRESSED),
+            Rule(MATRICES, ("int4",), ("float", "int4", "int8"), True, OV_COMPRESSED),
+            Rule(MATRICES, ("int8", "int4gN", "int8gN"), ("float",), True, OV_COMPRESSED),
             Rule(("embedding",), ("int4", "int8"), ("float",), True, OV_COMPRESSED),
             Rule(
                 ("conv", "depthwise"),
@@ -76,6 +79,7 @@ _ENGINES = (
             Rule(LAYERS, ("int16", "e4m3"), ("float",), False, OV_FLOAT),
         ),
         default_space="4,8",
+        takes_factors=True,
         group_scale_bits=32,
     ),
     Engine(
@@ -86,11 +90,12 @@ _ENGINES = (
         (
             Rule(PRODUCTS, ("int8",), ("int8",), True, TRT),
             Rule(PRODUCTS, ("e4m3",), ("e4m3",), True, TRT),
-            Rule(("linear", "experts"), ("int4g64", "int4g128"), ("float",), True, TRT_INT4),
+            Rule(MATRICES, ("int4g64", "int4g128"), ("float",), True, TRT_INT4),
         ),
         default_space="int8,float",
         symmetric_weights=True,
         symmetric_inputs=True,
+        takes_factors=True,
         group_scale_bits=32,
     ),
     Engine(
@@ -137,6 +142,7 @@ _ENGINES = (
         (
             Rule(("linear",), (*INTS, "e4m3", *GROUPS, *POINTED_GROUPS), ("float",), False, AO),
             Rule(("linear",), INTS, ("int8",), False, AO_DYNAMIC, per_token=True),
+            Rule(("cache",), (*INTS, "e4m3", "e5m2", "mxfp8", "mxfp4", "mxint8"), ("float",), False, AO_CACHE),
         ),
         default_space="4,8",
         symmetric_weights=True,

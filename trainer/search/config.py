@@ -12,6 +12,7 @@ from policy.allocators import Allocator
 from policy.budget import Budget, Limit
 from policy.reinforce import EntropySchedule
 from policy.space import SearchSpace, uniform_cost
+from quant.engines.table import ENGINES
 from quant.errors import UserError
 from quant.validation import check_choices
 
@@ -69,6 +70,8 @@ class ReinforceConfig:
     """Sensitivities that the starting policy follows; 'none' starts uniform."""
     contest: bool = True
     """Choose the best of policy, prior and their neighbours on held-out data; False: the policy's most probable one."""
+    engine: str | None = None
+    """Engine of the result, a key of `quant.engines.table.ENGINES`: layers choose what it stores, at its cost."""
     calibration_batches: int = 8
     """Training batches for calibrating ranges and batch norms."""
     sensitivity_examples: int | None = None
@@ -78,6 +81,8 @@ class ReinforceConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.engine is not None and self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         if isinstance(self.target_bits, list):
             object.__setattr__(self, "target_bits", tuple(self.target_bits))
         aims = {name: getattr(self, name) for name in ("cost_target", "target_bits", "max_drop")}
@@ -149,7 +154,8 @@ def resolve_target(
     Raises:
         UserError: if no assignment meets the budget; the message states the feasible range.
     """
-    weight_only = all(activation.name == "float" for _, activation in space.decisions[0].choices)
+    choices = (pair for decision in space.decisions for pair in decision.choices)
+    weight_only = all(activation.name == "float" for _, activation in choices)
     resolved = uniform_cost(profiles, bits, cost_type, weight_only) if target is None else target  # type: ignore[arg-type]
     low, high = space.cost_range(profiles, cost_type)
     slack = 1e-9 * high
@@ -175,5 +181,7 @@ def make_budget(
     """
     if config.max_drop is not None:
         bits = max(weight.bits for weight, _ in space.decisions[0].choices)
-    target = resolve_target(space, profiles, config.cost_type, config.cost_target, bits)
+    largest = config.max_drop is not None and config.engine is not None  # whose layers have choices of their own
+    target = space.cost_range(profiles, config.cost_type)[1] if largest else config.cost_target
+    target = resolve_target(space, profiles, config.cost_type, target, bits)
     return Budget.of(space, space.cost_table(profiles, config.cost_type), target, limits)
