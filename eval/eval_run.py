@@ -28,7 +28,7 @@ import yaml
 
 from eval.config.parser import entry, parse, to_yaml
 from eval.config.run_config import GRID_FLAGS, RUN_FILE, RunConfig
-from eval.export.reach import export_reach
+from eval.export.reach import engines_in_reach, export_reach
 from eval.launch.state import set_aside
 from eval.report.records import Excluded, read_run
 from eval.run.full_disk import is_full_disk
@@ -210,7 +210,8 @@ def write_result(
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
-    record = record | costs_of(plan, assignment, trainer.reach) | {"exports": export_reach(plan, modules)}
+    record = record | costs_of(plan, assignment, trainer.reach)
+    record |= {"exports": export_reach(plan, modules), "engines": engines_in_reach(plan, modules)}
     record |= cache_costs(plan)
     record["notes"] = [*record["notes"], *trainer.notes]
     if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):

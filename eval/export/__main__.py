@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from eval.config.files import writing
 from eval.config.parser import CommandParser, entry
 from eval.config.validation import check_one_of
+from eval.export.engine_reach import engine_reach
 from eval.export.finished_run import FinishedRun, finished_run
 from eval.export.formats import ALLOW_FAKE, EXPORT_FORMATS, ROUND_OUTPUTS, Written
 from eval.modeling.inputs import to_json
+from quant.engines.table import ENGINES
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 EXPORT_VERSION = 1
 """The schema_version of export.json, which is independent of the version of run records."""
+AUTO = "auto"
+"""--format that writes a file for every engine that runs the result."""
 MIB = 2**20
 MAX_METRIC_DROP = 0.01
 """Largest degradation of a metric in the exported file that is attributed to rounding."""
@@ -59,6 +63,8 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
 
     EXPORT_FORMATS[format].check_installed()
     with contextlib.ExitStack() as stack:
+        if not folder.parent.exists():
+            stack.callback(_remove_empty, folder.parent)
         with writing("output_dir", folder):
             if folder.exists():
                 raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")
@@ -84,6 +90,80 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
             write_atomically(place / "README.md", lambda path: Path(path).write_text(card))
             place.rename(folder)
     return verdict
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder if nothing is in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def export_for(run: FinishedRun, engine: str, folder: Path, evaluate: bool = True) -> dict[str, Any]:
+    """Export a run for an engine, see `export`.
+
+    Raises:
+        UserError: The engine does not run the formats of the run; the message names the first layers in its way.
+    """
+    found = engine_reach(run.model, run.modules)[engine]
+    if not found.runs_some:
+        raise UserError(
+            f"--engine {engine}: does not run what RUN_DIR {run.folder} has chosen: {found.obstacle}; search with "
+            f"--engine {engine}, or choose --format packed"
+        )
+    return export(run, export_format(engine), folder, evaluate)
+
+
+def export_format(engine: str) -> str:
+    """Return the export format that an engine reads. Raises UserError if no exporter writes it."""
+    format = ENGINES[engine].export
+    if format not in EXPORT_FORMATS:
+        raise UserError(f"--engine {engine}: it reads {format}, which is not written here; choose --format packed")
+    return format
+
+
+def export_all(run: FinishedRun, root: Path, evaluate: bool = True) -> list[dict[str, Any]]:
+    """Export a run in every format that an engine runs it from.
+
+    Args:
+        run: Run to export.
+        root: Folder that gets a folder for each format.
+        evaluate: Load the exported models again and evaluate them.
+
+    Returns:
+        One row per engine: engine, format, and either folder and verdict, or why there is no file for it.
+
+    Raises:
+        UserError: No engine runs the result, or a folder exists already.
+    """
+    reach = engine_reach(run.model, run.modules)
+    formats = dict.fromkeys(ENGINES[name].export for name, found in reach.items() if found.runs_some)
+    wanted = [format for format in formats if format in EXPORT_FORMATS]
+    if standing := [root / format for format in wanted if (root / format).exists()]:
+        raise UserError(f"--format auto: {standing[0]} exists already; choose another --output_dir or remove it")
+    written: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    for format in wanted:
+        try:
+            written[format] = export(run, format, root / format, evaluate)
+        except UserError as error:
+            failed[format] = str(error).removeprefix(f"--format {format}: ")
+    rows = []
+    for name, found in reach.items():
+        format = ENGINES[name].export
+        row: dict[str, Any] = {"engine": name, "format": format, "verdict": None, "folder": root / format, "why": None}
+        if not found.runs_some:
+            row["why"] = found.obstacle
+        elif format in written:
+            row["verdict"] = written[format]
+        else:
+            row["why"] = failed.get(format, f"{format} is not written here")
+        rows.append(row)
+    if not written:
+        reasons = dict.fromkeys(str(row["why"]).split(";")[0] for row in rows)
+        names = {why: ", ".join(row["engine"] for row in rows if str(row["why"]).startswith(why)) for why in reasons}
+        told = "; ".join(f"{engines}: {why}" for why, engines in names.items())
+        raise UserError(f"--format auto: no engine runs RUN_DIR {run.folder}: {told}; choose --format packed")
+    return rows
 
 
 def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -> dict[str, Any]:
@@ -236,6 +316,32 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     console.print("\n".join(["", *summary(verdict)]), markup=False)
 
 
+def print_engines(run: FinishedRun, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table with one row per engine: its file, or why there is none."""
+    from rich.console import Console
+
+    from eval.report.tables import Column, Table, print_table
+
+    def size(row: Mapping[str, Any]) -> str:
+        return "" if row["verdict"] is None else f"{row['verdict']['size']['file_bytes']:,}"
+
+    def quality(row: Mapping[str, Any]) -> str:
+        exported = (row["verdict"] or {}).get("metrics", {}).get("exported") or {}
+        return "  ".join(f"{metrics[run.record['metric']]:.5g}" for metrics in exported.values())
+
+    columns = [
+        Column("engine", lambda row: row["engine"]),
+        Column("format", lambda row: row["format"]),
+        Column("bytes", size),
+        Column(run.record["metric"], quality),
+        Column("file", lambda row: f"no: {row['why']}" if row["verdict"] is None else str(row["folder"])),
+    ]
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=10_000)
+    print_table(Table(f"{run.record['run_id']} for each engine", columns, list(rows)), console)
+
+
 def metric_drop_warnings(record: dict[str, Any], exported: dict[str, dict[str, float]]) -> list[str]:
     """Return a warning for each split whose main metric is worse in the file by more than `MAX_METRIC_DROP`."""
     from eval.report.records import lower_is_better
@@ -258,8 +364,12 @@ def _flags(argv: Sequence[str]) -> Namespace:
     )
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder of a finished run")
-    add("--format", required=True, help=f"what to write: {', '.join(EXPORT_FORMATS)}")
-    add("--output_dir", type=Path, help="where to write (default: RUN_DIR/export/FORMAT)")
+    add(
+        "--format",
+        help=f"what to write: {', '.join(EXPORT_FORMATS)}; auto: a file for every engine that runs the result",
+    )
+    add("--engine", help=f"write what this engine reads, if it runs the result: {', '.join(ENGINES)}")
+    add("--output_dir", type=Path, help="where to write (default: RUN_DIR/export/FORMAT; auto: RUN_DIR/export)")
     add("--data_dir", help="where the run's data stands now")
     add("--no_evaluate", action="store_true", help="do not read the export back and evaluate it")
     add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)
@@ -267,18 +377,38 @@ def _flags(argv: Sequence[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
+def _check_target(flags: Namespace) -> None:
+    """Check --format and --engine, and fill in the format of the engine."""
+    if flags.engine is not None:
+        check_one_of("--engine", flags.engine, ENGINES)
+        own = export_format(flags.engine)
+        if flags.format not in (None, own):
+            raise UserError(f"--format {flags.format} contradicts --engine {flags.engine}: it reads {own}")
+        flags.format = own
+    if flags.format is None:
+        raise UserError(f"--format is missing; choices: {', '.join([*EXPORT_FORMATS, AUTO])}, or --engine NAME")
+    check_one_of("--format", flags.format, [*EXPORT_FORMATS, AUTO])
+
+
 def main(argv: Sequence[str]) -> int:
     """Export a run and print the verdict and the folder. Returns the exit code."""
     flags = _flags(argv)
-    check_one_of("--format", flags.format, EXPORT_FORMATS)
+    _check_target(flags)
     if flags.round_outputs and flags.format != "onnx":
         raise UserError(f"--round_outputs contradicts --format {flags.format}: it is for onnx alone")
     if flags.allow_fake and flags.format != "torchao":
         raise UserError(f"--allow_fake contradicts --format {flags.format}: it is for torchao alone")
     asked = {"round_outputs": flags.round_outputs, "allow_fake": flags.allow_fake}
     run = replace(finished_run(flags.run, flags.data_dir), **asked)
+    if flags.format == AUTO:
+        rows = export_all(run, flags.output_dir or flags.run / "export", evaluate=not flags.no_evaluate)
+        print_engines(run, rows)
+        return 0
     folder = flags.output_dir or flags.run / "export" / flags.format
-    verdict = export(run, flags.format, folder, evaluate=not flags.no_evaluate)
+    if flags.engine is None:
+        verdict = export(run, flags.format, folder, evaluate=not flags.no_evaluate)
+    else:
+        verdict = export_for(run, flags.engine, folder, evaluate=not flags.no_evaluate)
     print_verdict(verdict)
     print(f"export: {folder}")
     return 0

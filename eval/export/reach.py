@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from eval.export.engine_reach import engine_reach
 from eval.export.formats import EXPORT_FORMATS, HOLD_CACHES, NO_CACHE
 from quant.engines.table import ENGINES
 from quant.errors import UserError
@@ -33,6 +34,34 @@ def export_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, st
     if not all(map(is_cached, placed_sites(plan.bundle.model))):
         return dict.fromkeys(EXPORT_FORMATS, "it has no place for what is quantized besides layers")
     return {name: _why_not(name, plan, modules) for name in EXPORT_FORMATS}
+
+
+def engines_in_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, dict[str, Any]]:
+    """Return for each engine whether it runs the formats of the layers as chosen, and what stands in the way.
+
+    Args:
+        plan: Plan of the run.
+        modules: Its quantized layers by name.
+
+    Returns:
+        Engine -> the entry of the record; empty for a float run.
+    """
+    if not modules:
+        return {}
+    found = engine_reach(plan.bundle.model, modules, fused_in(plan, modules))
+    return {name: reach.to_json() for name, reach in found.items()}
+
+
+def fused_in(plan: Plan, modules: Mapping[str, QuantModule]) -> list[list[str]]:
+    """Return the names of layers that read the same tensor, which some engines run as one; of transformers' models."""
+    from transformers import PreTrainedModel
+
+    from eval.layers.fused_groups import fused_groups
+
+    if not isinstance(plan.bundle.model, PreTrainedModel):
+        return []
+    inputs = {name: x for name, x in plan.prepared.example_inputs.items() if name != "labels"}
+    return [list(group) for group in fused_groups(plan.bundle.model, modules, inputs).values()]
 
 
 def _why_not(name: str, plan: Plan, modules: Mapping[str, QuantModule]) -> str | None:
@@ -66,7 +95,6 @@ def _torchao(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
 def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
     from transformers import PreTrainedModel
 
-    from eval.layers.fused_groups import fused_groups
     from quant.export.compressed_tensors import check_fused, mismatches
     from quant.transforms.migration import added
 
@@ -74,8 +102,7 @@ def _compressed(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
         raise UserError("it needs a model of transformers")
     if added(plan.bundle.model).factors:
         raise UserError("it has no place for the factors of --gamma_migration or --smooth_quant")
-    inputs = {name: x for name, x in plan.prepared.example_inputs.items() if name != "labels"}
-    check_fused(fused_groups(plan.bundle.model, modules, inputs).values(), modules)
+    check_fused(fused_in(plan, modules), modules)
     return sum(reason is None for reason in mismatches(modules).values())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.commands import command
+from quant.engines.table import ENGINES
 
 FLOAT_BITS = 16
 """Bits that the cost charges for a weight in float."""
@@ -18,6 +19,8 @@ COUNTED = {
 """`cost_scope` of a record -> what its cost counts."""
 FILE = f"file: the whole model, with scales and embeddings; what stays in float counts {FLOAT_BITS} bits a number"
 """Caption of tables and figures."""
+MOST_OBSTACLES = 3
+"""Lines at the end of a run about what stands in the way of engines; the record has the rest."""
 CRITERIA = {"divergence": "distance from the float model's answers", "loss": "loss"}
 """`contest.judged_by` of a record -> name of the degradation that was compared on held-out data."""
 
@@ -114,13 +117,33 @@ def cache_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def export_lines(record: Mapping[str, Any], folder: Path) -> str | None:
-    """Return lines about the exports that keep all formats, the others, and the command; None for a float run."""
+    """Return lines about where a run's result runs, what stands in the way, and the command; None for a float run."""
     reach = record.get("exports")
     if not reach:
         return None
     complete = [name for name, why in reach.items() if why is None]
-    incomplete = [f"{name}: {why}" for name, why in reach.items() if why is not None]
+    engines = record.get("engines") or {}
+    running = [name for name, found in engines.items() if found["as_chosen"]]
+    lines = [
+        f"runs as chosen in: {', '.join(running) or 'no engine'}; files that hold it: {', '.join(complete) or 'none'}"
+    ]
+    lines += _obstacles(engines if record.get("engine") is None else {record["engine"]: engines[record["engine"]]})
     best = "onnx" if "onnx" in complete else next(iter(complete), None)
-    line = f"runs as chosen in: {', '.join(complete) or 'no export'}"
-    line += f"; in part or not: {'; '.join(incomplete)}" if incomplete else ""
-    return line if best is None else f"{line}\nexport: {command('mpq-export', folder, '--format', best)}"
+    if len({ENGINES[name].export for name in running}) > 1:
+        best = "auto"
+    if record.get("engine") in running:
+        lines.append(f"export: {command('mpq-export', folder, '--engine', record['engine'])}")
+    elif best is not None:
+        lines.append(f"export: {command('mpq-export', folder, '--format', best)}")
+    return "\n".join(lines)
+
+
+def _obstacles(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a line for each reason why engines do not run a result as chosen, with the engines that it is of."""
+    by_reason: dict[str, list[str]] = {}
+    for name, found in engines.items():
+        if not found["as_chosen"]:
+            by_reason.setdefault(found["obstacle"], []).append(name)
+    lines = [f"in the way of {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    more = [name for names in [*by_reason.values()][MOST_OBSTACLES:] for name in names]
+    return lines[:MOST_OBSTACLES] + ([f"for {', '.join(more)}, see engines in result.json"] if more else [])

@@ -1,0 +1,163 @@
+"""Which engines run the layers of a model as their formats were chosen, and what stands in the way of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quant.engines.rules import UNQUANTIZED, Engine
+from quant.engines.table import ENGINES
+from quant.formats import FLOAT, IntFormat
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quant.quant_module import QuantModule
+
+SHOWN = 2
+"""Layers that a line names."""
+
+
+@dataclass(frozen=True)
+class EngineReach:
+    """How far an engine runs a model as chosen."""
+
+    layers: int
+    """Quantized layers of the model."""
+    in_the_way: dict[str, str]
+    """Layers that do not run as chosen -> why."""
+    refused: dict[str, str]
+    """Those of them that do not run at all -> why; the others run in wider formats, or in float."""
+    why: str | None = None
+    """Why the engine cannot read the model, whatever the formats are."""
+
+    @property
+    def as_chosen(self) -> bool:
+        """Whether the engine runs every layer as chosen."""
+        return self.why is None and not self.in_the_way
+
+    @property
+    def runs_some(self) -> bool:
+        """Whether the engine runs a quantized layer as chosen, and none of the others is in its way."""
+        return self.refusal is None and (not self.layers or len(self.in_the_way) < self.layers)
+
+    @property
+    def obstacle(self) -> str | None:
+        """What stands in the way, with the first layers; None if nothing does."""
+        return self.why or _told(self.in_the_way, self.layers)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why a file for the engine cannot be made; None if it can, though some layers may run in wider formats."""
+        return self.why or _told(self.refused, self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of the record."""
+        return {"as_chosen": self.as_chosen, "obstacle": self.obstacle, "layers_in_the_way": self.in_the_way}
+
+
+def engine_reach(
+    model: nn.Module, modules: Mapping[str, QuantModule], fused: Iterable[Iterable[str]] = ()
+) -> dict[str, EngineReach]:
+    """Return for each engine how far it runs a model as chosen.
+
+    Args:
+        model: The model.
+        modules: Its quantized layers by name, in their formats.
+        fused: Names of layers that read the same tensor, for each such tensor; none: not looked at.
+    """
+    groups = [list(group) for group in fused]
+    return {name: _reach(engine, model, modules, groups) for name, engine in ENGINES.items()}
+
+
+def writer_of(engine: Engine) -> Engine:
+    """Return the engine that the files of an engine's export are first of all written for: the first of the table."""
+    return next(other for other in ENGINES.values() if other.export == engine.export)
+
+
+def _reach(engine: Engine, model: nn.Module, modules: Mapping[str, QuantModule], fused: list[list[str]]) -> EngineReach:
+    in_the_way, refused = {}, {}
+    for name, module in modules.items():
+        reason, runs = _of_layer(engine, module)
+        if reason is not None:
+            in_the_way[name] = reason
+        if not runs:
+            refused[name] = str(reason)
+    if engine.fuses:
+        for group in fused:
+            formats = {modules[name].formats for name in group if name in modules}
+            if len(formats) > 1:
+                refused |= dict.fromkeys(group, "it fuses them, and they do not share formats (--fuse_groups)")
+    return EngineReach(len(modules), in_the_way | refused, refused, _obstacle(engine, model))
+
+
+def _of_layer(engine: Engine, module: QuantModule) -> tuple[str | None, bool]:
+    """Return why a layer does not run as chosen (None if it does), and whether it runs at all."""
+    from cost.engine import layer_kind, row_of
+
+    pair = module.formats
+    if pair == UNQUANTIZED:
+        return None, True
+    kind, row = layer_kind(module), row_of(module)
+    per_token = module.input_quantizer.config.granularity == "token"
+
+    if grid := _wrong_grid(engine, module):
+        return grid, False
+    if engine.keeps(kind, pair, per_token, row):
+        return None, True
+    in_file = writer_of(engine).stored_as(kind, pair, per_token, row) or UNQUANTIZED
+    shown = "/".join(map(str, pair))
+    if in_file == UNQUANTIZED or not engine.keeps(kind, in_file, per_token, row):
+        runs = in_file == UNQUANTIZED
+        return f"it has no {shown} for {kind} layers" + ("; float in the file" if runs else ""), runs
+    return f"{shown} is stored as {'/'.join(map(str, in_file))}", True
+
+
+def _wrong_grid(engine: Engine, module: QuantModule) -> str | None:
+    """Return which zero points of a layer the engine does not take; None if it takes all."""
+    weight, activation = module.formats
+    weights, inputs = module.weight_quantizer.config, module.input_quantizer.config
+    if engine.symmetric_weights and isinstance(weight, IntFormat) and not weights.symmetric:
+        return "weights have a zero point"
+    if inputs.granularity == "channel" and activation != FLOAT:
+        return "inputs have a scale per channel"
+    if not isinstance(activation, IntFormat) or engine.symmetric_inputs is None:
+        return None
+    if inputs.learned_offset:
+        return "inputs have a learned offset"
+    if engine.symmetric_inputs != inputs.symmetric:
+        return "inputs have a zero point" if engine.symmetric_inputs else "inputs have no zero point"
+    return None
+
+
+def _obstacle(engine: Engine, model: nn.Module) -> str | None:
+    """Return why an engine cannot read a model, whatever its formats are; None if it can."""
+    from transformers import PreTrainedModel
+
+    from quant.transforms.kv_cache import caches_of
+    from quant.transforms.migration import added
+    from quant.transforms.placement import is_cached, placed_sites
+
+    if not all(map(is_cached, placed_sites(model))):
+        return "it has no place for what is quantized besides layers"
+    if caches_of(model) and not any("cache" in rule.kinds for rule in engine.rules):
+        return "it has no place for the format of --quantize_kv_cache"
+    if engine.export == "compressed-tensors" and not isinstance(model, PreTrainedModel):
+        return "it needs a model of transformers"
+    if not engine.takes_factors and added(model).factors:
+        return "it has no place for the factors of --gamma_migration or --smooth_quant"
+    return None
+
+
+def _told(reasons: Mapping[str, str], layers: int) -> str | None:
+    """Return one text about the layers in the way: how many, why, and the first of them."""
+    if not reasons:
+        return None
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    reason, names = max(by_reason.items(), key=lambda found: len(found[1]))
+    shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+    others = len(reasons) - len(names)
+    return f"{len(names)} of {layers} layers: {reason} ({shown})" + (f"; {others} others" if others else "")
