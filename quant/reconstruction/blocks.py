@@ -92,8 +92,6 @@ def _stop_at_head(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Rem
     """Stop a forward pass at an output embedding that is none of the layers: its logits can outweigh the model."""
     find: Any = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
-    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
-    head = None if output_embeddings is None else output_embeddings()
     if not isinstance(head, nn.Module) or head in layers.values():
         return []
 
