@@ -24,7 +24,7 @@ from benchmarks.contest import around
 from benchmarks.quality import parse_for_rows, searching
 from quant.convert import calibrate, set_formats
 from trainer.reinforce_trainer import ReinforceTrainer
-from trainer.search.baselines import allocate
+from trainer.search.baselines import allocator
 from trainer.training.batch_norm import statistics_of_batch
 from trainer.training.distillation import class_logits, divergence
 
@@ -70,7 +70,7 @@ def measured(name: str, arguments: argparse.Namespace) -> tuple[NDArray[np.float
     seed = arguments.seed
     trainer = searching(name, arguments.shared, arguments.output_root_dir, seed, f"foresight-s{seed}")
     calibrate(trainer.model, trainer.modules, trainer.calibration_batches())
-    chosen = tuple(allocate("measured", trainer.evaluator, trainer.budget, seed))
+    chosen = tuple(allocator("measured", trainer.evaluator, seed)(trainer.budget))
     start = copy.deepcopy(trainer.model.state_dict())
     loader = trainer.get_train_dataloader()
     batches = [trainer._prepare_inputs(batch) for batch in islice(_again(loader), arguments.steps)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,29 +23,32 @@ from trainer.training.distributed import of_first_process
 from trainer.training.progress import Passes
 
 
-def allocate(method: str, evaluator: AssignmentEvaluator, budget: Budget, seed: int) -> list[int]:
-    """Return the choice of a competing method within the budget.
+def allocator(method: str, evaluator: AssignmentEvaluator, seed: int) -> Callable[[Budget], list[int]]:
+    """Return the function of a competing method from a budget to the choice within it, having measured once for all.
 
     Args:
         method: one of `policy.allocators.Allocator`.
         evaluator: model, layers and held-out data.
-        budget: limits that the choice has to meet.
         seed: seed of random choices and random vectors.
     """
     match method:
         case "uniform":
-            return best_uniform(budget)
+            return best_uniform
         case "head_tail":
-            return head_tail(budget)
+            return head_tail
         case "random":
-            return random_choice(budget, np.random.default_rng(seed))
+            return lambda budget: random_choice(budget, np.random.default_rng(seed))
         case "greedy":
-            return greedy(evaluator.measure("errors").mean, budget)
+            return partial(greedy, evaluator.measure("errors").mean)
         case "exhaustive":
-            choices = list(budget.all_fitting())
-            evaluator.passes = Passes("judging every assignment", len(choices) * evaluator.sizes.passes)
-            return list(choices[int(evaluator.evaluate_assignments(choices)[:, 0].mean(1).argmin())])
-    return least_degradation(sensitivities(method, evaluator, seed), budget)
+            return partial(_best_of_all, evaluator)
+    return partial(least_degradation, sensitivities(method, evaluator, seed))
+
+
+def _best_of_all(evaluator: AssignmentEvaluator, budget: Budget) -> list[int]:
+    choices = list(budget.all_fitting())
+    evaluator.passes = Passes("judging every assignment", len(choices) * evaluator.sizes.passes)
+    return list(choices[int(evaluator.evaluate_assignments(choices)[:, 0].mean(1).argmin())])
 
 
 def sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from policy.space import SearchSpace
 from quant.convert import set_formats
 from quant.formats import Format
 from quant.quant_module import Reach, runs_in
-from trainer.search.baselines import allocate, propose, sensitivities
+from trainer.search.baselines import allocator, propose, sensitivities
 from trainer.search.config import ReinforceConfig, make_budget
 from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, optimality_report
 from trainer.search.evaluator import AssignmentEvaluator
@@ -123,8 +123,9 @@ class MultiTargetSearch:
         self.evaluator.find_reference_loss()
         config = self.config
         if config.method != "search":
+            choose = allocator(config.method, self.evaluator, self.seed)
             for target in self.targets:
-                target.assignment = self._agreed(allocate(config.method, self.evaluator, target.limits, self.seed))
+                target.assignment = self._agreed(choose(target.limits))
             return
         prior = config.policy_prior
         table = None if prior == "none" else sensitivities(prior, self.evaluator, self.seed)

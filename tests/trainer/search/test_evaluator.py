@@ -11,7 +11,7 @@ from cost.profile import profile_model
 from policy.space import build_space
 from quant.convert import calibrate, get_formats, quantize_model
 from quant.formats import parse_search_space
-from trainer.search.baselines import allocate
+from trainer.search.baselines import allocator
 from trainer.search.config import ReinforceConfig, make_budget
 from trainer.search.evaluation_sizes import EvaluationSizes
 from trainer.search.evaluator import AssignmentEvaluator
@@ -71,8 +71,22 @@ def test_more_bits_degrade_less_and_the_same_seed_reads_the_same_examples(toy):
 def test_competitors_need_an_evaluator_a_budget_and_a_seed(toy, method):
     evaluator, profiles = toy
     budget = make_budget(ReinforceConfig(target_bits=4), evaluator.space, profiles, 4, ())
-    choice = allocate(method, evaluator, budget, seed=0)
-    assert budget.fits(choice) and choice == allocate(method, evaluator, budget, seed=0)
+    choice = allocator(method, evaluator, seed=0)(budget)
+    assert budget.fits(choice) and choice == allocator(method, evaluator, seed=0)(budget)
+
+
+@pytest.mark.parametrize("method", ["measured", "greedy", "fisher"])
+def test_competitors_measure_once_for_all_budgets(toy, method):
+    evaluator, profiles = toy
+    config, told = ReinforceConfig(method=method, target_bits=(3, 4, 5)), []
+    alone = [
+        allocator(method, evaluator, 0)(make_budget(config, evaluator.space, profiles, bits, ())) for bits in (3, 5)
+    ]
+    evaluator.tell = lambda phase, done=0, *_: told.append(done)
+    searches = MultiTargetSearch(config, evaluator, profiles, (), Phases(0, 0, 0), 0)
+    searches.prepare()
+    chosen = [evaluator.space.choice(target.assignment) for target in searches.targets]
+    assert [list(chosen[0]), list(chosen[2])] == alone and told.count(0) == 1
 
 
 def test_a_search_is_driven_without_a_trainer(toy):
