@@ -281,7 +281,7 @@ def final_assignment(plan: Plan, trainer: ReinforceTrainer) -> dict[str, tuple[F
 def save_result(
     plan: Plan, modules: dict[str, QuantModule], assignment: dict[str, tuple[Format, Format]], own: Path
 ) -> None:
-    """Save the trained model in the folder of the run and to --save_model_path.
+    """Save the trained model in the folder of the run and to --save_model_path; with all budgets, if there are several.
 
     Args:
         plan: Plan of the run.
@@ -289,14 +289,18 @@ def save_result(
         assignment: Layer name -> (weight format, activation format).
         own: Folder of the model within the folder of the run.
     """
+    from eval.budgets import write_budgets
     from eval.run.plan import inputs_of
     from eval.saved_model import save_model
 
     inputs = inputs_of(plan)
+    others = {bits: folder / "model" for bits, folder in plan.config.smaller_targets.items()}
     folders: Sequence[str | Path | None] = (own, plan.config.save_model_path)
     for folder in folders:
         if folder is not None:
             save_model(Path(folder), plan.config, plan.bundle, modules, assignment, plan.data.num_labels, inputs)
+            if others:
+                write_budgets(Path(folder), plan.config.target_list[-1], others)
 
 
 def refuse_finished(config: RunConfig) -> None:

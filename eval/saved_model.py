@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from eval.budgets import attach_budgets, set_budget
 from eval.modeling.inputs import ModelInputs, to_json
 from eval.modeling.text_nets import CandidateScorer
 from quant.convert import Assignment
@@ -71,17 +72,21 @@ def name_classes(path: Path, settings: PretrainedConfig) -> None:
     write_json(path, classes | json.loads(path.read_text()))
 
 
-def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load_model(folder: str | Path, model: nn.Module | None = None, *, target_bits: float | None = None) -> nn.Module:
     """Load a saved model in eval mode, with its layers in the chosen formats.
+
+    The model of a run with several `--target_bits` has `budgets`, their bits, and `set_budget(bits)`, which switches
+    between them at run time.
 
     Args:
         folder: the folder of a finished run, its `model` folder, or one that a trainer's `save_model` wrote.
         model: a float model of the same architecture, which is quantized in place. Needed for an architecture that
             cannot be built by name.
+        target_bits: one of the budgets of a run with several; None: the largest.
 
     Raises:
-        UserError: if the folder holds no saved model or a damaged one, if `model` is needed, or if `model` has another
-            architecture.
+        UserError: if the folder holds no saved model or a damaged one, if `model` is needed, if `model` has another
+            architecture, or if the run has no such budget.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -104,6 +109,9 @@ def load_model(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     except (UserError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: was saved from a model other than this {type(model).__name__}: {reason}") from None
+    attach_budgets(model, folder)
+    if target_bits is not None:
+        set_budget(model, target_bits)
     return model.eval()
 
 

@@ -153,7 +153,7 @@ class SearchFlags:
     target_bits: str | None = flag(
         None,
         "budget as the cost of that many bits in every searched layer; default: the middle of the search space; "
-        "a comma list trains one model for several budgets, with a record each",
+        "a comma list or a range (2.5:6:0.5) trains one model for several budgets, with a record each",
     )
     max_memory: float | None = flag(None, "hard limit on the weights' memory in MiB, beside or instead of a target")
     max_compute: float | None = flag(None, "hard limit on the compute in GBOPs, beside or instead of a target")
@@ -480,12 +480,13 @@ class RunConfig(
 
     @property
     def target_list(self) -> tuple[float, ...]:
-        """The budgets of --target_bits in ascending order.
+        """The budgets of --target_bits in ascending order; 2.5:6:0.5 stands for 2.5, 3, ... 6.
 
         Raises:
-            ValueError: if one is not a number.
+            ValueError: if one is not a number, or a range is empty.
         """
-        return tuple(sorted(float(bits) for bits in (self.target_bits or "").split(",") if bits.strip()))
+        entries = [entry.split(":") for entry in (self.target_bits or "").split(",") if entry.strip()]
+        return tuple(sorted(bits for entry in entries for bits in _spread(*map(float, entry))))
 
     @property
     def run_name(self) -> str:
@@ -520,6 +521,19 @@ class RunConfig(
     def smaller_targets(self) -> dict[float, Path]:
         """Maps each budget of --target_bits, except the largest, to the sub-folder that holds its record."""
         return {bits: self.run_folder / f"{bits:g}b" for bits in self.target_list[:-1]}
+
+
+MOST_BUDGETS = 100
+"""Largest number of steps in a range of --target_bits."""
+
+
+def _spread(low: float, high: float | None = None, step: float = 1.0) -> list[float]:
+    """Return low, low + step, ... up to high, free of the rounding errors of a sum; [low] without high."""
+    if high is None:
+        return [low]
+    if not (low < high and 0 < (high - low) / step <= MOST_BUDGETS):
+        raise ValueError(f"{low:g}:{high:g}:{step:g} holds no numbers, or too many")
+    return [round(low + step * turn, 9) for turn in range(int((high - low) / step + 1e-9) + 1)]
 
 
 def safe_name(text: str) -> str:

@@ -250,8 +250,10 @@ def _check_formats(config: RunConfig) -> None:
 def _check_target_bits(config: RunConfig) -> None:
     try:
         targets = config.target_list
-    except ValueError:
-        raise UserError(f"--target_bits {config.target_bits}: must be a number, or several with commas") from None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"--target_bits {config.target_bits}: must be a number, several with commas, or a range LOW:HIGH:STEP"
+        ) from None
     if len(set(targets)) < len(targets):
         raise UserError(f"--target_bits {config.target_bits} names one twice")
     low, high = min(config.charged_bits), max(config.charged_bits)
