@@ -241,6 +241,7 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
                 "bits": [layer.weight_bits, layer.activation_bits],
                 "as_chosen": layer.as_chosen,
                 "why": list(layer.why),
+                **({"engine": layer.engine} if layer.engine else {}),
             }
             for name, layer in written.layers.items()
         },
@@ -307,6 +308,7 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         Column("chosen", lambda row: "/".join(row["chosen"])),
         Column("exported", lambda row: "/".join(row["exported"])),
         Column("bits", lambda row: "/".join(f"{bits:g}" for bits in row["bits"])),
+        *([Column("engine", lambda row: row.get("engine", ""))] if any("engine" in row for row in rows) else []),
         Column("verdict", lambda row: "as chosen" if row["as_chosen"] else "; ".join(row["why"])),
     ]
     console = Console(highlight=False)

@@ -231,7 +231,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from eval.export.onnx_inputs import example
     from eval.layers.fused_groups import fused_groups
     from eval.saved_model import build_architecture, name_classes
-    from quant.export.compressed_tensors import check_fused, export_compressed
+    from quant.export.compressed_tensors import BLOCK_SCHEMES, TRANSFORMERS, check_fused, export_compressed
     from quant.transforms.migration import added
     from trainer.training.quantization_file import QUANTIZATION
 
@@ -256,14 +256,26 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     name_classes(folder / "config.json", plain.config)  # type: ignore[arg-type]
     file = folder / "model.safetensors"
     sizes = {"weights": weight_bytes, "rest_and_header": file.stat().st_size - weight_bytes}
-    return Written(layers, sizes, weight_bytes)
+    alone = sum(layer.engine == TRANSFORMERS for layer in layers.values())
+    notes = [f"vLLM has kernels for {len(layers) - alone} of {len(layers)} layers, transformers runs all of them"]
+    usage = COMPRESSED_USAGE
+    if any(layer.exported_weight in BLOCK_SCHEMES for layer in layers.values()):
+        notes.append("transformers unpacks 4-bit floats to bfloat16, and runs the model in that type")
+        usage = replace(usage, load=usage.load.replace('"{folder}"', '"{folder}", dtype=torch.bfloat16'))
+    return Written(layers, sizes, weight_bytes, tuple(notes), usage=usage)
 
 
 def load_compressed(run: FinishedRun, folder: Path) -> nn.Module:
-    """Load a compressed-tensors export with transformers."""
+    """Load a compressed-tensors export with transformers, as its model card does."""
+    import torch
     import transformers
 
-    return getattr(transformers, type(run.model).__name__).from_pretrained(folder, trust_remote_code=False)
+    from quant.export.compressed_tensors import BLOCK_SCHEMES
+
+    small = any(module.formats[0].name in BLOCK_SCHEMES for module in run.modules.values())
+    return getattr(transformers, type(run.model).__name__).from_pretrained(
+        folder, dtype=torch.bfloat16 if small else torch.float32, trust_remote_code=False
+    )
 
 
 GGUF = "model.gguf"

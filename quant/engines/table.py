@@ -29,11 +29,15 @@ TRT = "TensorRT 11.3 documentation, Working with Quantized Types: symmetric INT8
 TRT_INT4 = "TensorRT 11.3 documentation, Working with Quantized Types: INT4 is for weights alone, in blocks"
 VLLM_PARTS = "vLLM, quantization/compressed_tensors/compressed_tensors.py, _get_scheme_from_parts"
 VLLM_WNA16 = "vLLM, compressed_tensors/schemes/compressed_tensors_wNa16.py: 4 and 8 bits; marlin_utils.py: group sizes"
+VLLM_FP4 = "vLLM, compressed_tensors/schemes: W4A4 with float inputs (NVFP4A16), W4A16 MXFP4"
 CT = "compressed-tensors 0.20.0 with transformers: from_pretrained unpacks the weights (tried)"
 AO = "torchao 0.18.0, IntxUnpackedToInt8Tensor and Float8Tensor (tried)"
 AO_DYNAMIC = "torchao 0.18.0, IntxUnpackedToInt8Tensor with int8_asym_per_token (tried)"
 AO_CACHE = "the packed file keeps the formats of caches, whose values are rounded beside torchao"
-GGUF = "llama.cpp, ggml-common.h: block_q4_0, block_q4_1, block_q5_0, block_q8_0; gguf 0.19.0, GGMLQuantizationType"
+GGUF = (
+    "llama.cpp, ggml-common.h: block_q4_0, block_q4_1, block_q5_0, block_q5_1, block_q8_0, block_mxfp4; gguf 0.19.0, "
+    "GGMLQuantizationType; logits compared with llama-cpp-python 0.3.36"
+)
 ET_STATIC = "ExecuTorch documentation, XNNPACK Quantization: 8-bit symmetric weights, 8-bit asymmetric inputs"
 ET_DYNAMIC = "ExecuTorch documentation, XNNPACK Quantization: int4 weights per axis or group, 8-bit dynamic inputs"
 
@@ -114,6 +118,7 @@ _ENGINES = (
                 True,
                 VLLM_WNA16,
             ),
+            Rule(("linear",), ("nvfp4", "mxfp4"), ("float",), True, VLLM_FP4),
         ),
         default_space="int4g128,int8",
         fuses=True,
@@ -127,7 +132,7 @@ _ENGINES = (
         "compressed-tensors",
         (
             Rule(("linear",), (*INTS, "e4m3"), ("float", *INTS, "e4m3"), False, CT),
-            Rule(("linear",), GROUPS, ("float",), False, CT),
+            Rule(("linear",), (*GROUPS, "nvfp4", "mxfp4"), ("float",), False, CT),
         ),
         default_space="4,8",
         fuses=True,
@@ -156,12 +161,12 @@ _ENGINES = (
         (
             Rule(
                 ("linear", "embedding", "experts"),
-                ("int4g32", "uint4g32", "int5g32", "int8g32"),
+                ("int4g32", "uint4g32", "int5g32", "uint5g32", "int8g32", "mxfp4"),
                 ("float",),
                 True,
                 GGUF,
             ),
-            Rule(("linear", "embedding", "experts"), ("fp16",), ("float",), True, GGUF),
+            Rule(("linear", "embedding", "experts"), ("fp16", "bf16"), ("float",), True, GGUF),
         ),
         default_space="int4g32,int5g32,int8g32",
         group_point_bits=16,

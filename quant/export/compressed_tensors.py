@@ -1,16 +1,19 @@
 """compressed-tensors: a model of transformers with a config group per pair of formats, for transformers and vLLM.
 
-Supported: Linear layers with symmetric integer weights of 2 to 8 bits (packed; in groups with float inputs, or with a
-scale per output channel or tensor) or e4m3 weights, and inputs in float, or with a fixed range in integers of 2 to 8
-bits or e4m3. All other layers store the values of their rounded weights in float32 and read float inputs, as their
-verdict says.
+Supported: Linear layers with symmetric integer weights of 2 to 8 bits (packed, or a byte each if both weights and
+inputs have 8 bits; in groups with float inputs, or with a scale per output channel or tensor) or e4m3 weights, and
+inputs in float, or with a fixed range in integers of 2 to 8 bits or e4m3; nvfp4 and mxfp4 weights with float inputs.
+All other layers store the values of their rounded weights in float32 and read float inputs, as their verdict says.
+Transformers runs all of them in float; `quant.engines.table` knows which of them vLLM runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from quant.analysis.tied import stored_with
+from quant.engines.table import ENGINES
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict, as_chosen
 from quant.export.weights import round_weight, static_range
-from quant.formats import E4M3, FLOAT, Format, GroupFormat, IntFormat
+from quant.formats import E4M3, FLOAT, BlockFormat, Format, GroupFormat, IntFormat
 from quant.kernels.groups import from_rows
 from quant.quant_embedding import QuantEmbedding
 from quant.quant_linear import QuantLinear
 from quant.quant_module import QuantModule
+
+INT8 = IntFormat(8)
+BLOCK_SCHEMES = {"nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16"}
+"""Block formats of weights -> their preset scheme of compressed-tensors, with float inputs."""
 
 
 def check_fused(groups: Iterable[Sequence[str]], modules: Mapping[str, QuantModule]) -> None:
@@ -87,8 +95,9 @@ def export_compressed(
         if reason is not None:
             why = (f"rounded weights in float32, inputs in float: {reason}",)
             bits = FLOAT.bits, FLOAT.bits
-            verdicts[name] = LayerVerdict(weight, activation, "float32", "float", *bits, why)
+            verdicts[name] = LayerVerdict(weight, activation, "float32", "float", *bits, why, engine=BOTH)
         elif weight != FLOAT:
+            verdicts[name] = replace(verdicts[name], engine=engine_of(module))
             groups.setdefault((weight, activation), []).append(name)
     layers = dict(model.named_modules())
     with torch.no_grad():
@@ -143,6 +152,10 @@ def mismatch(name: str, module: QuantModule) -> str | None:
         if weight.zero_point:
             return "transformers does not load the packed zero points of compressed-tensors"
         return None if activation == FLOAT else f"compressed-tensors has no {weight} weights with {activation} inputs"
+    if isinstance(weight, BlockFormat) and weight.name in BLOCK_SCHEMES:
+        if module.in_features % weight.block_size:
+            return f"its rows of {module.in_features} do not divide into blocks of {weight.block_size}"
+        return None if activation == FLOAT else f"compressed-tensors has no {weight} weights with {activation} inputs"
     if not (weight == E4M3 or (isinstance(weight, IntFormat) and weight.width <= 8)):
         return f"compressed-tensors has no scheme for {weight} weights"
     if not module.weight_quantizer.config.symmetric:
@@ -160,6 +173,31 @@ def mismatch(name: str, module: QuantModule) -> str | None:
     return None
 
 
+BOTH, TRANSFORMERS = "vLLM, transformers", "transformers"
+
+
+def engine_of(module: QuantModule) -> str:
+    """Return which engines run a layer in its formats, of those that read a checkpoint of compressed-tensors."""
+    vllm = ENGINES["vllm"].keeps("linear", module.formats, per_token=False, row=module.weight.shape[-1])
+    return BOTH if vllm else TRANSFORMERS
+
+
+def compression_format(weight: Format, activation: Format) -> str:
+    """Return how the weights of a config group are stored, by the name that vLLM chooses its kernels by.
+
+    Args:
+        weight: Weight format.
+        activation: Activation format.
+    """
+    if isinstance(weight, BlockFormat):
+        return f"{weight.name}-pack-quantized"
+    if (weight, activation) == (INT8, INT8):
+        return "int-quantized"
+    if isinstance(weight, IntFormat | GroupFormat):
+        return "pack-quantized"
+    return "naive-quantized" if activation == FLOAT else "float-quantized"
+
+
 def scheme(names: list[str], module: QuantModule, weight: Format, activation: Format) -> Any:
     """Create the config group of layers with the same formats.
 
@@ -170,6 +208,13 @@ def scheme(names: list[str], module: QuantModule, weight: Format, activation: Fo
         activation: Activation format.
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    stored: Any = compression_format(weight, activation)
+    if isinstance(weight, BlockFormat):
+        return QuantizationScheme(
+            targets=names, format=stored, **copy.deepcopy(PRESET_SCHEMES[BLOCK_SCHEMES[weight.name]])
+        )
 
     def arguments(format: Format, strategy: str, symmetric: bool) -> Any:
         kind = "int" if isinstance(format, IntFormat) else "float"
@@ -183,7 +228,7 @@ def scheme(names: list[str], module: QuantModule, weight: Format, activation: Fo
             group_size=weight.size,
             symmetric=True,
         )
-        return QuantizationScheme(targets=names, weights=own, format="pack-quantized")  # type: ignore[arg-type]
+        return QuantizationScheme(targets=names, weights=own, format=stored)
     channels = module.weight_quantizer.config.granularity == "channel"
     inputs = None
     if activation != FLOAT:
@@ -193,7 +238,7 @@ def scheme(names: list[str], module: QuantModule, weight: Format, activation: Fo
         targets=names,
         weights=arguments(weight, "channel" if channels else "tensor", True),
         input_activations=inputs,
-        format="pack-quantized" if isinstance(weight, IntFormat) else "naive-quantized",  # type: ignore[arg-type]
+        format=stored,
     )
 
 
@@ -209,6 +254,8 @@ def set_scales(name: str, layer: Any, module: QuantModule) -> None:
     assert weight is not None
     with torch.no_grad():
         layer.weight_scale.copy_(weight.scale.reshape(layer.weight_scale.shape))
+        if weight.tensor_scale is not None:
+            layer.weight_global_scale.fill_(1.0 / weight.tensor_scale)
         if (range := static_range(name, module)) is not None:
             layer.input_scale.fill_(range.scale)
             if hasattr(layer, "input_zero_point"):

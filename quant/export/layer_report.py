@@ -23,6 +23,8 @@ class LayerVerdict:
     """Bits per input value."""
     why: tuple[str, ...] = ()
     """A reason for each deviation from the assignment."""
+    engine: str = ""
+    """Engines that run the layer, if not all that read the file do; '': all."""
 
     @property
     def as_chosen(self) -> bool:

@@ -20,7 +20,7 @@ BATCH = {"input_ids": torch.arange(2, 18).view(2, 8), "attention_mask": torch.on
 
 def bert():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
     return BertForSequenceClassification(BertConfig(vocab_size=30, max_position_embeddings=16, **sizes)).eval()
 
 
@@ -53,6 +53,40 @@ def test_transformers_loads_the_models_logits(granularity, tmp_path):
     )
 
 
+VLLM = {
+    **{"int8/int8": "int-quantized", "int8/float": "pack-quantized", "int4/float": "pack-quantized"},
+    **{"e4m3/e4m3": "float-quantized", "e4m3/float": "naive-quantized", "int4g32/float": "pack-quantized"},
+    **{"nvfp4/float": "nvfp4-pack-quantized", "mxfp4/float": "mxfp4-pack-quantized"},
+}
+"""pairs of formats that vLLM has a scheme for -> how its checkpoints store them"""
+TRANSFORMERS = {"int4/int8": "pack-quantized", "int4/int4": "pack-quantized", "int3/float": "pack-quantized"}
+
+
+def test_groups_are_stored_as_vllm_reads_them_and_verdicts_name_the_engine(tmp_path):
+    stored = VLLM | TRANSFORMERS
+    _, modules = quantized(list(stored))
+    verdicts, _ = export_compressed(tmp_path, bert(), modules)
+    assert all(verdict.as_chosen for verdict in verdicts.values())
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    formats = {name: group["format"] for group in config["config_groups"].values() for name in group["targets"]}
+    for name, module in modules.items():
+        pair = "/".join(format.name for format in module.formats)
+        assert formats[name] == stored[pair]
+        assert verdicts[name].engine == ("vLLM, transformers" if pair in VLLM else "transformers"), pair
+
+
+def test_transformers_unpacks_4_bit_floats_to_bfloat16(tmp_path):
+    model, modules = quantized(["nvfp4/float", "mxfp4/float"])
+    export_compressed(tmp_path, bert(), modules)
+    again = BertForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**BATCH).logits.float(), model(**BATCH).logits, rtol=0.05, atol=0.02)
+    for name, module in modules.items():
+        unpacked, rounded = again.get_submodule(name).weight.float(), module.weight_quantizer(module.weight)
+        exact = module.formats[0].name == "mxfp4"  # nvfp4's product of two scales has more bits than bfloat16
+        torch.testing.assert_close(unpacked, rounded, rtol=0 if exact else 2.0**-7, atol=0)
+
+
 def test_transformers_loads_weights_in_groups(tmp_path):
     model, modules = quantized(["int4g16/float", "int3g16/float", "int8g16/float"])
     verdicts, _ = export_compressed(tmp_path, bert(), modules)
@@ -66,13 +100,13 @@ def test_transformers_loads_weights_in_groups(tmp_path):
 
 def test_what_has_no_scheme_stays_in_float_and_is_told(tmp_path):
     model, modules = quantized(
-        ["e2m1/int8", "mxfp4/float", "int8/e5m2", "float/float", "int4g12/float", "int4g16/int8", "uint4g16/float"]
+        ["e2m1/int8", "mxfp8/float", "int8/e5m2", "float/float", "int4g12/float", "int4g16/int8", "uint4g16/float"]
     )
     verdicts, _ = export_compressed(tmp_path, bert(), modules)
     told = [verdict.why[0].rpartition(": ")[2] if verdict.why else "" for verdict in verdicts.values()][:7]
     assert told == [
         "compressed-tensors has no scheme for e2m1 weights",
-        "compressed-tensors has no scheme for mxfp4 weights",
+        "compressed-tensors has no scheme for mxfp8 weights",
         "compressed-tensors has no scheme for e5m2 inputs",
         "",
         "its rows of 32 do not divide into groups of 12",
