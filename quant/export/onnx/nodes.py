@@ -100,6 +100,8 @@ class Replacement:
         """Add nodes that round an input to integers."""
         range, bits = layer.range, storage.bits
         assert range is not None
+        if range.low == -range.high and bits == 8:
+            return self._symmetric(layer, x, scale, start)
         # The same codes, shifted to unsigned: processors multiply unsigned inputs with signed weights. The smallest one
         # becomes 0, so that rounding to a narrower range stops there by itself, and a Relu before it can be dropped.
         dtype, zero_point = UNSIGNED[bits], int(-range.low)
@@ -117,6 +119,20 @@ class Replacement:
             ends = np.asarray([range.low, range.high], np.float32) * np.float32(range.scale)
             rounded = self._clip(rounded, f"{layer.name}.input", ends, f"{start}/clip")
         return rounded
+
+    def _symmetric(self, layer: OnnxLayer, x: str, scale: str, start: str) -> str:
+        """Add nodes that round an input to int8 with the zero point 0, as TensorRT wants it.
+
+        What is beyond the grid, which leaves out the lowest code, is clipped before the rounding: TensorRT fuses a
+        QuantizeLinear with the DequantizeLinear right behind it.
+        """
+        range = layer.range
+        assert range is not None
+        ends = np.asarray([range.low, range.high], np.float32) * np.float32(range.scale)
+        point = self._constant(f"{layer.name}.input.zero_point", np.asarray(0, np.int8))
+        x = self._clip(x, f"{layer.name}.input", ends, f"{start}/clip")
+        codes = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes")
+        return self._node("DequantizeLinear", [codes, scale, point], f"{start}/rounded")
 
     def _clip(self, x: str, name: str, bounds: np.ndarray, output: str) -> str:
         ends = [self._constant(f"{name}.{end}", value) for end, value in zip(("low", "high"), bounds, strict=True)]

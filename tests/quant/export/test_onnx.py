@@ -115,6 +115,29 @@ def test_onnx_runtime_gives_the_models_logits(pairs, tmp_path):
     assert list(layers) == list(modules)
 
 
+def test_symmetric_integers_have_the_zero_point_0_as_tensorrt_wants_it(tmp_path):
+    symmetric = QuantizerConfig(range="calibrated", symmetric=True)
+    pairs = ["int8/int8", "int8/int8", "int4/int8", "int8/int8", "int8/int6"]
+    model, modules, images = quantized(pairs, activation=symmetric)
+    export_onnx(tmp_path / "m.onnx", model, modules, {"images": images[:1]})
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    made = {node.output[0]: node for node in graph.node}
+    roundings = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert sum(node.op_type == "QuantizeLinear" for node in roundings) == len(modules)
+    for node in roundings:
+        if len(node.input) > 2 and node.input[2]:
+            point = values[node.input[2]]
+            assert point.data_type == onnx.TensorProto.INT8 and not onnx.numpy_helper.to_array(point).any(), node.name
+        if node.op_type == "DequantizeLinear" and node.input[0] in made:
+            assert made[node.input[0]].op_type == "QuantizeLinear"
+    with torch.no_grad():
+        expected = model(images)
+    for optimized in (False, True):
+        got = run(tmp_path / "m.onnx", images, optimized)
+        assert ((got - expected).abs() > 1e-5 * expected.abs().max()).float().mean() < 0.05
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("format", ["int8", "int4", "int3", "int16", "e4m3", "e2m1"])
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 2)], ids=["relu", "relu6", "hardtanh"])
