@@ -72,6 +72,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
             temporary = stack.enter_context(TemporaryDirectory(prefix=".export.", dir=folder.parent))
             place = Path(temporary) / folder.name
             place.mkdir()
+        run.check()
         if evaluate:
             _ = run.plan  # loads the data first, so that missing data is reported before the export
         with writing("output_dir", folder):
@@ -135,6 +136,9 @@ def export_all(run: FinishedRun, root: Path, evaluate: bool = True) -> list[dict
     Raises:
         UserError: No engine runs the result, or a folder exists already.
     """
+    run.check()
+    if evaluate:
+        _ = run.plan  # missing data is not an obstacle of one engine
     reach = engine_reach(run.model, run.modules)
     formats = dict.fromkeys(ENGINES[name].export for name, found in reach.items() if found.runs_some)
     wanted = [format for format in formats if format in EXPORT_FORMATS]
@@ -146,6 +150,8 @@ def export_all(run: FinishedRun, root: Path, evaluate: bool = True) -> list[dict
         try:
             written[format] = export(run, format, root / format, evaluate)
         except UserError as error:
+            if str(error).startswith("RUN_DIR"):  # the run is damaged, whatever it is written as
+                raise
             failed[format] = str(error).removeprefix(f"--format {format}: ")
     rows = []
     for name, found in reach.items():

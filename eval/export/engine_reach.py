@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from quant.engines.rules import UNQUANTIZED, Engine
 from quant.engines.table import ENGINES
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from quant.quant_module import QuantModule
 
+State: TypeAlias = Literal["runs", "float", "refused"]
+"""How a layer runs: in the stored formats, in float because the file holds it so, or not at all."""
 SHOWN = 2
 """Layers that a line names."""
 
@@ -28,7 +30,9 @@ class EngineReach:
     in_the_way: dict[str, str]
     """Layers that do not run as chosen -> why."""
     refused: dict[str, str]
-    """Those of them that do not run at all -> why; the others run in wider formats, or in float."""
+    """Those of them that do not run at all -> why."""
+    in_float: int
+    """How many of the others the file holds in float; the rest runs in wider formats."""
     why: str | None = None
     """Why the engine cannot read the model, whatever the formats are."""
 
@@ -39,8 +43,8 @@ class EngineReach:
 
     @property
     def runs_some(self) -> bool:
-        """Whether the engine runs a quantized layer as chosen, and none of the others is in its way."""
-        return self.refusal is None and (not self.layers or len(self.in_the_way) < self.layers)
+        """Whether a file for the engine can be made, and has a quantized layer."""
+        return self.refusal is None and (not self.layers or self.in_float < self.layers)
 
     @property
     def obstacle(self) -> str | None:
@@ -77,41 +81,39 @@ def writer_of(engine: Engine) -> Engine:
 
 
 def _reach(engine: Engine, model: nn.Module, modules: Mapping[str, QuantModule], fused: list[list[str]]) -> EngineReach:
-    in_the_way, refused = {}, {}
-    for name, module in modules.items():
-        reason, runs = _of_layer(engine, module)
-        if reason is not None:
-            in_the_way[name] = reason
-        if not runs:
-            refused[name] = str(reason)
+    found = {name: _of_layer(engine, module) for name, module in modules.items()}
+    in_the_way = {name: reason for name, (reason, _) in found.items() if reason is not None}
+    refused = {name: str(reason) for name, (reason, state) in found.items() if state == "refused"}
+    in_float = sum(state == "float" for _, state in found.values())
     if engine.fuses:
         for group in fused:
             formats = {modules[name].formats for name in group if name in modules}
             if len(formats) > 1:
                 refused |= dict.fromkeys(group, "it fuses them, and they do not share formats (--fuse_groups)")
-    return EngineReach(len(modules), in_the_way | refused, refused, _obstacle(engine, model))
+    return EngineReach(len(modules), in_the_way | refused, refused, in_float, _obstacle(engine, model))
 
 
-def _of_layer(engine: Engine, module: QuantModule) -> tuple[str | None, bool]:
-    """Return why a layer does not run as chosen (None if it does), and whether it runs at all."""
+def _of_layer(engine: Engine, module: QuantModule) -> tuple[str | None, State]:
+    """Return why a layer does not run as chosen (None if it does), and how it runs."""
     from cost.engine import layer_kind, row_of
 
     pair = module.formats
     if pair == UNQUANTIZED:
-        return None, True
+        return None, "runs"
     kind, row = layer_kind(module), row_of(module)
     per_token = module.input_quantizer.config.granularity == "token"
 
     if grid := _wrong_grid(engine, module):
-        return grid, False
+        return grid, "refused"
     if engine.keeps(kind, pair, per_token, row):
-        return None, True
+        return None, "runs"
     in_file = writer_of(engine).stored_as(kind, pair, per_token, row) or UNQUANTIZED
     shown = "/".join(map(str, pair))
-    if in_file == UNQUANTIZED or not engine.keeps(kind, in_file, per_token, row):
-        runs = in_file == UNQUANTIZED
-        return f"it has no {shown} for {kind} layers" + ("; float in the file" if runs else ""), runs
-    return f"{shown} is stored as {'/'.join(map(str, in_file))}", True
+    if in_file == UNQUANTIZED:
+        return f"it has no {shown} for {kind} layers, which the file holds in float", "float"
+    if not engine.keeps(kind, in_file, per_token, row):
+        return f"it has no {shown} for {kind} layers", "refused"
+    return f"{shown} is stored as {'/'.join(map(str, in_file))}", "runs"
 
 
 def _wrong_grid(engine: Engine, module: QuantModule) -> str | None:

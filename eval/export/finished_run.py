@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from eval.config.parser import parse_written
 from eval.config.run_config import RUN_FILE
+from eval.run.schema import FIELDS
+from quant.engines.table import ENGINES
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,6 +91,22 @@ class FinishedRun:
 
         return {name: module for name, module in self.model.named_modules() if isinstance(module, QuantModule)}
 
+    def check(self) -> None:
+        """Load settings and model, and check that the record is theirs.
+
+        Raises:
+            UserError: A file is damaged, or the record has other formats than the saved model.
+        """
+        from quant.formats import parse_format
+        from quant.quant_module import runs_in
+
+        _ = self.config
+        for name, module in self.modules.items():
+            pair = tuple(map(parse_format, self.record["assignment"].get(name, ("float", "float"))))
+            if module.formats not in (pair, runs_in(module.reach, pair)):  # type: ignore[arg-type]
+                own, told = ("/".join(map(str, formats)) for formats in (module.formats, pair))
+                raise UserError(f"RUN_DIR {self.folder}: its record has {name} in {told}, its saved model in {own}")
+
     def profiles(self, evaluated: bool) -> Sequence[LayerProfile]:
         """Return the profiles of the layers.
 
@@ -142,4 +160,9 @@ def finished_run(folder: Path, data_dir: str | None = None) -> FinishedRun:
         raise UserError(f"RUN_DIR {folder}: holds no model/model.safetensors")
     if missing := [name for name in NEEDED if name not in record]:
         raise UserError(f"RUN_DIR {folder}: its result.json lacks {', '.join(missing)}: no record of a run")
+    wrong = [name for name in NEEDED if name in FIELDS and not isinstance(record[name], FIELDS[name])]
+    wrong += [] if record["metrics"] else ["metrics"]
+    wrong += [] if record.get("engine") in (None, *ENGINES) else ["engine"]
+    if wrong:
+        raise UserError(f"RUN_DIR {folder}: its result.json is damaged: {wrong[0]} is {record[wrong[0]]!r}")
     return FinishedRun(folder, record, data_dir)

@@ -58,5 +58,13 @@ def storage_of(model: nn.Module, names: Sequence[str], config: RunConfig) -> Run
 def _check_model(model: nn.Module, engine: str, export: str) -> None:
     from transformers import PreTrainedModel
 
+    from eval.export.gguf_model import architecture_of
+
+    if export == "gguf":
+        try:
+            architecture_of(model.config)  # type: ignore[arg-type]
+        except (AttributeError, UserError) as error:
+            why = str(error).removeprefix("--format gguf: ") if isinstance(error, UserError) else "needs a decoder"
+            raise UserError(f"--engine {engine}: {why}") from None
     if export == "compressed-tensors" and not isinstance(model, PreTrainedModel):
         raise UserError(f"--engine {engine}: reads models of transformers, this is a {type(model).__name__}")

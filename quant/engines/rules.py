@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeAlias, get_args
 
-from quant.formats import FLOAT, FloatFormat, Format, GroupFormat, IntFormat, parse_format
+from quant.formats import FLOAT, FloatFormat, Format, GroupFormat, IntFormat, parse_format, values_per_scale
 
 Kind: TypeAlias = Literal["linear", "conv1d", "conv", "depthwise", "embedding", "experts", "cache"]
 """What a layer is to an engine. conv1d: GPT-2's linear layer, weight (in, out); cache: keys and values."""
@@ -154,8 +154,8 @@ class Engine:
         return "; ".join(f"{', '.join(weights)} (inputs {', '.join(inputs)})" for inputs, weights in by_inputs.items())
 
     def _fits(self, weight: Format, row: int | None) -> bool:
-        groups = isinstance(weight, GroupFormat) and self.whole_groups and row is not None
-        return not groups or row % weight.size == 0  # type: ignore[operator, union-attr]
+        size = values_per_scale(weight)
+        return size is None or row is None or not self.whole_groups or row % size == 0
 
 
 def holds(wide: Format, narrow: Format) -> bool:

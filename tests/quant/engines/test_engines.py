@@ -12,6 +12,7 @@ from quant.convert import calibrate, quantize_model
 from quant.engines.rules import KINDS, UNQUANTIZED, holds
 from quant.engines.table import ENGINES, markdown_table
 from quant.export.compressed_tensors import mismatch as not_in_compressed_tensors
+from quant.export.gguf_blocks import BITS, tensor_type
 from quant.export.onnx.layers import INT_STORAGE, input_storage, own_name, storage_of
 from quant.export.torchao import mismatch as not_in_torchao
 from quant.formats import FLOAT, FloatFormat, GroupFormat, parse_format
@@ -63,6 +64,18 @@ def test_transformers_keeps_what_compressed_tensors_has_schemes_for():
         module.set_formats(*pair)
         kept = not_in_compressed_tensors("0", module) is None
         assert ENGINES["transformers"].keeps("linear", pair) == kept, pair
+
+
+def test_llama_cpp_keeps_what_a_tensor_type_has_the_bits_of():
+    """For weights with the exporter's type for rows of whole blocks, and of others."""
+    engine = ENGINES["llama.cpp"]
+    for weight in {weight for weight, _ in PAIRS} - {FLOAT}:
+        for row in (128, 48):
+            kind = tensor_type(weight, row)
+            kept = engine.keeps("linear", (weight, FLOAT), row=row)
+            assert not kept or engine.weight_bits(weight) == BITS[kind], (weight, row)
+            groups = isinstance(weight, GroupFormat) and weight.size == 32 and kind.startswith(f"Q{weight.width}")
+            assert kept == (groups or kind == "MXFP4" or weight.name in ("fp16", "bf16")), (weight, row, kind)
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
