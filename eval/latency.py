@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from eval.config.files import require, writing
 from eval.config.parser import CommandParser, entry
 from eval.export.finished_run import FinishedRun, finished_run
-from eval.export.formats import ONNX_PACKAGES, ROUND_OUTPUTS
+from eval.export.formats import ONNX_PACKAGES
 from eval.export.onnx_inputs import example, examples, write_float
 from eval.export.onnx_timing import REPEATS, latencies
 from eval.run.limits import COLUMNS
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from quant.quant_module import QuantModule
 
 TABLE = "latency.csv"
+ROUND_OUTPUTS_MEASURED = "what convolutions return is rounded to 8 bits, as in most exports (the default)"
 
 
 def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) -> list[dict[str, Any]]:
@@ -78,7 +79,7 @@ def layer_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
                     if (alike, blocks) not in traces:
                         traces[alike, blocks] = trace_layer(module, x)
                     path = Path(folder) / f"{sum(map(len, files.values()))}.onnx"
-                    examples = [{"x": x}] if run.round_outputs else []
+                    examples = [] if run.round_outputs is False else [{"x": x}]
                     write_onnx(path, traces[alike, blocks], {"layer": module}, examples)
                     known[weight, activation] = path
         finally:
@@ -190,7 +191,7 @@ def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
     with TemporaryDirectory() as folder:
         chosen, plain = Path(folder) / "chosen.onnx", Path(folder) / "float.onnx"
         write_onnx(chosen, traced, run.modules, examples(run))
-        write_float(run, traced, plain)
+        write_float(run, traced, plain, run.modules)
         (own, floats), *_ = latencies([((chosen, plain), inputs)], repeats, threads)
         return {"chosen": own, "float": floats}
 
@@ -230,7 +231,7 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add("--data_dir", help="the run's data, if it has moved")
     add("--repeats", type=int, default=REPEATS, help=f"calls that the median is over (default: {REPEATS})")
     add("--threads", type=int, default=1, help="threads of ONNX Runtime (default: 1)")
-    add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)
+    parser.add_switch("round_outputs", ROUND_OUTPUTS_MEASURED)
     flags = parser.parse_args(argv)
     for name in ("repeats", "threads"):
         if getattr(flags, name) < 1:

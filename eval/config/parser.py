@@ -206,6 +206,12 @@ class CommandParser(ArgumentParser):
         """Raise UserError with the message of argparse."""
         raise UserError(message)
 
+    def add_switch(self, name: str, help: str) -> None:
+        """Add a flag and its --no_ form; None if neither is given."""
+        self.add_argument(f"--{name}", action="store_true", default=None, help=help)
+        spellings = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
+        self.add_argument(*spellings, dest=name, action="store_false", default=None, help=SUPPRESS)
+
 
 def entry(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a script's `main` and exit with its code; known errors are one line on stderr instead of a traceback.

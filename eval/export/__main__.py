@@ -23,8 +23,9 @@ from eval.config.files import writing
 from eval.config.parser import CommandParser, entry
 from eval.config.validation import check_one_of
 from eval.export.engine_reach import engine_reach
+from eval.export.evaluation import evaluate_exported, metric_drop
 from eval.export.finished_run import FinishedRun, finished_run
-from eval.export.formats import ALLOW_FAKE, EXPORT_FORMATS, ROUND_OUTPUTS, Written
+from eval.export.formats import ALLOW_FAKE, EXPORT_FORMATS, ROUND_EMBEDDINGS, ROUND_OUTPUTS, Written
 from eval.modeling.inputs import to_json
 from quant.engines.table import ENGINES
 from quant.errors import UserError
@@ -251,6 +252,10 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
             }
             for name, layer in written.layers.items()
         },
+        "embeddings": {
+            name: {"exported": table.exported_weight, "bits": table.weight_bits}
+            for name, table in written.embeddings.items()
+        },
         "cost": {"type": record["cost_type"], "unit": record["cost_unit"], "target": target, **costs},
         "size": {
             "float32_bytes": float_bytes(run.model),
@@ -276,29 +281,6 @@ def float_bytes(model: nn.Module) -> int:
         if "_quantizer." not in name
     }
     return 4 * sum(tensors.values())
-
-
-def evaluate_exported(run: FinishedRun, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Evaluate `model` on the evaluation splits of the run, by the same code as the run. Returns split -> metrics."""
-    from transformers import PrinterCallback
-
-    from eval.run.trainer import evaluate, training_arguments
-    from trainer.reinforce_trainer import ReinforceTrainer
-
-    plan = run.plan
-    with TemporaryDirectory() as scratch:  # the Trainer requires an output folder
-        config = run.config.updated(
-            output_root_dir=scratch, log_dir=scratch, report_to="none", device="cpu", fp16=False
-        )
-        trainer = ReinforceTrainer(
-            model,
-            training_arguments(config.updated(quiet=True)),
-            data_collator=plan.prepared.data_collator,
-            compute_metrics=plan.compute_metrics,
-            preprocess_logits_for_metrics=plan.prepared.preprocess_logits,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return evaluate(trainer, plan)
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
@@ -352,13 +334,10 @@ def print_engines(run: FinishedRun, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def metric_drop_warnings(record: dict[str, Any], exported: dict[str, dict[str, float]]) -> list[str]:
     """Return a warning for each split whose main metric is worse in the file by more than `MAX_METRIC_DROP`."""
-    from eval.report.records import lower_is_better
-
     name, lines = record["metric"], []
     for split, metrics in exported.items():
         before, after = record["metrics"][split][name], metrics[name]
-        worse = after / before - 1 if lower_is_better(name) else before - after
-        if not worse <= MAX_METRIC_DROP:  # also true for NaN
+        if not metric_drop(name, before, after) <= MAX_METRIC_DROP:  # also true for NaN
             lines.append(
                 f"warning: {split} {name} {before:.5g} -> {after:.5g}: the file does not compute what the run trained; "
                 "--format packed does"
@@ -380,8 +359,9 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add("--output_dir", type=Path, help="where to write (default: RUN_DIR/export/FORMAT; auto: RUN_DIR/export)")
     add("--data_dir", help="where the run's data stands now")
     add("--no_evaluate", action="store_true", help="do not read the export back and evaluate it")
-    add("--round_outputs", action="store_true", help=ROUND_OUTPUTS)
     add("--allow_fake", action="store_true", help=ALLOW_FAKE)
+    parser.add_switch("round_outputs", ROUND_OUTPUTS)
+    parser.add_switch("round_embeddings", ROUND_EMBEDDINGS)
     return parser.parse_args(argv)
 
 
@@ -402,11 +382,14 @@ def main(argv: Sequence[str]) -> int:
     """Export a run and print the verdict and the folder. Returns the exit code."""
     flags = _flags(argv)
     _check_target(flags)
-    if flags.round_outputs and flags.format != "onnx":
-        raise UserError(f"--round_outputs contradicts --format {flags.format}: it is for onnx alone")
+    for name in ("round_outputs", "round_embeddings"):
+        if (value := getattr(flags, name)) is not None and flags.format != "onnx":
+            spelled = f"--{name}" if value else f"--no_{name}"
+            raise UserError(f"{spelled} contradicts --format {flags.format}: it is for onnx alone")
     if flags.allow_fake and flags.format != "torchao":
         raise UserError(f"--allow_fake contradicts --format {flags.format}: it is for torchao alone")
     asked = {"round_outputs": flags.round_outputs, "allow_fake": flags.allow_fake}
+    asked["round_embeddings"] = flags.round_embeddings is not False
     run = replace(finished_run(flags.run, flags.data_dir), **asked)
     if flags.format == AUTO:
         rows = export_all(run, flags.output_dir or flags.run / "export", evaluate=not flags.no_evaluate)

@@ -37,10 +37,12 @@ class FinishedRun:
     record: dict[str, Any]
     data_dir: str | None = None
     """Replaces the --data_dir of the run, for data that has been moved."""
-    round_outputs: bool = False
-    """ONNX only: also quantize the outputs of convolutions to 8 bits."""
     allow_fake: bool = False
     """torchao only: export a run of which torchao runs no layer."""
+    round_outputs: bool | None = None
+    """ONNX only: also quantize the outputs of convolutions to 8 bits; None: where the metric allows it."""
+    round_embeddings: bool = True
+    """ONNX only: store embeddings of text models that have no format in int8, with a scale per row."""
 
     @cached_property
     def config(self) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from eval.export.finished_run import FinishedRun
+    from quant.quant_module import QuantModule
 
 CALIBRATION, CALIBRATION_BATCH = 128, 32
 """Number of training examples for --round_outputs, and their batch size."""
@@ -22,18 +24,23 @@ def example(run: FinishedRun) -> dict[str, Tensor]:
 
 
 def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
-    """Return batches of training examples to calibrate --round_outputs on; empty without the flag.
+    """Return batches of training examples to measure the ranges of outputs on.
+
+    Returns:
+        The batches; none if outputs stay in float: by the flag, or because there are no convolutions in integers.
 
     Raises:
-        UserError: No convolution of the run is quantized to integers of at most 8 bits.
+        UserError: --round_outputs, but no convolution of the run is quantized to integers of at most 8 bits.
     """
     from eval.data.dataset import not_augmented
     from quant.export.onnx.layers import narrow
     from quant.quant_conv2d import QuantConv2d
 
-    if not run.round_outputs:
+    if run.round_outputs is False:
         return []
     if not any(isinstance(module, QuantConv2d) and all(map(narrow, module.formats)) for module in run.modules.values()):
+        if run.round_outputs is None:
+            return []
         raise UserError("--round_outputs: no convolution of this run has weights and inputs in integers of 2 to 8 bits")
     prepared = run.plan.prepared
     rows = not_augmented(prepared.train)
@@ -45,19 +52,20 @@ def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
     return batches
 
 
-def write_float(run: FinishedRun, traced: Any, path: Path) -> None:
+def write_float(run: FinishedRun, traced: Any, path: Path, modules: Mapping[str, QuantModule]) -> None:
     """Write the float model of the run as ONNX.
 
     Args:
         run: Run whose model is written.
         traced: Trace of the quantized model, reused where it does not contain quantized activations.
         path: File to write.
+        modules: The quantized layers of the trace, by name.
     """
     from quant.convert import in_float
     from quant.export.onnx.export import trace, write_onnx
     from quant.formats import BlockFormat
 
-    blocks = any(isinstance(module.formats[1], BlockFormat) for module in run.modules.values())
-    with in_float(run.modules):
+    blocks = any(isinstance(module.formats[1], BlockFormat) for module in modules.values())
+    with in_float(modules):
         # Block formats of activations are part of the trace, so the float model needs its own trace.
-        write_onnx(path, trace(run.model, run.modules, example(run)) if blocks else traced, run.modules)
+        write_onnx(path, trace(run.model, modules, example(run)) if blocks else traced, modules)

@@ -12,7 +12,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from quant.export.layer_report import LayerVerdict, left_in_float
 from quant.export.onnx.integer_ops import round_outputs
 from quant.export.onnx.layers import OnnxLayer
 from quant.export.onnx.nodes import DOMAIN, Replacement, layer_of
-from quant.export.onnx.simplify import simplify
+from quant.export.onnx.simplify import simplify, store_in_half
 from quant.export.weights import never_called, static_range
 from quant.formats import BlockFormat, GroupFormat
 from quant.kernels.emulation import emulate
@@ -116,6 +116,7 @@ def write_onnx(
     set_opset(proto)
     if examples:
         round_outputs(proto, [_widened(example) for example in examples])
+    store_in_half(proto.graph)
     helper.set_model_props(proto, session_settings(layers.values()))
     if proto.ByteSize() > LARGEST_FILE:
         raise UserError(f"--format onnx: the model takes {proto.ByteSize():,} bytes, a file holds {LARGEST_FILE:,}")
@@ -156,23 +157,27 @@ def session_settings(layers: Iterable[OnnxLayer]) -> dict[str, str]:
     return {"session.qdq_matmulnbits_accuracy_level": "1"} if grouped else {}
 
 
-def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict]) -> dict[str, int]:
+def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict], tables: Collection[str] = ()) -> dict[str, int]:
     """Return the bytes of an ONNX file by content, with the keys of `packed_sizes`; `header` is the graph.
 
     Args:
         path: The file.
         layers: What `export_onnx` returned.
+        tables: Embeddings among them that the run gave no format: `embeddings` has their bytes.
     """
-    sizes = dict.fromkeys(("codes", "block_scales", "scales", "zero_points", "float_weights", "rest"), 0)
+    sizes = dict.fromkeys(("codes", "block_scales", "scales", "zero_points", "float_weights", "embeddings", "rest"), 0)
     for tensor in onnx.load(path).graph.initializer:
-        layer, _, part = tensor.name.partition(".weight.")
-        if tensor.name.endswith((".weight", ".weight.codes")) and layer.removesuffix(".weight") in layers:
+        name = tensor.name.removesuffix(".half")
+        layer, _, part = name.partition(".weight.")
+        if layer.removesuffix(".weight") in tables:
+            kind = "embeddings"
+        elif name.endswith((".weight", ".weight.codes")) and layer.removesuffix(".weight") in layers:
             kind = "float_weights" if layer.endswith(".weight") and not part else "codes"
         elif layer in layers and part == "scale":
             kind = "block_scales" if isinstance(layers[layer].weight, BlockFormat | GroupFormat) else "scales"
-        elif tensor.name.endswith(".input.scale"):
+        elif name.endswith(".input.scale"):
             kind = "scales"
-        elif tensor.name.endswith((".input.zero_point", ".weight.zero_point")):
+        elif name.endswith((".input.zero_point", ".weight.zero_point")):
             kind = "zero_points"
         else:
             kind = "rest"

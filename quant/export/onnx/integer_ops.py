@@ -23,6 +23,10 @@ JOINING = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"
 """Operations that ONNX Runtime computes on 8 bits if all their inputs have 8 bits."""
 MOVING = ("Pad", "Slice")
 """Operations that only move values, or add zeros."""
+SAMPLED = 2**15
+"""Number of values of a tensor in each batch that its range is chosen by."""
+SHARES = tuple(share / 20 for share in range(20, 5, -1))
+"""Shares of a tensor's range that are tried."""
 ACTIVATIONS = ("Relu", "Clip")
 """Operations that become the bounds of the rounding behind them."""
 
@@ -191,7 +195,7 @@ def coarsest_scale(graph: onnx.GraphProto, name: str) -> float | None:
 def observed(
     proto: onnx.ModelProto, names: Iterable[str], examples: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, tuple[float, float]]:
-    """Measure the ranges of tensors with ONNX Runtime.
+    """Measure the ranges of tensors with ONNX Runtime, and clip them where that lowers the squared error of rounding.
 
     Args:
         proto: The model.
@@ -199,7 +203,7 @@ def observed(
         examples: Batches of the model's inputs, by name.
 
     Returns:
-        Tensor -> (smallest, largest value), extended to include 0.
+        Tensor -> (smallest, largest value) to keep, extended to include 0.
     """
     import onnxruntime
 
@@ -214,11 +218,32 @@ def observed(
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
     low, high = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    generator = np.random.default_rng(0)
     for batch in examples:
         feed = {entry.name: batch[entry.name].numpy() for entry in session.get_inputs()}
         for name, value in zip(names, session.run(names, feed), strict=True):
             low[name], high[name] = min(low[name], float(value.min())), max(high[name], float(value.max()))
-    return {name: (low[name], high[name]) for name in names}
+            samples[name].append(generator.choice(value.ravel(), SAMPLED))
+    return {name: clipped(np.concatenate(samples[name]), low[name], high[name]) for name in names}
+
+
+def clipped(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Return the share of a range whose grid of 8 bits has the least squared error.
+
+    Args:
+        values: A sample of the tensor's values.
+        low: Smallest value, at most 0.
+        high: Largest value, at least 0.
+    """
+
+    def error(share: float) -> float:
+        scale, point = (x.astype(np.float32) for x in grid_of(share * low, share * high, None))
+        rounded = (np.clip(np.round(values / scale) + point, 0, 255) - point) * scale
+        return float(np.square(rounded - values, dtype=np.float64).sum())
+
+    best = min(SHARES, key=error)
+    return best * low, best * high
 
 
 def share(graph: onnx.GraphProto, name: str, own: NodeProto) -> None:

@@ -48,9 +48,15 @@ class Replacement:
         """Replace all placeholders."""
         self._settle_convolutions()
         self._settle_products()
+        looked_up = self._looked_up()
         for node in list(self.graph.node):
+            if node.op_type == "Gather" and node.input[0] in looked_up:
+                self._rows(looked_up[node.input[0]], node)
+                continue
             if node.domain != DOMAIN:
                 self.new_nodes.append(node)
+                continue
+            if node.output[0] in looked_up:
                 continue
             layer = self.layers[layer_of(node)]
             source = self._weight(layer) if node.op_type == "Weight" else self._input(layer, node)
@@ -62,6 +68,46 @@ class Replacement:
         self._spell_out_bounds()
         drop_unread(self.graph)
         self._drop_unused()
+
+    def _looked_up(self) -> dict[str, OnnxLayer]:
+        """Return the tables of integers whose rows alone are read: name of the placeholder's tensor -> layer."""
+        readers: dict[str, list[NodeProto]] = {}
+        for node in self.graph.node:
+            for source in node.input:
+                readers.setdefault(source, []).append(node)
+        found = {}
+        for node in self.graph.node:
+            if node.domain != DOMAIN or node.op_type != "Weight":
+                continue
+            layer, name = self.layers[layer_of(node)], node.output[0]
+            rows = all(n.op_type == "Gather" and n.input[0] == name and axis_of(n) == 0 for n in readers.get(name, ()))
+            if layer.table and rows and layer.weight is not None and isinstance(layer.weight.format, IntFormat):
+                found[name] = layer
+        return found
+
+    def _rows(self, layer: OnnxLayer, node: NodeProto) -> None:
+        """Replace the look-up in a table by one in its codes, so that only the rows that are read are unpacked."""
+        weight, storage, name, output = layer.weight, layer.weight_storage, f"{layer.name}.weight", node.output[0]
+        assert weight is not None and storage is not None
+        stored = f"{layer.owner or layer.name}.weight"
+        points = None if weight.zero_point is None else weight.zero_point
+        elements = weight.elements if points is None else weight.elements + points
+        codes = self._constant(f"{stored}.codes", elements.numpy().astype(storage.dtype))
+
+        def rows(numbers: str, kind: str) -> str:
+            return self._node("Gather", [numbers, node.input[1]], f"{output}/{kind}", axis=0)
+
+        if storage.bits < 8:  # ONNX Runtime folds this Cast when it loads the model: it looks bytes up
+            codes = self._node("Cast", [codes], f"{output}/bytes", to=TensorProto.INT8)
+        values = self._node("Cast", [rows(codes, "codes")], f"{output}/values", to=TensorProto.FLOAT)
+        if points is not None:
+            offset = self._constant(f"{name}.zero_point", points.numpy().astype(storage.dtype))
+            offset = self._node("Cast", [offset], f"{output}/zero_points", to=TensorProto.FLOAT)
+            values = self._node(
+                "Sub", [values, rows(offset, "zero_point") if points.dim() == 2 else offset], f"{output}/moved"
+            )
+        scale = self._constant(f"{name}.scale", weight.scale.numpy())
+        self._node("Mul", [values, rows(scale, "scale") if weight.scale.dim() == 2 else scale], output)
 
     def _constant(self, name: str, value: Any) -> str:
         if name not in {tensor.name for tensor in self.graph.initializer}:
@@ -411,6 +457,11 @@ def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
     kept = list(nodes)
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def axis_of(node: NodeProto) -> int:
+    """Return the axis of a node, 0 if it names none."""
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
 
 
 def layer_of(node: NodeProto) -> str:

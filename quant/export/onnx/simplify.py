@@ -7,10 +7,19 @@ does not know in that order. Every operation less also saves the time that start
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+HALVES: tuple[tuple[Any, int], ...] = (
+    (np.float16, TensorProto.FLOAT16),
+    (ml_dtypes.bfloat16, TensorProto.BFLOAT16),
+)
+HALVED_FROM = 256
+"""Smallest number of values that are stored in 16 bits: the conversion takes some bytes too."""
 
 
 def simplify(graph: onnx.GraphProto) -> None:
@@ -61,3 +70,29 @@ def _join(graph: onnx.GraphProto, first: NodeProto, second: NodeProto, values: d
         values[name] = numpy_helper.from_array(np.concatenate(parts), name)
         graph.initializer.append(values[name])
     second.input[:] = [first.input[0], *names]
+
+
+def store_in_half(graph: onnx.GraphProto) -> None:
+    """Store constants in 16 bits whose values 16 bits hold exactly, and let the graph convert them.
+
+    ONNX Runtime folds the conversions when it loads the model.
+
+    Args:
+        graph: The graph; changed in place.
+    """
+    nodes: list[NodeProto] = []
+    for tensor in list(graph.initializer):
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < HALVED_FROM:
+            continue
+        values, name = numpy_helper.to_array(tensor), tensor.name
+        with np.errstate(over="ignore"):
+            fits = next(
+                ((d, to) for d, to in HALVES if np.array_equal(values.astype(d).astype(np.float32), values)), None
+            )
+        if fits is None:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(fits[0]), f"{name}.half"))
+        nodes.append(helper.make_node("Cast", [tensor.name], [name], name=name, to=TensorProto.FLOAT))
+    kept = [*nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(kept)
