@@ -59,6 +59,16 @@ def write_budgets(own: Path, bits: float, others: Mapping[float, Path]) -> None:
     write_json(own / BUDGETS, assignments)
 
 
+def add_budget(run_folder: Path, bits: float) -> None:
+    """Add a budget to the model of a run, once its record and model are in `3.2b` in the run's folder."""
+    own = run_folder / "model"
+    known = [float(key) for key in json.loads((own / BUDGETS).read_text())]
+    others = {
+        budget: run_folder / f"{budget:g}b" / "model" for budget in sorted({*known, bits}) if budget != max(known)
+    }
+    write_budgets(own, max(known), others)
+
+
 def _assignment(folder: Path) -> dict[str, Sequence[str]]:
     assignment: dict[str, Sequence[str]] = json.loads((folder / QUANTIZATION).read_text())["assignment"]
     return assignment

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from eval.config.parser import entry, parse, to_yaml
+from eval.config.parser import entry, flags_given, parse, to_yaml
 from eval.config.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.export.reach import engines_in_reach, export_reach
 from eval.launch.state import set_aside
@@ -36,6 +36,7 @@ from eval.run.lock import exclusive_lock
 from eval.run.plan import Plan, make_plan
 from eval.run.progress import RunProgress, make_console
 from eval.run.record import LOSS_ROSE, cache_costs, costs_of, describe, outcome
+from eval.run.resolve import resolve, write_decisions
 from eval.run.schema import LOSS_RISE, loss_rise
 from eval.run.tracking import tracked
 from eval.run.trainer import evaluate, make_trainer
@@ -232,6 +233,7 @@ def write_result(
         if folder != plan.config.run_folder:
             write_atomically(folder / RUN_FILE, lambda temporary: Path(temporary).write_text(to_yaml(plan.config)))
         write_json(folder / "assignment.json", record["assignment"])
+        write_decisions(trainer, folder)
         if answers:
             write_json(folder / "predictions.json", answers)
         save_result(plan, modules, assignment, folder / "model")
@@ -319,6 +321,43 @@ def refuse_finished(config: RunConfig) -> None:
     print(f"{result}: {found.reason}; it is kept as {result.name}.old, and the run goes on", file=sys.stderr)
 
 
+RESOLVE_FLAGS = {"resolve", "target_bits", "data_dir", "quiet"}
+"""Flags that --resolve goes with; all others are those of the search."""
+
+
+def resolve_budget(given: dict[str, Any]) -> int:
+    """Choose formats for another budget of a finished search, for --resolve, and print the outcome.
+
+    Args:
+        given: Flag -> value, of the command line alone.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: For other flags, a budget that is no number, or a folder that is no finished search.
+    """
+    folder = Path(given["resolve"])
+    if others := sorted(given.keys() - RESOLVE_FLAGS):
+        raise UserError(
+            f"--{others[0]} contradicts --resolve {folder}: all flags but --target_bits are those of its run"
+        )
+    try:
+        bits = float(given.get("target_bits", "none is given"))
+    except ValueError as error:
+        raise UserError(f"--resolve {folder}: needs one --target_bits: {error}") from None
+    quiet = bool(given.get("quiet"))
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
+    with RunProgress(make_console(sys.stderr, quiet)).shown() as progress:
+        if folder.is_dir():  # else `resolve` says so
+            with exclusive_lock(folder, "run", "--resolve", DYING):
+                record, own = resolve(folder, bits, write_result, progress, given.get("data_dir"))
+        else:
+            record, own = resolve(folder, bits, write_result, progress, None)
+    print("\n".join([*outcome(record, own), f"record: {own / 'result.json'}"]))
+    return 0
+
+
 def show_plan(config: RunConfig) -> int:
     """Print the same plan as --dry_run of the launcher. Returns the exit code."""
     from eval.launch.estimates import estimate_runs
@@ -332,6 +371,8 @@ def show_plan(config: RunConfig) -> int:
 
 def main(argv: list[str]) -> int:
     """Execute a run and print its summary and the path of its record. Returns the exit code."""
+    if any(word.split("=")[0] == "--resolve" for word in argv):
+        return resolve_budget(flags_given(argv))
     config = parse(argv)
     if config.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices

@@ -345,6 +345,11 @@ class LauncherFlags:
     gpus_per_trial: float | None = flag(None, "GPUs (or a fraction of one) of one run; default: 1 where there are GPUs")
     ray_address: str | None = flag(None, "join this Ray cluster instead of starting Ray on this machine")
     resume: str | None = flag(None, "folder of an earlier launch (eval_run.py: run): finish what is missing in it")
+    resolve: str | None = flag(
+        None,
+        "folder of a finished search for several budgets (eval_run.py, with --target_bits): choose formats for a "
+        "budget between them from what it has saved, without training",
+    )
     dry_run: bool = flag(
         False, "print what was found (files, classes, model), the runs, their costs and times, and stop"
     )

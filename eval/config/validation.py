@@ -211,6 +211,8 @@ def _check_folders(config: RunConfig) -> None:
     _check_exists("model_path", config.model_path, "file or folder")
     _check_exists("load_model_path", config.load_model_path, "file or folder")
     _check_exists("resume", config.resume, "folder")
+    if config.resolve is not None:
+        raise UserError(f"--resolve {config.resolve}: is for eval_run.py (mpq-run), with --target_bits")
     _check_exists("max_latency", config.max_latency, "file")
     check_can_be_made("output_root_dir", config.output_root_dir)
     check_can_be_made("save_model_path", config.save_model_path)
