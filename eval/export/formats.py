@@ -135,7 +135,7 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
     """Write an ONNX file with quantize and dequantize nodes, and measure its latency.
 
     Raises:
-        UserError: The model has several outputs or generates text.
+        UserError: The model generates text, or has a quantized cache.
     """
     from eval.export.onnx_inputs import example, write_float
     from eval.export.onnx_outputs import write_file
@@ -191,9 +191,9 @@ def onnx_usage(path: Path) -> Usage:
 
 def load_onnx(run: FinishedRun, folder: Path) -> nn.Module:
     """Load an ONNX export as a module that runs on ONNX Runtime."""
-    from eval.export.onnx_model import OnnxModel
+    from eval.export.onnx_model import load_onnx_model
 
-    return OnnxModel(folder / ONNX, run.plan.data.kind)
+    return load_onnx_model(folder / ONNX, run.plan.data.kind)
 
 
 ALLOW_FAKE = "torchao: also write a file of which torchao runs no layer: all layers then round in float32"

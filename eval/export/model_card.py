@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "Hamming"}
 """Number of a resizing filter in PIL -> its name."""
+SPANS = 'session.run(["start_logits", "end_logits"], feed)'
+"""Call of an ONNX file that answers questions."""
 MAX_CLASSES = 1000
 """Maximum number of classes listed by name; export.json lists all of them."""
 
@@ -182,11 +184,16 @@ def text_program(inputs: ModelInputs, usage: Usage) -> list[str]:
             "print(text, tokenizer.decode([int(logits[0, -1].argmax())]))  # the most likely next token",
         ]
     if inputs.kind == "qa":
+        spans = ["answer.start_logits", "answer.end_logits"]
+        call = usage.call.replace("logits = ", "answer = ").replace(".logits", "")
+        if usage.arrays:
+            spans = ["start_logits", "end_logits"]
+            call = usage.call.replace('logits = session.run(["logits"], feed)[0]', f"{', '.join(spans)} = {SPANS}")
         return [
             'question, context = "Who wrote it?", "It was written by Ann in Oslo."',
             f"inputs = tokenizer(question, context, {options})",
-            usage.call.replace("logits = ", "answer = ").replace(".logits", ""),
-            "start, end = int(answer.start_logits[0].argmax()), int(answer.end_logits[0].argmax())",
+            call,
+            f"start, end = int({spans[0]}[0].argmax()), int({spans[1]}[0].argmax())",
             'print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))',
         ]
     if inputs.kind == "summary":

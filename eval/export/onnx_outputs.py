@@ -66,11 +66,11 @@ def training_metrics(run: FinishedRun, files: tuple[Path, ...]) -> list[dict[str
     """
     from eval.export.evaluation import evaluate_exported, training_rows
     from eval.export.onnx_inputs import CALIBRATION
-    from eval.export.onnx_model import OnnxModel
+    from eval.export.onnx_model import load_onnx_model
 
     rows = {"train": training_rows(run, CALIBRATION)}
     kind = run.plan.data.kind
-    return [evaluate_exported(run, OnnxModel(file, kind), rows)["train"] for file in files]
+    return [evaluate_exported(run, load_onnx_model(file, kind), rows)["train"] for file in files]
 
 
 def rounding_allowed(metric: str, before: float, after: float) -> bool:

@@ -23,6 +23,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from quant.analysis.tied import stored_with
+from quant.convert import in_float
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict, left_in_float
 from quant.export.onnx.integer_ops import round_outputs
@@ -44,6 +45,9 @@ OPSET = 21
 LARGEST_FILE = 2**31 - 1
 """Limit of a protobuf message, in bytes; larger models would need external data files."""
 OUTPUT = "logits"
+"""Name of the output of a model that returns a tensor."""
+CACHES = ("past_key_values", "past_buckets_states", "cache_params")
+"""Keys of outputs that hold what the next call needs."""
 HALF = (torch.float16, torch.bfloat16)
 PRIVATE = "public."
 """Prefix of inputs' and outputs' names during tracing, so that no node takes the same name."""
@@ -59,7 +63,8 @@ def export_onnx(
 ) -> dict[str, LayerVerdict]:
     """Write a model in its current formats.
 
-    The file takes the inputs by name and returns `logits`. All floats are float32, even if the model computes in half
+    The file takes the inputs by name and returns every tensor of the model's output by name: `logits` for a single one,
+    the keys of a mapping, `output_0` and so on of a tuple. All floats are float32, even if the model computes in half
     precision. Layers that the model never calls are left out.
 
     Args:
@@ -240,24 +245,46 @@ def placeholder(kind: str, layer: str, shape: Any, x: Tensor) -> Tensor:
     return symbolic(f"{DOMAIN}::{kind}", (x,), {"layer": layer}, dtype=torch.float32, shape=shape, version=1)
 
 
-class _Logits(nn.Module):
-    """The model as a function of its inputs, in order, that returns the logits."""
+def named_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a model's output by name: `logits` for a single one, keys, `output_0` for places.
+
+    Caches of keys and values are left out: they are inputs of the next call rather than results.
+
+    Args:
+        output: What the model returned: tensors, in mappings, tuples or lists.
+        name: Name of the output itself; empty for the whole.
+    """
+    if isinstance(output, Tensor):
+        return {name or OUTPUT: output}
+    if isinstance(output, Mapping):
+        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in output.items() if key not in CACHES]
+    elif isinstance(output, tuple | list):
+        parts = [(f"{name}.{place}" if name else f"output_{place}", part) for place, part in enumerate(output)]
+    else:
+        return {}
+    return {key: tensor for own, part in parts for key, tensor in named_tensors(part, own).items()}
+
+
+class _Traceable(nn.Module):
+    """The model as a function of its inputs, in order, that returns all tensors of its output, in order."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.model = model
         self.names = names
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the logits; raise UserError if there are none."""
+    def outputs(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return the output's tensors by name; raise UserError if there are none."""
         single = isinstance(self.model, nn.Sequential)  # the name of its forward's argument is arbitrary
         output = self.model(*inputs) if single else self.model(**dict(zip(self.names, inputs, strict=True)))
-        if isinstance(output, Tensor):
-            return output
-        if not isinstance(output, Mapping) or OUTPUT not in output:
-            raise UserError(f"it returns a {type(output).__name__}, not a tensor or something with '{OUTPUT}'")
-        logits: Tensor = output[OUTPUT]
-        return logits
+        found = named_tensors(output)
+        if not found:
+            raise UserError(f"it returns a {type(output).__name__}, in which there are no tensors")
+        return {f"{key}_out" if key in self.names else key: tensor for key, tensor in found.items()}
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the output's tensors."""
+        return tuple(self.outputs(*inputs).values())
 
 
 def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
@@ -284,14 +311,19 @@ def trace(model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[
     # AUTO: the model decides whether the last axis of integers can vary; a number of features is fixed.
     last = torch.export.Dim.AUTO
     axes = [{0: "batch", **({x.dim() - 1: last} if x.dim() > 1 and not x.is_floating_point() else {})} for x in rows]
-    traced = _Logits(model, names)
+    traced = _Traceable(model, names)
+    with evaluating(model), _in_float32(model), in_float(modules), _quiet():
+        try:
+            outputs = list(traced.outputs(*rows))
+        except UserError as error:
+            raise UserError(f"--format onnx: {type(model).__name__} cannot be exported: {error}") from None
     with evaluating(model), _in_float32(model), _placeholders(model, modules), _quiet():
         try:
             program: Any = torch.onnx.export(
                 traced,
                 tuple(rows),
                 input_names=[f"{PRIVATE}{name}" for name in names],
-                output_names=[f"{PRIVATE}{OUTPUT}"],
+                output_names=[f"{PRIVATE}{name}" for name in outputs],
                 opset_version=OPSET,
                 dynamic_shapes=(tuple(axes),),
                 dynamo=True,

@@ -85,6 +85,7 @@ def finished(kind, tmp_path, flags=""):
         ("lm", "packed", r"The \S*"),
         ("lm", "compressed-tensors", r"The \S*"),
         ("squad", "packed", r".*"),
+        ("squad", "onnx", r".*"),
         ("xsum", "packed", r".*"),
     ],
 )

@@ -344,6 +344,46 @@ def test_layers_that_are_never_called_are_not_in_the_file(tmp_path):
         torch.testing.assert_close(run(path, wide), model(wide), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["tuple", "mapping", "nested"])
+def test_all_outputs_are_kept(kind, tmp_path):
+    """A detector returns boxes and scores, others a number or several states."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.boxes, self.scores = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+        def forward(self, x):
+            states = self.body(x).relu()
+            boxes, scores = self.boxes(states), self.scores(states)
+            if kind == "tuple":
+                return boxes, scores
+            if kind == "mapping":
+                return {"boxes": boxes, "x": scores, "loss": None, "past_key_values": states}
+            return {"boxes": boxes, "states": (states, [scores])}
+
+    torch.manual_seed(0)
+    model, x, int8 = (
+        Detector().to(torch.bfloat16).eval(),
+        torch.randn(16, 6, dtype=torch.bfloat16),
+        parse_format("int8"),
+    )
+    modules = quantize_model(model, formats=[int8])
+    calibrate(model, modules, [x])
+    set_formats(modules, dict.fromkeys(modules, (int8, int8)))
+    quant.export.onnx.export.write_onnx(path := tmp_path / "m.onnx", uncached_trace(model, modules, {"x": x}), modules)
+    opened = session(path)
+    names = {"tuple": ["output_0", "output_1"], "mapping": ["boxes", "x_out"]}
+    assert [o.name for o in opened.get_outputs()] == names.get(kind, ["boxes", "states.0", "states.1.0"])
+    got = opened.run(None, {"x": x.float().numpy()})
+    expected = model(x)
+    boxes, scores = expected if kind == "tuple" else (expected["boxes"], None)
+    assert all(array.dtype == np.float32 for array in got)
+    assert np.abs(got[0] - boxes.float().detach().numpy()).max() < 0.05
+    if scores is not None:
+        assert np.abs(got[1] - scores.float().detach().numpy()).max() < 0.05
+
+
 def test_a_model_that_cannot_be_written_is_refused_in_words(tmp_path):
     class Pair(nn.Module):
         def __init__(self):
@@ -351,12 +391,12 @@ def test_a_model_that_cannot_be_written_is_refused_in_words(tmp_path):
             self.linear = nn.Linear(4, 4)
 
         def forward(self, x):
-            return self.linear(x), x
+            return str(self.linear(x))
 
     model, x, int8 = Pair().eval(), torch.ones(3, 4), parse_format("int8")
     modules = quantize_model(model, formats=[int8])
     set_formats(modules, {"linear": (int8, FLOAT)})
-    with pytest.raises(UserError, match="Pair cannot be exported: it returns a tuple, not a tensor"):
+    with pytest.raises(UserError, match="Pair cannot be exported: it returns a str, in which there are no tensors"):
         export_onnx(tmp_path / "m.onnx", model, modules, {"x": x})
     set_formats(modules, {"linear": (int8, int8)})
     with pytest.raises(UserError, match="layer 0: its int8 inputs were never calibrated"):
