@@ -37,7 +37,9 @@ def flags_of_a_run() -> set[str]:
 
 def flags_of(file: Path) -> set[str]:
     """The flags of a command with a parser of its own."""
-    return set(re.findall(r'"(--\w+)"', file.read_text()))
+    text = file.read_text()
+    switches = [f"--{form}{name}" for name in re.findall(r'add_switch\("(\w+)"', text) for form in ("", "no_")]
+    return {*re.findall(r'"(--\w+)"', text), *switches}
 
 
 def file_of_module(name: str) -> Path:
@@ -62,7 +64,7 @@ def test_every_command_line_has_flags_of_its_own_command(line):
     places = [at for at, word in enumerate(words) if word.endswith(LAUNCHES)]
     if places:
         given = [word for word in words[places[0] + 1 :] if word != "..."]
-        assert {"--config", "--resume", "--help"} & set(given) or read_flags(given).task
+        assert {"--config", "--resume", "--resolve", "--help"} & set(given) or read_flags(given).task
     for name, script in COMMANDS.items():
         if not {name, script[-1]} & set(words) or name in ("mpq-search", "mpq-run"):
             continue

@@ -1,8 +1,8 @@
 """Runs the command lines, Python blocks and notebooks of README and docs, and each file of configs/.
 
-They run in a folder that holds what the documents name: DATA, FINE_TUNED, RUN_DIR, resnet20-cifar10. Only sizes and
-places are changed: FEW steps and rows, the first of several seeds, a local folder for what would come from the Hub,
-SMALLER models. The runs of a launch follow each other in one process; other journeys start the launcher itself.
+They run in a folder that holds what the documents name: DATA, FINE_TUNED, RUN_DIR, RUN_OF_BUDGETS, resnet20-cifar10.
+Only sizes and places are changed: FEW steps and rows, the first of several seeds, a local folder for what would come
+from the Hub, SMALLER models. The runs of a launch follow each other in one process; other journeys start the launcher itself.
 NOT_RUN lists what does not run here, with the reason.
 """
 
@@ -45,9 +45,12 @@ MODELS = {"bert": "--model bert-tiny", "roberta": "--model CONFIGS/roberta", "ba
 READY = {
     "resnet20-cifar10": "--task cifar10 --data_dir DATA/cifar10 --model resnet20 --from_scratch --method float",
     "FINE_TUNED": "--task mrpc --data_dir DATA/mrpc --model bert-tiny --from_scratch --method float",
-    "RUN_DIR/model": "--task digits --model convnet --from_scratch --bits 8",
+    "RUN_DIR": "--task digits --model convnet --from_scratch --bits 8",
+    "RUN_OF_BUDGETS": "--task digits --model convnet --from_scratch --search --search_space 2,8 --target_bits 3,3.5,5",
 }
 """where the documents expect a run or a model -> the flags of the run that makes it"""
+RUNS = ("RUN_DIR", "RUN_OF_BUDGETS")
+"""those that are the folders of runs, not models that one has saved"""
 REPORTS = ("eval_parse.py", "mpq-report")
 MODULES = {"eval.export": "eval.export.__main__"}
 RUNNER = """
@@ -144,6 +147,8 @@ def job(line: Line) -> tuple[str, str, list[str]] | None:
         return None
     for at, word in enumerate(words):
         if word.endswith(("eval_parallel.py", "eval_run.py", "mpq-search", "mpq-run")):
+            if "--resolve" in words:
+                return line.name, "eval.eval_run", words[at + 1 :]
             return None if "--ray_address" in words else steps(line.name, words[at + 1 :])
         if word.endswith(REPORTS):
             return line.name, "eval.eval_parse", words[at + 1 :]
@@ -200,10 +205,11 @@ def lines(place) -> str:
     """What the documented lines printed, run one after the other."""
     jobs = []
     for where, flags in READY.items():
-        root = ["--run_id", "ready", "--output_root_dir", f"READY/{Path(where).parts[0]}", "--save_model_path", where]
-        jobs.append((where, "launch", [*flags.split(), *FEW.split(), *HERE.split(), *root]))
-    (place / "RUN_DIR").symlink_to(place / "READY/RUN_DIR/digits/default/ready")
-    jobs[-1] = ("RUN_DIR", "launch", jobs[-1][2][:-2])
+        root = ["--run_id", "ready", "--output_root_dir", f"READY/{where}"]
+        saved = [] if where in RUNS else ["--save_model_path", where]
+        jobs.append((where, "launch", [*flags.split(), *FEW.split(), *HERE.split(), *root, *saved]))
+    for where in RUNS:
+        (place / where).symlink_to(place / f"READY/{where}/digits/default/ready")
     jobs.append(("FINE_TUNED", "published", ["FINE_TUNED"]))  # as save_pretrained leaves it, not as a run of ours
     own = tuple(OWN_JOURNEY)
     found = filter(None, (job(line) for line in shell_lines() if not line.name.startswith(own)))
