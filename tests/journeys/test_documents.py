@@ -2,7 +2,8 @@
 
 They run in a folder that holds what the documents name: DATA, FINE_TUNED, RUN_DIR, RUN_OF_BUDGETS, resnet20-cifar10.
 Only sizes and places are changed: FEW steps and rows, the first of several seeds, a local folder for what would come
-from the Hub, SMALLER models. The runs of a launch follow each other in one process; other journeys start the launcher itself.
+from the Hub, SMALLER models. The runs of a launch follow each other in one process; other journeys start the launcher
+itself.
 NOT_RUN lists what does not run here, with the reason.
 """
 
