@@ -25,6 +25,7 @@ OF_AN_EXTRA = {
     **dict.fromkeys(
         ("compressed_tensors", "gguf", "ml_dtypes", "onnx", "onnxruntime", "onnxscript", "torchao"), "export"
     ),
+    "executorch": "executorch",
     "wandb": "tracking",
 }
 """what is imported where single flags ask for it alone -> the extra that brings it"""

@@ -347,6 +347,49 @@ def load_gguf(run: FinishedRun, folder: Path) -> nn.Module:
     return plain.eval()
 
 
+PTE = "model.pte"
+INPUT_NAMES = "inputs.json"
+
+
+def write_executorch(run: FinishedRun, folder: Path) -> Written:
+    """Write an ExecuTorch program: a graph of core ATen operations, lowered to XNNPACK where it has kernels.
+
+    Raises:
+        UserError: torch.export cannot follow the model, ExecuTorch lacks an operation, or there are several outputs.
+    """
+    import json
+
+    from eval.export.executorch_model import dynamic_shapes, lower
+    from eval.export.onnx_inputs import example
+    from quant.export.core_aten import core_verdict, export_graph, stored_width
+
+    if (kind := run.plan.data.kind) in ("qa", "summary"):
+        raise UserError(f"--format executorch: a {kind} model has several outputs or writes; choose packed")
+    refuse_caches(run, "executorch")
+    inputs = example(run)
+    rows = {name: x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for name, x in inputs.items()}
+    length = None if run.inputs.pixels is not None else run.config.max_length
+    graph = export_graph(run.model, run.modules, rows, dynamic_shapes(rows, length))
+    portable = lower(graph, folder / PTE)
+    (folder / INPUT_NAMES).write_text(json.dumps(list(inputs)))
+    copy_side_files(run, folder)
+    layers = {name: core_verdict(module) for name, module in run.modules.items()}
+    stored = sum(stored_width(module) is not None for module in run.modules.values())
+    note = f"XNNPACK multiplies by {stored - portable} of {stored} integer weights, portable kernels by the others"
+    weights = round(sum(layers[name].weight_bits * module.weight.numel() for name, module in run.modules.items()) / 8)
+    whole = (folder / PTE).stat().st_size
+    return Written(layers, {"weights": weights, "rest": whole - weights}, weights, (note,))
+
+
+def load_executorch(run: FinishedRun, folder: Path) -> nn.Module:
+    """Load an ExecuTorch program as a module that runs on ExecuTorch."""
+    import json
+
+    from eval.export.executorch_model import ExecutorchModel
+
+    return ExecutorchModel(folder / PTE, run.plan.data.kind, json.loads((folder / INPUT_NAMES).read_text()))
+
+
 CALL = """\
 with torch.no_grad():
     logits = model(**inputs).logits"""
@@ -369,6 +412,14 @@ COMPRESSED_USAGE = Usage(
     CALL,
     where="It needs the packages transformers and compressed-tensors.",
 )
+EXECUTORCH_USAGE = Usage(
+    ("import json", "from executorch.runtime import Runtime"),
+    f'program = Runtime.get().load_program("{{folder}}/{PTE}")\n'
+    'method = program.load_method("forward")\n'
+    f'names = json.load(open("{{folder}}/{INPUT_NAMES}"))',
+    "logits = method.execute([inputs[name] for name in names])[0]",
+    where="It needs the package executorch, whose runtime also runs on phones, and nothing of this repository.",
+)
 GGUF_USAGE = Usage(
     ("import torch", "from transformers import AutoConfig, AutoModelForCausalLM"),
     'config = AutoConfig.from_pretrained("{folder}")\n'
@@ -386,5 +437,6 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(write_onnx, load_onnx, None, ONNX_PACKAGES),
     "torchao": ExportFormat(write_torchao, load_torchao, TORCHAO_USAGE, ("torchao",)),
     "compressed-tensors": ExportFormat(write_compressed, load_compressed, COMPRESSED_USAGE, ("compressed_tensors",)),
+    "executorch": ExportFormat(write_executorch, load_executorch, EXECUTORCH_USAGE, ("executorch",)),
     "gguf": ExportFormat(write_gguf, load_gguf, GGUF_USAGE, ("gguf",)),
 }

@@ -121,5 +121,19 @@ def _gguf(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
     return sum(gguf_verdict(*module.formats, types[name]).as_chosen for name, module in modules.items())
 
 
-_KEPT = {"onnx": _onnx, "torchao": _torchao, "compressed-tensors": _compressed, "gguf": _gguf}
+def _executorch(plan: Plan, modules: Mapping[str, QuantModule]) -> int:
+    from quant.export.core_aten import core_verdict
+
+    if plan.data.kind in ("qa", "summary"):
+        raise UserError(f"a {plan.data.kind} model has several outputs or writes")
+    return sum(core_verdict(module).as_chosen for module in modules.values())
+
+
+_KEPT = {
+    "onnx": _onnx,
+    "torchao": _torchao,
+    "compressed-tensors": _compressed,
+    "gguf": _gguf,
+    "executorch": _executorch,
+}
 """Export format -> how many layers it keeps in their formats; formats that are not listed keep all."""

@@ -12,7 +12,17 @@ from eval import commands
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("quant", "cost", "policy", "trainer", "eval")
-EXTRAS = {"onnx", "onnxruntime", "onnxscript", "ml_dtypes", "torchao", "compressed_tensors", "wandb"}
+EXTRAS = {
+    "gguf",
+    "executorch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "ml_dtypes",
+    "torchao",
+    "compressed_tensors",
+    "wandb",
+}
 """optional packages, imported only for the flags that need them"""
 SCRIPTS = [
     *(["eval_parallel.py"], ["eval/eval_run.py"], ["eval/eval_parse.py"]),
