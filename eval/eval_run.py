@@ -38,6 +38,7 @@ from eval.run.progress import RunProgress, make_console
 from eval.run.record import LOSS_ROSE, cache_costs, costs_of, describe, outcome
 from eval.run.resolve import resolve, write_decisions
 from eval.run.schema import LOSS_RISE, loss_rise
+from eval.run.stopwatch import MEASURED, stopwatch
 from eval.run.tracking import tracked
 from eval.run.trainer import evaluate, make_trainer
 from quant.errors import UserError
@@ -237,6 +238,9 @@ def write_result(
         if answers:
             write_json(folder / "predictions.json", answers)
         save_result(plan, modules, assignment, folder / "model")
+    if plan.config.max_latency is not None and plan.config.chooses and first_process():
+        trainer.tell("timing the exported file")
+        record[MEASURED] = stopwatch(plan, trainer.model, modules)
     if plan.config.verify_retrain:
         record["retrained"], notes = retrain(plan.config, assignment, folder, progress)
         record["notes"] += [f"retrained: {note}" for note in notes]

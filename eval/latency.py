@@ -1,7 +1,8 @@
 """Measures latencies of a run's model on ONNX Runtime: `python -m eval.latency RUN_DIR`.
 
 Measures, on the CPU with one example and in a separate process, the whole model as chosen and in float, and each
-searched layer by itself in every pair of formats of the search space. `--max_latency` reads the resulting table.
+searched layer by itself in every pair of formats of the search space. The latencies of the layers are then fitted to
+whole models under drawn assignments, so that they sum to a model's. `--max_latency` reads the resulting table.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from eval.config.files import require, writing
 from eval.config.parser import CommandParser, entry
 from eval.export.finished_run import FinishedRun, finished_run
 from eval.export.formats import ONNX_PACKAGES
+from eval.export.latency_fit import fit_to_models
 from eval.export.onnx_inputs import example, examples, write_float
 from eval.export.onnx_timing import REPEATS, latencies
 from eval.run.limits import COLUMNS
@@ -241,6 +243,8 @@ def _flags(argv: Sequence[str]) -> Namespace:
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print and write the table."""
+    from trainer.training.checkpoint import write_json
+
     flags = _flags(argv)
     require(*ONNX_PACKAGES)
     run = replace(finished_run(flags.run, flags.data_dir), round_outputs=flags.round_outputs)
@@ -250,10 +254,15 @@ def main(argv: Sequence[str]) -> int:
     with writing("output", path):  # fail before measuring
         path.parent.mkdir(parents=True, exist_ok=True)
     model = model_latencies(run, flags.repeats, flags.threads)
-    rows = layer_latencies(run, flags.repeats, flags.threads)
+    rows, fit = fit_to_models(run, layer_latencies(run, flags.repeats, flags.threads), flags.repeats, flags.threads)
     with writing("output", path):
         write_table(rows, path)
+        write_json(path.with_suffix(".json"), fit.as_json())
     print_latencies(run, rows, model)
+    print(
+        f"fitted to {fit.fitted_on} models; on {len(fit.held_out)} others the rows of the table sum to the measured "
+        f"latency within {100 * fit.error:.1f} % on average"
+    )
     print(f"table: {path}")
     return 0
 

@@ -17,6 +17,7 @@ from eval.run.limits import limits_of
 from eval.run.outcome import cache_lines, choice_line, cost_line, counted_part, export_lines, scope_of
 from eval.run.plan import Plan, budget, search_space, space_of
 from eval.run.schema import SCHEMA_VERSION, loss_rise
+from eval.run.stopwatch import stopwatch_line
 from eval.run.trainer import teacher_share
 from quant.formats import FLOAT, Format
 
@@ -206,6 +207,7 @@ def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
     lines += cache_lines(record)
     for limit in record["limits"]:
         lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")
+    lines.append(stopwatch_line(record) or "")
     if "max_drop" in contest:
         kept = "within" if contest["within_drop"] else "NOT within"
         quality, of_float, drop = contest["held_out_quality"], contest["float_quality"], contest["max_drop"]
