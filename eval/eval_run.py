@@ -213,7 +213,9 @@ def write_result(
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
     record = record | costs_of(plan, assignment, trainer.reach)
-    record |= {"exports": export_reach(plan, modules), "engines": engines_in_reach(plan, modules)}
+    target = trainer.cost_target if plan.config.chooses else None
+    engines = engines_in_reach(plan, modules, assignment, target)
+    record |= {"exports": export_reach(plan, modules), "engines": engines}
     record |= cache_costs(plan)
     record["notes"] = [*record["notes"], *trainer.notes]
     if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):

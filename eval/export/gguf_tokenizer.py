@@ -31,13 +31,8 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, config: Any) 
     Raises:
         UserError: llama.cpp has no tokenizer of this kind.
     """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        _refuse(f"{type(tokenizer).__name__}, which has no tokenizer.json")
-    described = json.loads(backend.to_str())
+    described = described_tokenizer(tokenizer)
     model = described["model"]
-    if model["type"] != "BPE":
-        _refuse(f"{model['type']}")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     tokens, kinds = _vocabulary(tokenizer, described, config.vocab_size)
     if model.get("byte_fallback"):
@@ -54,6 +49,21 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, config: Any) 
         writer.add_token_merges(merges)
     writer.add_token_types(kinds)
     _add_special(writer, tokenizer)
+
+
+def described_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Return the content of a tokenizer's tokenizer.json.
+
+    Raises:
+        UserError: llama.cpp has no tokenizer of this kind.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        _refuse(f"{type(tokenizer).__name__}, which has no tokenizer.json")
+    described: dict[str, Any] = json.loads(backend.to_str())
+    if (kind := described["model"]["type"]) != "BPE":
+        _refuse(kind)
+    return described
 
 
 def _refuse(kind: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from eval.export.engine_reach import engine_reach
@@ -12,6 +13,7 @@ from quant.errors import UserError
 
 if TYPE_CHECKING:
     from eval.run.plan import Plan
+    from quant.convert import Assignment
     from quant.quant_module import QuantModule
 
 WIDENED = "{} of {} layers"
@@ -36,12 +38,16 @@ def export_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, st
     return {name: _why_not(name, plan, modules) for name in EXPORT_FORMATS}
 
 
-def engines_in_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str, dict[str, Any]]:
+def engines_in_reach(
+    plan: Plan, modules: Mapping[str, QuantModule], assignment: Assignment, target: float | None
+) -> dict[str, dict[str, Any]]:
     """Return for each engine whether it runs the formats of the layers as chosen, and what stands in the way.
 
     Args:
         plan: Plan of the run.
         modules: Its quantized layers by name.
+        assignment: Formats of the layers and caches.
+        target: Budget of the run, if it has one.
 
     Returns:
         Engine -> the entry of the record; empty for a float run.
@@ -49,7 +55,21 @@ def engines_in_reach(plan: Plan, modules: Mapping[str, QuantModule]) -> dict[str
     if not modules:
         return {}
     found = engine_reach(plan.bundle.model, modules, fused_in(plan, modules))
-    return {name: reach.to_json() for name, reach in found.items()}
+    over = {name: _over(plan, name, assignment, target) for name in found}
+    return {name: replace(reach, why=reach.why or over[name]).to_json() for name, reach in found.items()}
+
+
+def _over(plan: Plan, engine: str, assignment: Assignment, target: float | None) -> str | None:
+    """Return that the formats cost more than the target in the file of an engine, whose scales are wider; else None."""
+    from cost.cost import memory_cost
+    from cost.units import UNITS
+
+    if target is None or plan.config.cost_type != "memory":
+        return None
+    cost = memory_cost([replace(profile, engine=engine) for profile in plan.profiles], assignment)
+    if cost <= target * (1 + 1e-12):
+        return None
+    return f"its file costs {cost:.6g} {UNITS['memory']}, over the target of {target:.6g}"
 
 
 def fused_in(plan: Plan, modules: Mapping[str, QuantModule]) -> list[list[str]]:

@@ -14,16 +14,17 @@ if TYPE_CHECKING:  # importing torch takes seconds; flags are checked without it
 
     from cost.engine import RunsAs
     from eval.config.run_config import RunConfig
+    from eval.modeling.bundle import ModelBundle
 
 SHOWN = 3
 """Layers that a note names."""
 
 
-def engine_layers(model: nn.Module, names: Sequence[str], config: RunConfig) -> tuple[list[str], list[str]]:
+def engine_layers(bundle: ModelBundle, names: Sequence[str], config: RunConfig) -> tuple[list[str], list[str]]:
     """Return the layers that the engine runs quantized, and notes on the others and on the formats.
 
     Args:
-        model: The float model.
+        bundle: The float model and its tokenizer.
         names: Names of the layers that the flags select.
         config: Flags of the run, with an engine.
 
@@ -34,7 +35,8 @@ def engine_layers(model: nn.Module, names: Sequence[str], config: RunConfig) -> 
     from trainer.search.engine import layers_for
 
     engine = ENGINES[str(config.engine)]
-    _check_model(model, engine.name, engine.export)
+    _check_model(bundle, engine.name, engine.export)
+    model = bundle.model
     layers = {name: model.get_submodule(name) for name in names}
     pairs = config.search_pairs if config.chooses else [config.uniform_formats]
     kept = layers_for(engine, layers, pairs, config.per_token)
@@ -55,14 +57,17 @@ def storage_of(model: nn.Module, names: Sequence[str], config: RunConfig) -> Run
     return stores(ENGINES[config.engine], {name: model.get_submodule(name) for name in names}, config.per_token)
 
 
-def _check_model(model: nn.Module, engine: str, export: str) -> None:
+def _check_model(bundle: ModelBundle, engine: str, export: str) -> None:
     from transformers import PreTrainedModel
 
     from eval.export.gguf_model import architecture_of
+    from eval.export.gguf_tokenizer import described_tokenizer
 
+    model = bundle.model
     if export == "gguf":
         try:
             architecture_of(model.config)  # type: ignore[arg-type]
+            described_tokenizer(bundle.tokenizer)
         except (AttributeError, UserError) as error:
             why = str(error).removeprefix("--format gguf: ") if isinstance(error, UserError) else "needs a decoder"
             raise UserError(f"--engine {engine}: {why}") from None

@@ -124,7 +124,7 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
         offload(bundle.model, config)  # weights that have been made anew since
     layers = searched_layers(bundle.model, data.kind, config)
     if config.engine is not None:
-        layers, notes = engine_layers(bundle.model, layers, config)
+        layers, notes = engine_layers(bundle, layers, config)
         for note in notes:
             logger.info(note)
         bundle.notes += notes
