@@ -70,7 +70,7 @@ def _check_space(config: RunConfig, engine: Engine) -> None:
                 f"--search_space {config.search_space}: {engine.name} runs nothing that holds {_shown(pair)}; "
                 f"choices: {engine.choices()}"
             )
-    if len(config.stored_pairs) < 2:
+    if all(len(engine.stored(config.search_pairs, [kind], config.per_token)) < 2 for kind in COMPUTING):
         raise UserError(
             f"--search_space {config.search_space}: {engine.name} stores all of it as "
             f"{_shown(config.stored_pairs[0])}, which leaves no choice; choices: {engine.choices()}"

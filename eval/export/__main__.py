@@ -64,8 +64,8 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
 
     EXPORT_FORMATS[format].check_installed()
     with contextlib.ExitStack() as stack:
-        if not folder.parent.exists():
-            stack.callback(_remove_empty, folder.parent)
+        for missing in reversed([parent for parent in folder.parents if not parent.exists()]):
+            stack.callback(_remove_empty, missing)
         with writing("output_dir", folder):
             if folder.exists():
                 raise UserError(f"--output_dir {folder}: exists already; choose another or remove it")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from quant.engines.rules import UNQUANTIZED, Engine
 from quant.engines.table import ENGINES
+from quant.errors import UserError
 from quant.formats import FLOAT, IntFormat
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class EngineReach:
 
 
 def engine_reach(
-    model: nn.Module, modules: Mapping[str, QuantModule], fused: Iterable[Iterable[str]] = ()
+    model: nn.Module, modules: Mapping[str, QuantModule], fused: Iterable[Iterable[str]] = (), tokenizer: Any = None
 ) -> dict[str, EngineReach]:
     """Return for each engine how far it runs a model as chosen.
 
@@ -70,9 +71,15 @@ def engine_reach(
         model: The model.
         modules: Its quantized layers by name, in their formats.
         fused: Names of layers that read the same tensor, for each such tensor; none: not looked at.
+        tokenizer: The model's tokenizer; None: not looked at.
     """
     groups = [list(group) for group in fused]
-    return {name: _reach(engine, model, modules, groups) for name, engine in ENGINES.items()}
+    return {
+        name: replace(
+            _reach(engine, modules, groups), why=unreadable(engine, model, tokenizer) or _no_place(engine, model)
+        )
+        for name, engine in ENGINES.items()
+    }
 
 
 def writer_of(engine: Engine) -> Engine:
@@ -80,7 +87,32 @@ def writer_of(engine: Engine) -> Engine:
     return next(other for other in ENGINES.values() if other.export == engine.export)
 
 
-def _reach(engine: Engine, model: nn.Module, modules: Mapping[str, QuantModule], fused: list[list[str]]) -> EngineReach:
+def unreadable(engine: Engine, model: nn.Module, tokenizer: Any = None) -> str | None:
+    """Return why an engine has no way to compute a model; None if it has.
+
+    Args:
+        engine: The engine.
+        model: The model.
+        tokenizer: Its tokenizer; None: not looked at.
+    """
+    from transformers import PreTrainedModel
+
+    from eval.export.gguf_model import architecture_of
+    from eval.export.gguf_tokenizer import described_tokenizer
+
+    if engine.export in ("compressed-tensors", "gguf") and not isinstance(model, PreTrainedModel):
+        return "it needs a model of transformers"
+    if engine.export == "gguf":
+        try:
+            architecture_of(model.config)  # type: ignore[arg-type]
+            if tokenizer is not None:
+                described_tokenizer(tokenizer)
+        except UserError as error:
+            return str(error).removeprefix("--format gguf: ").split(";")[0]
+    return None
+
+
+def _reach(engine: Engine, modules: Mapping[str, QuantModule], fused: list[list[str]]) -> EngineReach:
     found = {name: _of_layer(engine, module) for name, module in modules.items()}
     in_the_way = {name: reason for name, (reason, _) in found.items() if reason is not None}
     refused = {name: str(reason) for name, (reason, state) in found.items() if state == "refused"}
@@ -90,7 +122,7 @@ def _reach(engine: Engine, model: nn.Module, modules: Mapping[str, QuantModule],
             formats = {modules[name].formats for name in group if name in modules}
             if len(formats) > 1:
                 refused |= dict.fromkeys(group, "it fuses them, and they do not share formats (--fuse_groups)")
-    return EngineReach(len(modules), in_the_way | refused, refused, in_float, _obstacle(engine, model))
+    return EngineReach(len(modules), in_the_way | refused, refused, in_float)
 
 
 def _of_layer(engine: Engine, module: QuantModule) -> tuple[str | None, State]:
@@ -133,10 +165,8 @@ def _wrong_grid(engine: Engine, module: QuantModule) -> str | None:
     return None
 
 
-def _obstacle(engine: Engine, model: nn.Module) -> str | None:
-    """Return why an engine cannot read a model, whatever its formats are; None if it can."""
-    from transformers import PreTrainedModel
-
+def _no_place(engine: Engine, model: nn.Module) -> str | None:
+    """Return what of a model besides its layers the engine's file has no place for; None if there is nothing."""
     from quant.transforms.kv_cache import caches_of
     from quant.transforms.migration import added
     from quant.transforms.placement import is_cached, placed_sites
@@ -145,8 +175,6 @@ def _obstacle(engine: Engine, model: nn.Module) -> str | None:
         return "it has no place for what is quantized besides layers"
     if caches_of(model) and not any("cache" in rule.kinds for rule in engine.rules):
         return "it has no place for the format of --quantize_kv_cache"
-    if engine.export == "compressed-tensors" and not isinstance(model, PreTrainedModel):
-        return "it needs a model of transformers"
     if not engine.takes_factors and added(model).factors:
         return "it has no place for the factors of --gamma_migration or --smooth_quant"
     return None

@@ -54,9 +54,11 @@ def engines_in_reach(
     """
     if not modules:
         return {}
-    found = engine_reach(plan.bundle.model, modules, fused_in(plan, modules))
-    over = {name: _over(plan, name, assignment, target) for name in found}
-    return {name: replace(reach, why=reach.why or over[name]).to_json() for name, reach in found.items()}
+    found = engine_reach(plan.bundle.model, modules, fused_in(plan, modules), plan.bundle.tokenizer)
+    return {
+        name: replace(reach, why=reach.why or _over(plan, name, assignment, target)).to_json()
+        for name, reach in found.items()
+    }
 
 
 def _over(plan: Plan, engine: str, assignment: Assignment, target: float | None) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eval.config.engine import engine_notes
+from eval.export.engine_reach import unreadable
 from quant.engines.table import ENGINES
 from quant.errors import UserError
 
@@ -35,7 +36,8 @@ def engine_layers(bundle: ModelBundle, names: Sequence[str], config: RunConfig) 
     from trainer.search.engine import layers_for
 
     engine = ENGINES[str(config.engine)]
-    _check_model(bundle, engine.name, engine.export)
+    if reason := unreadable(engine, bundle.model, bundle.tokenizer):
+        raise UserError(f"--engine {engine.name}: {reason}")
     model = bundle.model
     layers = {name: model.get_submodule(name) for name in names}
     pairs = config.search_pairs if config.chooses else [config.uniform_formats]
@@ -55,21 +57,3 @@ def storage_of(model: nn.Module, names: Sequence[str], config: RunConfig) -> Run
     if config.engine is None:
         return None
     return stores(ENGINES[config.engine], {name: model.get_submodule(name) for name in names}, config.per_token)
-
-
-def _check_model(bundle: ModelBundle, engine: str, export: str) -> None:
-    from transformers import PreTrainedModel
-
-    from eval.export.gguf_model import architecture_of
-    from eval.export.gguf_tokenizer import described_tokenizer
-
-    model = bundle.model
-    if export == "gguf":
-        try:
-            architecture_of(model.config)  # type: ignore[arg-type]
-            described_tokenizer(bundle.tokenizer)
-        except (AttributeError, UserError) as error:
-            why = str(error).removeprefix("--format gguf: ") if isinstance(error, UserError) else "needs a decoder"
-            raise UserError(f"--engine {engine}: {why}") from None
-    if export == "compressed-tensors" and not isinstance(model, PreTrainedModel):
-        raise UserError(f"--engine {engine}: reads models of transformers, this is a {type(model).__name__}")

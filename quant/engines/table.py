@@ -11,14 +11,15 @@ from quant.engines.rules import KINDS, Engine, Kind, Rule
 INTS = tuple(f"int{width}" for width in range(2, 9))
 GROUPS = tuple(f"int{width}gN" for width in range(2, 9))
 POINTED_GROUPS = tuple(f"u{name}" for name in GROUPS)
-GROUPS_4_8 = ("int4gN", "int8gN", "uint4gN", "uint8gN")
+ORT_WIDE = ("int16", "e4m3", "e5m2", "fp16", "bf16", "int4gN", "int8gN", "uint4gN", "uint8gN")
 PRODUCTS: tuple[Kind, ...] = ("linear", "conv1d", "conv", "depthwise", "experts")
 """Kinds that multiply their input by a weight."""
 LAYERS: tuple[Kind, ...] = (*PRODUCTS, "embedding")
+CONVOLUTIONS: tuple[Kind, ...] = ("conv", "depthwise")
 MATRICES: tuple[Kind, ...] = ("linear", "conv1d", "experts")
 
 ORT_TYPES = "ONNX opset 21, QuantizeLinear and DequantizeLinear; tried with onnxruntime 1.31.1, CPU"
-ORT_INTEGERS = "onnxruntime 1.31.1, MatMulInteger and QLinearConv; tried on the CPU"
+ORT_INTEGERS = "onnxruntime 1.31.1, MatMulInteger and QLinearConv, which reads bytes; tried on the CPU"
 OV_INTEGERS = "openvino 2026.4.1, CPU: runtimePrecision u8 and i8, outputs as ONNX Runtime's (tried)"
 OV_COMPRESSED = (
     "openvino 2026.4.1, CPU: runtimePrecision i4 and i8 (tried); without DYNAMIC_QUANTIZATION_GROUP_SIZE=0 it rounds "
@@ -48,10 +49,15 @@ _ENGINES = (
         "1.31.1",
         "onnx",
         (
-            Rule(PRODUCTS, ("int4", "int8"), ("int4", "int8"), True, ORT_INTEGERS),
+            Rule(MATRICES, ("int4", "int8"), ("int4", "int8"), True, ORT_INTEGERS),
+            Rule(CONVOLUTIONS, ("int4", "int8"), ("int8",), True, ORT_INTEGERS),
+            Rule(CONVOLUTIONS, ("int4", "int8"), ("float", "int16", "e4m3", "e5m2"), False, ORT_TYPES),
             Rule(
-                LAYERS,
-                ("float", "int4", "int8", "int16", "e4m3", "e5m2", "fp16", "bf16", *GROUPS_4_8),
+                CONVOLUTIONS, ("float", *ORT_WIDE), ("float", "int4", "int8", "int16", "e4m3", "e5m2"), False, ORT_TYPES
+            ),
+            Rule(
+                (*MATRICES, "embedding"),
+                ("float", "int4", "int8", *ORT_WIDE),
                 ("float", "int4", "int8", "int16", "e4m3", "e5m2"),
                 False,
                 ORT_TYPES,
@@ -69,12 +75,12 @@ _ENGINES = (
         "onnx",
         (
             Rule(MATRICES, ("int8",), ("int8",), True, OV_INTEGERS),
-            Rule(("conv", "depthwise"), ("int8",), ("int4", "int8"), True, OV_INTEGERS),
+            Rule(CONVOLUTIONS, ("int8",), ("int4", "int8"), True, OV_INTEGERS),
             Rule(MATRICES, ("int4",), ("float", "int4", "int8"), True, OV_COMPRESSED),
             Rule(MATRICES, ("int8", "int4gN", "int8gN"), ("float",), True, OV_COMPRESSED),
             Rule(("embedding",), ("int4", "int8"), ("float",), True, OV_COMPRESSED),
             Rule(
-                ("conv", "depthwise"),
+                CONVOLUTIONS,
                 ("int4", "int8", "int16"),
                 ("float", "int4", "int8", "int16"),
                 False,

@@ -18,7 +18,7 @@ def read(*flags, base=SEARCH):
     [
         (["--engine", "onnxrt"], ["--engine", "'onnxrt'", "llama.cpp"]),
         (["--engine", "onnxruntime", "--search_space", "4,mxfp4"], ["--search_space 4,mxfp4", "mxfp4", "e5m2"]),
-        (["--engine", "onnxruntime", "--search_space", "2,3"], ["--search_space 2,3", "int4/int4", "no choice"]),
+        (["--engine", "onnxruntime", "--search_space", "2,3"], ["--search_space 2,3", "no choice"]),
         (["--engine", "onnxruntime", "--target_bits", "3"], ["--target_bits 3", "4 to 8 bits", "onnxruntime"]),
         (["--engine", "llama.cpp", "--per_token"], ["--per_token", "--engine llama.cpp"]),
         (["--engine", "torchao", "--smooth_quant"], ["--smooth_quant", "--engine torchao"]),
@@ -38,9 +38,11 @@ def test_what_an_engine_cannot_run_is_one_line(flags, named):
 def test_a_uniform_format_has_to_be_one_of_the_engine_itself():
     base = SEARCH[:-1]
     assert read("--engine", "tensorrt", "--bits", "8", base=base).act_symmetric
-    with pytest.raises(UserError, match=r"--bits 3: onnxruntime stores int3/int3 as int4/int4; choices: int4, int8"):
+    with pytest.raises(
+        UserError, match=r"--bits 3: onnxruntime stores int3/int3 as int4/int4 or int4/int8; choices: int4, int8"
+    ):
         read("--engine", "onnxruntime", "--bits", "3", base=base)
-    with pytest.raises(UserError, match=r"--bits mxfp4: vllm has no mxfp4/mxfp4; choices: int8"):
+    with pytest.raises(UserError, match=r"--bits mxfp4: vllm stores mxfp4/mxfp4 as mxfp4/float; choices: int8"):
         read("--engine", "vllm", "--bits", "mxfp4", base=base)
     with pytest.raises(UserError, match="--engine vllm has no effect"):
         read("--engine", "vllm", base=base)

@@ -84,7 +84,7 @@ def test_the_end_of_a_run_names_what_stands_in_the_way(unlimited):
     first, *others, _ = export_lines(record, unlimited).splitlines()
     assert first == "runs as chosen in: no engine; files that hold it: packed"
     assert others[0].startswith("in the way of onnxruntime, openvino, tensorrt") and "convs.0" in others[0]
-    assert "in the way of vllm, transformers: it needs a model of transformers" in others
+    assert "in the way of vllm, transformers, llama.cpp: it needs a model of transformers" in others
     assert record["exports"]["packed"] is None and len(others) <= 4
     assert len(record["engines"]["onnxruntime"]["layers_in_the_way"]) == 5
 

@@ -33,8 +33,10 @@ def layer(activation=ACTIVATION):
     return modules["0"]
 
 
-def in_onnx(weight, activation):
+def in_onnx(weight, activation, kind="linear"):
     """Whether the types of ONNX that the exporter takes have both formats' own values."""
+    if kind in ("conv", "depthwise") and weight.name in ("int4", "int8") and activation.name == "int4":
+        return False  # integer convolutions read bytes: the exporter gives them int8
     inputs = input_storage(activation)
     if activation != FLOAT and (inputs is None or own_name(inputs) != activation.name):
         return False
@@ -47,7 +49,7 @@ def in_onnx(weight, activation):
 def test_onnx_runtime_keeps_what_the_exporter_has_types_for():
     engine = ENGINES["onnxruntime"]
     kinds = ("linear", "conv", "depthwise", "experts")
-    assert [pair for pair in PAIRS for kind in kinds if engine.keeps(kind, pair) != in_onnx(*pair)] == []
+    assert [pair for pair in PAIRS for kind in kinds if engine.keeps(kind, pair) != in_onnx(*pair, kind)] == []
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -116,7 +118,8 @@ def test_examples_from_the_documentation_of_the_engines():
         found = ENGINES[name].stored_as(kind, (parse_format(weight), parse_format(activation)), **options)
         return found and "/".join(map(str, found))
 
-    assert stored("onnxruntime", "conv", "int3", "int3") == "int4/int4"
+    assert stored("onnxruntime", "linear", "int3", "int3") == "int4/int4"
+    assert stored("onnxruntime", "conv", "int3", "int3") == "int4/int8"
     assert stored("vllm", "linear", "int4", "int4") == "int4/float"  # it has nothing for 4-bit inputs
     assert stored("vllm", "linear", "int8", "int8") == "int8/int8"
     assert stored("vllm", "conv", "int8", "int8") is None
