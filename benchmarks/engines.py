@@ -73,7 +73,7 @@ def own_int8(run: FinishedRun, plain: Path, path: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = path.with_name("prepared.onnx")
-    quant_pre_process(str(plain), str(prepared))
+    quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)  # which leaves files where it is called
     if run.inputs.pixels is None:
         quantize_dynamic(str(prepared), str(path), per_channel=True)
         return
