@@ -369,7 +369,7 @@ def write_executorch(run: FinishedRun, folder: Path) -> Written:
     inputs = example(run)
     rows = {name: x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for name, x in inputs.items()}
     length = None if run.inputs.pixels is not None else run.config.max_length
-    graph = export_graph(run.model, run.modules, rows, dynamic_shapes(rows, length))
+    graph = export_graph(run.model, run.modules, rows, dynamic_shapes(rows, length), decompose=False)
     portable = lower(graph, folder / PTE)
     (folder / INPUT_NAMES).write_text(json.dumps(list(inputs)))
     copy_side_files(run, folder)

@@ -276,7 +276,11 @@ class _Logits(nn.Module):
 
 
 def export_graph(
-    model: nn.Module, modules: Mapping[str, QuantModule], inputs: Mapping[str, Tensor], dynamic: Any = None
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    inputs: Mapping[str, Tensor],
+    dynamic: Any = None,
+    decompose: bool = True,
 ) -> torch.export.ExportedProgram:
     """Export a model as a graph of core ATen operations.
 
@@ -285,6 +289,7 @@ def export_graph(
         modules: Its quantized layers by name, in their formats.
         inputs: Example inputs by name.
         dynamic: `dynamic_shapes` of torch.export.export, for the inputs in order.
+        decompose: Reduce all operations to core ATen; a compiler that does so itself knows larger ones, such as linear.
 
     Returns:
         The program, whose operations are core ATen or in `quantized_decomposed`. It takes the inputs in order and
@@ -301,7 +306,7 @@ def export_graph(
     except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--format executorch: {type(model).__name__} cannot be exported: {reason}") from None
-    program = program.run_decompositions()
+    program = program.run_decompositions() if decompose else program
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             program.graph.erase_node(node)  # a check of torch.export's own

@@ -81,7 +81,7 @@ def test_executorch_computes_the_models_logits(tmp_path):
 
     model, modules, images = quantized(SETS["integers"])
     inputs = {"images": images}
-    lower(export_graph(model, modules, inputs, dynamic_shapes(inputs, None)), tmp_path / "m.pte")
+    lower(export_graph(model, modules, inputs, dynamic_shapes(inputs, None), False), tmp_path / "m.pte")
     found = ExecutorchModel(tmp_path / "m.pte", "image", ["images"])(images=images)["logits"]
     with torch.no_grad():
         expected = model(images)
