@@ -86,7 +86,7 @@ def export(run: FinishedRun, format: str, folder: Path, evaluate: bool = True) -
         verdict["notes"] += metric_drop_warnings(run.record, verdict["metrics"]["exported"] or {})
         usage = written.usage or EXPORT_FORMATS[format].usage
         assert usage is not None
-        card = model_card(run, verdict, folder, usage)
+        card = model_card(run, verdict, usage)
         with writing("output_dir", folder):
             write_json(place / "export.json", verdict)
             write_atomically(place / "README.md", lambda path: Path(path).write_text(card))

@@ -137,7 +137,7 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
     Raises:
         UserError: The model generates text, or has a quantized cache.
     """
-    from eval.export.onnx_inputs import example, write_float
+    from eval.export.onnx_inputs import describe_inputs, example, write_float
     from eval.export.onnx_outputs import write_file
     from eval.export.onnx_timing import latencies
     from quant.export.onnx.export import onnx_sizes, trace
@@ -154,6 +154,7 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
         stored, notes, facts = write_file(run, folder / ONNX, traced, {**modules, **tables})
         float_file = folder / "float.onnx"
         write_float(run, traced, float_file, {**modules, **tables})
+    describe_inputs(run, folder / ONNX)
     copy_side_files(run, folder)
     sizes = onnx_sizes(folder / ONNX, stored, tables)
     (own, plain), *_ = latencies([((folder / ONNX, float_file), inputs)])
@@ -179,13 +180,14 @@ def onnx_usage(path: Path) -> Usage:
 
     settings = [f'options.add_session_config_entry("{key}", "{value}")' for key, value in settings_of(path).items()]
     options = ["options = onnxruntime.SessionOptions()", *settings] if settings else []
-    session = f'session = onnxruntime.InferenceSession("{{folder}}/{ONNX}"{", options" if settings else ""})'
+    session = f'session = onnxruntime.InferenceSession("{ONNX}"{", options" if settings else ""})'
     return Usage(
         ("import onnxruntime",),
         "\n".join([*options, session]),
         ONNX_CALL,
         arrays=True,
-        where="It needs the package onnxruntime, and nothing of this repository.",
+        where="It needs the package onnxruntime, and nothing of this repository. OpenVINO reads the file too: give it "
+        "INFERENCE_PRECISION_HINT=f32, since on some processors it computes in bfloat16 by default.",
     )
 
 
@@ -393,7 +395,7 @@ def load_executorch(run: FinishedRun, folder: Path) -> nn.Module:
 CALL = """\
 with torch.no_grad():
     logits = model(**inputs).logits"""
-OURS = "From the root of this repository, or where it is installed."
+OURS = "It needs the package of this repository, installed or with its root in PYTHONPATH."
 PACKED_USAGE = Usage(
     ("import torch", "from eval.packed_model import load_packed"),
     'model = load_packed("{folder}")  # a torch.nn.Module in eval mode',
@@ -414,9 +416,9 @@ COMPRESSED_USAGE = Usage(
 )
 EXECUTORCH_USAGE = Usage(
     ("import json", "from executorch.runtime import Runtime"),
-    f'program = Runtime.get().load_program("{{folder}}/{PTE}")\n'
+    f'program = Runtime.get().load_program("{PTE}")\n'
     'method = program.load_method("forward")\n'
-    f'names = json.load(open("{{folder}}/{INPUT_NAMES}"))',
+    f'names = json.load(open("{INPUT_NAMES}"))',
     "logits = method.execute([inputs[name] for name in names])[0]",
     where="It needs the package executorch, whose runtime also runs on phones, and nothing of this repository.",
 )

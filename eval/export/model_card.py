@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,17 +16,18 @@ FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5:
 """Number of a resizing filter in PIL -> its name."""
 SPANS = 'session.run(["start_logits", "end_logits"], feed)'
 """Call of an ONNX file that answers questions."""
+HERE = "."
+"""The folder of a card, in its program: an export may be moved."""
 MAX_CLASSES = 1000
 """Maximum number of classes listed by name; export.json lists all of them."""
 
 
-def model_card(run: FinishedRun, verdict: dict[str, Any], folder: Path, usage: Usage) -> str:
+def model_card(run: FinishedRun, verdict: dict[str, Any], usage: Usage) -> str:
     """Write the README.md of an export.
 
     Args:
         run: The exported run.
         verdict: Content of export.json.
-        folder: Folder of the export, as shown in the code of the card.
         usage: How to run the export.
 
     Returns:
@@ -61,10 +60,10 @@ def model_card(run: FinishedRun, verdict: dict[str, Any], folder: Path, usage: U
         "",
         "## How to run it",
         "",
-        f"{usage.where} Paths are as seen from where the export was written.",
+        f"{usage.where} Run it in this folder.",
         "",
         "```python",
-        *program(run.inputs, usage, folder, type(run.model).__name__),
+        *program(run.inputs, usage, type(run.model).__name__),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -96,17 +95,15 @@ def describe_inputs(inputs: ModelInputs) -> list[str]:
     return lines
 
 
-def program(inputs: ModelInputs, usage: Usage, folder: Path, architecture: str) -> list[str]:
+def program(inputs: ModelInputs, usage: Usage, architecture: str) -> list[str]:
     """Return the lines of a Python program that loads the export and runs it on an input.
 
     Args:
         inputs: Inputs of the model.
         usage: How to load and call the export.
-        folder: Folder of the export.
         architecture: Class name of the model.
     """
-    place = json.dumps(str(folder), ensure_ascii=False)[1:-1]  # escaped for a string literal
-    loading = usage.load.format(folder=place, architecture=architecture)
+    loading = usage.load.format(folder=HERE, architecture=architecture)
     imports = [line.format(architecture=architecture) for line in usage.imports]
     if inputs.pixels is not None:
         imports += ["import sys", "import numpy as np", "from PIL import Image, ImageOps"]
@@ -114,7 +111,7 @@ def program(inputs: ModelInputs, usage: Usage, folder: Path, architecture: str) 
         body = image_program(inputs, usage)
     else:
         imports += ["from transformers import AutoTokenizer"]
-        body = [f'tokenizer = AutoTokenizer.from_pretrained("{place}")', *text_program(inputs, usage)]
+        body = [f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")', *text_program(inputs, usage)]
     return [*group_imports(imports), "", *loading.splitlines(), *body]
 
 

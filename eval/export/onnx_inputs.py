@@ -36,7 +36,8 @@ def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
     from quant.export.onnx.layers import narrow
     from quant.quant_conv2d import QuantConv2d
 
-    if run.round_outputs is False:
+    symmetric = run.config.act_symmetric  # for TensorRT, which takes no roundings with a zero point
+    if run.round_outputs is False or (run.round_outputs is None and symmetric):
         return []
     if not any(isinstance(module, QuantConv2d) and all(map(narrow, module.formats)) for module in run.modules.values()):
         if run.round_outputs is None:
@@ -50,6 +51,25 @@ def examples(run: FinishedRun) -> list[dict[str, Tensor]]:
         batch = prepared.data_collator(taken)
         batches.append({name: x for name, x in batch.items() if name != "labels"})
     return batches
+
+
+def describe_inputs(run: FinishedRun, path: Path) -> None:
+    """Add what the model takes and gives (size, mean and standard deviation of images, classes) to an ONNX file.
+
+    Args:
+        run: Run of the model.
+        path: The file; its metadata get the entry 'inputs', in JSON.
+    """
+    import json
+
+    import onnx
+
+    from eval.modeling.inputs import to_json
+
+    proto = onnx.load(path)
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = "inputs", json.dumps(to_json(run.inputs))
+    onnx.save(proto, path)
 
 
 def write_float(run: FinishedRun, traced: Any, path: Path, modules: Mapping[str, QuantModule]) -> None:

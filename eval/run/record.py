@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from eval.config.run_config import RunConfig
 from eval.run.limits import limits_of
 from eval.run.outcome import cache_lines, choice_line, cost_line, counted_part, export_lines, scope_of
-from eval.run.plan import Plan, budget, search_space, space_of
+from eval.run.plan import Plan, budget, inputs_of, search_space, space_of
 from eval.run.schema import SCHEMA_VERSION, loss_rise
 from eval.run.stopwatch import stopwatch_line
 from eval.run.trainer import teacher_share
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def describe(plan: Plan) -> dict[str, Any]:
     """Return the part of the record that is known before training."""
+    from eval.modeling.inputs import to_json
     from quant.analysis.float_share import float_share
 
     config = plan.config
@@ -51,6 +52,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cost_target": budget(plan),
         "metric": plan.data.metric,
         "classes": list(plan.data.label_names),
+        "inputs": to_json(inputs_of(plan)),
         "search_space": [f.name for f in config.search_formats] if config.chooses else None,
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
         "distill": teacher_share(plan),

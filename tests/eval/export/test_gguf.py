@@ -210,3 +210,43 @@ def test_other_models_tokenizers_and_tensors_are_refused(tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"])
     with pytest.raises(UserError, match="no tokenizer like this run's: WordLevel"):
         write_gguf(tmp_path / "model.gguf", model, gguf_contents(model, {}), plain, "words")
+
+
+def test_a_run_is_exported_and_its_card_runs(tmp_path, monkeypatch, capsys):
+    from eval.config.parser import parse
+    from eval.eval_run import run
+    from eval.export.__main__ import export
+    from eval.export.finished_run import finished_run
+
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(FAMILIES["tied"]).save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / f"text/{split}.txt").write_text("\n".join(lines()))
+    where = f"--task lm --data_dir {tmp_path}/text --model_path {tmp_path}/model --output_root_dir {tmp_path}/runs"
+    flags = "--weight_bits int4g32 --max_steps 0 --max_length 32 --report_to none --quiet --save_strategy no"
+    config = parse(f"{where} {flags} --compile off".split())
+    record = run(config)
+    verdict = export(finished_run(config.run_folder), "gguf", tmp_path / "gguf")
+    before = record["metrics"]["validation"]["perplexity"]
+    assert verdict["metrics"]["exported"]["validation"]["perplexity"] == pytest.approx(before, rel=2e-3)
+    assert verdict["size"]["file_bytes"] == (tmp_path / "gguf/model.gguf").stat().st_size
+    assert all(layer["as_chosen"] for layer in verdict["layers"].values())
+    card = (tmp_path / "gguf/README.md").read_text()
+    program = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "gguf")
+    capsys.readouterr()
+    exec(compile(program, "card", "exec"), {})  # the program that users copy
+    assert capsys.readouterr().out.startswith("The")
+    llama_cpp = pytest.importorskip("llama_cpp")
+    engine = llama_cpp.Llama("model.gguf", n_ctx=32, logits_all=True, verbose=False, n_threads=1)
+    tokens = byte_level()((tmp_path / "text/validation.txt").read_text() + "\n")["input_ids"]
+    losses = []
+    for start in range(0, len(tokens), 32):
+        block = tokens[start : start + 32]
+        engine.reset()
+        engine.eval(block)
+        scores = torch.from_numpy(engine.scores[: len(block) - 1].copy())
+        losses.append(torch.nn.functional.cross_entropy(scores, torch.tensor(block[1:]), reduction="none"))
+    assert torch.cat(losses).mean().exp().item() == pytest.approx(before, rel=5e-3)

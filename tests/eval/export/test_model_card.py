@@ -15,6 +15,7 @@ from eval.eval_run import run
 from eval.export.__main__ import export
 from eval.export.finished_run import finished_run
 from eval.run.plan import make_plan
+from quant.export.packed import read_packed
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 1}
 BERT = transformers.BertConfig(max_position_embeddings=32, **SIZES)
@@ -37,6 +38,8 @@ def told(card, tmp_path, capsys, monkeypatch, *arguments):
     """Run the program of the card and return its output."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["program.py", *map(str, arguments)])
+    monkeypatch.chdir(card.parent)
+    assert str(tmp_path) not in card.read_text()  # an export may be moved
     runpy.run_path(str(write_program(card, tmp_path / "program.py")), run_name="__main__")
     return capsys.readouterr().out.splitlines()
 
@@ -84,15 +87,17 @@ def finished(kind, tmp_path, flags=""):
         ("piqa", "onnx", r"A question\? answer [12]"),
         ("lm", "packed", r"The \S*"),
         ("lm", "compressed-tensors", r"The \S*"),
+        ("lm", "torchao", r"The \S*"),
+        ("own", "executorch", r"The text of an example. (bad|good|so so)"),
         ("squad", "packed", r".*"),
         ("squad", "onnx", r".*"),
         ("xsum", "packed", r".*"),
     ],
 )
 def test_a_cards_program_runs_as_written(kind, format, pattern, tmp_path, capsys, monkeypatch):
-    package = {"onnx": "onnxruntime", "compressed-tensors": "compressed_tensors"}.get(format, "torch")
+    package = {"onnx": "onnxruntime", "packed": "torch"}.get(format, format.replace("-", "_"))
     pytest.importorskip(package)
-    config = finished(kind, tmp_path, "--weight_bits 8" if format == "compressed-tensors" else "--bits 8")
+    config = finished(kind, tmp_path, "--weight_bits 8" if format in ("compressed-tensors", "torchao") else "--bits 8")
     export(finished_run(config.run_folder), format, tmp_path / format, evaluate=format == "onnx")
     (line,) = told(tmp_path / format / "README.md", tmp_path, capsys, monkeypatch) or [""]
     assert re.fullmatch(pattern, line), line
@@ -171,4 +176,13 @@ def test_the_program_preprocesses_images_like_the_run(size, format, tmp_path, ca
     for file, item in zip(files, fed, strict=True):
         np.testing.assert_array_equal(function(file)[0], item["pixel_values"].numpy())
     text = card.read_text()
+    record = json.loads((config.run_folder / "result.json").read_text())
+    assert record["inputs"]["pixels"]["size"] == 12 and record["inputs"]["classes"] == ["cat", "dog", "eel"]
+    if format == "onnx":
+        import onnx
+
+        metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "onnx/model.onnx").metadata_props}
+        assert json.loads(metadata["inputs"]) == record["inputs"] and "INFERENCE_PRECISION_HINT=f32" in text
+    else:
+        assert read_packed(tmp_path / "packed/model.safetensors")[0]["build"]["inputs"] == record["inputs"]
     assert "size 12, mean " in text and "std " in text and "0 `cat`, 1 `dog`, 2 `eel`" in text
