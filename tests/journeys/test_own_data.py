@@ -46,7 +46,7 @@ def card_says(command: Command, export: Path, folder: Path, *files: Path) -> lis
     """What the program of an export's card prints, run as it is written."""
     (program,) = re.findall(r"```python\n(.*?)```", (folder / export / "README.md").read_text(), re.DOTALL)
     (folder / "card.py").write_text(program)
-    return command([sys.executable, "card.py", *map(str, files)], cwd=folder, env=path()).out.splitlines()
+    return command([sys.executable, folder / "card.py", *files], cwd=folder / export, env=path()).out.splitlines()
 
 
 def test_a_table_of_texts_and_labels(command: Command, tmp_path: Path) -> None:
