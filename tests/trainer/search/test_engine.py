@@ -99,7 +99,7 @@ def test_an_engine_that_runs_none_of_the_layers_or_leaves_no_choice_is_one_line(
     for engine, space, told in (
         (
             "vllm",
-            "mxfp4,mxfp6",
+            "mxint8,mxfp6",
             "--engine vllm: runs none of the 4 layers (conv, depthwise, linear) in these formats; ",
         ),
         ("tensorrt", "5,6", "--engine tensorrt: stores each layer in one pair of formats of this search space"),
