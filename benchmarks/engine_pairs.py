@@ -4,9 +4,10 @@
 
 A layer of each kind is written as ONNX in each pair (weights, inputs), with a scale per output channel, run by the
 engine in a process of its own, and compared with the reference implementation of the package onnx. `--all` also tries
-pairs that the table does not have. OpenVINO runs with INFERENCE_PRECISION_HINT=f32 and DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
-ONNX Runtime with session.qdq_matmulnbits_accuracy_level=1: neither then rounds float inputs by itself. Pairs with float8
-run with session.disable_quant_qdq=1, since ONNX Runtime's integer products of float8 do not load (exports avoid them).
+pairs that the table does not have. OpenVINO runs with INFERENCE_PRECISION_HINT=f32 and
+DYNAMIC_QUANTIZATION_GROUP_SIZE=0, ONNX Runtime with session.qdq_matmulnbits_accuracy_level=1: neither then rounds
+float inputs by itself. Pairs with float8 run with session.disable_quant_qdq=1, since ONNX Runtime's integer products
+of float8 do not load (exports avoid them).
 """
 
 from __future__ import annotations
