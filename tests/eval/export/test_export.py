@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cost.cost import memory_cost
+from cost.cost import assignment_to_json, memory_cost
 from eval.config.parser import parse
 from eval.eval_run import run
 from eval.export.__main__ import export, main, metric_drop_warnings, print_verdict
@@ -244,12 +244,13 @@ def test_a_metric_drop_of_the_export_is_a_warning(metric, before, after, said):
     assert len(metric_drop_warnings(record, {"validation": {metric: float("nan"), "n": 100}})) == 1
 
 
-def test_rounded_outputs_are_for_onnx_only(folder, tmp_path):
+def test_rounded_outputs_are_for_onnx_only(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--round_outputs contradicts --format packed"):
         main([str(folder), "--format", "packed", "--round_outputs"])
     one = replace(finished_run(folder), round_outputs=True)
     convolutions = [name for name in one.modules if "conv" in name]
     set_formats(one.modules, {name: (FLOAT, FLOAT) for name in convolutions})
+    monkeypatch.setitem(one.record, "assignment", assignment_to_json(get_formats(one.modules)))
     with pytest.raises(UserError, match="--round_outputs: no convolution of this run has weights and inputs in int"):
         export(one, "onnx", tmp_path / "p")
 
@@ -261,7 +262,8 @@ def test_an_export_with_rounded_outputs_is_close_to_the_run(folder, tmp_path, mo
     int8 = parse_format("int8")
     set_formats(one.modules, {name: (int8, int8) for name in one.modules if "conv" in name})
     monkeypatch.setitem(one.record, "cost", memory_cost(one.plan.profiles, get_formats(one.modules)))
+    monkeypatch.setitem(one.record, "assignment", assignment_to_json(get_formats(one.modules)))
     verdict = export(one, "onnx", tmp_path / "p")
     after, before = (verdict["metrics"][name]["validation"]["accuracy"] for name in ("exported", "record"))
     assert abs(after - before) < 0.1
-    assert "disable_quant_qdq" not in (tmp_path / "p" / "README.md").read_text()
+    assert "add_session_config_entry" not in (tmp_path / "p" / "README.md").read_text()
