@@ -106,14 +106,9 @@ def format_pairs(run: FinishedRun) -> list[tuple[Format, Format]]:
 
     chosen = assignment_from_json(run.record["assignment"]).values()
     config = run.config
-    formats = config.search_formats if config.method == "search" else ()
-    searched: list[tuple[Format, Format]]
-    if config.weight_only_search:
-        searched = [(weight, FLOAT) for weight in formats]
-    elif config.separate_activations:
-        searched = [(weight, activation) for weight in formats for activation in formats]
-    else:
-        searched = [(format, format) for format in formats]
+    searched: Sequence[tuple[Format, Format]] = config.search_pairs if config.method == "search" else ()
+    if config.engine is not None and searched:
+        searched = config.stored_pairs
     return list(dict.fromkeys([(FLOAT, FLOAT), *searched, *chosen]))
 
 

@@ -42,6 +42,10 @@ def write_file(
         return layers, said, {}
     plain = path.with_name("plain.onnx")
     plain_layers = write_onnx(plain, traced, modules)
+    if over_compute_budget(run, layers):
+        plain.replace(path)
+        note = "the outputs of convolutions are not rounded: inputs held in 8 bits would cost more than the budget"
+        return plain_layers, (note,), {}
     metric, rows = run.record["metric"], training_metrics(run, (plain, path))
     before, after = (own[metric] for own in rows)
     allowed = rounding_allowed(metric, before, after)
@@ -56,6 +60,19 @@ def write_file(
         f"{before:.5g} without, {after:.5g} with; {other} them"
     )
     return layers, (note,), {"train_metric": before, "train_metric_rounded_outputs": after}
+
+
+def over_compute_budget(run: FinishedRun, layers: Mapping[str, LayerVerdict]) -> bool:
+    """Whether a file costs more compute than the run's target, because it holds inputs in more bits than chosen."""
+    from cost.cost import cost_of_bits
+
+    target = run.record["cost_target"]
+    if target is None or run.record["cost_type"] != "compute":
+        return False
+    profiles = run.plan.profiles
+    bits = {name: (layer.weight_bits, layer.activation_bits) for name, layer in layers.items()}
+    cost = cost_of_bits(profiles, [bits.get(profile.name, (16, 16)) for profile in profiles], "compute")
+    return cost > target * (1 + 1e-12)
 
 
 def training_metrics(run: FinishedRun, files: tuple[Path, ...]) -> list[dict[str, float]]:

@@ -2,19 +2,23 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from cost.profile import LayerProfile
 from eval.config.parser import parse
 from eval.eval_run import run
 from eval.export.__main__ import main
 from eval.export.engine_reach import engine_reach
+from eval.export.onnx_outputs import over_compute_budget
 from eval.run.outcome import export_lines
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.engines.table import ENGINES
 from quant.errors import UserError
+from quant.export import LayerVerdict
 from quant.formats import FLOAT, parse_format
 from quant.quantizers.quantizer import QuantizerConfig
 
@@ -115,6 +119,20 @@ def test_layers_that_an_engine_fuses_have_to_share_formats():
     model, modules = layers_in(["int8/int8", "int4/float"])
     apart, together = (engine_reach(model, modules, fused)["vllm"] for fused in ([], [["0", "1"]]))
     assert not apart.refused and list(together.refused) == ["0", "1"] and "--fuse_groups" in together.in_the_way["0"]
+
+
+@pytest.mark.parametrize(("cost_type", "target", "over"), [("compute", 0.02, True), ("compute", 0.05, False)])
+def test_a_file_that_holds_inputs_in_more_bits_than_the_budget_pays_for_is_seen(cost_type, target, over):
+    """1,000 weights at 1,000,000 multiply-accumulates: int4 x int4 costs 0.016 GBOPs, int4 x int8 0.032."""
+    profiles = [LayerProfile("a", 1_000_000, 1_000, 1, 1, "conv2d", 1)]
+    made = SimpleNamespace(
+        record={"cost_type": cost_type, "cost_target": target}, plan=SimpleNamespace(profiles=profiles)
+    )
+    four = parse_format("int4")
+    held = {"a": LayerVerdict(four, four, "int4", "int8", 4, 8, ("wider",))}
+    assert over_compute_budget(made, held) == over
+    made.record["cost_type"] = "memory"
+    assert not over_compute_budget(made, held)
 
 
 def write_json(path, change):
