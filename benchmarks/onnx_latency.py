@@ -41,6 +41,12 @@ def mobilenetv2() -> tuple[nn.Module, dict[str, Tensor]]:
     return build_scratch("mobilenetv2", 1000, 224).model, {"pixel_values": torch.randn(2, 3, 224, 224)}
 
 
+def efficientnet_lite0() -> tuple[nn.Module, dict[str, Tensor]]:
+    import timm
+
+    return timm.create_model("tf_efficientnet_lite0", num_classes=10), {"x": torch.randn(2, 3, 96, 96)}
+
+
 def bert_6x384() -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -50,7 +56,7 @@ def bert_6x384() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-MODELS = {build.__name__: build for build in (resnet20, resnet18, mobilenetv2, bert_6x384)}
+MODELS = {build.__name__: build for build in (resnet20, resnet18, mobilenetv2, efficientnet_lite0, bert_6x384)}
 
 
 def files(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> dict[str, Path]:
