@@ -40,7 +40,7 @@ GGUF = (
     "GGMLQuantizationType; logits compared with llama-cpp-python 0.3.36"
 )
 ET_STATIC = "ExecuTorch documentation, XNNPACK Quantization: 8-bit symmetric weights, 8-bit asymmetric inputs"
-ET_DYNAMIC = "ExecuTorch documentation, XNNPACK Quantization: int4 weights per axis or group, 8-bit dynamic inputs"
+ET_DYNAMIC = "ExecuTorch documentation, XNNPACK Quantization: 8-bit dynamic inputs; the file holds weights in bytes"
 
 _ENGINES = (
     Engine(
@@ -184,8 +184,7 @@ _ENGINES = (
         "executorch",
         (
             Rule(("linear", "conv", "depthwise"), ("int8",), ("int8",), True, ET_STATIC),
-            Rule(("linear",), ("int4", "int8", "int4gN"), ("int8",), True, ET_DYNAMIC, per_token=True),
-            Rule(("embedding",), ("int4", "int8"), ("float",), False, ET_DYNAMIC),
+            Rule(("linear",), ("int8",), ("int8",), True, ET_DYNAMIC, per_token=True),
         ),
         default_space="int8,float",
         symmetric_weights=True,

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from quant.engines.table import ENGINES
 from quant.errors import UserError
 from quant.export.compressed_tensors import mismatches
+from quant.export.core_aten import core_verdict
 from quant.export.gguf_blocks import BITS, tensor_type
 from quant.export.onnx.layers import OnnxLayer
 from quant.export.torchao import mismatch
@@ -54,7 +55,7 @@ def bits_in_the_file(export, modules):
     if export in ("torchao", "compressed-tensors"):
         reasons = mismatches(modules) if export != "torchao" else {name: mismatch(m) for name, m in modules.items()}
         return {name: modules[name].formats[0].bits if why is None else 16 for name, why in reasons.items()}
-    return {name: ENGINES["executorch"].weight_bits(module.formats[0]) for name, module in modules.items()}
+    return {name: core_verdict(module).weight_bits for name, module in modules.items()}
 
 
 def check(trainer, engine):
