@@ -178,7 +178,10 @@ def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
         return None
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     whole = all(node.op_type == "DequantizeLinear" for node in readers[rounding[0].output[0]])
-    return rounding[0] if (whole or len(readers[name]) == 1) and of_bytes(rounding[0], types) else None
+    # Behind a Clip, ONNX Runtime joins a rounding whose grid ends where the Clip does, as narrower ones do not.
+    bounded = any(node.op_type == "Clip" and name in node.output for node in graph.node)
+    usable = whole or (len(readers[name]) == 1 and not bounded)
+    return rounding[0] if usable and of_bytes(rounding[0], types) else None
 
 
 def roundings(graph: onnx.GraphProto, name: str) -> list[NodeProto]:

@@ -419,6 +419,23 @@ def test_convolutions_in_one_dimension(pair, tmp_path):
         torch.testing.assert_close(run(tmp_path / "m.onnx", series), model(series), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("bounds", [nn.ReLU(), nn.ReLU6()], ids=["relu", "relu6"])
+def test_narrow_inputs_keep_the_convolution_before_them_in_integers(bounds, tmp_path):
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
+    layers = OrderedDict(first=first, bounds=bounds, second=second, mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten())
+    model, images, int4 = nn.Sequential(layers).eval(), 9 * torch.randn(16, 3, 8, 8), parse_format("int4")
+    modules = quantize_model(model, formats=[int4])
+    calibrate(model, modules, [images])
+    set_formats(modules, dict.fromkeys(modules, (int4, int4)))
+    traced = uncached_trace(model, modules, {"images": images})
+    quant.export.onnx.export.write_onnx(path := tmp_path / "m.onnx", traced, modules, [{"images": images}])
+    assert optimized_kinds(path)["QLinearConv"] == 2
+    with torch.no_grad():
+        expected = model(images)
+    assert (run(path, images) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_padding_moves_codes(tmp_path):
     class Padded(nn.Module):
         def __init__(self):
