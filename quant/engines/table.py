@@ -39,7 +39,7 @@ GGUF = (
     "llama.cpp, ggml-common.h: block_q4_0, block_q4_1, block_q5_0, block_q5_1, block_q8_0, block_mxfp4; gguf 0.19.0, "
     "GGMLQuantizationType; logits compared with llama-cpp-python 0.3.36"
 )
-ET_STATIC = "ExecuTorch documentation, XNNPACK Quantization: 8-bit symmetric weights, 8-bit asymmetric inputs"
+ET_STATIC = "torch.export, quantized_decomposed operations; ExecuTorch runs them by its portable kernels"
 ET_DYNAMIC = "ExecuTorch documentation, XNNPACK Quantization: 8-bit dynamic inputs; the file holds weights in bytes"
 
 _ENGINES = (
@@ -183,7 +183,7 @@ _ENGINES = (
         "1.0",
         "executorch",
         (
-            Rule(("linear", "conv", "depthwise"), ("int8",), ("int8",), True, ET_STATIC),
+            Rule(("linear", "conv", "depthwise"), ("int8",), ("int8",), False, ET_STATIC),
             Rule(("linear",), ("int8",), ("int8",), True, ET_DYNAMIC, per_token=True),
         ),
         default_space="int8,float",
