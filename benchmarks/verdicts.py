@@ -154,23 +154,22 @@ def read_packed(path: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
 
 
 def bits_in_onnx(path: Path) -> dict[str, float]:
-    """Return bits per weight of each layer whose codes have a name of their own."""
+    """Return bits per weight of each layer, with the scales of groups."""
     import onnx
 
     width = {"INT4": 4, "UINT4": 4, "INT8": 8, "UINT8": 8, "FLOAT": 32, "FLOAT16": 16}
-    graph = onnx.load(path).graph
-    sizes: dict[str, float] = {}
-    count: dict[str, int] = {}
-    for tensor in graph.initializer:
-        name, _, part = tensor.name.partition(".weight")
-        if tensor.name.endswith((".codes", ".weight.scale")) or part in ("", ".codes"):
-            kind = width.get(onnx.TensorProto.DataType.Name(tensor.data_type), 0)
-            grouped = tensor.name.endswith("scale") and len(tensor.dims) > 1
-            if part.endswith("codes") or part == "" or grouped:
-                sizes[name] = sizes.get(name, 0) + kind * math.prod(tensor.dims)
-            if part.endswith("codes"):
-                count[name] = math.prod(tensor.dims)
-    return {name: sizes[name] / count[name] for name in count}
+    held = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    bits = {}
+    for name, tensor in held.items():
+        if not name.endswith(".weight.codes"):
+            continue
+        size = width.get(onnx.TensorProto.DataType.Name(tensor.data_type), 0) * math.prod(tensor.dims)
+        scales = [f"{name.removesuffix('codes')}scale{end}" for end in ("", ".half")]
+        scale = next((held[scale] for scale in scales if scale in held), None)
+        if scale is not None and len(scale.dims) > 1 and min(scale.dims) > 1:  # of groups, not of channels
+            size += width[onnx.TensorProto.DataType.Name(scale.data_type)] * math.prod(scale.dims)
+        bits[name.removesuffix(".weight.codes")] = size / math.prod(tensor.dims)
+    return bits
 
 
 def bits_in_compressed(folder: Path) -> dict[str, float]:
@@ -264,9 +263,10 @@ def pixels(path: Path, how: dict[str, Any]) -> np.ndarray:
     """Prepare an image as the export says."""
     from PIL import Image
 
-    assert how["side"] == how["window"] == how["size"]
+    assert how["window"] == how["size"]
+    start = (how["side"] - how["window"]) // 2
     image = Image.open(path).convert("RGB").resize((how["side"], how["side"]), how["resample"])  # all are squares
-    x = np.asarray(image, np.float32) / 255
+    x = np.asarray(image, np.float32)[start : start + how["window"], start : start + how["window"]] / 255
     return np.ascontiguousarray(((x - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)[None])
 
 
