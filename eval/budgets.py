@@ -114,7 +114,9 @@ def set_budget(model: nn.Module, bits: float) -> None:
         raise UserError(f"target_bits {bits:g}: the run of this model has one budget; give several to --target_bits")
     if bits not in known.assignments:
         choices = ", ".join(f"{budget:g}" for budget in sorted(known.assignments))
-        raise UserError(f"target_bits {bits:g}: no budget of this run; choices: {choices}")
+        raise UserError(
+            f"target_bits {bits:g}: no budget of this run; choices: {choices}; eval_run.py --resolve RUN adds others"
+        )
     state = model.state_dict()
     with torch.no_grad():
         for name, value in known.tensors[bits].items():

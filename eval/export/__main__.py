@@ -227,10 +227,12 @@ def describe(run: FinishedRun, format: str, written: Written, evaluated: bool) -
         widened = [name for name, layer in written.layers.items() if not layer.as_chosen]
         if len(widened) > 3:
             widened = [*widened[:3], "..."]
+        engines = [engine.name for engine in ENGINES.values() if engine.export == format]
+        others = f", and a search with --engine {engines[0]} takes what {format} stores" if engines else ""
         raise UserError(
             f"--format {format}: the exported model costs {costs['exported']:.6g} {record['cost_unit']}, over the "
             f"target of {target:.6g}, since {format} stores {', '.join(widened)} wider than chosen; "
-            "--format packed stores every format as it is, or search among those that it stores"
+            f"--format packed stores every format as it is{others}"
         )
     floats = [p.params for p in profiles if exported.get(p.name, (16, 16))[0] == 16]
     file_bytes = sum(written.sizes.values())

@@ -189,5 +189,5 @@ def _told(reasons: Mapping[str, str], layers: int) -> str | None:
         by_reason.setdefault(reason, []).append(name)
     reason, names = max(by_reason.items(), key=lambda found: len(found[1]))
     shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
-    others = len(reasons) - len(names)
-    return f"{len(names)} of {layers} layers: {reason} ({shown})" + (f"; {others} others" if others else "")
+    most = reason if len(by_reason) == 1 else f"{len(names)} since {reason}"
+    return f"{len(reasons)} of {layers} layers: {most} ({shown})"

@@ -69,7 +69,7 @@ def test_auto_writes_a_file_for_each_engine_that_runs_the_result(limited, tmp_pa
     ("flags", "named"),
     [
         (["--format", "auto"], ["--format auto", "no engine runs", "mxfp4/mxfp4 for conv", "choose --format packed"]),
-        (["--engine", "tensorrt"], ["--engine tensorrt", "4 of 5 layers", "convs.0", "--format packed"]),
+        (["--engine", "tensorrt"], ["--engine tensorrt", "5 of 5 layers: 4 since", "convs.0", "--format packed"]),
         (["--engine", "vllm"], ["--engine vllm", "needs a model of transformers"]),
         (["--engine", "nope"], ["--engine", "'nope'", "llama.cpp"]),
         (["--engine", "vllm", "--format", "onnx"], ["--format onnx", "--engine vllm", "compressed-tensors"]),
