@@ -186,8 +186,8 @@ def onnx_usage(path: Path) -> Usage:
         "\n".join([*options, session]),
         ONNX_CALL,
         arrays=True,
-        where="It needs onnxruntime and what it imports besides, and nothing of this repository. OpenVINO reads the file "
-        "too: give it INFERENCE_PRECISION_HINT=f32, since on some processors it computes in bfloat16 by default.",
+        where="It needs onnxruntime and what it imports besides, and nothing of this repository. OpenVINO reads the "
+        "file too: give it INFERENCE_PRECISION_HINT=f32, since on some processors it computes in bfloat16 by default.",
     )
 
 
