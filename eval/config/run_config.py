@@ -153,7 +153,7 @@ class SearchFlags:
     target_bits: str | None = flag(
         None,
         "budget as the cost of that many bits in every searched layer; default: the middle of the search space; "
-        "a comma list or a range (2.5:6:0.5) trains one model for several budgets, with a record each",
+        "a list (3,4.5) or a range (2.5:6:0.5) trains one model for several",
     )
     max_memory: float | None = flag(None, "hard limit on the weights' memory in MiB, beside or instead of a target")
     max_compute: float | None = flag(None, "hard limit on the compute in GBOPs, beside or instead of a target")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ class ModelInputs:
 
 def to_json(inputs: ModelInputs) -> dict[str, Any]:
     """Convert to a dict for JSON."""
-    return asdict(inputs)
+    values: dict[str, Any] = json.loads(json.dumps(asdict(inputs)))  # lists, as a file has them
+    return values
 
 
 def from_json(saved: Mapping[str, Any]) -> ModelInputs:

@@ -1,6 +1,7 @@
 """Every export format for small transformers models: BERT, and GPT-2 with its Conv1D layers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_depthwise_convolutions(tmp_path):
     )
     config = parse(f"{what} --bits 8 --max_steps 0 --report_to none --quiet --output_root_dir {tmp_path / 'r'}".split())
     run(config)
-    one = finished_run(config.run_folder)
+    one = replace(finished_run(config.run_folder), round_outputs=False)
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = one.model(pixel_values=images).logits
