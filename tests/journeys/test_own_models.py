@@ -27,10 +27,5 @@ def test_a_search_and_what_it_leaves(told, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_an_onnx_file_or_a_line_that_says_why_not(told, model):
-    refused = {"a tuple": "a tuple", "a dict without logits": "a dict"}
-    if model in refused:
-        wanted = f"cannot be exported: it returns {refused[model]}, not a tensor or something with 'logits'"
-        assert told[model]["onnx"].endswith(wanted) and "\n" not in told[model]["onnx"]
-    else:
-        assert told[model]["onnx"] < 1e-4
+def test_an_onnx_file_has_the_same_outputs_under_their_own_names(told, model):
+    assert told[model]["onnx"] < 1e-4
