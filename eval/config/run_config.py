@@ -133,7 +133,7 @@ class SearchFlags:
         False, "layers that engines run in one format share a decision: query, key, value; gate, up; residual sums"
     )
     search_space: str = flag(
-        "4,8", "formats to choose from, e.g. 2,4,8 or int4,e2m1,e4m3; with --engine: the engine's own default"
+        "4,8", "formats to choose from, e.g. 2,4,8 or int4,e2m1,e4m3; the engine's own with --engine"
     )
     engine: str | None = flag(
         None,
@@ -153,7 +153,7 @@ class SearchFlags:
     target_bits: str | None = flag(
         None,
         "budget as the cost of that many bits in every searched layer; default: the middle of the search space; "
-        "a list (3,4.5) or a range (2.5:6:0.5) trains one model for several",
+        "3,4.5 or 2.5:6:0.5 trains one model for several",
     )
     max_memory: float | None = flag(None, "hard limit on the weights' memory in MiB, beside or instead of a target")
     max_compute: float | None = flag(None, "hard limit on the compute in GBOPs, beside or instead of a target")
