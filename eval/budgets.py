@@ -36,8 +36,6 @@ class Budgets:
     """Bits -> layer name -> names of the formats of weight and input."""
     tensors: dict[float, dict[str, Tensor]]
     """Bits -> the values of the tensors that differ between budgets."""
-    current: float
-    """Bits of the budget that the model runs in."""
 
 
 def write_budgets(own: Path, bits: float, others: Mapping[float, Path]) -> None:
@@ -95,7 +93,7 @@ def attach_budgets(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder}: {BUDGETS} or {DIFFERING} is damaged: {error}") from None
     tensors = {bits: {name: stored.get(f"{bits:g}/{name}", shared[name]) for name in shared} for bits in assignments}
     model.budgets = tuple(sorted(assignments))  # type: ignore[assignment]
-    model.of_budgets = Budgets(assignments, tensors, max(assignments))  # type: ignore[assignment]
+    model.of_budgets = Budgets(assignments, tensors)  # type: ignore[assignment]
     model.set_budget = MethodType(set_budget, model)  # type: ignore[assignment]
 
 
@@ -126,4 +124,3 @@ def set_budget(model: nn.Module, bits: float) -> None:
         cache.set_formats(assignment[name][0])
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantModule)}
     set_formats(layers, {name: pair for name, pair in assignment.items() if name not in caches})
-    known.current = bits

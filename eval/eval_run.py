@@ -354,12 +354,11 @@ def resolve_budget(given: dict[str, Any]) -> int:
         raise UserError(f"--resolve {folder}: needs one --target_bits: {error}") from None
     quiet = bool(given.get("quiet"))
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
-    with RunProgress(make_console(sys.stderr, quiet)).shown() as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(RunProgress(make_console(sys.stderr, quiet)).shown())
         if folder.is_dir():  # else `resolve` says so
-            with exclusive_lock(folder, "run", "--resolve", DYING):
-                record, own = resolve(folder, bits, write_result, progress, given.get("data_dir"))
-        else:
-            record, own = resolve(folder, bits, write_result, progress, None)
+            stack.enter_context(exclusive_lock(folder, "run", "--resolve", DYING))
+        record, own = resolve(folder, bits, write_result, progress, given.get("data_dir"))
     print("\n".join([*outcome(record, own), f"record: {own / 'result.json'}"]))
     return 0
 

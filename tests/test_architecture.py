@@ -167,3 +167,11 @@ def test_the_guard_sees_loaders_called_and_handed_on():
     assert loaders_that_may_run_code("f(trust_remote_code=False)(Auto.from_config(settings))")
     assert not loaders_that_may_run_code("load(AutoConfig.from_pretrained, folder, trust_remote_code=False)")
     assert not loaders_that_may_run_code("AutoModel.from_config(settings, trust_remote_code=False)")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout, which knows the files that are kept")
+def test_no_data_or_weights_are_kept():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kept = [ROOT / name for name in listed.split("\0") if name]
+    assert len(kept) > 100
+    assert not [path.name for path in kept if path.is_file() and path.stat().st_size > 2**20]
