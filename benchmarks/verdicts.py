@@ -286,7 +286,7 @@ def check(task: str, run: Path, folder: Path, data: Path) -> tuple[str, list[str
     else:
         bits = bits_in_compressed(folder)
     for name, layer in layers.items():
-        if not math.isclose(bits.get(name, math.nan), layer["bits"][0], rel_tol=0.01):
+        if not math.isclose(bits.get(name, math.nan), layer["bits"][0], rel_tol=1e-9):
             wrong.append(f"{name}: {layer['bits'][0]} bits said, {bits.get(name)} found")
     if verdict["size"]["file_bytes"] != file.stat().st_size:
         wrong.append(f"size: {verdict['size']['file_bytes']} said, {file.stat().st_size} found")

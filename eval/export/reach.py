@@ -62,7 +62,7 @@ def engines_in_reach(
 
 
 def _over(plan: Plan, engine: str, assignment: Assignment, target: float | None) -> str | None:
-    """Return that the formats cost more than the target in the file of an engine, whose scales are wider; else None."""
+    """Return that the formats cost more than the target in the file of an engine; else None."""
     from cost.cost import memory_cost
     from cost.units import UNITS
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeAlias, get_args
 
-from quant.formats import FLOAT, FloatFormat, Format, GroupFormat, IntFormat, parse_format, values_per_scale
+from quant.formats import (
+    FLOAT,
+    GROUP_SCALE_BITS,
+    FloatFormat,
+    Format,
+    GroupFormat,
+    IntFormat,
+    parse_format,
+    values_per_scale,
+)
 
 Kind: TypeAlias = Literal["linear", "conv1d", "conv", "depthwise", "embedding", "experts", "cache"]
 """What a layer is to an engine. conv1d: GPT-2's linear layer, weight (in, out); cache: keys and values."""
@@ -83,8 +92,6 @@ class Engine:
     """Whether its file has a place for the factors of --smooth_quant and --gamma_migration."""
     whole_groups: bool = True
     """Whether groups must divide the rows of a weight."""
-    group_scale_bits: int = 16
-    """Bits of the scale of a group in the file."""
     group_point_bits: int | None = None
     """Bits of the zero point of a group in the file; None: as many as a code has."""
 
@@ -140,7 +147,7 @@ class Engine:
         if not isinstance(weight, GroupFormat):
             return weight.bits
         point = weight.width if self.group_point_bits is None else self.group_point_bits
-        return weight.width + (self.group_scale_bits + weight.zero_point * point) / weight.size
+        return weight.width + (GROUP_SCALE_BITS + weight.zero_point * point) / weight.size
 
     def choices(self, kinds: Sequence[Kind] = KINDS) -> str:
         """Return what the engine runs, for errors: 'int4, int8 (inputs int8, float); e4m3 (inputs e4m3)'."""

@@ -66,7 +66,6 @@ _ENGINES = (
         default_space="4,8",
         takes_factors=True,
         whole_groups=False,
-        group_scale_bits=32,
     ),
     Engine(
         "openvino",
@@ -90,7 +89,6 @@ _ENGINES = (
         ),
         default_space="4,8",
         takes_factors=True,
-        group_scale_bits=32,
     ),
     Engine(
         "tensorrt",
@@ -106,7 +104,6 @@ _ENGINES = (
         symmetric_weights=True,
         symmetric_inputs=True,
         takes_factors=True,
-        group_scale_bits=32,
     ),
     Engine(
         "vllm",

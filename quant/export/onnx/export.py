@@ -121,7 +121,7 @@ def write_onnx(
     set_opset(proto)
     if examples:
         round_outputs(proto, [_widened(example) for example in examples])
-    store_in_half(proto.graph)
+    store_in_half(proto.graph, {f"{name}.weight.scale" for name, layer in layers.items() if layer.scale_bits == 16})
     helper.set_model_props(proto, session_settings(layers.values()))
     if proto.ByteSize() > LARGEST_FILE:
         raise UserError(f"--format onnx: the model takes {proto.ByteSize():,} bytes, a file holds {LARGEST_FILE:,}")

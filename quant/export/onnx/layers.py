@@ -123,6 +123,17 @@ class OnnxLayer:
         return not isinstance(self.formats[1], FloatOff | IntFormat) and not own
 
     @property
+    def scale_bits(self) -> int:
+        """Bits of the scale of a channel, block or group in the file.
+
+        Scales of groups are fp16 values and those of MX powers of two: 16 bits hold them exactly.
+        """
+        if self.weight is None:
+            return 32
+        halved = isinstance(self.weight.format, BlockFormat | GroupFormat) and self.weight.tensor_scale is None
+        return 16 if halved else 32
+
+    @property
     def verdict(self) -> LayerVerdict:
         """Return the types in the file, and the reasons where they differ from the formats."""
         weight, activation = self.formats
@@ -133,13 +144,15 @@ class OnnxLayer:
             bits = element_bits
             if isinstance(weight, GroupFormat):
                 element = weight.element.name
-                bits += (32 + element_bits * weight.zero_point) / weight.size
-                why.append(f"weights: {weight} stored as {stored} in groups of {weight.size} with float32 scales")
+                bits += (self.scale_bits + element_bits * weight.zero_point) / weight.size
                 if stored == element:
                     stored = weight.name
+                else:
+                    why.append(f"weights: {weight} stored as {stored} in groups of {weight.size}")
             elif isinstance(weight, BlockFormat) and self.weight_storage is not None:
-                bits += 32 / weight.block_size
-                why.append(f"weights: {weight} as {stored} with float32 block scales, ONNX Runtime has no {weight}")
+                bits += self.scale_bits / weight.block_size
+                scales = f"block scales of {self.scale_bits} bits"
+                why.append(f"weights: {weight} as {stored} with {scales}, ONNX Runtime has no {weight}")
             elif stored != weight.name:
                 why.append(f"weights: {weight} values stored as {stored}, ONNX Runtime has no {weight}")
         run, activation_bits = activation.name, activation.bits

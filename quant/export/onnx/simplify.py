@@ -7,6 +7,7 @@ does not know in that order. Every operation less also saves the time that start
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import ml_dtypes
@@ -72,17 +73,19 @@ def _join(graph: onnx.GraphProto, first: NodeProto, second: NodeProto, values: d
     second.input[:] = [first.input[0], *names]
 
 
-def store_in_half(graph: onnx.GraphProto) -> None:
+def store_in_half(graph: onnx.GraphProto, always: Collection[str] = ()) -> None:
     """Store constants in 16 bits whose values 16 bits hold exactly, and let the graph convert them.
 
     ONNX Runtime folds the conversions when it loads the model.
 
     Args:
         graph: The graph; changed in place.
+        always: Names of constants that are stored so however few values they have.
     """
     nodes: list[NodeProto] = []
     for tensor in list(graph.initializer):
-        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < HALVED_FROM:
+        few = np.prod(tensor.dims) < HALVED_FROM and tensor.name not in always
+        if tensor.data_type != TensorProto.FLOAT or few:
             continue
         values, name = numpy_helper.to_array(tensor), tensor.name
         with np.errstate(over="ignore"):

@@ -130,7 +130,7 @@ def test_examples_from_the_documentation_of_the_engines():
     assert stored("torchao", "linear", "int8", "int8", per_token=False) == "int8/float"
     assert stored("executorch", "linear", "int4", "int8", per_token=True) == "int8/int8"  # in bytes
     assert ENGINES["llama.cpp"].weight_bits(parse_format("uint4g32")) == 5  # Q4_1: 20 bytes for 32 weights
-    assert ENGINES["onnxruntime"].weight_bits(parse_format("int4g128")) == 4.25
+    assert ENGINES["onnxruntime"].weight_bits(parse_format("int4g128")) == 4.125
 
 
 def test_every_engine_runs_its_own_default_space():

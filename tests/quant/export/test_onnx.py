@@ -1,6 +1,7 @@
 """ONNX exports in ONNX Runtime: the fake-quantized model's logits, types, sizes, integer operations."""
 
 import copy
+import math
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -14,10 +15,12 @@ pytest.importorskip("onnxruntime")
 
 import onnx
 import onnxruntime
+from onnx import TensorProto
 
 import quant.export.onnx.export
 from eval.export.onnx_timing import session, settings_of
 from quant.convert import calibrate, quantize_model, set_formats
+from quant.engines.table import ENGINES
 from quant.errors import UserError
 from quant.export.onnx.export import export_onnx, onnx_sizes
 from quant.export.onnx.export import trace as uncached_trace
@@ -170,7 +173,7 @@ def test_verdicts_name_what_is_wider_and_why(tmp_path):
         "conv": ("int8", "int8", 8, 8),
         "grouped": ("int4", "int8", 4, 8),
         "depthwise": ("e4m3", "e4m3", 8, 8),
-        "linear": ("e4m3", "float32", 9, 16),
+        "linear": ("e4m3", "float32", 8.5, 16),
         "conv1d": ("int4", "float", 4, 16),
     }
     assert [v.as_chosen for v in layers.values()] == [True, False, False, False, True]
@@ -180,7 +183,27 @@ def test_verdicts_name_what_is_wider_and_why(tmp_path):
     counts = {name: module.weight.numel() for name, module in modules.items()}
     four_bits = -(-counts["grouped"] // 2) + -(-counts["conv1d"] // 2)
     assert sizes["codes"] == counts["conv"] + counts["depthwise"] + counts["linear"] + four_bits
-    assert sizes["block_scales"] == 4 * 37 and sizes["float_weights"] == 0
+    assert sizes["block_scales"] == 2 * 37 and sizes["float_weights"] == 0
+
+
+@pytest.mark.parametrize("inputs, outputs", [(64, 8), (128, 96)])
+def test_bits_of_groups_and_blocks_are_those_of_the_file(inputs, outputs, tmp_path):
+    """What verdict and cost say, counted in the file: codes, scales, zero points; few scales and many."""
+    width = {TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.FLOAT: 32}
+    width |= dict.fromkeys((TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2), 8)
+    width |= dict.fromkeys((TensorProto.FLOAT16, TensorProto.BFLOAT16), 16)
+    for name in ("int4g32/float", "uint4g32/float", "int8g64/int8", "uint8g32/int8", "int3g32/float", "mxfp4/float"):
+        torch.manual_seed(0)
+        model, path = nn.Sequential(nn.Linear(inputs, outputs)), tmp_path / "m.onnx"
+        weight, activation = map(parse_format, name.split("/"))
+        modules = quantize_model(model, formats={weight, activation} - {FLOAT})
+        calibrate(model, modules, [torch.randn(4, inputs)])
+        set_formats(modules, {"0": (weight, activation)})
+        said = export_onnx(path, model, modules, {"x": torch.randn(2, inputs)})["0"].weight_bits
+        stored = [tensor for tensor in onnx.load(path).graph.initializer if tensor.name.startswith("0.weight")]
+        assert sum(width[x.data_type] * math.prod(x.dims) for x in stored) / (inputs * outputs) == said, name
+        if ENGINES["onnxruntime"].keeps("linear", (weight, activation)):
+            assert ENGINES["onnxruntime"].weight_bits(weight) == said, name
 
 
 def optimized_kinds(path):

@@ -77,14 +77,14 @@ def test_a_search_for_an_engine_ends_within_the_budget_of_its_file(engine, tmp_p
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_within_the_budget_of_the_file(method, tmp_path):
-    """Over formats that are stored wider: groups with scales in float32, and int3 as int4."""
+    """Over groups, whose scales count, and int3, which is stored as int4."""
     trainer = trained(tmp_path, "onnxruntime", "3,int4g32,8", target_bits=6, method=method)
     check(trainer, "onnxruntime")
 
 
 def test_without_the_charge_a_budget_would_be_broken(tmp_path, monkeypatch):
-    """Groups at their own 4.5 bits: the file takes 5."""
-    monkeypatch.setattr(type(ENGINES["onnxruntime"]), "weight_bits", lambda self, weight: weight.bits)
+    """Groups at the 4 bits of their codes: the file takes 4.5."""
+    monkeypatch.setattr(type(ENGINES["onnxruntime"]), "weight_bits", lambda self, weight: int(weight.bits))
     trainer = trained(tmp_path, "onnxruntime", "int4g32,8", target_bits=4.6, method="random")
     with pytest.raises(AssertionError):
         check(trainer, "onnxruntime")
