@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from policy.solve import ROUNDING, Table, solve_assignment
 from policy.space import SearchSpace
@@ -73,6 +75,15 @@ class Budget:
         """Return whether no limit is exceeded by more than the rounding error of a sum."""
         limits = zip(self.costs(choice), self.limits, strict=True)
         return all(cost <= limit + ROUNDING * abs(limit) for cost, limit in limits)
+
+    def expected_costs(self, probabilities: Table) -> list[float]:
+        """Return the expectation of each cost if decisions are drawn independently: (decisions, choices) -> numbers."""
+        return [(probabilities * table).sum() for table in self.tables]
+
+    def expected_ratio(self, probabilities: Tensor) -> Tensor:
+        """Return the largest expected cost / limit: (decisions, choices) -> scalar with a gradient."""
+        tables = zip(self.tables, self.limits, strict=True)
+        return torch.stack([(probabilities * torch.from_numpy(table / limit)).sum() for table, limit in tables]).max()
 
     def solve(self, values: Table) -> list[int]:
         """Return the fitting choice with the largest sum of values, exactly. Raises InfeasibleError if nothing fits."""

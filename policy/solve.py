@@ -82,7 +82,7 @@ def solve_assignment(
         raise infeasible
 
     gains = gains - gains.max(1, keepdims=True)
-    objective = -gains.ravel() / _unit(gains)
+    objective = -gains.ravel() / magnitude_unit(gains)
     rows = [_row(table, limit) for table, limit in zip(tables, limits, strict=True)]
     weights, bounds, clear = [list(part) for part in zip(*rows, strict=True)]
     one_each = LinearConstraint(csr_array(np.kron(np.eye(len(gains)), np.ones(gains.shape[1]))), 1, 1)
@@ -125,14 +125,14 @@ def _row(table: Table, limit: float) -> tuple[Table, float, bool]:
     """
     extra = table - table.min(1, keepdims=True)
     room = limit - math.fsum(table.min(1))
-    if step := _lattice_step(extra):
+    if step := lattice_step(extra):
         weights, bound = np.rint(extra / step), math.floor(room / step) + 0.5
-        unit = max(_unit(weights), 1.0)
+        unit = max(magnitude_unit(weights), 1.0)
         return weights / unit, bound / unit, True
-    return extra / _unit(extra), room / _unit(extra), False
+    return extra / magnitude_unit(extra), room / magnitude_unit(extra), False
 
 
-def _lattice_step(extra: Table) -> float:
+def lattice_step(extra: Table) -> float:
     """Return the common divisor of all entries by Euclid's algorithm; 0 if it is below FINEST of the largest."""
     largest, step = float(extra.max()), 0.0
     for entry in np.unique(extra).tolist():
@@ -149,7 +149,7 @@ def _at_most(weights: Table, limit: float) -> LinearConstraint:
     return LinearConstraint(csr_array(weights.reshape(1, -1)), -np.inf, limit)
 
 
-def _unit(table: Table) -> float:
+def magnitude_unit(table: Table) -> float:
     """Return the divisor that makes MAGNITUDE the table's largest entry."""
     return float(np.abs(table).max()) / MAGNITUDE or 1.0
 

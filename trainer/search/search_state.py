@@ -147,10 +147,7 @@ class Search:
 
     def _expected_penalty(self) -> Tensor:
         """Penalty of the policy's expected cost for beta = 1: scalar, with a gradient."""
-        probabilities = self.policy.probabilities()
-        tables = zip(self.budget.tables, self.budget.limits, strict=True)
-        ratio = torch.stack([(probabilities * torch.from_numpy(table / limit)).sum() for table, limit in tables]).max()
-        return PENALTIES[self.config.cost_function](ratio - 1)
+        return PENALTIES[self.config.cost_function](self.budget.expected_ratio(self.policy.probabilities()) - 1)
 
     def best(self) -> list[int]:
         """Return the most probable choice within the budget, solved exactly."""

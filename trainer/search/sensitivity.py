@@ -256,12 +256,12 @@ def _at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
     """Subtract the cost pressure that lowers every expected cost to its limit; also return the pressure."""
     pressure = np.zeros_like(logits)
     for _ in range(1 if len(budget.tables) == 1 else 20):  # several limits take turns to converge
-        for costs, limit in zip(budget.tables, budget.limits, strict=True):
+        for index, (costs, limit) in enumerate(zip(budget.tables, budget.limits, strict=True)):
             unit = costs / costs.sum(axis=0).max()
             low, high = 0.0, 1e6
             for _ in range(100):
                 middle = (low + high) / 2
-                if (_softmax(logits - pressure - middle * unit) * costs).sum() > limit:
+                if budget.expected_costs(_softmax(logits - pressure - middle * unit))[index] > limit:
                     low = middle
                 else:
                     high = middle
