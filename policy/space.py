@@ -14,11 +14,11 @@ from cost.cost import COSTS, cost_of_bits
 from cost.engine import RunsAs
 from cost.profile import LayerProfile
 from cost.units import CostType
-from quant.convert import Assignment
+from quant.convert import Assignment, set_formats
 from quant.engines.rules import UNQUANTIZED, Pair
 from quant.errors import UserError
 from quant.formats import FLOAT, Format, format_pairs
-from quant.quant_module import Reach, runs_in
+from quant.quant_module import QuantModule, Reach, runs_in
 
 Partition: TypeAlias = Literal["layer", "single"] | Mapping[str, Collection[str]]
 """One decision per layer, one for the whole model, or block name -> names of the layers that share a choice."""
@@ -48,6 +48,11 @@ class SearchSpace:
         return len(self.decisions)
 
     @property
+    def names(self) -> list[str]:
+        """Names of the decisions."""
+        return [decision.name for decision in self.decisions]
+
+    @property
     def num_choices(self) -> int:
         """Choices per decision."""
         return len(self.decisions[0].choices)
@@ -63,6 +68,10 @@ class SearchSpace:
     def runs_in(self, layer: str, formats: tuple[Format, Format]) -> tuple[Format, Format]:
         """Return the (weight, activation) formats in which a layer runs if `formats` are chosen."""
         return runs_in(self.reach[layer], formats) if layer in self.reach else formats
+
+    def apply(self, modules: Mapping[str, QuantModule], choice: Sequence[int]) -> None:
+        """Switch a model's layers to a choice, one index per decision."""
+        set_formats(modules, self.assignment(choice))
 
     def choice(self, assignment: Assignment) -> list[int]:
         """Return the choice of an assignment. Raises ValueError, naming the decision, if it is not in this space."""

@@ -9,11 +9,17 @@ from quant.lazy import names_of, renamed
 
 if TYPE_CHECKING:
     from quant.convert import calibrate, quantize_model, set_formats
+    from quant.elastic.layers import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
+    from quant.elastic.net import ElasticNet
     from quant.formats import Format, parse_format
     from quant.quant_utils import fake_quantize
     from quant.quantizers.quantizer import QuantizerConfig
 
 __all__ = [
+    "ElasticBatchNorm2d",
+    "ElasticConv2d",
+    "ElasticLinear",
+    "ElasticNet",
     "Format",
     "QuantizerConfig",
     "calibrate",
@@ -27,6 +33,8 @@ __getattr__ = names_of(
     __name__,
     {
         "quant.convert": ["calibrate", "quantize_model", "set_formats"],
+        "quant.elastic.layers": ["ElasticBatchNorm2d", "ElasticConv2d", "ElasticLinear"],
+        "quant.elastic.net": ["ElasticNet"],
         "quant.formats": ["Format", "parse_format"],
         "quant.quant_utils": ["fake_quantize"],
         "quant.quantizers.quantizer": ["QuantizerConfig"],

@@ -18,10 +18,12 @@ from transformers.trainer_utils import has_length
 
 from cost.profile import LayerProfile, profile_model, tables_in, tied_in
 from policy.budget import Budget, Limit
+from policy.joint_space import JointSpace
 from policy.space import Partition, SearchSpace, build_space
 from quant.analysis.float_share import FloatShare, float_share
 from quant.analysis.reach import notes_on_reach, reach_of
 from quant.convert import Assignment, calibrate, check_tied, quantize_model, rounded_weights_cached, set_formats
+from quant.elastic.net import ElasticNet
 from quant.engines.table import ENGINES
 from quant.errors import NotFiniteError, UserError
 from quant.formats import Format, format_pairs, parse_search_space
@@ -87,6 +89,8 @@ class ReinforceTrainer(PickleFreeTrainer):
         rounding: rounds the weights by reconstruction. Without steps (`max_steps=0`), for the assignment of each
             target; else once before the first step, for the given assignment or the choice that a search starts from
             (of several targets, the largest).
+        architecture: the elastic model's decisions, which are searched beside the formats; `model` ends as the plain
+            smaller one that was chosen. None: formats alone.
         on_progress: listener of the run's progress.
         **trainer_arguments: further arguments of the Trainer.
 
@@ -118,6 +122,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         after_calibration: Callable[[ReinforceTrainer], None] | None = None,
         caches: Mapping[str, Sequence[Format]] | None = None,
         rounding: WeightRounding | None = None,
+        architecture: ElasticNet | None = None,
         on_progress: Listener | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -171,6 +176,8 @@ class ReinforceTrainer(PickleFreeTrainer):
             if search.engine is not None:
                 check_choices(search.engine, space)
                 self.profiles = [replace(profile, engine=search.engine) for profile in self.profiles]
+            if architecture is not None:
+                space = JointSpace.of(space, architecture)
             phases = Phases.of(search, self._length.steps if searching else 0)
             evaluator = self._make_evaluator(search, space)
             self._searches = MultiTargetSearch(search, evaluator, self.profiles, limits, phases, args.seed)
@@ -179,6 +186,8 @@ class ReinforceTrainer(PickleFreeTrainer):
         """Target whose assignment the model runs in."""
         self._fine_tuning = not searching
         """Whether the assignments of all targets are final."""
+        self.architecture: dict[str, str] = {}
+        """The chosen architecture: decision -> choice, as the record holds it."""
         self._choices: Tensor | None = None
         self._micro_step = 0
         self._scale_exponents: dict[str, int] = {}
@@ -251,7 +260,13 @@ class ReinforceTrainer(PickleFreeTrainer):
         """Cost of the current target's assignment in MiB or GBOPs. Raises ValueError before one is chosen."""
         if self.assignment is None:
             raise ValueError("nothing is chosen yet: train first")
-        return self.budget.costs(self.space.choice(self.assignment))[0]
+        return self.budget.costs(self._chosen)[0]
+
+    @property
+    def _chosen(self) -> list[int]:
+        """The choice of the current target; an assignment that was loaded or given tells it, too."""
+        assert self.assignment is not None
+        return self.target.choice or self.space.choice(self.assignment)
 
     @property
     def search(self) -> Search | None:
@@ -347,7 +362,7 @@ class ReinforceTrainer(PickleFreeTrainer):
             set_formats(self.modules, self.assignment)
         if self.rounding is not None and self.args.max_steps != 0:
             if self.search is not None:
-                set_formats(self.modules, self.space.assignment(self.search.best()))
+                self.space.apply(self.modules, self.search.best())
             self._round_weights()
 
     def _round_weights(self) -> None:
@@ -377,7 +392,16 @@ class ReinforceTrainer(PickleFreeTrainer):
             self._start_fine_tuning()
         share_buffers(self.model)
         self.use(len(self.targets) - 1)
+        self._leave_supernet()
         self.step_logger.flush()
+
+    def _leave_supernet(self) -> None:
+        """After a search of architecture, make the model the plain smaller one that was chosen."""
+        if self._searches is not None and isinstance(self.space, JointSpace) and self.target.choice is not None:
+            structure = self.space.structure(self.target.choice)
+            self.architecture = self.space.net.describe(structure)
+            self.space.net.extract(structure)
+            self.modules = {name: self.modules[name] for name in self.assignment or {}}
 
     def _start_fine_tuning(self) -> None:
         """Choose the assignment of each target; from here on, only these are trained."""
@@ -476,15 +500,14 @@ class ReinforceTrainer(PickleFreeTrainer):
             self._choices = None
             return
         self._choices = self.search.draws(step)
-        set_formats(self.modules, self.space.assignment(self._choices[0].tolist()))
+        self.space.apply(self.modules, self._choices[0].tolist())
 
     def _end_step(self) -> None:
         """Reward the drawn assignments and update the policy."""
         step, entry = self.state.global_step, self.step_logger.entry
         if self.search is not None:
             if self._choices is None:
-                assert self.assignment is not None
-                entry["cost"] = self.search.cost(self.space.choice(self.assignment))
+                entry["cost"] = self.search.cost(self._chosen)
             elif step >= self.phases.delay:
                 qualities = self.evaluator.rewarded_qualities(self._choices, step)
                 if not all(math.isfinite(quality) for quality in qualities):
@@ -560,7 +583,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         """Evaluate; during the search under its best choice so far, not under the last draw."""
         search = self.targets[-1].search
         if search is not None and not self._fine_tuning:
-            set_formats(self.modules, self.space.assignment(search.best()))
+            self.space.apply(self.modules, search.best())
         loader = args[0] if args else kwargs["dataloader"]
         self._evaluated, self._to_evaluate = 0, len(loader) if has_length(loader) else None
         self.tell("evaluating", 0, self._to_evaluate)

@@ -26,10 +26,10 @@ class CachedLayer(Protocol):
 
 
 class Call(NamedTuple):
-    """One call of a layer in a forward pass, and its output."""
+    """One call of a layer in a forward pass, its formats and size, and its output."""
 
     layer: CachedLayer
-    formats: tuple[Format, Format]
+    setting: tuple[object, ...]
     output: Tensor
     version: int
     """`output._version`, which an in-place activation raises: such an output is computed again."""
@@ -64,12 +64,13 @@ class PrefixCache:
         if torch.is_inference_mode_enabled():  # its tensors do not record in-place changes
             return compute(input)
         last = self.calls[self.position] if self.position < len(self.calls) else None
-        if last is None or last.layer is not layer or last.formats != layer.formats:
+        setting = layer.formats, getattr(layer, "size", None)  # of an elastic layer, see `quant.elastic`
+        if last is None or last.layer is not layer or last.setting != setting:
             del self.calls[self.position :]  # all later calls had another input
             last = None
         if last is None or last.output._version != last.version:
             output = compute(input)
-            last = Call(layer, layer.formats, output, output._version)
+            last = Call(layer, setting, output, output._version)
             self.calls[self.position : self.position + 1] = [last]
         self.position += 1
         return last.output

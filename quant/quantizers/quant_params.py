@@ -78,14 +78,14 @@ class QuantParams(nn.Module):
         """Set the range.
 
         Args:
-            scale: float32 with as many entries as this scale, positive.
+            scale: float32 with as many entries as this scale, positive; fewer are those of the first channels.
             zero_point: Whole numbers of the same shape; None keeps the zero point or offset.
         """
-        self.scale.copy_(scale.view_as(self.scale))
+        _copy_first(self.scale, scale)
         if self.moved and zero_point is not None:
-            self.zero_point.copy_(zero_point.view_as(self.zero_point))
+            _copy_first(self.zero_point, zero_point)
         if self.offset is not None and zero_point is not None:
-            self.offset.copy_((-zero_point * scale).view_as(self.offset))  # the same grid: (q - zp) s = q s + offset
+            _copy_first(self.offset, -zero_point * scale)  # the same grid: (q - zp) s = q s + offset
         self.ready.fill_(True)
         self._refresh()
 
@@ -127,6 +127,12 @@ class QuantParams(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+def _copy_first(into: Tensor, values: Tensor) -> None:
+    """Copy values into the first entries of a tensor: all of them, unless a part of a weight was calibrated."""
+    part = into if values.numel() == into.numel() else into[: values.numel()]
+    part.copy_(values.view_as(part))
 
 
 def _refresh_loaded(params: QuantParams, keys: Any) -> None:

@@ -362,12 +362,24 @@ class Quantizer(nn.Module):
                 return None  # calibration is under way and will set the scale
             self._calibrate_on(x, format)
         params.keep_positive()
+        if not self.batched and params.scale.numel() > 1 and len(x) < len(params.scale):
+            return self._rounding_part(x, params)
         gradient = lsq_gradient_scale(self._elements(x) // params.scale.numel(), params.largest_code)
         if grouped:
             return Rounder(half_scale(params.scale), params.rounding_params, gradient, format, self.reduction_dim)
         # With a scale per input channel, the sum over channels is not a sum of integers.
         bytes = params.bytes if params.scale.numel() == 1 or not self.batched else None
         return Rounder(params.scale, params.rounding_params, gradient, offset=params.offset, bytes=bytes)
+
+    def _rounding_part(self, x: Tensor, params: QuantParams) -> Rounder:
+        """Return what rounds the first channels of a weight (`quant.elastic`), with the first of its scales."""
+        if isinstance(self.format, GroupFormat):
+            raise ValueError(f"{self.format}: the groups of a part of a weight are not those of the whole")
+        scale, rounding = params.scale[: len(x)], params.rounding_params
+        rounding = rounding if rounding.numel() == len(rounding) else rounding[:, : len(x)]
+        offset = None if params.offset is None else params.offset[: len(x)]
+        gradient = lsq_gradient_scale(x.numel() // len(x), params.largest_code)
+        return Rounder(scale, rounding, gradient, offset=offset)
 
     def _elements(self, x: Tensor) -> int:
         """Number of elements of one example."""

@@ -10,6 +10,7 @@ from cost.profile import LayerProfile
 from cost.units import UNITS, CostType
 from policy.allocators import Allocator
 from policy.budget import Budget, Limit
+from policy.joint_space import JointSpace
 from policy.reinforce import EntropySchedule
 from policy.space import SearchSpace, uniform_cost
 from quant.engines.table import ENGINES
@@ -184,4 +185,6 @@ def make_budget(
     largest = config.max_drop is not None and config.engine is not None  # whose layers have choices of their own
     target = space.cost_range(profiles, config.cost_type)[1] if largest else config.cost_target
     target = resolve_target(space, profiles, config.cost_type, target, bits)
+    if isinstance(space, JointSpace):
+        return space.budget(profiles, config.cost_type, target, limits)
     return Budget.of(space, space.cost_table(profiles, config.cost_type), target, limits)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from policy.space import SearchSpace
-from quant.convert import in_float, rounded_weights_cached, run_model, set_formats
+from quant.convert import in_float, rounded_weights_cached, run_model
 from quant.errors import UserError
 from quant.module_utils import evaluating
 from quant.quant_module import QuantModule
@@ -226,7 +226,7 @@ class AssignmentEvaluator:
             return self.loss_and_outputs(model, batch)
 
     def _set_choice(self, choice: Sequence[int]) -> None:
-        set_formats(self.modules, self.space.assignment(choice))
+        self.space.apply(self.modules, choice)
 
     def _error_rate(self, model: nn.Module, batch: Any) -> Tensor:
         loss, outputs = self._forward(model, batch)

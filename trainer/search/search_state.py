@@ -78,7 +78,7 @@ class Search:
     reinforce: Reinforce = field(init=False)
 
     def __post_init__(self) -> None:
-        self.policy = SimplePolicy(len(self.space.decisions), self.space.num_choices, self.prior)
+        self.policy = SimplePolicy(self.space.num_decisions, self.space.num_choices, self.prior)
         self.reinforce = Reinforce(
             self.policy,
             self.config.rl_learning_rate,

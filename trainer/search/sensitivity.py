@@ -244,15 +244,15 @@ def sensitivity_prior(sensitivity: Table, budget: Budget) -> tuple[Tensor, Tenso
     coldest, hottest = spread * 1e-4, spread * 1e4
     for _ in range(60):  # entropy grows with the temperature
         temperature = np.sqrt(coldest * hottest)
-        logits, pressure = _at_cost(-sensitivity / temperature, budget)
-        if _entropy(logits) < wanted:
+        logits, pressure = at_cost(-sensitivity / temperature, budget)
+        if entropy(logits) < wanted:
             coldest = temperature
         else:
             hottest = temperature
     return torch.from_numpy(logits), torch.from_numpy(-pressure)
 
 
-def _at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
+def at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
     """Subtract the cost pressure that lowers every expected cost to its limit; also return the pressure."""
     pressure = np.zeros_like(logits)
     for _ in range(1 if len(budget.tables) == 1 else 20):  # several limits take turns to converge
@@ -261,7 +261,7 @@ def _at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
             low, high = 0.0, 1e6
             for _ in range(100):
                 middle = (low + high) / 2
-                if budget.expected_costs(_softmax(logits - pressure - middle * unit))[index] > limit:
+                if budget.expected_costs(softmax(logits - pressure - middle * unit))[index] > limit:
                     low = middle
                 else:
                     high = middle
@@ -269,11 +269,13 @@ def _at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
     return logits - pressure, pressure
 
 
-def _softmax(logits: Table) -> Table:
+def softmax(logits: Table) -> Table:
+    """Return the probabilities of logits, (decisions, choices)."""
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _entropy(logits: Table) -> float:
-    p = _softmax(logits)
+def entropy(logits: Table) -> float:
+    """Return the entropy of logits, (decisions, choices), summed over decisions, in nats."""
+    p = softmax(logits)
     return float(-(p * np.log(np.maximum(p, 1e-300))).sum())

@@ -12,15 +12,17 @@ from torch import Tensor
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile
 from policy.budget import Budget, Limit
+from policy.joint_budget import JointBudget
+from policy.joint_space import JointSpace
 from policy.solve import Table
 from policy.space import SearchSpace
-from quant.convert import set_formats
 from quant.formats import Format
 from quant.quant_module import Reach, runs_in
 from trainer.search.baselines import allocator, propose, sensitivities
 from trainer.search.config import ReinforceConfig, make_budget
 from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, optimality_report
 from trainer.search.evaluator import AssignmentEvaluator
+from trainer.search.joint import check_joint, joint_candidates, joint_prior
 from trainer.search.quality_constraint import HALVINGS, cheapest_budget, cheapest_choice, limited
 from trainer.search.search_state import Phases, Search
 from trainer.search.selection import PROPOSALS, ROUNDS, CandidateSelector
@@ -44,6 +46,8 @@ class SearchTarget:
     """None: not started, or the assignment is chosen by another method."""
     assignment: dict[str, tuple[Format, Format]] | None = None
     """Formats of the layers at the end of the run; None: not chosen yet, or float."""
+    choice: list[int] | None = None
+    """The choice behind the assignment, which also holds the architecture, of a search that has made it."""
     contest: dict[str, Any] | None = None
     """How the final choice was made: part of the run's record."""
 
@@ -59,6 +63,7 @@ class SearchTarget:
         return {
             "search": None if self.search is None else self.search.state_dict(),
             "contest": self.contest,
+            "choice": self.choice,
             "limits": None if self.budget is None else list(self.budget.limits),
             "assignment": None if self.assignment is None else assignment_to_json(self.assignment),
         }
@@ -67,7 +72,7 @@ class SearchTarget:
         """Continue from a `state_dict`; a search has to be started before."""
         if self.search is not None and state["search"] is not None:
             self.search.load_state_dict(state["search"])
-        self.contest = state["contest"]
+        self.contest, self.choice = state["contest"], state.get("choice")
         if state["assignment"] is not None:
             self.assignment = assignment_from_json(state["assignment"])
 
@@ -101,6 +106,8 @@ class MultiTargetSearch:
     ) -> None:
         self.config, self.evaluator, self.profiles, self.phases, self.seed = config, evaluator, profiles, phases, seed
         self._hard_limits = tuple(limits)
+        if isinstance(self.space, JointSpace):
+            check_joint(config)
         self.float_quality: float | None = None
         """Held-out quality of the float model, from which `max_drop` counts."""
         self.after_measuring: Callable[[str, Table], None] | None = None
@@ -125,7 +132,7 @@ class MultiTargetSearch:
         if config.method != "search":
             choose = allocator(config.method, self.evaluator, self.seed)
             for target in self.targets:
-                target.assignment = self._agreed(choose(target.limits))
+                self._take(target, choose(target.limits))
             return
         prior = config.policy_prior
         table = None if prior == "none" else sensitivities(prior, self.evaluator, self.seed)
@@ -140,8 +147,12 @@ class MultiTargetSearch:
                 self.float_quality = self.evaluator.evaluate_float()
                 target.budget = self._cheapest_budget(-table)
                 self.evaluator.passes = None
-            logits, pressure = sensitivity_prior(table, target.limits)
-            candidates = propose(self.evaluator, target.limits, {prior: table}, self.seed) if config.contest else {}
+            if isinstance(target.limits, JointBudget):
+                logits, pressure = joint_prior(table, target.limits)
+                candidates = joint_candidates(table, target.limits) if config.contest else {}
+            else:
+                logits, pressure = sensitivity_prior(table, target.limits)
+                candidates = propose(self.evaluator, target.limits, {prior: table}, self.seed) if config.contest else {}
             self.start(target, of_first_process(logits), of_first_process(pressure), candidates)
 
     def start(
@@ -167,6 +178,8 @@ class MultiTargetSearch:
             if saved["search"] is not None:
                 self.start(target)
             target.load_state_dict(saved)
+            if isinstance(self.space, JointSpace) and target.choice is not None:
+                self.space.apply(self.evaluator.modules, target.choice)
 
     # ------------------------------------------------------ the final choice
 
@@ -181,10 +194,10 @@ class MultiTargetSearch:
         choice = tuple(target.search.best())
         if self.config.contest:
             # Only batches too small for their own statistics use these; those of training mix all drawn formats.
-            set_formats(self.evaluator.modules, self.space.assignment(choice))
+            self.space.apply(self.evaluator.modules, choice)
             recalibrate_batch_norm(self.evaluator.model, calibration_batches())
             choice = self._select(target, choice)
-        target.assignment = self._agreed(choice)
+        self._take(target, choice)
 
     def _select(self, target: SearchTarget, best: tuple[int, ...]) -> tuple[int, ...]:
         """Compare the policy's choice with all candidates, and record how the choice was made."""
@@ -262,8 +275,11 @@ class MultiTargetSearch:
         values = {"float_quality": self.float_quality, "max_drop": self.config.max_drop}
         return {**values, "within_drop": quality >= floor}
 
-    def _agreed(self, choice: Sequence[int]) -> dict[str, tuple[Format, Format]]:
-        """Return the assignment of a choice: with several processes, of the first one's choice."""
+    def _take(self, target: SearchTarget, choice: Sequence[int]) -> None:
+        """Decide for a choice: with several processes, for the first one's. The model runs in it from now on."""
         agreed = of_first_process(torch.tensor(list(choice)))
         assert agreed is not None
-        return self.space.assignment(agreed.tolist())
+        target.choice = agreed.tolist()
+        target.assignment = self.space.assignment(agreed.tolist())
+        if isinstance(self.space, JointSpace):
+            self.space.apply(self.evaluator.modules, agreed.tolist())

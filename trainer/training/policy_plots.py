@@ -39,5 +39,5 @@ def legend(space: SearchSpace) -> str:
     """Return the names of columns and rows, in Markdown."""
     pairs = space.decisions[0].choices
     columns = [str(weight) if weight == activation else f"{weight}/{activation}" for weight, activation in pairs]
-    rows = "\n".join(f"{row}. {decision.name}" for row, decision in enumerate(space.decisions, 1))
+    rows = "\n".join(f"{row}. {name}" for row, name in enumerate(space.names, 1))
     return f"Columns, from the left: {', '.join(columns)}. Rows, from the top:\n\n{rows}"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from cost.cost import assignment_from_json, assignment_to_json
 from quant.convert import Assignment, describe_quantizers, quantize_as_described, set_formats
+from quant.elastic.saved import described_sizes, shrink
 from quant.formats import FLOAT, parse_format
 from quant.quant_module import QuantModule
 from quant.transforms.kv_cache import caches_of, describe_caches
@@ -44,6 +45,8 @@ def write_quantization(
         "placement": placed_sites(model),
         "caches": describe_caches(model)["formats"],
     }
+    if sizes := described_sizes(model):
+        described["architecture"] = sizes
     write_json(folder / QUANTIZATION, {**more, **described})
 
 
@@ -59,7 +62,8 @@ def write_companions(folder: Path, trainer: Trainer) -> None:
 
 
 def migrate_again(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Add the modules of a saved model's migration to a float model, in place."""
+    """Give a float model, in place, the sizes of a saved one, and add the modules of its migration."""
+    shrink(model, described.get("architecture", {}))
     if "migration" in described:
         attach(model, Migration(**described["migration"]))
 

@@ -1,0 +1,47 @@
+"""Sizes of an extracted model as JSON values, and the way back: the same sizes for the architecture it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from quant.elastic.blocks import Skip
+from quant.elastic.layers import ELASTIC, Elastic, Size, freeze_size
+
+NOTE = "extracted_sizes"
+"""Attribute of an extracted model that holds its description."""
+
+
+def described_sizes(model: nn.Module) -> dict[str, Any]:
+    """Return what `shrink` needs: `sizes`, layer -> [out, read, kernel], and `skipped`, block -> whether in a tuple."""
+    described: dict[str, Any] = getattr(model, NOTE, {})
+    return described
+
+
+def shrink(model: nn.Module, described: Mapping[str, Any]) -> None:
+    """Give a model of the whole architecture, in place, the sizes of the one that was extracted from it.
+
+    Weights are the first channels and the centres of the kernels, as they are; load others for those of the extracted.
+
+    Args:
+        model: The float model.
+        described: What `described_sizes` returned; empty: nothing is changed.
+    """
+    if not described:
+        return
+    for name, in_tuple in described["skipped"].items():
+        _replace(model, name, Skip(in_tuple))
+    for name, size in described["sizes"].items():
+        plain = type(model.get_submodule(name))
+        elastic: Elastic = ELASTIC[plain].from_float(model.get_submodule(name))
+        elastic.resize(Size(*size))
+        freeze_size(elastic, plain)
+        _replace(model, name, elastic)
+    setattr(model, NOTE, dict(described))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module

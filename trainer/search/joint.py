@@ -1,0 +1,87 @@
+"""Start of a search of architecture and formats: its prior, its candidates, and what it does not go with."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policy.joint_budget import JointBudget
+from policy.solve import InfeasibleError, Table, solve_assignment
+from quant.errors import UserError
+from trainer.search.config import ReinforceConfig
+from trainer.search.sensitivity import PRIOR_ENTROPY, at_cost, entropy
+
+
+def check_joint(config: ReinforceConfig) -> None:
+    """Raise UserError for settings that a search of architecture does not know."""
+    reasons = {
+        "method": (config.method != "search", "the competing methods choose formats alone"),
+        "target_bits": (len(config.bits_list) > 1, "one supernet ends as one model: give one budget"),
+        "max_drop": (config.max_drop is not None, "the budget of an architecture is a cost"),
+        "engine": (config.engine is not None, "the table of what an engine stores knows formats alone"),
+    }
+    for setting, (wrong, why) in reasons.items():
+        if wrong:
+            raise UserError(f"{setting} {getattr(config, setting)} contradicts a search of architecture: {why}")
+
+
+def joint_prior(sensitivity: Table, budget: JointBudget) -> tuple[Tensor, Tensor]:
+    """Return starting logits: formats follow their sensitivities, architectures start alike, at the budget's cost.
+
+    Args:
+        sensitivity: degradation from each format alone, (decisions of formats, choices).
+        budget: limits on all decisions.
+
+    Returns:
+        As `sensitivity_prior`: the logits, and the part of them that is cost pressure, (decisions, choices) each.
+    """
+    formats, choices = sensitivity.shape
+    architecture = np.zeros((len(budget.tables[0]) - formats, choices))
+    wanted = PRIOR_ENTROPY * np.log(choices) * formats
+    spread = float(np.median(sensitivity.max(axis=1) - sensitivity.min(axis=1))) or 1.0
+    coldest, hottest = spread * 1e-4, spread * 1e4
+    for _ in range(60):  # entropy grows with the temperature
+        temperature = np.sqrt(coldest * hottest)
+        if entropy(-sensitivity / temperature) < wanted:
+            coldest = temperature
+        else:
+            hottest = temperature
+    logits, pressure = at_cost(np.concatenate([-sensitivity / temperature, architecture]), budget)
+    return torch.from_numpy(logits), torch.from_numpy(-pressure)
+
+
+def joint_candidates(sensitivity: Table, budget: JointBudget) -> dict[str, list[int]]:
+    """Return choices that scale the whole model alike, each with its best formats; of those that fit, by name.
+
+    Args:
+        sensitivity: degradation from each format alone, (decisions of formats, choices).
+        budget: limits on all decisions.
+    """
+    formats, choices = sensitivity.shape
+    found: dict[str, list[int]] = {}
+    for index in reversed(range(choices)):
+        structure = [index] * (len(budget.tables[0]) - formats)
+        with suppress(InfeasibleError):
+            choice = [*best_formats(sensitivity, budget, structure), *structure]
+            found["whole model" if index == choices - 1 else f"architecture {index + 1} of {choices}"] = choice
+    return found
+
+
+def best_formats(sensitivity: Table, budget: JointBudget, structure: list[int]) -> list[int]:
+    """Return the formats with the least sum of sensitivities for a given architecture.
+
+    Raises:
+        InfeasibleError: if not even the narrowest fit.
+    """
+    formats = len(sensitivity)
+    tables = [np.zeros_like(sensitivity) for _ in budget.limits]
+    for factor in budget.factors:
+        decision, *others = factor.decisions
+        taken: tuple[Any, ...] = (slice(None), *(structure[other - formats] for other in others))
+        for table, costs in zip(tables, factor.tables, strict=True):
+            table[decision] += costs[taken]
+    return solve_assignment(-sensitivity, tables, budget.limits)
