@@ -31,11 +31,12 @@ from eval.config.run_config import GRID_FLAGS, RUN_FILE, RunConfig
 from eval.export.reach import engines_in_reach, export_reach
 from eval.launch.state import set_aside
 from eval.report.records import Excluded, read_run
+from eval.run.chosen_architecture import chosen_plan
 from eval.run.full_disk import is_full_disk
 from eval.run.lock import exclusive_lock
 from eval.run.plan import Plan, make_plan
 from eval.run.progress import RunProgress, make_console
-from eval.run.record import LOSS_ROSE, cache_costs, costs_of, describe, outcome
+from eval.run.record import LOSS_ROSE, cache_costs, costs_of, describe, outcome, searched_architecture
 from eval.run.resolve import resolve, write_decisions
 from eval.run.schema import LOSS_RISE, loss_rise
 from eval.run.stopwatch import MEASURED, stopwatch
@@ -204,6 +205,9 @@ def write_result(
     from trainer.training.checkpoint import write_atomically, write_json
 
     answers: dict[str, dict[str, list[Any]]] = {}
+    if trainer.architecture:
+        record = record | searched_architecture(plan, trainer)
+        plan, modules = chosen_plan(plan), dict(trainer.modules)
     assignment = final_assignment(plan, trainer)
     if plan.config.cost_scope == "file":
         halve_rest(trainer.model, modules)
@@ -212,7 +216,7 @@ def write_result(
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
-    record = record | costs_of(plan, assignment, trainer.reach)
+    record = costs_of(plan, assignment, trainer.reach) | record
     target = trainer.cost_target if plan.config.chooses else None
     engines = engines_in_reach(plan, modules, assignment, target)
     record |= {"exports": export_reach(plan, modules), "engines": engines}
@@ -244,7 +248,7 @@ def write_result(
         trainer.tell("timing the exported file")
         record[MEASURED] = stopwatch(plan, trainer.model, modules)
     if plan.config.verify_retrain:
-        record["retrained"], notes = retrain(plan.config, assignment, folder, progress)
+        record["retrained"], notes = retrain(plan.config, assignment, folder, progress, trainer.structure)
         record["notes"] += [f"retrained: {note}" for note in notes]
     if first_process():
         write_json(folder / "result.json", record)
@@ -252,7 +256,11 @@ def write_result(
 
 
 def retrain(
-    config: RunConfig, assignment: dict[str, tuple[Format, Format]], folder: Path, progress: RunProgress | None = None
+    config: RunConfig,
+    assignment: dict[str, tuple[Format, Format]],
+    folder: Path,
+    progress: RunProgress | None = None,
+    structure: Sequence[int] | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Train an assignment without search, from the same float weights and for the same number of steps as the run.
 
@@ -263,6 +271,7 @@ def retrain(
         assignment: Layer name -> (weight format, activation format).
         folder: Folder of the run, which gets the sub-folder `retrained`.
         progress: Shows the progress.
+        structure: The chosen architecture; None: that of the model.
 
     Returns:
         The metrics by split, recorded as `retrained`, and the notes of the trainer.
@@ -271,7 +280,7 @@ def retrain(
         run_id=f"{folder.relative_to(config.experiment_folder)}/retrained", save_model_path=None
     )
     plan = make_plan(retrain_config, progress)
-    trainer, _, _ = make_trainer(plan, assignment=assignment, progress=progress)
+    trainer, _, _ = make_trainer(plan, assignment=assignment, progress=progress, structure=structure)
     trainer.train(resume_from_checkpoint=True)
     return evaluate(trainer, plan), trainer.notes
 

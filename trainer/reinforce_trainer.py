@@ -188,6 +188,8 @@ class ReinforceTrainer(PickleFreeTrainer):
         """Whether the assignments of all targets are final."""
         self.architecture: dict[str, str] = {}
         """The chosen architecture: decision -> choice, as the record holds it."""
+        self.structure: list[int] | None = None
+        """The same as one index per decision of the elastic model; None without a search of architecture."""
         self._choices: Tensor | None = None
         self._micro_step = 0
         self._scale_exponents: dict[str, int] = {}
@@ -398,7 +400,7 @@ class ReinforceTrainer(PickleFreeTrainer):
     def _leave_supernet(self) -> None:
         """After a search of architecture, make the model the plain smaller one that was chosen."""
         if self._searches is not None and isinstance(self.space, JointSpace) and self.target.choice is not None:
-            structure = self.space.structure(self.target.choice)
+            self.structure = structure = self.space.structure(self.target.choice)
             self.architecture = self.space.net.describe(structure)
             self.space.net.extract(structure)
             self.modules = {name: self.modules[name] for name in self.assignment or {}}

@@ -66,10 +66,23 @@ NEEDS = (
     Need(
         (
             *("cost_function", "cost_beta", "delay_steps", "rl_learning_rate", "max_entropy_beta", "reward_quality"),
-            *("entropy_schedule_type", "reward_draws", "search_fraction", "policy_prior", "settle_fraction", "recipe"),
+            *(
+                "architecture_space",
+                "entropy_schedule_type",
+                "reward_draws",
+                "search_fraction",
+                "policy_prior",
+                "settle_fraction",
+                "recipe",
+            ),
         ),
         _searches,
         SEARCH,
+    ),
+    Need(
+        ("width_choices", "kernel_choices", "depth_choices"),
+        lambda config: config.architecture_space is not None,
+        "a search of architecture: --architecture_space resnet, mobilenetv2 or transformer",
     ),
     Need(
         ("measure_share", "sensitivity_examples"),

@@ -214,6 +214,23 @@ class SearchFlags:
 
 
 @dataclass(frozen=True)
+class ArchitectureFlags:
+    """Decisions about the architecture, beside those about formats."""
+
+    _argument_group_name = "Architecture"
+
+    architecture_space: str | None = flag(
+        None,
+        "also search the architecture, within the same budget: widths and depths (resnet), of depthwise convolutions "
+        "kernels too (mobilenetv2), of transformers the feed-forward parts; needs --search",
+        choices=["mobilenetv2", "resnet", "transformer"],
+    )
+    width_choices: str = flag("0.5,0.75,1", "shares of the channels that layers may keep")
+    kernel_choices: str | None = flag(None, "sides of kernels, e.g. 3,5,7: a small one is the centre of the large one")
+    depth_choices: str | None = flag(None, "blocks that a stage may keep, e.g. 1,2,3: the last ones are left out")
+
+
+@dataclass(frozen=True)
 class BaselineFlags:
     """Fixed formats, and other methods to choose them."""
 
@@ -386,15 +403,24 @@ class OutputFlags:
 
 
 GROUPS = (
-    DataFlags, TrainingFlags, SearchFlags, BaselineFlags, QuantizationFlags, LayerFlags, LauncherFlags, OutputFlags
-)  # fmt: skip
+    *(DataFlags, TrainingFlags, SearchFlags, ArchitectureFlags, BaselineFlags, QuantizationFlags, LayerFlags),
+    *(LauncherFlags, OutputFlags),
+)
 GRID_FLAGS = {"models": "model", "tasks": "task", "methods": "method", "targets": "target_bits", "seeds": "seed"}
 """launcher flag -> the field it sets in each run of the grid"""
 
 
 @dataclass(frozen=True)
 class RunConfig(
-    OutputFlags, LauncherFlags, LayerFlags, QuantizationFlags, BaselineFlags, SearchFlags, TrainingFlags, DataFlags
+    OutputFlags,
+    LauncherFlags,
+    LayerFlags,
+    QuantizationFlags,
+    BaselineFlags,
+    ArchitectureFlags,
+    SearchFlags,
+    TrainingFlags,
+    DataFlags,
 ):
     """All flags of one run. `eval.config.parser.parse` makes a complete one from the command line."""
 
@@ -504,7 +530,16 @@ class RunConfig(
         formats = None
         if self.method == "uniform" and not self.chooses:
             formats = "-".join(dict.fromkeys(f.name for f in self.uniform_formats))
-        words = [self.model_name, method, *self.fusions, self.engine, formats, self.budget, f"s{self.seed}"]
+        words = [
+            self.model_name,
+            method,
+            *self.fusions,
+            self.engine,
+            self.architecture_space,
+            formats,
+            self.budget,
+            f"s{self.seed}",
+        ]
         return "-".join(safe_name(word) for word in words if word)
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from eval.config.architecture import check_architecture
 from eval.config.effects import check_effects
 from eval.config.engine import check_engine
 from eval.config.files import is_path
@@ -48,7 +49,10 @@ RANGES = {
     "settle_fraction": "[0, 1)",
 }
 """flag -> the interval that its value must lie in"""
-LISTS = ("target_bits", "search_space", "include", "exclude", "high_precision_ops", "quantize_kv_cache")
+LISTS = (
+    *("target_bits", "search_space", "include", "exclude", "high_precision_ops", "quantize_kv_cache"),
+    *("width_choices", "kernel_choices", "depth_choices"),
+)
 """flags that take a comma list; empty entries are refused"""
 
 
@@ -66,6 +70,7 @@ def validate(config: RunConfig) -> None:
     _check_formats(config)
     _check_contradictions(config)
     check_effects(config)
+    check_architecture(config)
     _check_offloading(config)
     _check_device(config)
     check_tracking(config)
@@ -260,7 +265,8 @@ def _check_target_bits(config: RunConfig) -> None:
         raise UserError(f"--target_bits {config.target_bits} names one twice")
     low, high = min(config.charged_bits), max(config.charged_bits)
     where = "" if config.engine is None else f" in {config.engine}"
-    for target in targets if config.cost_scope == "searched" else ():  # a file has more in it than weights
+    reach = config.cost_scope == "searched" and config.architecture_space is None
+    for target in targets if reach else ():  # a file has more in it than weights, a smaller model fewer
         if not low <= target <= high:
             raise UserError(
                 f"--target_bits {target:g} is out of reach: "

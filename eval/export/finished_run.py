@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +56,14 @@ class FinishedRun:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan of the run, with its data prepared in the same way."""
+        """The plan of the run, with its data prepared in the same way; of an architecture, that of the chosen one."""
+        from eval.run.chosen_architecture import chosen_plan
         from eval.run.plan import make_plan
 
-        return make_plan(self.config)
+        plan = make_plan(self.config)
+        if plan.architecture is None:
+            return plan
+        return chosen_plan(replace(plan, bundle=replace(plan.bundle, model=self.model)))
 
     @cached_property
     def inputs(self) -> ModelInputs:

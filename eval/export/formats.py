@@ -107,7 +107,7 @@ def write_packed(run: FinishedRun, folder: Path) -> Written:
 
     saved = json.loads((run.folder / "model" / QUANTIZATION).read_text())
     extra = {"build": saved["build"], "num_labels": saved["num_labels"], "metrics": run.record["metrics"]}
-    extra |= {key: saved[key] for key in ("migration",) if key in saved}
+    extra |= {key: saved[key] for key in ("migration", "architecture") if key in saved}
     whole_file = run.record.get("cost_scope") == "file"  # its cost counts 16 bits for what stays in float
     layers = write(folder / PACKED, run.model, run.modules, extra, halve=whole_file)
     copy_side_files(run, folder)

@@ -110,4 +110,13 @@ def formats_by_layer(run: Run) -> list[str]:
         lines.append(f"{layers}: {' / '.join(dict.fromkeys(pair))}")
     if len(lines) > MAX_STRETCHES:
         lines = [*lines[: MAX_STRETCHES - 1], f"… and {len(lines) - MAX_STRETCHES + 1} more stretches"]
+    return [*lines, *architecture_by_part(run)]
+
+
+def architecture_by_part(run: Run) -> list[str]:
+    """Chosen widths, kernels and depths, one line for each; long lists are cut. Empty without --architecture_space."""
+    chosen: dict[str, str] = run.record.get("architecture") or {}
+    lines = [f"{name}: {choice}" for name, choice in chosen.items()]
+    if len(lines) > MAX_STRETCHES:
+        lines = [*lines[: MAX_STRETCHES - 1], f"… and {len(lines) - MAX_STRETCHES + 1} more"]
     return lines

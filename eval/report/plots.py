@@ -164,6 +164,8 @@ def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
         return None
     steps = np.array([line["step"] for line in kept], dtype=float)
     values = np.array([line["probabilities"] for line in kept])  # (times, decisions, choices)
+    if run.record.get("architecture"):  # whose decisions follow those of formats, and have other choices
+        values = values[:, : len(run.record["decisions"])]
     panels = _by_format(values, run.record["search_space"] or [])
     decisions = _decision_names(run, values.shape[1])
     columns = min(len(panels), 4)

@@ -116,6 +116,15 @@ def cache_lines(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def architecture_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return a line about the chosen architecture of a record; none for a run that searched formats alone."""
+    chosen = record.get("architecture")
+    if not chosen:
+        return []
+    parts = [f"{name.rsplit(' ', 1)[0]} {choice}" for name, choice in chosen.items()]
+    return [f"architecture: {', '.join(parts)}"]
+
+
 def export_lines(record: Mapping[str, Any], folder: Path) -> str | None:
     """Return lines about where a run's result runs, what stands in the way, and the command; None for a float run."""
     reach = record.get("exports")

@@ -12,6 +12,7 @@ from eval.config.effects import check_kind
 from eval.config.files import writing
 from eval.config.run_config import RunConfig
 from eval.modeling.places import saved_model, starting_model
+from eval.run.architecture import elastic_model
 from eval.run.engine import engine_layers, storage_of
 from eval.run.limits import LIMIT_FLAGS, limits_of
 from quant.errors import UserError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # importing torch and the Trainer takes seconds; flags are ch
     from eval.modeling.bundle import ModelBundle
     from eval.modeling.inputs import ModelInputs
     from policy.space import Partition, SearchSpace
+    from quant.elastic.net import ElasticNet
     from quant.transforms.kv_cache import CachedAttention
     from trainer.search.config import ReinforceConfig
     from trainer.training.progress import Listener
@@ -46,6 +48,8 @@ class Plan:
     """With --quantize_kv_cache: the attentions that have a cache."""
     fused: Blocks = field(default_factory=dict)
     """With --fuse_groups, --fuse_experts: the finest partition that keeps each fused group together."""
+    architecture: ElasticNet | None = None
+    """With --architecture_space: the decisions about the model, which is elastic."""
 
     @property
     def compute_metrics(self) -> Any:
@@ -137,6 +141,8 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     plan.profiles = [replace(profile, engine=config.engine) for profile in plan.profiles]
     plan.profiles += [cache_profile(cache, config.cache_tokens) for cache in caches if plan.cache_choices]
     plan.fused = fused(plan)
+    if config.architecture_space is not None:
+        plan.architecture = elastic_model(bundle, prepared, config)
     if config.engine is not None and config.chooses:
         check_choices(config.engine, search_space(plan))
     budget(plan)
@@ -268,9 +274,8 @@ def budget(plan: Plan) -> float | None:
     """
     from cost.units import UNITS
     from policy.allocators import MAX_EXHAUSTIVE
-    from policy.budget import Budget
     from policy.solve import InfeasibleError
-    from trainer.search.config import resolve_target
+    from trainer.search.config import budget_of, resolve_target
 
     config = plan.config
     if config.cost_target is None and config.target_bits is None:
@@ -286,9 +291,9 @@ def budget(plan: Plan) -> float | None:
     if config.method == "exhaustive" and (size := space.num_choices**space.num_decisions) > MAX_EXHAUSTIVE:
         raise UserError(f"--method exhaustive: {size:.3g} assignments are too many to try, at most {MAX_EXHAUSTIVE}")
     if limits:
-        table = space.cost_table(plan.profiles, cost_type)
+        within = budget_of(space, plan.profiles, cost_type, targets[0], limits)
         try:
-            Budget.of(space, table, targets[0], limits).solve(-table)
+            within.solve(-within.tables[0])
         except InfeasibleError as error:
             requested = [(flag if config.target_bits is None else "--target_bits", targets[0], UNITS[cost_type])]
             requested += [(LIMIT_FLAGS[limit.name], limit.value, limit.unit) for limit in limits]
@@ -309,6 +314,7 @@ def search_space(plan: Plan) -> SearchSpace:
 def space_of(plan: Plan, partition: Partition) -> SearchSpace:
     """Build the search space of a partition of the layers."""
     from cost.profile import tables_in, tied_in
+    from policy.joint_space import JointSpace
     from policy.space import build_space
 
     config, profiles = plan.config, plan.profiles
@@ -316,7 +322,8 @@ def space_of(plan: Plan, partition: Partition) -> SearchSpace:
     tied = tied_in(profiles), tables_in(profiles)
     names = [*plan.layers, *plan.cache_choices]
     stores = storage_of(plan.bundle.model, plan.layers, config)
-    return build_space(names, config.search_formats, partition, *activations, *tied, plan.cache_choices, stores)
+    space = build_space(names, config.search_formats, partition, *activations, *tied, plan.cache_choices, stores)
+    return space if plan.architecture is None else JointSpace.of(space, plan.architecture)
 
 
 def partition(plan: Plan) -> Partition:

@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
+from eval.run.architecture import described
+from eval.run.chosen_architecture import chosen_plan
 from eval.run.limits import limits_of
-from eval.run.outcome import cache_lines, choice_line, cost_line, counted_part, export_lines, scope_of
+from eval.run.outcome import (
+    architecture_lines,
+    cache_lines,
+    choice_line,
+    cost_line,
+    counted_part,
+    export_lines,
+    scope_of,
+)
 from eval.run.plan import Plan, budget, inputs_of, search_space, space_of
 from eval.run.schema import SCHEMA_VERSION, loss_rise
 from eval.run.stopwatch import stopwatch_line
@@ -25,6 +35,7 @@ LOSS_ROSE = "the loss ended far above where it started, so training harmed the m
 if TYPE_CHECKING:  # importing torch takes seconds; flags are checked without it
     from cost.profile import LayerProfile
     from quant.quant_module import Reach
+    from trainer.reinforce_trainer import ReinforceTrainer
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 DISTRIBUTION = "mpq-search"
@@ -55,6 +66,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "inputs": to_json(inputs_of(plan)),
         "search_space": [f.name for f in config.search_formats] if config.chooses else None,
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
+        **({} if plan.architecture is None else {"architecture_space": described(plan.architecture)}),
         "distill": teacher_share(plan),
         "float_share": float_share(plan.bundle.model, plan.layers).share,
         "layers": [layer_entry(profile) for profile in plan.profiles],
@@ -62,6 +74,18 @@ def describe(plan: Plan) -> dict[str, Any]:
         "commit": commit(),
         "device": device_name(config),
         "notes": [*plan.data.notes, *plan.bundle.notes, *plan.prepared.notes, *layer_notes(plan)],
+    }
+
+
+def searched_architecture(plan: Plan, trainer: ReinforceTrainer) -> dict[str, Any]:
+    """Return the entries of the record on a search of architecture: its choices, its range of costs, what is left."""
+    small = chosen_plan(plan)
+    joint = space_of(plan, "layer").cost_range(plan.profiles, plan.config.cost_type)  # type: ignore[arg-type]
+    return {
+        "architecture": trainer.architecture,
+        "cost_range": list(joint),
+        "layers": [layer_entry(profile) for profile in small.profiles],
+        "whole_layers": [layer_entry(profile) for profile in plan.profiles],
     }
 
 
@@ -206,6 +230,7 @@ def outcome(record: Mapping[str, Any], folder: Path | None = None) -> list[str]:
     ]
     contest = record.get("contest") or {}
     lines += [choice_line(record) or "", f"{cost_line(record)}{outside_cost(record)}"]
+    lines += architecture_lines(record)
     lines += cache_lines(record)
     for limit in record["limits"]:
         lines.append(f"{limit['name']}: {limit['value']:.6g} {limit['unit']} (limit {limit['limit']:.6g})")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
+from eval.run.chosen_architecture import extracted
 from eval.run.engine import storage_of
 from eval.run.limits import limits_of
 from eval.run.plan import Plan, count_steps, partition, search_settings
@@ -36,6 +37,7 @@ def make_trainer(
     on_step: Callable[[dict[str, Any]], None] | None = None,
     assignment: dict[str, tuple[Format, Format]] | None = None,
     progress: RunProgress | None = None,
+    structure: Sequence[int] | None = None,
 ) -> tuple[ReinforceTrainer, dict[str, QuantModule], dict[str, Any] | None]:
     """Build the trainer of a run.
 
@@ -44,6 +46,7 @@ def make_trainer(
         on_step: Called with each step's entry of history.jsonl.
         assignment: Layer name -> (weight format, activation format). Trains it without a search.
         progress: Shows the progress and the logged values.
+        structure: With `assignment`: the architecture to train, one index per decision of the plan's elastic model.
 
     Returns:
         The trainer; its quantized layers by name; the metrics of the float model, or None if its weights are not
@@ -80,6 +83,8 @@ def make_trainer(
     search_dataset = not_augmented(train.select(held_out_rows) if held_out_rows else train) if chooses else None
     modules: dict[str, QuantModule] = {}
     teacher = float_teacher(plan)
+    if structure is not None:
+        plan = extracted(plan, structure)
     if plan.formats:
         weight, activation = quantizer_configs(config)
         modules = quantize_model(
@@ -122,6 +127,7 @@ def make_trainer(
         calibration_samples=config.calibration_samples,
         after_calibration=partial(clip_outlier_tokens, plan) if plan.formats and clips_tokens(config) else None,
         rounding=weight_rounding(config),
+        architecture=plan.architecture if chooses else None,
         on_progress=progress,
     )
     if chooses and trainer.is_world_process_zero():

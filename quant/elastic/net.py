@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quant.convert import QUANTIZED, run_model
 from quant.elastic.blocks import Stage, find_stages, freeze_block, make_skippable
@@ -90,6 +90,10 @@ class ElasticNet:
         self.decisions: list[StructureDecision] = []
         self.parts: dict[str, LayerParts] = {}
         """Layer or norm -> the decisions that it depends on."""
+        self.whole: dict[str, Size] = {}
+        """The same -> its size in the whole model."""
+        self.stored: dict[str, tuple[int, ...]] = {}
+        """The same -> shape of its weight in the whole model."""
         self.blocks: dict[str, tuple[int, int]] = {}
         """Block -> (decision, its place in the stage)."""
         channels = find_channels(model, example) if min(widths) < 1 else []
@@ -119,7 +123,7 @@ class ElasticNet:
             name: Name of an elastic layer.
             choice: One index per decision.
         """
-        parts, whole = self.parts[name], cast(Elastic, self.model.get_submodule(name)).whole
+        parts, whole = self.parts[name], self.whole[name]
 
         def value(index: int | None, otherwise: int) -> int:
             return otherwise if index is None else self.decisions[index].choices[choice[index]]
@@ -130,11 +134,10 @@ class ElasticNet:
 
     def weights_of(self, name: str, size: Size) -> int:
         """Return the number of weights of an elastic layer of some size, without its bias."""
-        layer = cast(Elastic, self.model.get_submodule(name))
-        stored = cast(Tensor, layer._parameters["weight"])
-        read = 1 if getattr(layer, "depthwise", False) else size.read
-        lost = layer.whole.kernel - size.kernel
-        return size.out * read * math.prod(side - lost for side in stored.shape[2:])
+        lost = self.whole[name].kernel - size.kernel
+        _, read, *sides = self.stored[name]
+        read = 1 if read < self.whole[name].read else size.read  # of a depthwise convolution
+        return size.out * read * math.prod(side - lost for side in sides)
 
     def set(self, choice: Sequence[int]) -> None:
         """Switch the model to a choice, one index per decision."""
@@ -198,7 +201,9 @@ class ElasticNet:
             elastic: Elastic = ELASTIC[type(layer)].from_float(layer)
             _replace(self.model, name, elastic)
             layer = elastic
-            self.parts[name] = LayerParts()
+            self.parts[name], self.whole[name] = LayerParts(), elastic.whole
+            weight = layer._parameters.get("weight")
+            self.stored[name] = () if weight is None else tuple(weight.shape)
         return layer
 
     def _depend(self, name: str, **on: int) -> None:

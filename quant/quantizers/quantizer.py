@@ -312,7 +312,8 @@ class Quantizer(nn.Module):
         if math.prod(self.shape) == 1:
             return x.reshape(1, -1)
         axes = [d - len(self.shape) for d, size in enumerate(self.shape) if size > 1]
-        return x.movedim(axes, list(range(len(axes)))).reshape(math.prod(self.shape), -1)
+        groups = math.prod(x.shape[axis] for axis in axes)  # fewer than scales if x is a part of a weight
+        return x.movedim(axes, list(range(len(axes)))).reshape(groups, -1)
 
     # ------------------------------------------------------ rounding
 

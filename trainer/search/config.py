@@ -185,6 +185,13 @@ def make_budget(
     largest = config.max_drop is not None and config.engine is not None  # whose layers have choices of their own
     target = space.cost_range(profiles, config.cost_type)[1] if largest else config.cost_target
     target = resolve_target(space, profiles, config.cost_type, target, bits)
+    return budget_of(space, profiles, config.cost_type, target, limits)
+
+
+def budget_of(
+    space: SearchSpace, profiles: Sequence[LayerProfile], cost_type: CostType, target: float, limits: Sequence[Limit]
+) -> Budget:
+    """Return the budget of a target and hard limits, for a space of formats or of architectures, too."""
     if isinstance(space, JointSpace):
-        return space.budget(profiles, config.cost_type, target, limits)
-    return Budget.of(space, space.cost_table(profiles, config.cost_type), target, limits)
+        return space.budget(profiles, cost_type, target, limits)
+    return Budget.of(space, space.cost_table(profiles, cost_type), target, limits)

@@ -15,6 +15,7 @@ from quant.elastic.layers import Size, freeze_size
 from quant.elastic.net import freeze
 from quant.formats import parse_format
 from quant.quant_utils import fake_quantize
+from quant.quantizers.quantizer import QuantizerConfig
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -110,3 +111,26 @@ def test_a_quantized_elastic_layer_rounds_its_slice_with_the_first_scales(name):
         grids = [module.weight_quantizer.grids[name].scale for module in (alone, layer)]
         torch.testing.assert_close(grids[0].grad, grids[1].grad[:3])
         assert grids[1].grad[3:].eq(0).all() and grids[0].shape == (3, 1, 1, 1)
+
+
+def test_calibrating_a_narrowed_layer_sets_the_first_scales():
+    """As with fixed ranges, which are chosen again for the final choice."""
+    plain = nn.Conv2d(1, 6, 3)
+    config = QuantizerConfig(range="calibrated", granularity="channel", observer="minmax")
+    layer = from_float(ElasticConv2d.from_float(plain), weight=config, activation=config_of_inputs())
+    int8, x = parse_format("int8"), torch.randn(2, 1, 8, 8)
+    layer.weight_quantizer.prepare(int8)
+    layer.input_quantizer.prepare(int8)
+    calibrate(nn.Sequential(layer), {"0": layer}, [x])
+    before = layer.weight_quantizer.grids["int8"].scale.clone()
+    with torch.no_grad():
+        plain.weight.mul_(2)
+    layer.resize(Size(4, 1, 3))
+    calibrate(nn.Sequential(layer), {"0": layer}, [x], learned=False)
+    after = layer.weight_quantizer.grids["int8"].scale
+    torch.testing.assert_close(after[:4], 2 * before[:4])
+    torch.testing.assert_close(after[4:], before[4:])
+
+
+def config_of_inputs():
+    return QuantizerConfig(range="calibrated", symmetric=False, observer="minmax")
