@@ -380,7 +380,7 @@ class Quantizer(nn.Module):
         rounding = rounding if rounding.numel() == len(rounding) else rounding[:, : len(x)]
         offset = None if params.offset is None else params.offset[: len(x)]
         gradient = lsq_gradient_scale(x.numel() // len(x), params.largest_code)
-        return Rounder(scale, rounding, gradient, offset=offset)
+        return Rounder(scale, rounding, gradient, offset=offset, bytes=params.bytes)
 
     def _elements(self, x: Tensor) -> int:
         """Number of elements of one example."""

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quant.convert import calibrate, from_float
+from quant.convert import calibrate, from_float, rounded_weights_cached
 from quant.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
 from quant.elastic.layers import Size, freeze_size
 from quant.elastic.net import freeze
 from quant.formats import parse_format
-from quant.quant_utils import fake_quantize
+from quant.kernels.dispatch import kernels
+from quant.quant_utils import fake_quantize, use_compiled
 from quant.quantizers.quantizer import QuantizerConfig
 
 
@@ -134,3 +135,30 @@ def test_calibrating_a_narrowed_layer_sets_the_first_scales():
 
 def config_of_inputs():
     return QuantizerConfig(range="calibrated", symmetric=False, observer="minmax")
+
+
+@pytest.fixture
+def native():
+    if not use_compiled("auto") or not kernels().makes_codes:
+        use_compiled("off")
+        pytest.skip("no compiler, or no kernels that make codes")
+    yield
+    use_compiled("off")
+
+
+def test_integer_arithmetic_takes_the_slice_too(native):
+    torch.manual_seed(0)
+    int8, plain = parse_format("int8"), nn.Conv2d(32, 64, 3, padding=1, bias=False)
+    layer, x = from_float(ElasticConv2d.from_float(plain)), torch.randn(4, 32, 32, 32)
+    layer.weight_quantizer.prepare(int8)
+    layer.input_quantizer.prepare(int8)
+    model = nn.Sequential(layer).eval()
+    calibrate(model, {"0": layer}, [x])
+    layer.set_formats(int8, int8)
+    layer.resize(Size(32, 16, 3))
+    with torch.no_grad(), rounded_weights_cached({"0": layer}):
+        found = layer(x[:, :16])
+        expected = F.conv2d(layer.input_quantizer(x[:, :16]), layer.weight_quantizer(layer.weight), padding=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        layer.resize(layer.whole)
+        assert layer(x).shape[1] == 64, "the cache notices another size"
