@@ -68,7 +68,7 @@ def _truth(seen: Answers) -> torch.Tensor:
 
 def around(trainer: ReinforceTrainer, chosen: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """At most so many choices with a few decisions of `chosen` changed, which fit the budget and use it."""
-    budget, generator = trainer.budget, np.random.default_rng(0)
+    budget, generator = trainer.target.limits, np.random.default_rng(0)
     moves = CandidateSelector(budget, trainer.evaluator.evaluate_assignments).moves(tuple(chosen))
     choices: dict[tuple[int, ...], None] = {}
     for _ in range(100 * count):
@@ -85,13 +85,13 @@ def around(trainer: ReinforceTrainer, chosen: Sequence[int], count: int) -> list
 def look(trainer: ReinforceTrainer, target: SearchTarget, chosen: Sequence[int]) -> Answers:
     """What the assignments around `chosen` answer to all that is held out."""
     assert target.search is not None and trainer.teacher is not None
-    candidates = [tuple(choice) for choice in target.search.candidates.values() if trainer.budget.fits(choice)]
-    small = trainer.budget.size <= MAX_EXHAUSTIVE
-    others = trainer.budget.all_fitting() if small else around(trainer, chosen, AROUND)
+    candidates = [tuple(choice) for choice in target.search.candidates.values() if trainer.target.limits.fits(choice)]
+    small = trainer.target.limits.size <= MAX_EXHAUSTIVE
+    others = trainer.target.limits.all_fitting() if small else around(trainer, chosen, AROUND)
     choices = dict.fromkeys([tuple(chosen), *candidates, *others])
     trainer.model.eval()
     own, teacher, labels = [], [], []
-    for batch in trainer.batches_of(trainer.search_dataset):
+    for batch in trainer.batches_of(trainer.evaluator.dataset):
         answers = []
         with statistics_of_batch(trainer.model, batch), prefix_cached(trainer.modules) as cache:
             for choice in choices:

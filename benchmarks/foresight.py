@@ -38,7 +38,7 @@ def harms(trainer: ReinforceTrainer, choice: tuple[int, ...], own_statistics: bo
     set_formats(trainer.modules, trainer.space.assignment(choice))
     trainer.model.eval()
     found: list[list[float]] = []
-    for batch in trainer.batches_of(trainer.search_dataset):
+    for batch in trainer.batches_of(trainer.evaluator.dataset):
         models = (trainer.model, trainer.teacher.model)
         contexts = [statistics_of_batch(m, batch) if own_statistics else nullcontext() for m in models]
         with contexts[0], contexts[1]:
@@ -69,8 +69,8 @@ def measured(name: str, arguments: argparse.Namespace) -> tuple[NDArray[np.float
     """Of a row's assignments: what each criterion says, (assignments, 2 x criteria), and the loss after training."""
     seed = arguments.seed
     trainer = searching(name, arguments.shared, arguments.output_root_dir, seed, f"foresight-s{seed}")
-    calibrate(trainer.model, trainer.modules, trainer.calibration_batches())
-    chosen = tuple(allocator("measured", trainer.evaluator, seed)(trainer.budget))
+    calibrate(trainer.model, trainer.modules, trainer.calibration.batches())
+    chosen = tuple(allocator("measured", trainer.evaluator, seed)(trainer.target.limits))
     start = copy.deepcopy(trainer.model.state_dict())
     loader = trainer.get_train_dataloader()
     batches = [trainer._prepare_inputs(batch) for batch in islice(_again(loader), arguments.steps)]

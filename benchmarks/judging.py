@@ -83,8 +83,8 @@ def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[N
     """
     trainer = searching(name, shared, output, 0, "judging-s0")
     modules = trainer.modules
-    calibrate(trainer.model, modules, trainer.calibration_batches())
-    held_out = torch.utils.data.Subset(trainer.search_dataset, range(min(examples, len(trainer.search_dataset))))
+    calibrate(trainer.model, modules, trainer.calibration.batches())
+    held_out = torch.utils.data.Subset(trainer.evaluator.dataset, range(min(examples, len(trainer.evaluator.dataset))))
     seen: list[Tensor] = []
 
     def note(reference: Tensor, now: Tensor) -> Tensor:
@@ -95,7 +95,9 @@ def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[N
         measure_sensitivity(trainer.model, modules, trainer.space, [batch], trainer.evaluator.logits, note)
     pairs = trainer.space.num_decisions * trainer.space.num_choices
     whole = torch.cat([torch.stack(seen[i : i + pairs], 1) for i in range(0, len(seen), pairs)], 2).double().numpy()
-    return whole.reshape(len(TEMPERATURES), trainer.space.num_decisions, trainer.space.num_choices, -1), trainer.budget
+    return whole.reshape(
+        len(TEMPERATURES), trainer.space.num_decisions, trainer.space.num_choices, -1
+    ), trainer.target.limits
 
 
 def excess(

@@ -38,7 +38,7 @@ def accuracies(
     flags += f" --model_path {shared}/models/resnet20-cifar10 --no_augment --report_to none --quiet"
     plan = make_plan(parse([*flags.split(), "--calibration_samples", str(samples)]))
     trainer, *_ = make_trainer(plan)
-    batches, original = list(trainer.calibration_batches()), trainer.model
+    batches, original = list(trainer.calibration.batches()), trainer.model
 
     def score() -> float:
         return 100 * next(iter(evaluate(trainer, plan).values()))["accuracy"]

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, split in plan.prepared.validation.items():  # neighbours of one length need little padding
         lengths = [len(tokens) for tokens in split["input_ids"]]
         plan.prepared.validation[name] = split.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))
-    batches = list(trainer.calibration_batches())
+    batches = list(trainer.calibration.batches())
     if arguments.planted:
         plant(trainer.model, batches[0])
     original: Any = trainer.model

@@ -48,7 +48,7 @@ def trained(flags: str) -> Subject:
         metrics = next(iter(evaluate(trainer, plan).values()))
         return 100 * metrics["accuracy"], metrics["loss"]
 
-    return trainer.model, plan.layers, list(trainer.calibration_batches()), score
+    return trainer.model, plan.layers, list(trainer.calibration.batches()), score
 
 
 def decoder(shared: Path) -> Subject:

@@ -216,13 +216,14 @@ def write_result(
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} on {split} is {value} after {trainer.state.global_step} steps")
-    record = costs_of(plan, assignment, trainer.reach) | record
+    record = costs_of(plan, assignment, trainer.calibration.reach) | record
     target = trainer.cost_target if plan.config.chooses else None
     engines = engines_in_reach(plan, modules, assignment, target)
     record |= {"exports": export_reach(plan, modules), "engines": engines}
     record |= cache_costs(plan)
     record["notes"] = [*record["notes"], *trainer.notes]
-    if trainer.history is not None and plan.config.max_steps != 0 and (rise := trainer.history.rise()):
+    history = trainer.step_logger.history
+    if history is not None and plan.config.max_steps != 0 and (rise := history.rise()):
         record[LOSS_RISE] = list(rise)
         record["notes"].append(f"{LOSS_ROSE} {loss_rise(record)}")
     if plan.config.chooses:

@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
     from quant.convert import calibrate
 
     trainer, modules, _ = make_trainer(make_plan(config))
-    calibrate(trainer.model, modules, trainer.calibration_batches())
+    calibrate(trainer.model, modules, trainer.calibration.batches())
     names = [decision.name for decision in trainer.space.decisions]
     columns = measure(trainer, kinds)
     Console().print(show(names, columns))

@@ -4,54 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
 from transformers import TrainingArguments
-from transformers.trainer_utils import has_length
 
-from cost.profile import LayerProfile, profile_model, tables_in, tied_in
-from policy.budget import Budget, Limit
+from cost.profile import LayerProfile, profile_model
+from policy.budget import Limit
 from policy.joint_space import JointSpace
 from policy.space import Partition, SearchSpace, build_space
 from quant.analysis.float_share import FloatShare, float_share
-from quant.analysis.reach import notes_on_reach, reach_of
-from quant.convert import Assignment, calibrate, check_tied, quantize_model, rounded_weights_cached, set_formats
+from quant.convert import Assignment, check_tied, rounded_weights_cached, set_formats
 from quant.elastic.net import ElasticNet
-from quant.engines.table import ENGINES
-from quant.errors import NotFiniteError, UserError
-from quant.formats import Format, format_pairs, parse_search_space
+from quant.errors import NotFiniteError
+from quant.formats import Format
 from quant.quant_module import QuantModule, Reach
+from trainer.search.build import build_searches, parse_formats
 from trainer.search.config import ReinforceConfig
-from trainer.search.engine import check_choices, quantize_for, stored_in
-from trainer.search.evaluation_sizes import EvaluationSizes
+from trainer.search.engine import quantize_for
 from trainer.search.evaluator import AssignmentEvaluator, quality
-from trainer.search.search_state import Phases, Search
 from trainer.search.targets import MultiTargetSearch, SearchTarget
-from trainer.training import checkpoint
-from trainer.training.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
-from trainer.training.batches import BatchReader, TrainingLength, streams
+from trainer.training.batches import BatchReader, TrainingLength, check_training_data
+from trainer.training.calibration import RunCalibration, WeightRounding
 from trainer.training.distillation import Teacher, class_logits
 from trainer.training.distributed import share_buffers
-from trainer.training.history import History
-from trainer.training.progress import Listener, counted, unheard
+from trainer.training.loss import check_loss, with_gradient, with_loss_first
+from trainer.training.progress import EvaluationProgress, Listener, unheard
 from trainer.training.quantization_file import write_companions, write_quantization
 from trainer.training.safetensors_trainer import PickleFreeTrainer
 from trainer.training.sampler import PhasedSampler, hold_out
-from trainer.training.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 from trainer.training.step_logger import StepLogger, TrainingDiverged
-from trainer.training.weight_rounding import WeightRounding
 
 __all__ = ["ReinforceConfig", "ReinforceTrainer", "TrainingDiverged", "quality"]
 
-STATE = "training"
-"""File of a checkpoint with everything but the model and the random generators."""
 SEARCH_FRACTION = 0.1
 """Share of the training rows that a search without a `search_dataset` holds out."""
 PROBABILITY_STEPS = 10
@@ -128,12 +116,10 @@ class ReinforceTrainer(PickleFreeTrainer):
     ) -> None:
         if teacher is not None and teacher.model is model:
             raise ValueError("the teacher is the model itself: give it a copy, Teacher(copy.deepcopy(model))")
-        _check_training_data(train_dataset, search is not None)
-        formats = _parsed(search_space)
+        check_training_data(train_dataset, search is not None)
+        formats, activations = parse_formats(search_space), (weight_only_search, separate_activations)
         if search is not None and modules is None:
-            pairs = format_pairs(formats, weight_only_search, separate_activations)
-            engine = ENGINES.get(search.engine or "")
-            modules = quantize_for(engine, model, pairs) if engine else quantize_model(model, formats=formats)
+            modules = quantize_for(search.engine, model, formats, *activations)
         self.modules = dict(modules or {})
         check_tied(self.modules, assignment or {})
         searching = search is not None and search.method == "search"
@@ -145,45 +131,42 @@ class ReinforceTrainer(PickleFreeTrainer):
         if self.compute_loss_func is not None and not self.label_names:
             self.label_names = ["labels"]  # otherwise the Trainer drops columns that `forward` does not take
         first = self.is_world_process_zero()  # with several processes, only the first one writes and reports
-        self.search_config = search
-        self.search_dataset: Any = train_dataset if search_dataset is None else search_dataset
-        self.search_rows = list(search_rows) if searching else []
+        self.tell = on_progress if first and on_progress is not None else unheard
         self.teacher = teacher
         if teacher is not None:
             teacher.model.to(self.args.device)
-        self.calibration_samples, self.after_calibration = calibration_samples, after_calibration
-        self.rounding = rounding
-        self.tell = on_progress if first and on_progress is not None else unheard
-        self.reach: dict[str, Reach] = {}
-        """Layers that the first calibration did not reach; they stay in float for good."""
+        self.search_rows = list(search_rows) if searching else []
+        self._reader = BatchReader(self._collate, args.seed)
+        self._length = TrainingLength.of(args, train_dataset, len(self.search_rows))
         self.targets = [SearchTarget(assignment=dict(assignment) if assignment else None)]
         """One target, or one for each of several `target_bits`, which take turns at the steps."""
-        self._reader = BatchReader(self._collate, args.seed)
         self._searches: MultiTargetSearch | None = None
         if search is not None:
-            self.profiles = list(
-                profiles or profile_model(self.model, self._reader.read(train_dataset, [0]), self.modules)
+            self._searches = build_searches(
+                search,
+                lambda **ties: build_space(list(self.modules), formats, partition, *activations, caches=caches, **ties),
+                self.model,
+                self.modules,
+                train_dataset if search_dataset is None else search_dataset,
+                profiles=profiles or profile_model(self.model, self._reader.read(train_dataset, [0]), self.modules),
+                limits=limits,
+                architecture=architecture,
+                reader=self._reader,
+                length=self._length,
+                batch_size=args.per_device_eval_batch_size,
+                loss_and_outputs=lambda model, batch: self.compute_loss(model, batch, return_outputs=True),
+                autocast=self.compute_loss_context_manager,
+                teacher=teacher,
+                tell=self.tell,
             )
-            if self.profiles and not any(profile.calls for profile in self.profiles):
-                raise UserError(
-                    f"the model calls none of its {len(self.profiles)} quantized layers: does it keep the float ones "
-                    "in a list, or read their weights itself?"
-                )
-            activations = weight_only_search, separate_activations
-            tied = tied_in(self.profiles), tables_in(self.profiles)
-            stores = stored_in(search.engine, self.modules)
-            space = build_space(list(self.modules), formats, partition, *activations, *tied, caches, stores)
-            if search.engine is not None:
-                check_choices(search.engine, space)
-                self.profiles = [replace(profile, engine=search.engine) for profile in self.profiles]
-            if architecture is not None:
-                space = JointSpace.of(space, architecture)
-            phases = Phases.of(search, self._length.steps if searching else 0)
-            evaluator = self._make_evaluator(search, space)
-            self._searches = MultiTargetSearch(search, evaluator, self.profiles, limits, phases, args.seed)
             self.targets = self._searches.targets
         self.target = self.targets[0]
         """Target whose assignment the model runs in."""
+        size = self._length.batch_size  # each process sees all of the batch
+        sample = partial(self._reader.sample, train_dataset, size=size, exclude=self.search_rows, tell=self.tell)
+        samples = calibration_samples or size * (search.calibration_batches if search else CALIBRATION_BATCHES)
+        self.calibration = RunCalibration(self.model, self.modules, sample, samples, rounding, self.tell)
+        self.after_calibration = after_calibration
         self._fine_tuning = not searching
         """Whether the assignments of all targets are final."""
         self.architecture: dict[str, str] = {}
@@ -192,36 +175,12 @@ class ReinforceTrainer(PickleFreeTrainer):
         """The same as one index per decision of the elastic model; None without a search of architecture."""
         self._choices: Tensor | None = None
         self._micro_step = 0
-        self._scale_exponents: dict[str, int] = {}
-        self._evaluated = 0
-        self._to_evaluate: int | None = None
-        self.history = History(history) if history is not None and first else None
+        listeners = (history, on_step) if first else (None, None)
         plotted = self.space if searching else None
-        self.step_logger = StepLogger(
-            self.callback_handler, self._formats_of, plotted, self.history, on_step if first else None
-        )
+        self.step_logger = StepLogger(self.callback_handler, self._formats_of, plotted, *listeners)
         self.add_callback(self.step_logger)
-
-    def _make_evaluator(self, search: ReinforceConfig, space: SearchSpace) -> AssignmentEvaluator:
-        length, settings = self._length, (search.sensitivity_examples, search.measure_share)
-        batches = self.args.per_device_eval_batch_size, length.steps, length.step_examples
-        return AssignmentEvaluator(
-            self.model,
-            self.modules,
-            space,
-            self.search_dataset,
-            self.args.seed,
-            sizes=EvaluationSizes(
-                len(self.search_dataset), space.num_decisions, space.num_choices, *batches, *settings
-            ),
-            reader=self._reader,
-            loss_and_outputs=lambda model, batch: self.compute_loss(model, batch, return_outputs=True),
-            autocast=self.compute_loss_context_manager,
-            quality=search.reward_quality,
-            reward_examples=math.ceil(search.reward_share * length.batch_size),
-            teacher=self.teacher,
-            tell=self.tell,
-        )
+        self._evaluation = EvaluationProgress(self.tell)
+        self.add_callback(self._evaluation)
 
     # ------------------------------------------------------ the search
 
@@ -243,37 +202,16 @@ class ReinforceTrainer(PickleFreeTrainer):
         return self.evaluator.space
 
     @property
-    def phases(self) -> Phases:
-        """The phases of the run. Raises ValueError for a trainer without a search."""
-        return self.searches.phases
-
-    @property
-    def budget(self) -> Budget:
-        """Limits of the current target. Raises ValueError for a trainer without a search."""
-        return self.target.limits
-
-    @property
     def cost_target(self) -> float:
         """Limit of the current target on the run's own cost, in MiB or GBOPs."""
-        return self.budget.limits[0]
+        return self.target.limits.limits[0]
 
     @property
     def cost(self) -> float:
         """Cost of the current target's assignment in MiB or GBOPs. Raises ValueError before one is chosen."""
         if self.assignment is None:
             raise ValueError("nothing is chosen yet: train first")
-        return self.budget.costs(self._chosen)[0]
-
-    @property
-    def _chosen(self) -> list[int]:
-        """The choice of the current target; an assignment that was loaded or given tells it, too."""
-        assert self.assignment is not None
-        return self.target.choice or self.space.choice(self.assignment)
-
-    @property
-    def search(self) -> Search | None:
-        """Search of the current target."""
-        return self.target.search
+        return self.target.limits.costs(self.target.choice or self.space.choice(self.assignment))[0]
 
     @property
     def assignment(self) -> dict[str, tuple[Format, Format]] | None:
@@ -284,15 +222,6 @@ class ReinforceTrainer(PickleFreeTrainer):
     def contest(self) -> dict[str, Any] | None:
         """How the current target's assignment was chosen: part of the record."""
         return self.target.contest
-
-    @property
-    def on_step(self) -> Callable[[dict[str, Any]], None] | None:
-        """Function that is called with each entry of the history."""
-        return self.step_logger.on_step
-
-    @on_step.setter
-    def on_step(self, function: Callable[[dict[str, Any]], None] | None) -> None:
-        self.step_logger.on_step = function
 
     @property
     def outside_cost(self) -> FloatShare:
@@ -308,17 +237,14 @@ class ReinforceTrainer(PickleFreeTrainer):
         Args:
             turn: index of the target.
         """
-        self.target = self.targets[turn]
+        self.target, untrained = self.targets[turn], self.args.max_steps == 0
         if self.assignment is not None:
-            rounds = self.rounding is not None and self.args.max_steps == 0
-            if self.rounding is not None and rounds:
-                self.rounding.restore(self.modules)
-            set_formats(self.modules, self.assignment)
-            self._recalibrate()
-            if rounds:
+            self.calibration.restore_weights()
+            self._set_formats(self.assignment)
+            if untrained:
                 self._round_weights()
-        if self.args.max_steps != 0:
-            recalibrate_batch_norm(self.model, self.calibration_batches("recalibrating batch norms"))
+        if not untrained:
+            self.calibration.recalibrate_batch_norms()
 
     # ------------------------------------------------------ the run
 
@@ -335,11 +261,8 @@ class ReinforceTrainer(PickleFreeTrainer):
         """
         folder = self.checkpoint_to_resume(resume_from_checkpoint)
         if folder is None:
-            if self.history is not None:
-                self.history.truncate(0)  # of a run that was killed before its first checkpoint
+            self.step_logger.truncate(0)  # of a run that was killed before its first checkpoint
             self.prepare()
-        else:
-            self._scale_exponents = checkpoint.load_state(Path(folder) / STATE)["scale_exponents"]
         output = None
         if folder is None or not self._load_finished(folder):
             output = super().train(resume_from_checkpoint=folder, **kwargs)
@@ -349,12 +272,8 @@ class ReinforceTrainer(PickleFreeTrainer):
     def prepare(self) -> None:
         """Calibrate ranges on training data and prepare the searches, before the first step."""
         if self.modules:
-            if has_untrained_batch_norm(self.model):  # its initial statistics would clip every range
-                recalibrate_batch_norm(self.model, self.calibration_batches("calibrating batch norms"))
-            watch = partial(counted, total=len(self.modules), phase="setting ranges", tell=self.tell, noun="layer")
-            calibrate(self.model, self.modules, self.calibration_batches("calibrating"), watch=watch)
-            self._set_reach(reach_of(self.modules))
-            self.notes += notes_on_reach(self.modules)  # calibration has logged them
+            self.notes += self.calibration.find_ranges()  # calibration has logged them
+            self._set_reach(self.calibration.reach)
             if self.after_calibration is not None:
                 self.after_calibration(self)
         if self._searches is not None:
@@ -362,35 +281,23 @@ class ReinforceTrainer(PickleFreeTrainer):
             self.target = self.targets[-1]
         if self._fine_tuning and self.assignment:
             set_formats(self.modules, self.assignment)
-        if self.rounding is not None and self.args.max_steps != 0:
-            if self.search is not None:
-                self.space.apply(self.modules, self.search.best())
+        if self.calibration.rounding is not None and self.args.max_steps != 0:
+            if self.target.search is not None:
+                self.space.apply(self.modules, self.target.search.best())
             self._round_weights()
 
     def _round_weights(self) -> None:
-        """Round the weights by reconstruction for the current formats."""
-        assert self.rounding is not None
-        examples, size = self.rounding.samples, self._length.batch_size
-        batches = self._reader.sample(self.train_dataset, examples, size, exclude=self.search_rows)
         several = self.args.max_steps == 0 and len(self.targets) > 1
-        notes = self.rounding.round(self.model, self.modules, batches, again=several, tell=self.tell)
-        self.notes += [note for note in notes if note not in self.notes]
+        self.notes += [note for note in self.calibration.round_weights(several) if note not in self.notes]
 
     def _set_reach(self, reach: Mapping[str, Reach]) -> None:
         """Keep layers that calibration did not reach in float: in assignments, and in their costs."""
-        if not reach:
-            return
-        self.reach = dict(reach)
-        for name, found in reach.items():
-            self.modules[name].reach = found
-        for target in self.targets:
-            target.set_reach(reach)
-        if self._searches is not None:
-            self._searches.set_reach(reach)
+        if reach:
+            (self._searches or self.target).set_reach(reach)
 
     def finish(self) -> None:
         """Choose the assignment if that is still open, calibrate the model for it, and complete the history."""
-        if self.search is not None and not self._fine_tuning:
+        if self.target.search is not None and not self._fine_tuning:
             self._start_fine_tuning()
         share_buffers(self.model)
         self.use(len(self.targets) - 1)
@@ -404,22 +311,20 @@ class ReinforceTrainer(PickleFreeTrainer):
             self.architecture = self.space.net.describe(structure)
             self.space.net.extract(structure)
             self.modules = {name: self.modules[name] for name in self.assignment or {}}
+            self.calibration.modules = self.modules
 
     def _start_fine_tuning(self) -> None:
         """Choose the assignment of each target; from here on, only these are trained."""
         share_buffers(self.model)
-        for target in self.targets:
-            self.searches.choose(target, self.calibration_batches)
-        self.evaluator.passes = None
+        self.searches.choose(self.calibration.batches)
         self._fine_tuning = True
         for target in self.targets:
-            set_formats(self.modules, target.assignment or {})
-            self._recalibrate()
+            self._set_formats(target.assignment or {})
 
-    def _recalibrate(self) -> None:
-        batches = self.calibration_batches("calibrating the chosen formats")
+    def _set_formats(self, assignment: Assignment) -> None:
+        """Put the model into an assignment, calibrated for it."""
         try:
-            calibrate(self.model, self.modules, batches, learned=False)
+            self.calibration.set_formats(assignment)
         except NotFiniteError as error:  # before the training it would have been wrong input
             self.step_logger.flush()  # names the step if the loss has shown it
             raise TrainingDiverged(f"{error}, after {self.state.global_step} steps") from None
@@ -464,64 +369,57 @@ class ReinforceTrainer(PickleFreeTrainer):
         inputs = dict(inputs)  # a custom loss function removes the labels
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
-        if not isinstance(loss, Tensor) or (loss.numel() != 1 and self.args.n_gpu < 2):
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise UserError(
-                f"{type(self.model).__name__} returns {got} where its loss should be: return {{'loss': ..., 'logits': "
-                "...} or (loss, logits) where there are labels, or pass compute_loss_func"
-            )
-        if self.compute_loss_func is not None and isinstance(outputs, Tensor | tuple):
-            # The Trainer takes the first entry for the loss; without one it would drop an output, or a row of it.
-            outputs = (loss, *outputs) if isinstance(outputs, tuple) else (loss, outputs)
-        if self.teacher is not None and self.teacher.share and model.training:
-            logits = class_logits(outputs, batch, checked=False)
-            counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            loss = self.teacher.loss(loss, logits, batch, counted)
-        if model.training and torch.is_grad_enabled() and not loss.requires_grad:
-            # Scales alone are trained, and none of the drawn formats has one: a step without a gradient.
-            loss = loss + 0.0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
+        check_loss(loss, self.model, self.args.n_gpu)
+        if self.compute_loss_func is not None:
+            outputs = with_loss_first(loss, outputs)
+        if model.training:
+            if self.teacher is not None and self.teacher.share:
+                counted = num_items_in_batch if self.model_accepts_loss_kwargs else None
+                loss = self.teacher.loss(loss, class_logits(outputs, batch, checked=False), batch, counted)
+            loss = with_gradient(loss, self.model)
         return (loss, outputs) if return_outputs else loss
 
     def _begin_step(self) -> None:
         """Draw the formats of an optimizer step."""
-        step = self.state.global_step
-        self.target = self.targets[step % len(self.targets)]
+        step, searches = self.state.global_step, self._searches
         entry = {"step": step + 1, "phase": "train", "learning_rate": self._get_learning_rate()}
         self.step_logger.begin(entry)
+        if searches is None:
+            return
+        self.target = self.targets[searches.turn(step)]
         if len(self.targets) > 1:
             entry["target"] = self.cost_target
             if self._fine_tuning and self.assignment is not None:
                 set_formats(self.modules, self.assignment)
-        if self.search is None:
+        search, self._choices = self.target.search, None
+        if search is None:
             return
-        entry["phase"] = self.phases.name(step)
-        if not self._fine_tuning and step >= self.phases.settle:
+        entry["phase"] = searches.phases.name(step)
+        if not self._fine_tuning and step >= searches.phases.settle:
             self._start_fine_tuning()
             set_formats(self.modules, self.assignment or {})
-        if self._fine_tuning:
-            self._choices = None
-            return
-        self._choices = self.search.draws(step)
-        self.space.apply(self.modules, self._choices[0].tolist())
+        if not self._fine_tuning:
+            self._choices = search.draws(step)
+            self.space.apply(self.modules, self._choices[0].tolist())
 
     def _end_step(self) -> None:
         """Reward the drawn assignments and update the policy."""
-        step, entry = self.state.global_step, self.step_logger.entry
-        if self.search is not None:
-            if self._choices is None:
-                entry["cost"] = self.search.cost(self._chosen)
-            elif step >= self.phases.delay:
-                qualities = self.evaluator.rewarded_qualities(self._choices, step)
+        step, entry, search, choices = self.state.global_step, self.step_logger.entry, self.target.search, self._choices
+        if search is not None:
+            if choices is None:
+                entry["cost"] = self.cost
+            elif step >= self.searches.phases.delay:
+                qualities = self.evaluator.rewarded_qualities(choices, step)
                 if not all(math.isfinite(quality) for quality in qualities):
-                    raise self.step_logger.diverged("reward", float("nan"), step + 1, self._choices[0].tolist())
-                entry.update(self.search.learn(self._choices, qualities, step))
+                    raise self.step_logger.diverged("reward", float("nan"), step + 1, choices[0].tolist())
+                entry.update(search.learn(choices, qualities, step))
             else:
-                entry["cost"] = self.search.cost(self._choices[0])
-                entry["entropy"] = self.search.policy.entropy().item()
+                entry["cost"] = search.cost(choices[0])
+                entry["entropy"] = search.policy.entropy().item()
             if step % PROBABILITY_STEPS == 0:
-                entry["probabilities"] = self.search.policy.probabilities().detach().tolist()
-            if self._choices is not None:
-                entry["choice"] = self._choices[0].tolist()
+                entry["probabilities"] = search.policy.probabilities().detach().tolist()
+            if choices is not None:
+                entry["choice"] = choices[0].tolist()
         self.step_logger.end()
         self.tell("training", step + 1, self.state.max_steps, entry["phase"])
 
@@ -530,16 +428,10 @@ class ReinforceTrainer(PickleFreeTrainer):
 
     # ------------------------------------------------------ data
 
-    @property
-    def _length(self) -> TrainingLength:
-        args, rows = self.args, len(self.train_dataset) - len(self.search_rows)  # type: ignore[arg-type]
-        batches = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
-        return TrainingLength(rows, *batches, args.dataloader_drop_last, args.max_steps, args.num_train_epochs)
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self.search_rows:
             return super()._get_train_sampler(train_dataset)
-        size, returned_at = len(self.train_dataset), self._length.position(self.phases.settle)  # type: ignore[arg-type]
+        size, returned_at = len(self.train_dataset), self._length.position(self.searches.phases.settle)  # type: ignore[arg-type]
         return PhasedSampler(size, self.search_rows, returned_at, self.args.seed)
 
     def _collate(self, items: list[Any]) -> Any:
@@ -550,54 +442,16 @@ class ReinforceTrainer(PickleFreeTrainer):
         """Yield a whole dataset in its order, in evaluation batches."""
         return self._reader.all_of(dataset, self.args.per_device_eval_batch_size)
 
-    def calibration_batches(self, phase: str | None = None) -> Iterator[Any]:
-        """Yield the same training batches every time, augmented as in training.
-
-        The weights have adapted to augmented images; plain ones have other statistics (a black border raises the
-        variance of the first layer by half) and cost a ResNet-20 three points of accuracy on CIFAR-10.
-
-        Args:
-            phase: reports progress under this name; None: no reports.
-        """
-        config, size = self.search_config, self._length.batch_size  # each process sees all of the batch
-        batches = CALIBRATION_BATCHES if config is None else config.calibration_batches
-        examples = self.calibration_samples or batches * size
-        return self._reader.sample(
-            self.train_dataset, examples, size, exclude=self.search_rows, phase=phase, tell=self.tell
-        )
-
-    # ------------------------------------------------------ optimizer, history
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of parameters with weight decay; on a learned scale it would shrink the range."""
-        return [name for name in super().get_decay_parameter_names(model) if SCALES not in name]
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the Trainer's optimizer with groups of their own for learned scales, see `scale_groups`."""
-        optimizer = super().create_optimizer(model)
-        if needs_groups(optimizer):
-            if not self._scale_exponents:  # a resumed run has those of its start from the checkpoint
-                self._scale_exponents = scale_exponents(self.model)
-            group_scales(optimizer, self.model, self._scale_exponents)
-        return optimizer
+    # ------------------------------------------------------ evaluations, logs
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; during the search under its best choice so far, not under the last draw."""
         search = self.targets[-1].search
         if search is not None and not self._fine_tuning:
             self.space.apply(self.modules, search.best())
-        loader = args[0] if args else kwargs["dataloader"]
-        self._evaluated, self._to_evaluate = 0, len(loader) if has_length(loader) else None
-        self.tell("evaluating", 0, self._to_evaluate)
+        self._evaluation.begin(args[0] if args else kwargs["dataloader"])
         with rounded_weights_cached(self.modules):
             return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict one batch and report the progress."""
-        predicted = super().prediction_step(*args, **kwargs)
-        self._evaluated += 1
-        self.tell("evaluating", self._evaluated, self._to_evaluate, f"batch {self._evaluated}")
-        return predicted
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Return whether this evaluation is the best so far; only those of the chosen assignment count."""
@@ -614,7 +468,7 @@ class ReinforceTrainer(PickleFreeTrainer):
             logs |= self.step_logger.measures()
         super().log(logs, start_time)
 
-    # ------------------------------------------------------ checkpoints, without pickles
+    # ------------------------------------------------------ files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, and its ranges and formats once they are chosen, for `eval.saved_model.load_model`."""
@@ -628,57 +482,25 @@ class ReinforceTrainer(PickleFreeTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.step_logger.flush()
-        if not self.args.should_save:
-            return
-        search = self._searches
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.lr_scheduler.state_dict(),
-            "targets": [target.state_dict() for target in self.targets],
-            "scale_exponents": self._scale_exponents,
-            "settled": self._fine_tuning,
-            "reach": self.reach,
-            "notes": self.notes,
-            "float_quality": search and search.float_quality,
-            "reference_loss": search and search.evaluator.reference_loss,
-            "token_quantiles": {name: q.token_quantiles for name, q in self._quantizers().items() if q.token_quantiles},
-        }
-        checkpoint.save_state(state, Path(output_dir) / STATE)
+        super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is None:
-            return
-        state = checkpoint.load_state(Path(checkpoint_folder) / STATE)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["scheduler"])
-        for name, quantizer in self._quantizers().items():
-            quantizer.token_quantiles = state["token_quantiles"].get(name, {})
-        self._set_reach(state.get("reach", {}))
+    def run_state(self) -> dict[str, Any]:
+        """Return the state of the searches and the reach of calibration."""
+        searched = {"targets": [self.target.state_dict()]} if self._searches is None else self._searches.state_dict()
+        return {**searched, "settled": self._fine_tuning, "reach": self.calibration.reach}
+
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `run_state`; older checkpoints have no `reach`."""
+        reach = state.get("reach", {})
+        self.calibration.set_reach(reach)
+        self._set_reach(reach)
         if self._searches is None:
-            self.targets[0].load_state_dict(state["targets"][0])
+            self.target.load_state_dict(state["targets"][0])
         else:
             self._searches.load_state_dict(state)
+            self.target = self.targets[self._searches.turn(self.state.global_step)]
         self._fine_tuning = state["settled"]
-        self.target = self.targets[self.state.global_step % len(self.targets)]
         if self.assignment is not None:
             set_formats(self.modules, self.assignment)
-        self.notes = [*state.get("notes", ()), *self.notes]
-        if self.history is not None and (lost := self.history.truncate(self.state.global_step)):
-            self.note(f"{self.history.path.name} was damaged: it lacks {lost} of the {self.state.global_step} steps")
-
-
-def _check_training_data(dataset: Dataset | None, search: bool) -> None:
-    if search and dataset is None:
-        raise UserError("a search needs a train_dataset: it calibrates, measures and trains on it")
-    if streams(dataset):
-        kind = type(dataset).__name__
-        raise UserError(f"train_dataset needs a length and rows by index, got a stream ({kind}): gather it in a list")
-
-
-def _parsed(search_space: str | Sequence[Format]) -> tuple[Format, ...]:
-    if isinstance(search_space, str):
-        return tuple(parse_search_space(search_space))
-    if wrong := [entry for entry in search_space if not isinstance(entry, Format)]:
-        text = ",".join(map(str, search_space))
-        raise UserError(f"search_space holds {wrong[0]!r}, which is no Format: pass search_space={text!r}")
-    return tuple(search_space)
+        if damage := self.step_logger.truncate(self.state.global_step):
+            self.note(damage)

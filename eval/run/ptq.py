@@ -11,7 +11,7 @@ from quant.transforms.kv_cache import caches_of, sites_of
 from quant.transforms.migration import SmoothQuantConfig, fold
 from quant.transforms.placement import Placement, place_quantizers
 from quant.transforms.token_clipping import clip_tokens
-from trainer.training.weight_rounding import WeightRounding
+from trainer.training.calibration import WeightRounding
 
 if TYPE_CHECKING:
     from eval.config.run_config import RunConfig
@@ -68,8 +68,8 @@ def migrate_outliers(plan: Plan, trainer: ReinforceTrainer) -> None:
     weight, activation = (FLOAT, FLOAT) if config.chooses else config.uniform_formats
     fold(
         trainer.model,
-        next(iter(trainer.calibration_batches())),
-        trainer.calibration_batches,
+        next(iter(trainer.calibration.batches())),
+        trainer.calibration.batches,
         plan.layers,
         gamma=config.gamma_migration,
         smooth=smooth if config.smooth_quant else None,
@@ -88,7 +88,7 @@ def place_around_layers(plan: Plan, trainer: ReinforceTrainer) -> None:
     )
     cached = sites_of(plan.caches)
     if (placement and trainer.modules) or cached:
-        example = next(iter(trainer.calibration_batches()))
+        example = next(iter(trainer.calibration.batches()))
         place_quantizers(trainer.model, trainer.modules, example, placement if trainer.modules else Placement(), cached)
 
 
@@ -120,7 +120,7 @@ def clip_outlier_tokens(plan: Plan, trainer: ReinforceTrainer) -> None:
     """Apply Token-Wise Clipping for every format of activations, with its fine stage if no training follows."""
     config = plan.config
     formats: list[Format] = [*(plan.formats if config.chooses else [config.uniform_formats[1]])]
-    batches = list(trainer.calibration_batches())
+    batches = list(trainer.calibration.batches())
     for format in formats:
         if format.scaled:
             clip_tokens(trainer.model, trainer.modules, batches, format, fine=config.max_steps == 0)

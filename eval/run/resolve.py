@@ -36,9 +36,11 @@ def write_decisions(trainer: ReinforceTrainer, folder: Path) -> None:
     """
     from trainer.training.checkpoint import write_json
 
-    if trainer.search is None:
+    if trainer.target.search is None:
         return
-    values = [[value if math.isfinite(value) else None for value in row] for row in trainer.search.values().tolist()]
+    values = [
+        [value if math.isfinite(value) else None for value in row] for row in trainer.target.search.values().tolist()
+    ]
     layers = [list(decision.layers) for decision in trainer.space.decisions]
     write_json(folder / DECISIONS, {"layers": layers, "values": values})
 

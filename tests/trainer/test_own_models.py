@@ -87,7 +87,7 @@ def squares(out, labels):
 def test_losses_that_are_no_likelihood_tell_formats_apart(loss, tmp_path):
     trainer = searched(tmp_path, Net(loss, outputs=1))
     entries = []
-    trainer.on_step = entries.append
+    trainer.step_logger.on_step = entries.append
     trainer.train()
     reference = trainer.evaluator.reference_loss
     assert reference == pytest.approx(reference) and not 0 <= reference <= 20
@@ -226,7 +226,7 @@ def test_an_expert_that_training_data_never_reach_is_charged_for_what_it_runs_in
     weight, activation = trainer.assignment["experts.3"]
     assert activation == FLOAT and weight == trainer.assignment["experts.2"][0] != FLOAT
     assert get_formats(trainer.modules) == trainer.assignment
-    assert trainer.cost == pytest.approx(COSTS[cost_type](trainer.profiles, trainer.assignment))
+    assert trainer.cost == pytest.approx(COSTS[cost_type](trainer.searches.profiles, trainer.assignment))
     assert trainer.cost <= trainer.cost_target
     assert trainer.notes == ["1 of 7 layers were never called while calibrating, their inputs stay in float: experts.3"]
     trainer.save_model(str(tmp_path / "saved"))
@@ -294,9 +294,9 @@ def test_evaluations_are_of_the_best_choice_and_only_the_chosen_one_is_ever_the_
     )
     watcher.trainer = trainer
     trainer.train()
-    chosen_at = trainer.phases.settle
+    chosen_at = trainer.searches.phases.settle
     for step, formats, best in watcher.seen:
-        cost = trainer.budget.costs(trainer.space.choice(formats))[0]
+        cost = trainer.target.limits.costs(trainer.space.choice(formats))[0]
         assert cost <= trainer.cost_target, f"step {step}: what is evaluated fits the budget"
         assert step > chosen_at or best is None
     assert watcher.seen[-1][2] is not None and chosen_at > 3
@@ -306,7 +306,9 @@ def test_steps_of_epochs_that_drop_their_last_batch(tmp_path):
     settings = {"max_steps": -1, "num_train_epochs": 8, "dataloader_drop_last": True, "per_device_train_batch_size": 16}
     trainer = searched(tmp_path, Net(cross_entropy), Rows(34), settings=settings.items())
     trainer.train()
-    assert trainer.phases.total == trainer.state.global_step == 8, "30 rows without the held out make one batch"
+    assert trainer.searches.phases.total == trainer.state.global_step == 8, (
+        "30 rows without the held out make one batch"
+    )
 
 
 def test_a_folder_of_another_model_says_so(tmp_path):

@@ -101,7 +101,7 @@ def test_a_model_of_ones_own_is_saved_and_read_back(tmp_path):
 def test_a_search_ends_within_its_budget_and_in_its_assignment(tmp_path):
     trainer = make(tmp_path)
     trainer.train()
-    assert compute_cost(trainer.profiles, trainer.assignment) <= trainer.cost_target
+    assert compute_cost(trainer.searches.profiles, trainer.assignment) <= trainer.cost_target
     assert get_formats(trainer.modules) == trainer.assignment
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in history] == list(range(1, 25))
@@ -110,7 +110,7 @@ def test_a_search_ends_within_its_budget_and_in_its_assignment(tmp_path):
     rewarded = [entry for entry in history if "reward" in entry]
     for entry in rewarded:
         costs, qualities = zip(*entry["draws"], strict=True)
-        assert len(costs) == 2 and costs[0] == pytest.approx(trainer.search.cost(entry["choice"]), rel=1e-12)
+        assert len(costs) == 2 and costs[0] == pytest.approx(trainer.target.search.cost(entry["choice"]), rel=1e-12)
         assert (sum(costs) / 2, sum(qualities) / 2) == pytest.approx((entry["cost"], entry["quality"]), rel=1e-12)
     assert [entry["phase"] for entry in rewarded] == ["search"] * 3
     assert all(0 < entry["quality"] <= 1 for entry in rewarded)
@@ -160,7 +160,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, stop):
             raise Stop
 
     broken = make(tmp_path / "broken", save_strategy="steps", save_steps=stop)
-    broken.on_step = stop_after
+    broken.step_logger.on_step = stop_after
     with pytest.raises(Stop):
         broken.train()
     resumed = make(tmp_path / "broken", save_strategy="no")
@@ -201,9 +201,10 @@ def test_divergence_ends_the_run_and_names_step_and_assignment(tmp_path):
 def test_weights_that_training_has_spoiled_are_divergence_and_no_wrong_input(tmp_path):
     trainer = make(tmp_path)
     trainer.prepare()
+    trainer.target.assignment = get_formats(trainer.modules)
     next(iter(trainer.modules.values())).weight.data.fill_(torch.nan)  # by the last step, which no loss shows
     with pytest.raises(TrainingDiverged, match=r"layer \S+: its weight holds NaN or infinity.*, after 0 steps"):
-        trainer._recalibrate()
+        trainer.use(0)
 
 
 def test_fixed_formats_and_float_need_no_search(tmp_path):
@@ -254,7 +255,7 @@ def test_a_float_run_ends_with_recalibrated_batch_norms(tmp_path):
     trainer = ReinforceTrainer(model, arguments(tmp_path, max_steps=5), search=None, train_dataset=Data())
     trainer.train()
     ended = model.body[1].running_mean.clone()
-    recalibrate_batch_norm(model, trainer.calibration_batches())
+    recalibrate_batch_norm(model, trainer.calibration.batches())
     torch.testing.assert_close(ended, model.body[1].running_mean)
 
 

@@ -75,7 +75,7 @@ def test_the_trainers_step_waits_for_the_device_no_more_often_than_the_float_one
         folder = tmp_path / str(searching)
         trainer = make(folder, config=config, max_steps=100, model=Net())
         if not searching:
-            trainer.modules, trainer.search_config = {}, None
+            trainer.modules = {}
         trainer.create_optimizer_and_scheduler(100)
         if searching:
             trainer.searches.start(trainer.target)

@@ -13,7 +13,7 @@ from quant.convert import find_layers, quantize_model
 from quant.engines.rules import UNQUANTIZED, Engine, Pair
 from quant.engines.table import ENGINES
 from quant.errors import UserError
-from quant.formats import Format
+from quant.formats import Format, format_pairs
 from quant.quant_cache import QuantCache
 from quant.quant_module import QuantModule
 from quant.quantizers.quantizer import ACTIVATION
@@ -42,22 +42,29 @@ def layers_for(engine: Engine, layers: Mapping[str, nn.Module], pairs: Sequence[
     return names
 
 
-def quantize_for(engine: Engine, model: nn.Module, pairs: Sequence[Pair]) -> dict[str, QuantModule]:
+def quantize_for(
+    name: str | None, model: nn.Module, formats: Sequence[Format], weight_only: bool, separate_activations: bool
+) -> dict[str, QuantModule]:
     """Quantize the layers of a model that an engine runs, in place.
 
     Args:
-        engine: The engine.
+        name: Name of the engine; None: there is none, and all layers are quantized.
         model: The float model.
-        pairs: The formats asked for.
+        formats: The formats asked for.
+        weight_only: Whether activations stay in float.
+        separate_activations: Whether the formats of weights and activations are chosen independently.
 
     Returns:
         The quantized layers by name.
     """
+    if name is None:
+        return quantize_model(model, formats=formats)
+    engine, pairs = ENGINES[name], format_pairs(formats, weight_only, separate_activations)
     layers = find_layers(unfold(model))
     names = layers_for(engine, layers, pairs, per_token=False)
     symmetric = ACTIVATION.symmetric if engine.symmetric_inputs is None else engine.symmetric_inputs
-    formats = formats_in(engine.stored(pairs, per_token=False))
-    return quantize_model(model, include=names, formats=formats, activation=replace(ACTIVATION, symmetric=symmetric))
+    stored = formats_in(engine.stored(pairs, per_token=False))
+    return quantize_model(model, include=names, formats=stored, activation=replace(ACTIVATION, symmetric=symmetric))
 
 
 def formats_in(pairs: Sequence[Pair]) -> list[Format]:

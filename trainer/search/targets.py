@@ -119,6 +119,13 @@ class MultiTargetSearch:
         """The search space."""
         return self.evaluator.space
 
+    def turn(self, step: int) -> int:
+        """Return the index of the target that a step trains.
+
+        It depends on the step and the state of a checkpoint alone: a resumed run asks again for the step it goes on at.
+        """
+        return step % len(self.targets)
+
     def set_reach(self, reach: Mapping[str, Reach]) -> None:
         """Charge and evaluate layers that calibration did not reach as the float layers they stay."""
         self.evaluator.space = replace(self.space, reach=reach)
@@ -169,6 +176,14 @@ class MultiTargetSearch:
             self.space, target.limits, self.config, self.phases, generator, prior, pressure, sharing, candidates or {}
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {
+            "targets": [target.state_dict() for target in self.targets],
+            "float_quality": self.float_quality,
+            "reference_loss": self.evaluator.reference_loss,
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint; older checkpoints have no `reference_loss`."""
         self.float_quality = state["float_quality"]
@@ -183,13 +198,17 @@ class MultiTargetSearch:
 
     # ------------------------------------------------------ the final choice
 
-    def choose(self, target: SearchTarget, calibration_batches: Callable[[], Iterable[Any]]) -> None:
-        """Choose the assignment of a target with the trained weights.
+    def choose(self, calibration_batches: Callable[[], Iterable[Any]]) -> None:
+        """Choose the assignment of each target with the trained weights.
 
         Args:
-            target: target with a search.
             calibration_batches: returns training batches for recalibrating batch norms.
         """
+        for target in self.targets:
+            self._choose(target, calibration_batches)
+        self.evaluator.passes = None
+
+    def _choose(self, target: SearchTarget, calibration_batches: Callable[[], Iterable[Any]]) -> None:
         assert target.search is not None
         choice = tuple(target.search.best())
         if self.config.contest:

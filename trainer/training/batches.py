@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
+from quant.errors import UserError
 from trainer.training.progress import Listener, counted, unheard
 
 
@@ -78,6 +80,15 @@ def streams(dataset: Any) -> bool:
     return dataset is not None and (isinstance(dataset, IterableDataset) or not has_length(dataset))
 
 
+def check_training_data(dataset: Any, search: bool) -> None:
+    """Raise UserError for training data without rows by index, or for none where a search needs it."""
+    if search and dataset is None:
+        raise UserError("a search needs a train_dataset: it calibrates, measures and trains on it")
+    if streams(dataset):
+        kind = type(dataset).__name__
+        raise UserError(f"train_dataset needs a length and rows by index, got a stream ({kind}): gather it in a list")
+
+
 @dataclass(frozen=True)
 class TrainingLength:
     """Length of a training in rows and optimizer steps, counted as transformers' Trainer counts them."""
@@ -92,6 +103,13 @@ class TrainingLength:
     max_steps: int
     """Optimizer steps of the training; negative: given by `epochs`."""
     epochs: float
+
+    @classmethod
+    def of(cls, args: TrainingArguments, dataset: Any, held_out: int) -> TrainingLength:
+        """Return the length of a training on a dataset, some of whose rows are held out; None: there is no training."""
+        rows = 0 if dataset is None else len(dataset) - held_out
+        batches = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
+        return cls(rows, *batches, args.dataloader_drop_last, args.max_steps, args.num_train_epochs)
 
     @property
     def step_examples(self) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,9 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read the files of `save_state`. Raises CheckpointError if one is missing or damaged."""
-    tensors = load_tensors(path.with_suffix(".safetensors"))
-    file = path.with_suffix(".json")
-    try:
+    tensors, file = load_tensors(path.with_suffix(".safetensors")), path.with_suffix(".json")
+    with _flaws_of(file):
         return _join(json.loads(file.read_text()), tensors)
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {file.name}") from None
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path.parent} is damaged: {file.name}: {error}") from None
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -87,20 +83,21 @@ def _tied_in(file: Any) -> dict[str, str]:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint. Raises CheckpointError if the file is missing or damaged."""
-    try:
+    with _flaws_of(path):
         return read_tensors(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {path.name}") from None
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name}: {error}") from None
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return name -> shape without reading the tensors. Raises CheckpointError as `load_tensors` does."""
+    with _flaws_of(path), safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes | {name: shapes[owner] for name, owner in _tied_in(file).items()}
+
+
+@contextmanager
+def _flaws_of(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return shapes | {name: shapes[owner] for name, owner in _tied_in(file).items()}
+        yield
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path.parent} is incomplete: no {path.name}") from None
     except (SafetensorError, ValueError, KeyError) as error:

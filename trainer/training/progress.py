@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from quant.progress import Listener, unheard
 
-__all__ = ["Listener", "Passes", "counted", "unheard"]
+__all__ = ["EvaluationProgress", "Listener", "Passes", "counted", "unheard"]
 
 T = TypeVar("T")
 
@@ -41,3 +44,20 @@ class Passes:
         """Count one pass and report it."""
         self.done += 1
         tell(self.phase, self.done, max(self.done, self.expected), f"pass {self.done} of at most {self.expected}")
+
+
+class EvaluationProgress(TrainerCallback):
+    """Reports each batch that a Trainer evaluates."""
+
+    def __init__(self, tell: Listener) -> None:
+        self.tell = tell
+
+    def begin(self, loader: Any) -> None:
+        """Report the start of an evaluation over a data loader."""
+        self.done, self.total = 0, len(loader) if has_length(loader) else None
+        self.tell("evaluating", 0, self.total)
+
+    def on_prediction_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Report a batch."""
+        self.done += 1
+        self.tell("evaluating", self.done, self.total, f"batch {self.done}")

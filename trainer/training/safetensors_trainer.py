@@ -1,12 +1,14 @@
-"""PickleFreeTrainer: transformers' Trainer whose checkpoints are safetensors and JSON."""
+"""PickleFreeTrainer: transformers' Trainer for quantized models, whose checkpoints are safetensors and JSON."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -14,12 +16,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from quant.quantizers.quantizer import Quantizer
 from trainer.training import checkpoint, checksums
 from trainer.training.checksums import forget_older, sealed
+from trainer.training.scale_groups import SCALES, group_scales, needs_groups, scale_exponents
 
 logger = logging.getLogger(__name__)
 
+STATE = "training"
+"""File of a checkpoint with everything but the model, the random generators and the gradient scaler."""
+
 
 class PickleFreeTrainer(Trainer):
-    """Saves and loads the model, the random generators and the gradient scaler without a pickle."""
+    """Trains weights and learned scales; saves and loads everything without a pickle."""
 
     notes: list[str]
     """Deviations from what was asked for: part of the run's record and of checkpoints."""
@@ -32,11 +38,27 @@ class PickleFreeTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.notes = []
+        self._scale_exponents: dict[str, int] = {}
 
     def note(self, text: str) -> None:
         """Log a warning that the run's record repeats."""
         self.notes.append(text)
         logger.warning(text)
+
+    # ------------------------------------------------------ learned scales
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of parameters with weight decay; on a learned scale it would shrink the range."""
+        return [name for name in super().get_decay_parameter_names(model) if SCALES not in name]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Return the Trainer's optimizer with groups of their own for learned scales, see `scale_groups`."""
+        optimizer = super().create_optimizer(model)
+        if needs_groups(optimizer):
+            if not self._scale_exponents:  # a resumed run has those of its start
+                self._scale_exponents = scale_exponents(self.model)
+            group_scales(optimizer, self.model, self._scale_exponents)
+        return optimizer
 
     # ------------------------------------------------------ resuming
 
@@ -114,6 +136,37 @@ class PickleFreeTrainer(Trainer):
         if limit:
             forget_older(folder, limit, self.state.best_model_checkpoint)
 
+    def run_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of a run besides the states of this class."""
+        return {}
+
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint with the entries of `run_state`."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
+        state = {
+            **self.run_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "notes": self.notes,
+            "scale_exponents": self._scale_exponents,
+            "token_quantiles": {name: q.token_quantiles for name, q in self._quantizers().items() if q.token_quantiles},
+        }
+        checkpoint.save_state(state, Path(output_dir) / STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        state = checkpoint.load_state(Path(checkpoint_folder) / STATE)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        for name, quantizer in self._quantizers().items():
+            quantizer.token_quantiles = state["token_quantiles"].get(name, {})
+        self.notes = [*state.get("notes", ()), *self.notes]
+        self.load_run_state(state)
+
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_state(checkpoint.random_state(), Path(output_dir) / f"random_{self.args.process_index}")
         self.accelerator.wait_for_everyone()  # the next call declares the checkpoint complete
@@ -138,3 +191,5 @@ class PickleFreeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         tensors = checkpoint.load_tensors(Path(resume_from_checkpoint) / "model.safetensors")
         (model or self.model).load_state_dict(tensors)
+        # The optimizer is made next, with the groups that it was saved with.
+        self._scale_exponents = checkpoint.load_state(Path(resume_from_checkpoint) / STATE)["scale_exponents"]

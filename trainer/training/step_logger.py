@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,14 +44,20 @@ class StepLogger(TrainerCallback):
         callbacks: CallbackHandler,
         formats_of: Callable[[Sequence[int] | None], Assignment | None],
         space: SearchSpace | None = None,
-        history: History | None = None,
+        history: Path | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.callbacks, self.formats_of, self.space = callbacks, formats_of, space
-        self.history, self.on_step = history, on_step
+        self.history, self.on_step = None if history is None else History(history), on_step
         self.entry: dict[str, Any] = {}
         """Entry of the current step."""
         self._pending: list[dict[str, Any]] = []
+
+    def truncate(self, step: int) -> str | None:
+        """Remove the history after `step`, as those steps are run again; return a note if earlier ones are lost."""
+        if self.history is None or not (lost := self.history.truncate(step)):
+            return None
+        return f"{self.history.path.name} was damaged: it lacks {lost} of the {step} steps"
 
     def begin(self, entry: dict[str, Any]) -> None:
         """Start the entry of a step."""

@@ -88,7 +88,7 @@ def test_migrations_do_not_change_the_float_model(task, tmp_path):
     for flags in ("", "--gamma_migration --smooth_quant"):
         plan = make_plan(config(task, tmp_path, f"--max_steps 0 --bits 8 {flags}"))
         trainer, *_ = make_trainer(plan)
-        batch = next(iter(trainer.calibration_batches()))
+        batch = next(iter(trainer.calibration.batches()))
         with torch.no_grad():
             logits.append(trainer.model.eval()(**batch).logits)
     assert (logits[1] - logits[0]).abs().max() <= 1e-5 * logits[0].abs().max()
@@ -141,7 +141,7 @@ def test_each_option_works_with_a_search(task, tmp_path, monkeypatch, flags):
     migrates = "gamma_migration" in flags or "smooth_quant" in flags
     assert events == ["fold", "search"] if migrates else events == ["search"]
     assert all(change <= 1e-5 for change in changes)
-    assert trainer.search is not None and set(trainer.assignment) == set(weights)
+    assert trainer.target.search is not None and set(trainer.assignment) == set(weights)
     assert trainer.state.global_step == 4 and bool(added(trainer.model).shortcuts) == migrates
     offsets = [p for name, p in trainer.model.named_parameters() if name.endswith(".offset")]
     assert bool(offsets) == ("--quantizer lsq_plus" in flags)

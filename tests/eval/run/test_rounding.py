@@ -62,7 +62,7 @@ def test_each_budget_is_rounded_from_the_float_weights(tmp_path):
 def test_training_starts_from_rounded_weights(tmp_path, flags):
     trainer, modules, _ = make_trainer(make_plan(config(tmp_path, f"{flags} {GPTQ}")))
     trainer.prepare()
-    chosen = trainer.assignment or trainer.space.assignment(trainer.search.best())
+    chosen = trainer.assignment or trainer.space.assignment(trainer.target.search.best())
     assert get_formats(modules) == chosen and on_grid(modules)
     record = run(config(tmp_path, f"{flags} {GPTQ}"))
     assert record["status"] == "finished"

@@ -61,7 +61,7 @@ def bits_in_the_file(export, modules):
 def check(trainer, engine):
     modules, assignment = trainer.modules, trainer.assignment
     bits = bits_in_the_file(ENGINES[engine].export, modules)
-    written = sum(profile.params * bits[profile.name] for profile in trainer.profiles) / MIB_BITS
+    written = sum(profile.params * bits[profile.name] for profile in trainer.searches.profiles) / MIB_BITS
     assert written <= trainer.cost_target * (1 + 1e-9), assignment
     assert written == pytest.approx(trainer.cost)
 

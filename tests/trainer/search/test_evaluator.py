@@ -110,12 +110,12 @@ def test_targets_are_prepared_and_chosen_without_a_trainer(toy, bits):
     config = ReinforceConfig(target_bits=bits)
     searches = MultiTargetSearch(config, evaluator, profiles, (), Phases.of(config, 20), seed=0)
     searches.prepare()
+    searches.choose(lambda: ())
     for target in searches.targets:
-        searches.choose(target, lambda: ())
         assert target.limits.fits(evaluator.space.choice(target.assignment))
         assert target.contest["judged_by"] == "divergence" and target.contest["certificate"]["rank"] >= 1
     again = MultiTargetSearch(config, evaluator, profiles, (), Phases.of(config, 20), seed=1)
-    again.load_state_dict({"targets": [target.state_dict() for target in searches.targets], "float_quality": None})
+    again.load_state_dict(searches.state_dict())
     assert [target.assignment for target in again.targets] == [target.assignment for target in searches.targets]
     assert all(
         torch.equal(one.search.draw(), other.search.draw())
@@ -162,3 +162,15 @@ def test_language_models_are_judged_by_their_divergence_from_float_on_held_out_t
         for batch, value in zip(batches, found, strict=True):
             before, after = (m.eval()(**batch)["logits"].log_softmax(-1) for m in (teacher.model, model))
             assert value == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-4)
+
+
+def test_every_target_has_its_turns_and_a_resumed_run_the_same_ones(toy):
+    evaluator, profiles = toy
+    config = ReinforceConfig(target_bits=(4, 5, 6), policy_prior="none")
+    searches = MultiTargetSearch(config, evaluator, profiles, (), Phases.of(config, 24), seed=0)
+    searches.prepare()
+    turns = [searches.turn(step) for step in range(24)]
+    assert set(turns) == {0, 1, 2}
+    again = MultiTargetSearch(config, evaluator, profiles, (), Phases.of(config, 24), seed=0)
+    again.load_state_dict(searches.state_dict())
+    assert [again.turn(step) for step in range(12, 24)] == turns[12:]

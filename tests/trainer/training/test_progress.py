@@ -4,7 +4,7 @@ import pytest
 
 from trainer.search.config import ReinforceConfig
 from trainer.search.evaluation_sizes import examples_to_evaluate, examples_to_measure
-from trainer.training.progress import Passes, counted
+from trainer.training.progress import EvaluationProgress, Passes, counted
 
 
 def listening():
@@ -16,6 +16,20 @@ def test_counted_items_are_reported_from_none_to_all():
     reports, tell = listening()
     assert list(counted("ab", 2, "reading", tell)) == ["a", "b"]
     assert reports == [("reading", 0, 2, ""), ("reading", 1, 2, "batch 1 of 2"), ("reading", 2, 2, "batch 2 of 2")]
+
+
+def test_each_evaluation_is_reported_from_its_own_start():
+    reports, tell = listening()
+    progress = EvaluationProgress(tell)
+    for loader in ("ab", iter("c")):
+        progress.begin(loader)
+        progress.on_prediction_step(None, None, None)
+    assert reports == [
+        ("evaluating", 0, 2, ""),
+        ("evaluating", 1, 2, "batch 1"),
+        ("evaluating", 0, None, ""),
+        ("evaluating", 1, None, "batch 1"),
+    ]
 
 
 def test_passes_never_exceed_their_reported_number():
