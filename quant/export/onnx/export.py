@@ -26,6 +26,7 @@ from quant.analysis.tied import stored_with
 from quant.convert import in_float
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict, left_in_float
+from quant.export.onnx.bounds import fold_bounds, join_bounds
 from quant.export.onnx.integer_ops import round_outputs
 from quant.export.onnx.layers import OnnxLayer
 from quant.export.onnx.nodes import DOMAIN, Replacement, layer_of
@@ -109,7 +110,7 @@ def write_onnx(
     """
     uncalled = never_called(modules)
     check_uncalled(traced, uncalled)
-    layers = {name: OnnxLayer.of(name, m, bool(examples)) for name, m in modules.items() if name not in uncalled}
+    layers = {name: OnnxLayer.of(name, m) for name, m in modules.items() if name not in uncalled}
     layers |= {
         name: replace(layers[name], owner=owner)
         for name, owner in stored_with(modules).items()
@@ -119,8 +120,10 @@ def write_onnx(
     proto.CopyFrom(traced)
     Replacement(proto, layers, bool(examples)).run()
     set_opset(proto)
+    join_bounds(proto.graph)
     if examples:
         round_outputs(proto, [_widened(example) for example in examples])
+        fold_bounds(proto.graph)
     store_in_half(proto.graph, {f"{name}.weight.scale" for name, layer in layers.items() if layer.scale_bits == 16})
     helper.set_model_props(proto, session_settings(layers.values()))
     if proto.ByteSize() > LARGEST_FILE:

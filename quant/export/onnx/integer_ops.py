@@ -178,9 +178,7 @@ def only_grid(graph: onnx.GraphProto, name: str) -> NodeProto | None:
         return None
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     whole = all(node.op_type == "DequantizeLinear" for node in readers[rounding[0].output[0]])
-    # Behind a Clip, ONNX Runtime joins a rounding whose grid ends where the Clip does, as narrower ones do not.
-    bounded = any(node.op_type == "Clip" and name in node.output for node in graph.node)
-    usable = whole or (len(readers[name]) == 1 and not bounded)
+    usable = whole or len(readers[name]) == 1
     return rounding[0] if usable and of_bytes(rounding[0], types) else None
 
 
@@ -315,7 +313,7 @@ def grid_of(low: float, high: float, layers: float | None) -> tuple[np.ndarray, 
     """
     scale = max((high - low) / 255, float(np.finfo(np.float32).tiny))
     if layers is not None and layers >= scale:
-        ratio = int(layers / scale)
+        ratio = int(layers / scale + 1e-3)  # both may end at the same value, and differ by float rounding
         scale = layers / (ratio if ratio % 2 else ratio - 1)
     return np.asarray(scale, dtype=np.float32), np.asarray(min(255, round(-low / scale)), dtype=np.uint8)
 

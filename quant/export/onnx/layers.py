@@ -72,13 +72,12 @@ class OnnxLayer:
     """The layer that a shared weight is stored under; empty: this one."""
 
     @classmethod
-    def of(cls, name: str, module: QuantModule, integers: bool = False) -> OnnxLayer:
+    def of(cls, name: str, module: QuantModule) -> OnnxLayer:
         """Choose the types for a layer in its current formats.
 
         Args:
             name: Name of the layer.
             module: The layer.
-            integers: Whether integer convolutions are to run in integers, which requires 8-bit inputs.
 
         Raises:
             UserError: If the range of the input exists only at run time, or see `round_weight`.
@@ -96,8 +95,8 @@ class OnnxLayer:
         overflows = sums_overflow(weight, range, module.weight_quantizer.reduction_dim)
         if overflows:
             inputs = INT16  # holds the same values, and no engine multiplies int16
-        elif integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
-            inputs = INT8
+        elif isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
+            inputs = INT8  # engines convolve bytes, and unpack codes of 4 bits slowly
         made = weight, storage, range, inputs, transposed, plain_weight(name, module).float(), overflows
         return cls(name, module.formats, *made, table=isinstance(module, QuantEmbedding))
 
@@ -164,6 +163,8 @@ class OnnxLayer:
                 reason = f"ONNX Runtime has no {activation}"
                 if self.overflows:
                     reason = "ONNX Runtime adds products of bytes up in int32, which these long rows would overflow"
+                elif isinstance(activation, IntFormat) and activation.width == 4:
+                    reason = "ONNX Runtime's convolutions read bytes"
                 why.append(f"activations: {activation} values {how} as {run}, {reason}")
         return LayerVerdict(weight, activation, stored, run, bits, activation_bits, tuple(why))
 

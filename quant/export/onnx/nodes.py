@@ -152,6 +152,9 @@ class Replacement:
         # becomes 0, so that rounding to a narrower range stops there by itself, and a Relu before it can be dropped.
         dtype, zero_point = UNSIGNED[bits], int(-range.low)
         narrower = range.high - range.low + 1 < 2**bits
+        if narrower and bits == 8 and not (layer.is_product or self.integers):  # engines join it with a convolution
+            ends = np.asarray([range.low, range.high], np.float32) * np.float32(range.scale)
+            x, narrower = self._clip(x, f"{layer.name}.input", ends, f"{start}/clip"), False
         point = self._constant(f"{layer.name}.input.zero_point", np.asarray(zero_point).astype(dtype))
         codes = self._node("QuantizeLinear", [x, scale, point], f"{start}/codes")
         if layer.in_integers and layer.is_product and bits < 8:

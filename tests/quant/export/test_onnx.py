@@ -16,12 +16,14 @@ pytest.importorskip("onnxruntime")
 import onnx
 import onnxruntime
 from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
 
 import quant.export.onnx.export
 from eval.export.onnx_timing import session, settings_of
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.engines.table import ENGINES
 from quant.errors import UserError
+from quant.export.onnx.bounds import fold_bounds
 from quant.export.onnx.export import export_onnx, onnx_sizes
 from quant.export.onnx.export import trace as uncached_trace
 from quant.export.onnx.integer_ops import grid_of
@@ -457,6 +459,66 @@ def test_narrow_inputs_keep_the_convolution_before_them_in_integers(bounds, tmp_
     with torch.no_grad():
         expected = model(images)
     assert (run(path, images) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+class Inverted(nn.Module):
+    """A block of MobileNetV2: a depthwise convolution between two others, ReLU6, and a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 24, 1)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.narrow, self.last = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 16, 1)
+
+    def forward(self, images):
+        x = nn.functional.relu6(self.first(images))
+        x = x + self.narrow(nn.functional.relu6(self.depthwise(nn.functional.relu6(self.wide(x)))))
+        return nn.functional.relu6(self.last(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_blocks_with_relu6_and_4_bits_run_in_integers(observer, tmp_path):
+    """Whatever the grids are: MSE ranges end below 6, those of minmax where the ReLU6 does."""
+    torch.manual_seed(0)
+    model, images, int4 = Inverted().eval(), 9 * torch.randn(16, 3, 8, 8), parse_format("int4")
+    activation = QuantizerConfig(symmetric=False, observer=observer)
+    modules = quantize_model(model, formats=[int4], activation=activation)
+    calibrate(model, modules, [images])
+    set_formats(modules, dict.fromkeys(modules, (int4, int4)))
+    traced = uncached_trace(model, modules, {"images": images})
+    with torch.no_grad():
+        expected = model(images)
+    for examples, near in (([], 1e-2), ([{"images": images}], 0.1)):
+        quant.export.onnx.export.write_onnx(path := tmp_path / "m.onnx", traced, modules, examples)
+        assert TensorProto.UINT4 not in {t.data_type for t in onnx.load(path).graph.initializer}
+        for optimized in (False, True):
+            assert (run(path, images, optimized) - expected).abs().mean() < near * expected.abs().max()
+        kinds = optimized_kinds(path)
+        if examples:
+            assert kinds["QLinearConv"] == 5 and kinds["QLinearAdd"] == 1 and kinds["Transpose"] <= 2
+            assert not {"Conv", "FusedConv", "Add"} & set(kinds)
+
+
+def test_bounds_in_codes_are_those_of_values():
+    """Clip, then round; or round, then clip: for bounds inside, at and beyond the ends of a grid, and on ties."""
+    x = np.random.default_rng(0).uniform(-4, 9, 50_000).astype(np.float32)
+    for low, high, scale, point in ((0, 6, 6 / 255, 0), (0, 6, 0.4, 0), (-1, 2.5, 0.05, 90), (0, np.inf, 0.03, 7)):
+        grid = [np.float32(scale), np.uint8(point)]
+        names = ["scale", "point", *(["low", "high"] if np.isfinite(high) else [])]
+        kind = "Clip" if np.isfinite(high) else "Relu"
+        bounding = onnx.helper.make_node(kind, ["x", *names[2:]], ["bounded"])
+        rounding = onnx.helper.make_node("QuantizeLinear", ["bounded", "scale", "point"], ["y"])
+        reading = onnx.helper.make_node("DequantizeLinear", ["y", "scale", "point"], ["logits"])
+        numbers = dict(zip(names, [*grid, np.float32(low), np.float32(high)], strict=False))
+        constants = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in numbers.items()]
+        ends = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, [None]) for name in ("x", "logits")]
+        graph = onnx.helper.make_graph([bounding, rounding, reading], "g", ends[:1], ends[1:], constants)
+        before = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+        after = copy.deepcopy(before)
+        fold_bounds(after.graph)
+        assert kind not in {n.op_type for n in after.graph.node if n.output[0] == "bounded"}
+        results = [ReferenceEvaluator(proto).run(None, {"x": x})[0] for proto in (before, after)]
+        np.testing.assert_array_equal(*results)
 
 
 def test_padding_moves_codes(tmp_path):
