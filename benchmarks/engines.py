@@ -4,7 +4,8 @@ A row for each run and engine (ONNX Runtime in a default session, OpenVINO in fl
 validation examples it predicts what the run's model predicts in PyTorch, its accuracy, the file against float ONNX, and
 the latency of one example against the engine's float model and the engine's own int8: ONNX Runtime's static int8
 (quantize_static, QDQ, per channel, uint8 inputs, 128 training examples) for images, its dynamic int8 for texts. Files
-take turns in one process, one thread; medians of the ratios of neighbouring calls, with their quartiles.
+take turns in one process, one thread; medians of the ratios of neighbouring calls, with their quartiles. A time is the
+processor's for the process, so that what else runs on the machine does not lengthen the longer calls.
 """
 
 from __future__ import annotations
@@ -108,13 +109,13 @@ def predictions(call: Callable[[Arrays], np.ndarray], batches: Iterable[Mapping[
 def ratios(
     calls: Mapping[str, Callable[[Arrays], np.ndarray]], inputs: Arrays, repeats: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Median time of the first call in ms, and its ratio to each other: median and quartiles of the turns' ratios."""
+    """Median time of each call in ms; the first's as a ratio to each: median and quartiles of the turns' ratios."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(WARM_UP + repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call(inputs)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.process_time() - start))
     kept = {name: taken[WARM_UP:] for name, taken in times.items()}
     first = next(iter(kept))
     said = {}

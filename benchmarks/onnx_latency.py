@@ -1,6 +1,7 @@
 """ONNX Runtime's times of untrained models in one format throughout: `python -m benchmarks.onnx_latency [NAME...]`.
 
-One example, one thread, medians of 40 calls in turns. Nothing is trained or read: batch norms keep values in range.
+One example, one thread, default sessions, medians of 40 calls in turns, in the processor's time, which other work on the
+machine does not lengthen. Nothing is trained or read: batch norms keep values in range.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.export.onnx_timing import latencies
+from benchmarks.engines import onnx_runtime, ratios
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.export.onnx.export import trace, write_onnx
 from quant.formats import FLOAT, parse_format
@@ -100,9 +101,10 @@ def main() -> int:
         model, batch = MODELS[name]()
         with TemporaryDirectory() as folder:
             made = files(model, batch, Path(folder))
-            (times,) = latencies([(list(made.values()), {key: x[:1] for key, x in batch.items()})], repeats=40)
-        for title, time in zip(made, times, strict=True):
-            print(f"| {name} | {title} | {time:.3f} | {time / times[0]:.2f} |", flush=True)
+            calls = {title: onnx_runtime(path) for title, path in made.items()}
+            times, _ = ratios(calls, {key: x[:1].numpy() for key, x in batch.items()}, repeats=40)
+        for title, time in times.items():
+            print(f"| {name} | {title} | {time:.3f} | {time / times['float']:.2f} |", flush=True)
     return 0
 
 

@@ -30,6 +30,7 @@ from quant.export.onnx.bounds import fold_bounds, join_bounds
 from quant.export.onnx.integer_ops import round_outputs
 from quant.export.onnx.layers import OnnxLayer
 from quant.export.onnx.nodes import DOMAIN, Replacement, layer_of
+from quant.export.onnx.padding import fold_padding
 from quant.export.onnx.simplify import simplify, store_in_half
 from quant.export.weights import never_called, static_range
 from quant.formats import BlockFormat, GroupFormat
@@ -118,6 +119,7 @@ def write_onnx(
     }
     proto = onnx.ModelProto()
     proto.CopyFrom(traced)
+    fold_padding(proto.graph, layers)
     Replacement(proto, layers, bool(examples)).run()
     set_opset(proto)
     join_bounds(proto.graph)

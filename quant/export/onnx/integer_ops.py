@@ -16,6 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from quant.export.onnx.nodes import replace_nodes
+from quant.export.onnx.padding import pads_with_zero
 from quant.export.onnx.simplify import drop_unread
 
 UINT8 = TensorProto.UINT8
@@ -42,7 +43,6 @@ def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor
         The number of tensors rounded.
     """
     graph = proto.graph
-    round_before_padding(graph)
     outputs = tensors_to_round(graph)
     shared = {name: own for name in outputs if (own := only_grid(graph, name)) is not None}
     bounds = observed(proto, [name for name in outputs if name not in shared], examples)
@@ -57,44 +57,16 @@ def round_outputs(proto: onnx.ModelProto, examples: Sequence[Mapping[str, Tensor
     return len(outputs)
 
 
-def round_before_padding(graph: onnx.GraphProto) -> None:
-    """Swap zero padding with a rounding to 8 bits that follows: the same values, from fewer roundings.
-
-    The rounding then directly follows the operation that computes the tensor, and can be fused with it.
-    """
-    readers = readers_of(graph)
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    earlier: dict[str, NodeProto] = {}
-    """New output of a Pad -> the rounding to place before it."""
-    for pad in [node for node in graph.node if pads_with_zero(graph, node)]:
-        rounding = readers.get(pad.output[0], [])
-        if len(rounding) != 1 or rounding[0].op_type != "QuantizeLinear" or not of_bytes(rounding[0], types):
-            continue
-        quantize = rounding[0]
-        padded, unpadded = quantize.output[0], f"{quantize.output[0]}/unpadded"
-        quantize.input[0], quantize.output[0] = pad.input[0], unpadded
-        pad.input[0], pad.output[0] = unpadded, padded
-        pad_with(pad, quantize.input[2])
-        earlier[padded] = quantize
-    moved = {quantize.output[0] for quantize in earlier.values()}
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        if node.output[0] in earlier:
-            nodes.append(earlier[node.output[0]])
-        if node.output[0] not in moved:
-            nodes.append(node)
-    replace_nodes(graph, nodes)
-
-
 def move_codes(graph: onnx.GraphProto) -> None:
     """Let Slice and zero Pad operate on 8-bit codes instead of their values."""
     made_by = {output: node for node in graph.node for output in node.output}
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    types = {name: tensor.data_type for name, tensor in values.items()}
     nodes: list[NodeProto] = []
     for node in graph.node:
         nodes.append(node)
         source = made_by.get(node.input[0]) if node.input else None
-        if not (node.op_type == "Slice" or pads_with_zero(graph, node)) or source is None:
+        if not (node.op_type == "Slice" or pads_with_zero(node, values)) or source is None:
             continue
         if source.op_type != "DequantizeLinear" or not of_bytes(source, types):
             continue
@@ -116,16 +88,6 @@ def of_bytes(node: NodeProto, types: Mapping[str, int]) -> bool:
         types: Constant -> its type.
     """
     return len(node.input) > 2 and types.get(node.input[2]) == UINT8
-
-
-def pads_with_zero(graph: onnx.GraphProto, node: NodeProto) -> bool:
-    """Whether a node pads with zeros."""
-    if node.op_type != "Pad" or any(a.name == "mode" and a.s != b"constant" for a in node.attribute):
-        return False
-    if len(node.input) < 3 or not node.input[2]:
-        return True
-    values = {tensor.name: tensor for tensor in graph.initializer}
-    return node.input[2] in values and not numpy_helper.to_array(values[node.input[2]]).any()
 
 
 def pad_with(node: NodeProto, value: str) -> None:
