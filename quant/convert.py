@@ -167,12 +167,13 @@ def from_float(
 
 
 def _blank(float_class: Any) -> QuantModule:
-    quant_class = _quant_class(float_class)
+    quant_class = quantized_class(float_class)
     return quant_class.__new__(quant_class)
 
 
 @cache
-def _quant_class(float_class: Any) -> type[QuantModule]:
+def quantized_class(float_class: Any) -> type[QuantModule]:
+    """Return the quantized class of a float class, or of a class derived from one."""
     classes = QUANTIZED | TABLES
     base = next(known for known in float_class.__mro__ if known in classes)
     quant_class = classes[base]

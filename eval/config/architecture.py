@@ -67,8 +67,8 @@ def check_architecture(config: RunConfig) -> None:
         raise UserError(f"{given} contradicts --method {config.method}: it needs --search")
     if config.kernel_choices is not None and config.architecture_space != "mobilenetv2":
         raise UserError(f"--kernel_choices {config.kernel_choices} contradicts {given}: take mobilenetv2")
-    lists = widths(config), kernels(config), depths(config)
-    if all(len(set(choices)) < 2 for choices in lists):
+    lists = widths(config), kernels(config)
+    if not depths(config) and all(len(set(choices)) < 2 for choices in lists):
         raise UserError(
             f"{given} leaves no choice: give several --width_choices, --kernel_choices or --depth_choices, got "
             f"--width_choices {config.width_choices}"

@@ -226,8 +226,12 @@ class ArchitectureFlags:
         choices=["mobilenetv2", "resnet", "transformer"],
     )
     width_choices: str = flag("0.5,0.75,1", "shares of the channels that layers may keep")
-    kernel_choices: str | None = flag(None, "sides of kernels, e.g. 3,5,7: a small one is the centre of the large one")
-    depth_choices: str | None = flag(None, "blocks that a stage may keep, e.g. 1,2,3: the last ones are left out")
+    kernel_choices: str | None = flag(
+        None, "sides of depthwise kernels, e.g. 3,5,7: a small one is the centre of the large one"
+    )
+    depth_choices: str | None = flag(
+        None, "blocks that a stage may keep besides all, e.g. 1,2: the last ones are left out"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from eval.config.run_config import RunConfig
 from quant.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes seconds; flags are checked without it
+    from torch import nn
+
     from eval.data.dataset import PreparedData
     from eval.modeling.bundle import ModelBundle
     from quant.elastic.net import ElasticNet
@@ -31,6 +33,20 @@ def elastic_model(bundle: ModelBundle, prepared: PreparedData, config: RunConfig
         return ElasticNet(bundle.model, _examples(prepared), widths(config) or (1.0,), kernels(config), depths(config))
     except UserError as error:
         raise UserError(f"{given}: {error}") from None
+
+
+def larger_kernels(model: nn.Module, config: RunConfig) -> list[str]:
+    """Give depthwise convolutions with random weights the largest kernel of --kernel_choices; return a note on it."""
+    import torch
+
+    from quant.elastic.kernels import grow_kernels
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        changed = grow_kernels(model, side := max(kernels(config)))
+    return (
+        [f"{changed} depthwise convolutions have kernels of {side} x {side}, for --kernel_choices"] if changed else []
+    )
 
 
 def _examples(prepared: PreparedData) -> Any:

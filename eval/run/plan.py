@@ -12,7 +12,7 @@ from eval.config.effects import check_kind
 from eval.config.files import writing
 from eval.config.run_config import RunConfig
 from eval.modeling.places import saved_model, starting_model
-from eval.run.architecture import elastic_model
+from eval.run.architecture import elastic_model, larger_kernels
 from eval.run.engine import engine_layers, storage_of
 from eval.run.limits import LIMIT_FLAGS, limits_of
 from quant.errors import UserError
@@ -122,6 +122,8 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     prepared = prepare(data, bundle, config)
     tell("looking at the layers")
     unfold(bundle.model)
+    if config.kernel_choices is not None and not bundle.trained:
+        bundle.notes += larger_kernels(bundle.model, config)
     if config.rotate:
         rotate_model(bundle, prepared.example_inputs, config.seed)
     if config.offload_weights:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from quant.elastic.layers import ELASTIC
+from quant.elastic.layers import can_be_elastic
 from quant.module_utils import evaluating, first_tensor
 from quant.transforms.graph import outputs
 
@@ -76,7 +76,7 @@ def find_channels(model: nn.Module, example: Any) -> list[Channels]:
     watch = _Watch()
     hooks = []
     for name, module in model.named_modules():
-        if type(module) in ELASTIC:
+        if can_be_elastic(module):
             hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(watch.leaver(name), with_kwargs=True))
     try:

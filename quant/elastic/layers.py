@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -212,7 +213,37 @@ ELASTIC: Mapping[type[nn.Module], type[Elastic]] = {
     nn.Linear: ElasticLinear,
     nn.BatchNorm2d: ElasticBatchNorm2d,
 }
-"""Float layer -> elastic layer; subclasses have arithmetic of their own and stay as they are."""
+"""Float layer -> elastic layer."""
+
+
+def can_be_elastic(layer: nn.Module) -> bool:
+    """Whether a layer, of one of these classes or derived from it, keeps its weights as plain parameters."""
+    known = next((plain for plain in ELASTIC if isinstance(layer, plain)), None)
+    computed = any(isinstance(getattr(type(layer), name, None), property) for name in ("weight", "bias"))
+    return (
+        known is not None and not isinstance(layer, Elastic) and not computed and not hasattr(layer, "parametrizations")
+    )
+
+
+def make_elastic(layer: nn.Module) -> Elastic:
+    """Return an elastic layer in place of `layer`; of a derived class, it keeps the forward of that class."""
+    own: Any = type(layer)
+    made: Elastic = elastic_class(own).from_float(layer)
+    return made
+
+
+@cache
+def elastic_class(own: Any) -> type[Elastic]:
+    """Return the elastic class of a float class."""
+    plain = next(known for known in ELASTIC if issubclass(own, known))
+    if own is plain:
+        return ELASTIC[plain]
+    return type(f"Elastic{own.__name__}", (ELASTIC[plain], own), {"__module__": __name__})
+
+
+def plain_class(elastic: Any) -> Any:
+    """Return the float class that an elastic class was made from."""
+    return next(c for c in elastic.__mro__ if not issubclass(c, Elastic) and any(issubclass(c, k) for k in ELASTIC))
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from quant.convert import QUANTIZED, run_model
+from quant.convert import quantized_class, run_model
 from quant.elastic.blocks import Stage, find_stages, freeze_block, make_skippable
 from quant.elastic.channels import Channels, find_channels
 from quant.elastic.importance import order_by_importance
-from quant.elastic.layers import ELASTIC, Elastic, ElasticConv2d, Size, freeze_size
+from quant.elastic.layers import Elastic, ElasticConv2d, Size, can_be_elastic, freeze_size, make_elastic, plain_class
 from quant.elastic.saved import NOTE
 from quant.errors import UserError
 from quant.module_utils import evaluating
@@ -67,11 +67,11 @@ class ElasticNet:
     `quant.elastic.channels` and `quant.elastic.blocks`. The model may be quantized afterwards.
 
     Args:
-        model: Any model; changed in place. Its outputs stay the same.
+        model: Any model; changed in place. At the full width and kernel its outputs stay the same.
         example: A batch, from which the importance of channels is computed as well.
         widths: Shares of the channels that layers may keep.
         kernels: Odd sides of kernels to choose from, for depthwise convolutions, or for all if there are none.
-        depths: Numbers of blocks that a stage may keep.
+        depths: Numbers of blocks that a stage may keep, beside all of them.
 
     Raises:
         UserError: If the model offers no choice, or a choice is not within the model.
@@ -198,7 +198,7 @@ class ElasticNet:
     def _make_elastic(self, name: str) -> Elastic:
         layer = self.model.get_submodule(name)
         if not isinstance(layer, Elastic):
-            elastic: Elastic = ELASTIC[type(layer)].from_float(layer)
+            elastic = make_elastic(layer)
             _replace(self.model, name, elastic)
             layer = elastic
             self.parts[name], self.whole[name] = LayerParts(), elastic.whole
@@ -239,7 +239,7 @@ class ElasticNet:
                 f"kernel {max(kernels)} is larger than the largest of {type(self.model).__name__}, {largest}"
             )
         for name, layer in deep.items() if kernels else ():
-            if type(layer) not in (nn.Conv2d, ElasticConv2d):
+            if not (can_be_elastic(layer) or isinstance(layer, Elastic)):
                 continue
             least = cast(ElasticConv2d, self._make_elastic(name)).smallest_kernel
             own = layer.kernel_size[0]
@@ -254,13 +254,14 @@ class ElasticNet:
                 f"depth {max(depths)} is more than the blocks of any stage of {type(self.model).__name__}, {most}"
             )
         for stage in stages:
-            choices = sorted({min(depth, len(stage.blocks)) for depth in depths if depth >= stage.least})
-            if len(choices) < 2 and choices in ([], [len(stage.blocks)]):
+            fewer = {depth for depth in depths if max(stage.least, 1) <= depth < len(stage.blocks)}
+            if not fewer:
                 continue
+            choices = sorted(fewer | {len(stage.blocks)})
             index = self._decide(stage.name, "depth", choices, len(stage.blocks))
             for place, block in enumerate(stage.blocks):
                 for name, layer in list(self.model.get_submodule(block).named_modules(prefix=block)):
-                    if type(layer) in ELASTIC or isinstance(layer, Elastic):
+                    if can_be_elastic(layer) or isinstance(layer, Elastic):
                         self._depend(name, depth=index, place=place)
                 if place >= stage.least:
                     make_skippable(self.model.get_submodule(block), stage.in_tuple)
@@ -298,12 +299,11 @@ def wrong_share(widths: Sequence[float]) -> float | None:
 
 def freeze(layer: Elastic) -> None:
     """Turn an elastic layer, quantized or not, into a plain one of its chosen size, in place."""
-    base = next(known for known in ELASTIC if isinstance(layer, known))
+    plain: Any = plain_class(getattr(type(layer), "own", type(layer)))  # `own`: what a quantized class was made from
     if isinstance(layer, QuantModule):
         narrow(layer.weight_quantizer, layer.size.out, tuple(layer.weight.shape))
-        freeze_size(layer, QUANTIZED[base])
-    else:
-        freeze_size(layer, base)
+        plain = quantized_class(plain)
+    freeze_size(layer, plain)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

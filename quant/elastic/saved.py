@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from quant.elastic.blocks import Skip
-from quant.elastic.layers import ELASTIC, Elastic, Size, freeze_size
+from quant.elastic.kernels import grow_kernel
+from quant.elastic.layers import Size, freeze_size, make_elastic
 
 NOTE = "extracted_sizes"
 """Attribute of an extracted model that holds its description."""
@@ -34,8 +35,11 @@ def shrink(model: nn.Module, described: Mapping[str, Any]) -> None:
     for name, in_tuple in described["skipped"].items():
         _replace(model, name, Skip(in_tuple))
     for name, size in described["sizes"].items():
-        plain = type(model.get_submodule(name))
-        elastic: Elastic = ELASTIC[plain].from_float(model.get_submodule(name))
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size[0] < size[2]:
+            grow_kernel(layer, size[2])  # as the search has, from scratch
+        plain = type(layer)
+        elastic = make_elastic(layer)
         elastic.resize(Size(*size))
         freeze_size(elastic, plain)
         _replace(model, name, elastic)

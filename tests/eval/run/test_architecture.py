@@ -61,6 +61,16 @@ def test_what_does_not_fit_the_model_is_one_line(flags, named):
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in named), error.value
 
 
+def test_from_scratch_depthwise_kernels_are_the_largest_of_the_choices():
+    flags = ["--model", "torchvision:mobilenet_v2", "--image_size", "32", "--width_choices", "1"]
+    flags += ["--architecture_space", "mobilenetv2", "--kernel_choices", "3,5"]
+    plan = make_plan(parse([*SEARCH, *flags]))
+    assert {(d.kind, d.choices) for d in plan.architecture.decisions} == {("kernel", (3, 5))}
+    assert len(plan.architecture.decisions) == 17
+    profile = {profile.name: profile for profile in plan.profiles}["net.features.1.conv.0.0"]
+    assert profile.params == 32 * 25 and profile.positions == 16 * 16
+
+
 def run(folder, name):
     flags = f"--search_space 2,4,8 --target_bits 2.5 --max_steps 12 --output_root_dir {folder} --run_id {name}".split()
     flags += ["--max_train_samples", "256", "--max_eval_samples", "64", "--report_to", "none", "--quiet"]

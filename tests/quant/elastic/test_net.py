@@ -13,6 +13,7 @@ from quant.elastic import ElasticNet
 from quant.elastic.blocks import find_stages
 from quant.elastic.channels import find_channels
 from quant.elastic.importance import order_by_importance
+from quant.elastic.kernels import grow_kernels
 from quant.elastic.saved import described_sizes, shrink
 from quant.errors import UserError
 from quant.formats import parse_format
@@ -159,3 +160,45 @@ def test_code_that_counts_on_a_size_is_told():
 
     with pytest.raises(UserError, match="Fixed does not run at its smallest size"):
         ElasticNet(Fixed(), X, widths=(0.5, 1))
+
+
+def test_larger_depthwise_kernels_keep_the_sizes_of_outputs(net):
+    shape = net.blocks(net.stem(X)).shape
+    assert grow_kernels(net, 7) == 3 and grow_kernels(net, 7) == 0
+    assert net.blocks[0].depthwise.weight.shape == (16, 1, 7, 7)
+    assert net.blocks(net.stem(X)).shape == shape
+    elastic = ElasticNet(net, X, kernels=(3, 7))
+    expected = [elastic.set([0, 1, 0]), net(X)][1]
+    plain = elastic.extract([0, 1, 0])
+    assert plain.blocks[1].depthwise.kernel_size == (7, 7)
+    again = Net().eval()
+    shrink(again, described_sizes(plain))  # from the model with kernels of 5
+    again.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(again(X), expected, rtol=0, atol=0)
+
+
+def test_layers_of_other_libraries_keep_their_own_forward():
+    """As timm's batch norms, which hold the activation, and its convolutions that pad by themselves."""
+
+    class NormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            args = self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+            return F.relu(F.batch_norm(x, *args))
+
+    class Same(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, 2, 0, 1, self.groups)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), NormAct(8), Same(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    before = model(X)
+    elastic = ElasticNet(model, X, widths=(0.5, 1))
+    torch.testing.assert_close(model(X), before)
+    modules = quantize_model(model, formats=[parse_format("int8")])
+    calibrate(model, modules, [X])
+    set_formats(modules, dict.fromkeys(modules, (parse_format("int8"),) * 2))
+    elastic.set([0, 0])
+    expected = model(X)
+    plain = elastic.extract([0, 0])
+    torch.testing.assert_close(plain(X), expected, rtol=0, atol=0)
+    assert plain[2].weight.shape == (3, 4, 3, 3) and type(plain[1]) is NormAct and isinstance(plain[2], Same)
