@@ -1,7 +1,7 @@
 """ONNX Runtime's times of untrained models in one format throughout: `python -m benchmarks.onnx_latency [NAME...]`.
 
-One example, one thread, default sessions, medians of 40 calls in turns, in the processor's time, which other work on the
-machine does not lengthen. Nothing is trained or read: batch norms keep values in range.
+One example, one thread, default sessions, medians of 40 calls in turns, in the processor's time, which other work on
+the machine does not lengthen. Nothing is trained or read: batch norms keep values in range.
 """
 
 from __future__ import annotations

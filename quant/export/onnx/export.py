@@ -111,7 +111,7 @@ def write_onnx(
     """
     uncalled = never_called(modules)
     check_uncalled(traced, uncalled)
-    layers = {name: OnnxLayer.of(name, m) for name, m in modules.items() if name not in uncalled}
+    layers = {name: OnnxLayer.of(name, m, bool(examples)) for name, m in modules.items() if name not in uncalled}
     layers |= {
         name: replace(layers[name], owner=owner)
         for name, owner in stored_with(modules).items()

@@ -72,12 +72,13 @@ class OnnxLayer:
     """The layer that a shared weight is stored under; empty: this one."""
 
     @classmethod
-    def of(cls, name: str, module: QuantModule) -> OnnxLayer:
+    def of(cls, name: str, module: QuantModule, integers: bool = False) -> OnnxLayer:
         """Choose the types for a layer in its current formats.
 
         Args:
             name: Name of the layer.
             module: The layer.
+            integers: Whether integer convolutions are to run in integers, which requires 8-bit inputs.
 
         Raises:
             UserError: If the range of the input exists only at run time, or see `round_weight`.
@@ -95,8 +96,8 @@ class OnnxLayer:
         overflows = sums_overflow(weight, range, module.weight_quantizer.reduction_dim)
         if overflows:
             inputs = INT16  # holds the same values, and no engine multiplies int16
-        elif isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
-            inputs = INT8  # engines convolve bytes, and unpack codes of 4 bits slowly
+        elif integers and isinstance(module, QuantConv2d) and all(map(narrow, module.formats)):
+            inputs = INT8
         made = weight, storage, range, inputs, transposed, plain_weight(name, module).float(), overflows
         return cls(name, module.formats, *made, table=isinstance(module, QuantEmbedding))
 

@@ -490,7 +490,6 @@ def test_blocks_with_relu6_and_4_bits_run_in_integers(observer, tmp_path):
         expected = model(images)
     for examples, near in (([], 1e-2), ([{"images": images}], 0.1)):
         quant.export.onnx.export.write_onnx(path := tmp_path / "m.onnx", traced, modules, examples)
-        assert TensorProto.UINT4 not in {t.data_type for t in onnx.load(path).graph.initializer}
         for optimized in (False, True):
             assert (run(path, images, optimized) - expected).abs().mean() < near * expected.abs().max()
         kinds = optimized_kinds(path)
