@@ -222,10 +222,10 @@ class ArchitectureFlags:
     architecture_space: str | None = flag(
         None,
         "also search the architecture, within the same budget: widths and depths (resnet), of depthwise convolutions "
-        "kernels too (mobilenetv2), of transformers the feed-forward parts; needs --search",
+        "kernels too (mobilenetv2), of transformers heads and feed-forward parts; needs --search",
         choices=["mobilenetv2", "resnet", "transformer"],
     )
-    width_choices: str = flag("0.5,0.75,1", "shares of the channels that layers may keep")
+    width_choices: str = flag("0.5,0.75,1", "shares of the channels, and of the heads, that layers may keep")
     kernel_choices: str | None = flag(
         None, "sides of depthwise kernels, e.g. 3,5,7: a small one is the centre of the large one"
     )

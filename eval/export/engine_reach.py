@@ -99,9 +99,12 @@ def unreadable(engine: Engine, model: nn.Module, tokenizer: Any = None) -> str |
 
     from eval.export.gguf_model import architecture_of
     from eval.export.gguf_tokenizer import described_tokenizer
+    from quant.elastic.saved import UNEVEN, described_sizes
 
     if engine.export in ("compressed-tensors", "gguf") and not isinstance(model, PreTrainedModel):
         return "it needs a model of transformers"
+    if engine.export in ("compressed-tensors", "gguf") and described_sizes(model):
+        return UNEVEN
     if engine.export == "gguf":
         try:
             architecture_of(model.config)  # type: ignore[arg-type]

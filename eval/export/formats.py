@@ -96,6 +96,14 @@ def refuse_caches(run: FinishedRun, kind: str) -> None:
         raise UserError(f"--format {kind}: {NO_CACHE.removeprefix('it ')}; choose {' or '.join(HOLD_CACHES)}")
 
 
+def refuse_sizes(run: FinishedRun, kind: str) -> None:
+    """Raise UserError if the layers of a run have sizes of their own, which a reader's config.json does not hold."""
+    from quant.elastic.saved import UNEVEN, described_sizes
+
+    if described_sizes(run.model):
+        raise UserError(f"--format {kind}: {UNEVEN}; choose packed or onnx")
+
+
 def write_packed(run: FinishedRun, folder: Path) -> Written:
     """Write every weight in its own number of bits, in one safetensors file that this project reads."""
     import json
@@ -253,6 +261,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from trainer.training.quantization_file import QUANTIZATION
 
     refuse_caches(run, "compressed-tensors")
+    refuse_sizes(run, "compressed-tensors")
     if added(run.model).factors:
         raise UserError(
             "--format compressed-tensors: has no place for the factors of this run's --gamma_migration or "
@@ -313,6 +322,7 @@ def write_gguf(run: FinishedRun, folder: Path) -> Written:
     from quant.transforms.migration import added
 
     refuse_caches(run, "gguf")
+    refuse_sizes(run, "gguf")
     if not isinstance(run.model, PreTrainedModel) or added(run.model).factors:
         raise UserError(
             "--format gguf: needs a decoder of transformers without the factors of --gamma_migration or "

@@ -87,8 +87,12 @@ def fused_in(plan: Plan, modules: Mapping[str, QuantModule]) -> list[list[str]]:
 
 
 def _why_not(name: str, plan: Plan, modules: Mapping[str, QuantModule]) -> str | None:
+    from quant.elastic.saved import UNEVEN, described_sizes
+
     if name not in HOLD_CACHES and plan.caches:
         return NO_CACHE
+    if name in ("compressed-tensors", "gguf") and described_sizes(plan.bundle.model):
+        return UNEVEN
     try:
         kept = _KEPT.get(name, _all)(plan, modules)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from eval.config.architecture import depths, kernels, widths
@@ -19,8 +20,14 @@ EXAMPLES = 64
 """Training examples on which the importance of channels is computed."""
 
 
-def elastic_model(bundle: ModelBundle, prepared: PreparedData, config: RunConfig) -> ElasticNet:
+def elastic_model(bundle: ModelBundle, prepared: PreparedData, layers: Sequence[str], config: RunConfig) -> ElasticNet:
     """Make a model elastic, in place, as the flags say; its outputs stay the same.
+
+    Args:
+        bundle: The float model.
+        prepared: Its data.
+        layers: Names of the searched layers.
+        config: Flags of the run.
 
     Raises:
         UserError: The model is of another kind than --architecture_space says, or leaves no choice.
@@ -30,7 +37,8 @@ def elastic_model(bundle: ModelBundle, prepared: PreparedData, config: RunConfig
     given = f"--architecture_space {config.architecture_space}"
     _check_kind(bundle.model, given, config)
     try:
-        return ElasticNet(bundle.model, _examples(prepared), widths(config) or (1.0,), kernels(config), depths(config))
+        choices = widths(config) or (1.0,), kernels(config), depths(config)
+        return ElasticNet(bundle.model, _examples(prepared), *choices, layers)
     except UserError as error:
         raise UserError(f"{given}: {error}") from None
 

@@ -144,7 +144,7 @@ def make_plan(config: RunConfig, on_progress: Listener | None = None) -> Plan:
     plan.profiles += [cache_profile(cache, config.cache_tokens) for cache in caches if plan.cache_choices]
     plan.fused = fused(plan)
     if config.architecture_space is not None:
-        plan.architecture = elastic_model(bundle, prepared, config)
+        plan.architecture = elastic_model(bundle, prepared, layers, config)
     if config.engine is not None and config.chooses:
         check_choices(config.engine, search_space(plan))
     budget(plan)

@@ -43,6 +43,8 @@ class Channels:
     """Depthwise convolutions and norms, whose inputs and outputs they are."""
     fixed: bool = False
     """Whether something else reads them, so that they cannot shrink."""
+    unit: int = 1
+    """Channels that stay together: the features of an attention head."""
 
 
 @dataclass

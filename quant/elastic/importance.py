@@ -30,7 +30,9 @@ def order_by_importance(model: nn.Module, channels: Sequence[Channels], example:
     energy = _energy(model, {name: layers[name] for group in channels for name in group.readers}, example)
     for group in channels:
         scores = torch.stack([energy[name] * _read_norms(layers[name]) for name in group.readers]).sum(0)
-        permute(layers, group, scores.argsort(descending=True, stable=True))
+        units = scores.view(-1, group.unit).sum(1).argsort(descending=True, stable=True)
+        order = units[:, None] * group.unit + torch.arange(group.unit, device=units.device)
+        permute(layers, group, order.flatten())
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -13,6 +13,7 @@ from torch import nn
 from quant.convert import quantized_class, run_model
 from quant.elastic.blocks import Stage, find_stages, freeze_block, make_skippable
 from quant.elastic.channels import Channels, find_channels
+from quant.elastic.heads import find_heads
 from quant.elastic.importance import order_by_importance
 from quant.elastic.layers import Elastic, ElasticConv2d, Size, can_be_elastic, freeze_size, make_elastic, plain_class
 from quant.elastic.saved import NOTE
@@ -21,8 +22,8 @@ from quant.module_utils import evaluating
 from quant.quant_module import QuantModule
 from quant.quantizers.narrowing import narrow
 
-Kind = Literal["width", "kernel", "depth"]
-UNITS: Mapping[Kind, str] = {"width": "channels", "kernel": "kernel side", "depth": "blocks"}
+Kind = Literal["width", "heads", "kernel", "depth"]
+UNITS: Mapping[Kind, str] = {"width": "channels", "heads": "heads", "kernel": "kernel side", "depth": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class StructureDecision:
     """First layer or block that it concerns."""
     kind: Kind
     choices: tuple[int, ...]
-    """Channels, side of the kernel, or number of blocks, from small to large."""
+    """Channels (of heads, too), side of the kernel, or number of blocks, from small to large."""
     whole: int
     """What the model has."""
+    unit: int = 1
+    """Channels of one head."""
 
     def describe(self, index: int) -> str:
         """Return a choice as the record holds it: '8 of 16 channels'."""
-        return f"{self.choices[index]} of {self.whole} {UNITS[self.kind]}"
+        return f"{self.choices[index] // self.unit} of {self.whole // self.unit} {UNITS[self.kind]}"
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,10 @@ class ElasticNet:
     Args:
         model: Any model; changed in place. At the full width and kernel its outputs stay the same.
         example: A batch, from which the importance of channels is computed as well.
-        widths: Shares of the channels that layers may keep.
+        widths: Shares of the channels that layers may keep, and of the heads of attentions.
         kernels: Odd sides of kernels to choose from, for depthwise convolutions, or for all if there are none.
         depths: Numbers of blocks that a stage may keep, beside all of them.
+        layers: Layers whose cost counts; widths that concern none of them stay. None: all count.
 
     Raises:
         UserError: If the model offers no choice, or a choice is not within the model.
@@ -84,6 +88,7 @@ class ElasticNet:
         widths: Sequence[float] = (1.0,),
         kernels: Sequence[int] = (),
         depths: Sequence[int] = (),
+        layers: Collection[str] | None = None,
     ) -> None:
         check_choices(widths, kernels, depths)
         self.model = model
@@ -96,7 +101,9 @@ class ElasticNet:
         """The same -> shape of its weight in the whole model."""
         self.blocks: dict[str, tuple[int, int]] = {}
         """Block -> (decision, its place in the stage)."""
-        channels = find_channels(model, example) if min(widths) < 1 else []
+        channels = [*find_channels(model, example), *find_heads(model, example)] if min(widths) < 1 else []
+        if layers is not None:
+            channels = [c for c in channels if not {*c.writers, *c.readers, *c.followers}.isdisjoint(layers)]
         stages = find_stages(model, example) if depths else []
         order_by_importance(model, channels, example)
         self._add_widths(channels, widths)
@@ -191,8 +198,8 @@ class ElasticNet:
 
     # ------------------------------------------------------ construction
 
-    def _decide(self, name: str, kind: Kind, choices: Sequence[int], whole: int) -> int:
-        self.decisions.append(StructureDecision(name, kind, tuple(choices), whole))
+    def _decide(self, name: str, kind: Kind, choices: Sequence[int], whole: int, unit: int = 1) -> int:
+        self.decisions.append(StructureDecision(name, kind, tuple(choices), whole, unit))
         return len(self.decisions) - 1
 
     def _make_elastic(self, name: str) -> Elastic:
@@ -212,10 +219,12 @@ class ElasticNet:
 
     def _add_widths(self, channels: Sequence[Channels], widths: Sequence[float]) -> None:
         for group in channels:
-            choices = sorted({max(1, round(group.size * share)) for share in widths})
+            units = group.size // group.unit
+            choices = sorted({group.unit * max(1, round(units * share)) for share in widths})
             if len(choices) == 1 and choices[0] == group.size:
                 continue
-            index = self._decide(group.writers[0], "width", choices, group.size)
+            kind: Kind = "width" if group.unit == 1 else "heads"
+            index = self._decide(group.writers[0], kind, choices, group.size, group.unit)
             for name in (*group.writers, *group.followers):
                 self._depend(name, out=index)
             for name in (*group.readers, *group.followers):

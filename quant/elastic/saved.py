@@ -15,6 +15,10 @@ NOTE = "extracted_sizes"
 """Attribute of an extracted model that holds its description."""
 
 
+UNEVEN = "its files hold one size for all layers, and --architecture_space has chosen sizes for each"
+"""Why formats whose reader builds the model from a config.json cannot hold an extracted one."""
+
+
 def described_sizes(model: nn.Module) -> dict[str, Any]:
     """Return what `shrink` needs: `sizes`, layer -> [out, read, kernel], and `skipped`, block -> whether in a tuple."""
     described: dict[str, Any] = getattr(model, NOTE, {})

@@ -125,3 +125,30 @@ def test_the_same_seed_gives_the_same_record(finished, tmp_path):
     records = [json.loads((folder / "result.json").read_text()) for folder in (finished, run(tmp_path, "second"))]
     for key in ("architecture", "assignment", "cost", "metrics", "contest"):
         assert records[0][key] == records[1][key], key
+
+
+def test_a_transformer_loses_heads_features_and_blocks(tmp_path):
+    sizes = "hidden_size=32 num_hidden_layers=2 num_attention_heads=4 intermediate_size=48 max_position_embeddings=32"
+    settings = {name: int(value) for name, value in (pair.split("=") for pair in sizes.split())}
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.json").write_text(json.dumps({"model_type": "bert", **settings}))
+    for split in ("train", "validation"):
+        rows = [f"{('red', 'blue')[row % 2]} house {row % 7},{row % 2}" for row in range(64)]
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
+    flags = f"--task {tmp_path}/texts --model {tmp_path}/net --from_scratch --search --search_space 4,8".split()
+    flags += f"--cost_type compute --target_bits 3 --max_steps 8 --max_length 16 --output_root_dir {tmp_path}".split()
+    flags += ["--architecture_space", "transformer", "--depth_choices", "1", "--run_id", "small"]
+    assert main([*flags, "--report_to", "none", "--quiet", "--sensitivity_examples", "16"]) == 0
+    folder = tmp_path / "texts" / "default" / "small"
+    record = json.loads((folder / "result.json").read_text())
+    kinds = {name.rsplit(" ", 1)[1] for name in record["architecture"]}
+    assert kinds == {"width", "heads", "depth"} and record["cost"] <= record["cost_target"]
+    assert "one size for all layers" in record["exports"]["compressed-tensors"]
+    assert "one size for all layers" in record["engines"]["vllm"]["obstacle"]
+    model, tokens = load_model(folder), {"input_ids": torch.tensor([[1, 2, 3]])}
+    layers = [layer["name"] for layer in record["layers"]]
+    found = {p.name: p.params for p in profile_model(model, tokens, layers)}
+    assert found == {layer["name"]: layer["params"] for layer in record["layers"]}
+    with pytest.raises(UserError, match="--architecture_space has chosen"):
+        export([str(folder), "--format", "compressed-tensors", "--output_dir", str(tmp_path / "ct")])
