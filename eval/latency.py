@@ -24,8 +24,8 @@ from eval.config.files import require, writing
 from eval.config.parser import CommandParser, entry
 from eval.export.finished_run import FinishedRun, finished_run
 from eval.export.formats import ONNX_PACKAGES
-from eval.export.latency_fit import fit_to_models
-from eval.export.onnx_inputs import example, examples, write_float
+from eval.export.latency_fit import fit_to_models, model_latencies_of
+from eval.export.onnx_inputs import example, examples
 from eval.export.onnx_timing import REPEATS, latencies
 from eval.run.limits import COLUMNS
 from quant.errors import UserError
@@ -181,16 +181,12 @@ def model_latencies(run: FinishedRun, repeats: int = REPEATS, threads: int = 1) 
     Returns:
         Latencies in ms of the model in the chosen formats ("chosen") and in float ("float").
     """
-    from quant.export.onnx.export import trace, write_onnx
+    from quant.convert import get_formats
+    from quant.formats import FLOAT
 
-    inputs = example(run)
-    traced = trace(run.model, run.modules, inputs)
-    with TemporaryDirectory() as folder:
-        chosen, plain = Path(folder) / "chosen.onnx", Path(folder) / "float.onnx"
-        write_onnx(chosen, traced, run.modules, examples(run))
-        write_float(run, traced, plain, run.modules)
-        (own, floats), *_ = latencies([((chosen, plain), inputs)], repeats, threads)
-        return {"chosen": own, "float": floats}
+    assignments = get_formats(run.modules), dict.fromkeys(run.modules, (FLOAT, FLOAT))
+    chosen, floats = model_latencies_of(run, assignments, examples(run), repeats, threads)
+    return {"chosen": chosen, "float": floats}
 
 
 def print_latencies(run: FinishedRun, rows: Sequence[Mapping[str, Any]], model: Mapping[str, float]) -> None:

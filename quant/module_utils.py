@@ -52,6 +52,24 @@ def examples_of(batch: Any) -> int:
     return next((rows for part in parts if (rows := examples_of(part))), 0)
 
 
+class OfOrderedInputs(nn.Module):
+    """A model as a function of its inputs in a fixed order, as exporters call it.
+
+    Args:
+        model: The model.
+        names: The names of its inputs in that order.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return what the model returns."""
+        single = isinstance(self.model, nn.Sequential)  # the name of its forward's argument is arbitrary
+        return self.model(*inputs) if single else self.model(**dict(zip(self.names, inputs, strict=True)))
+
+
 def is_tracing() -> bool:
     """Whether torch.export or torch.jit.trace is building a graph, which can hold only torch's own operations.
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from eval.export.finished_run import FinishedRun
     from quant.formats import Format
 
@@ -61,13 +63,18 @@ def fit_to_models(
     Returns:
         The rows with latencies whose sum is the model's, and how well they do.
     """
+    from cost.cost import assignment_from_json
+    from eval.export.onnx_inputs import example
+
     alone: dict[str, dict[Pair, float]] = {}
     for row in rows:
         alone.setdefault(row["layer"], {})[row["weight_format"], row["activation_format"]] = row["ms"]
     fitted, held_out = draw(alone, FITTED), draw(alone, HELD_OUT, seed=1)
     pairs = list(dict.fromkeys(pair for own in alone.values() for pair in own))
     fitted = [*uniform(alone, pairs), *fitted]
-    times = model_latencies_of(run, [*fitted, *held_out], repeats, threads)
+    batches = [] if run.round_outputs is False else [example(run)]
+    measured = [assignment_from_json(assignment) for assignment in (*fitted, *held_out)]
+    times = model_latencies_of(run, measured, batches, repeats, threads)
     scales, offset = solve(alone, pairs, fitted, times[: len(fitted)])
     share = offset / len(alone)
     table = [
@@ -109,9 +116,20 @@ def solve(
 
 
 def model_latencies_of(
-    run: FinishedRun, assignments: Sequence[Mapping[str, Pair]], repeats: int, threads: int
+    run: FinishedRun,
+    assignments: Sequence[Mapping[str, tuple[Format, Format]]],
+    batches: Sequence[Mapping[str, Tensor]],
+    repeats: int,
+    threads: int,
 ) -> list[float]:
     """Measure the whole model under each assignment, in turns.
+
+    Args:
+        run: The run.
+        assignments: Layer name -> formats.
+        batches: Inputs to measure the ranges of outputs on; none: outputs stay in float.
+        repeats: Number of measurements of which the median is taken.
+        threads: Threads of ONNX Runtime.
 
     Returns:
         Median latencies in ms.
@@ -120,20 +138,16 @@ def model_latencies_of(
     from eval.export.onnx_timing import latencies
     from quant.convert import get_formats, set_formats
     from quant.export.onnx.export import trace, write_onnx
-    from quant.formats import BlockFormat, parse_format
+    from quant.formats import BlockFormat
 
     inputs, modules = example(run), run.modules
-    batches = [] if run.round_outputs is False else [inputs]
     before, traces = get_formats(modules), {}
     with TemporaryDirectory() as folder:
         files: list[Path] = []
         try:
             for assignment in assignments:
-                chosen: dict[str, tuple[Format, Format]] = {
-                    name: (parse_format(pair[0]), parse_format(pair[1])) for name, pair in assignment.items()
-                }
-                set_formats(modules, chosen)
-                blocks = tuple((name, str(a)) for name, (_, a) in chosen.items() if isinstance(a, BlockFormat))
+                set_formats(modules, assignment)
+                blocks = tuple((name, str(a)) for name, (_, a) in assignment.items() if isinstance(a, BlockFormat))
                 if blocks not in traces:  # block formats of inputs are part of the trace
                     traces[blocks] = trace(run.model, modules, inputs)
                 files.append(Path(folder) / f"{len(files)}.onnx")

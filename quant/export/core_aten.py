@@ -21,6 +21,7 @@ from quant.export.weights import StaticRange, plain_weight, round_weight, static
 from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat
 from quant.kernels.emulation import emulate, round_minifloat
 from quant.kernels.groups import from_rows
+from quant.module_utils import OfOrderedInputs
 from quant.quant_embedding import QuantEmbedding
 from quant.quant_experts import ExpertLinear
 from quant.quant_module import QuantModule
@@ -253,17 +254,12 @@ def core_model(model: nn.Module, modules: Mapping[str, QuantModule]) -> nn.Modul
     return plain.eval().requires_grad_(False)
 
 
-class _Logits(nn.Module):
+class _Logits(OfOrderedInputs):
     """A model as a function of its inputs, in order, that returns the logits."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the logits; raise UserError if there are none."""
-        single = isinstance(self.model, nn.Sequential)  # the name of its forward's argument is arbitrary
-        output = self.model(*inputs) if single else self.model(**dict(zip(self.names, inputs, strict=True)))
+        output = super().forward(*inputs)
         if isinstance(output, Tensor):
             return output
         if not isinstance(output, Mapping) or "logits" not in output:

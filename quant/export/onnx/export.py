@@ -35,7 +35,7 @@ from quant.export.onnx.simplify import simplify, store_in_half
 from quant.export.weights import never_called, static_range
 from quant.formats import BlockFormat, GroupFormat
 from quant.kernels.emulation import emulate
-from quant.module_utils import evaluating
+from quant.module_utils import OfOrderedInputs, evaluating
 from quant.quant_embedding import QuantEmbedding
 from quant.quant_experts import ExpertLinear
 from quant.quant_linear import QuantConv1D, QuantLinear
@@ -270,18 +270,12 @@ def named_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
     return {key: tensor for own, part in parts for key, tensor in named_tensors(part, own).items()}
 
 
-class _Traceable(nn.Module):
+class _Traceable(OfOrderedInputs):
     """The model as a function of its inputs, in order, that returns all tensors of its output, in order."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
 
     def outputs(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the output's tensors by name; raise UserError if there are none."""
-        single = isinstance(self.model, nn.Sequential)  # the name of its forward's argument is arbitrary
-        output = self.model(*inputs) if single else self.model(**dict(zip(self.names, inputs, strict=True)))
+        output = super().forward(*inputs)
         found = named_tensors(output)
         if not found:
             raise UserError(f"it returns a {type(output).__name__}, in which there are no tensors")
