@@ -93,7 +93,12 @@ def _flags(argv: Sequence[str]) -> Namespace:
     add("--format", choices=FORMATS, default="table", help="how the table is printed (default: table)")
     add("--per_run", action="store_true", help="one row a run instead of one a configuration")
     add("--output_dir", type=Path, help="where files are written (default: report/ in the first DIR)")
-    add("--html", type=Path, metavar="FILE", help="also write everything as one page that needs no network")
+    add(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write everything as one page that needs no network; makes its folder",
+    )
     add("--no_plots", action="store_true", help="print and write tables only")
     add("--max_runs", type=int, default=6, help="runs that get pictures of their own (default: 6)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="show two runs layer by layer and stop")

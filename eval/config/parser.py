@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from eval.config.engine import for_engine
 from eval.config.help import requested_help
 from eval.config.quant_yaml import quant_flags
 from eval.config.run_config import GRID_FLAGS, GROUPS, LAUNCH_FILE, RUN_FILE, RunConfig, name_of
+from eval.config.suggestions import did_you_mean
 from eval.config.validation import check_inside, validate
 from eval.run.full_disk import is_full_disk
 from quant.engines.table import ENGINES
@@ -204,13 +206,19 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the message of argparse."""
-        raise UserError(message)
+        raise UserError(with_suggestion(message))
 
     def add_switch(self, name: str, help: str) -> None:
         """Add a flag and its --no_ form; None if neither is given."""
         self.add_argument(f"--{name}", action="store_true", default=None, help=help)
         spellings = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
         self.add_argument(*spellings, dest=name, action="store_false", default=None, help=SUPPRESS)
+
+
+def with_suggestion(message: str) -> str:
+    """Return an error of argparse, with the closest choice if the value is none of a flag's choices."""
+    found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+    return message if found is None else message + did_you_mean(found[1], found[2].replace("'", "").split(", "))
 
 
 def entry(main: Callable[[list[str]], int]) -> NoReturn:
@@ -243,7 +251,7 @@ def make_parser() -> Any:
         def error(self, message: str) -> NoReturn:
             # argparse lists every spelling: 'argument --cost_type/--cost-type: invalid choice: ...'
             spellings, colon, rest = message.removeprefix("argument ").partition(": ")
-            raise UserError(f"{spellings.split('/')[0]}{colon}{rest}")
+            raise UserError(f"{spellings.split('/')[0]}{colon}{with_suggestion(rest)}")
 
     groups: Any = GROUPS
     parser = Parser(groups, allow_abbrev=False)

@@ -172,6 +172,8 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
         f"float ONNX: {float_bytes:,} bytes; one example: {plain:.3g} ms in float, {own:.3g} ms exported "
         f"({own / plain:.2f} of float; ONNX Runtime, 1 thread)"
     )
+    if own > plain:
+        note += f"; {advice(run)}"
     if tables:
         notes = (*notes, f"embeddings without a format of their own are stored in {of_tables}, a scale per row: "
                  f"{', '.join(tables)}; --no_round_embeddings leaves them in float")  # fmt: skip
@@ -180,6 +182,13 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
     layers = {name: stored[name] for name in modules}
     embeddings = {name: stored[name] for name in tables}
     return Written(layers, sizes, weight_bytes, (note, *notes), facts, onnx_usage(folder / ONNX), embeddings)
+
+
+def advice(run: FinishedRun) -> str:
+    """Return what makes the ONNX file of a run faster that is slower than float."""
+    integers = "--round_outputs lets convolutions run in integers, and " if run.inputs.pixels else ""
+    searched = "a search with --engine onnxruntime takes formats that it computes in, of which int8 is the fastest"
+    return f"to be faster than float: {'' if run.round_outputs else integers}{searched}"
 
 
 def onnx_usage(path: Path) -> Usage:

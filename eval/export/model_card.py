@@ -18,6 +18,7 @@ SPANS = 'session.run(["start_logits", "end_logits"], feed)'
 """Call of an ONNX file that answers questions."""
 HERE = "."
 """The folder of a card, in its program: an export may be moved."""
+IMAGES = "It reads images with the packages pillow and numpy (`pip install pillow numpy`). "
 MAX_CLASSES = 1000
 """Maximum number of classes listed by name; export.json lists all of them."""
 
@@ -60,7 +61,7 @@ def model_card(run: FinishedRun, verdict: dict[str, Any], usage: Usage) -> str:
         "",
         "## How to run it",
         "",
-        f"{usage.where} Run it in this folder.",
+        f"{usage.where} {IMAGES if run.inputs.pixels else ''}Run it in this folder.",
         "",
         "```python",
         *program(run.inputs, usage, type(run.model).__name__),

@@ -337,6 +337,17 @@ def test_wrong_calls_name_the_flag_and_the_value(tmp_path, arguments, words):
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
+def test_folders_of_the_page_are_made_as_those_of_the_files_are(tmp_path, capsys):
+    write_run(tmp_path / "runs", "uniform", 0, (4,))
+    page, folder = tmp_path / "new" / "er" / "page.html", tmp_path / "files" / "here"
+    arguments = [str(tmp_path / "runs"), "--html", str(page), "--output_dir", str(folder), "--no_plots"]
+    assert main(arguments) == 0 and page.is_file() and any(folder.iterdir())
+    assert str(page) in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "makes its folder" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("flag", "path", "reason"),
     [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cost.cost import assignment_from_json, assignment_to_json
 from cost.profile import LayerProfile
+from cost.units import UNITS
 from policy.budget import Budget, Limit
 from policy.joint_budget import JointBudget
 from policy.joint_space import JointSpace
@@ -223,7 +224,10 @@ class MultiTargetSearch:
         search, evaluator = target.search, self.evaluator
         assert search is not None
         affordable = max(LEAST_COMPARED, evaluator.sizes.affordable(1 / 20))
-        evaluator.passes = Passes("choosing", self._selection_passes(target, affordable))
+        several = (
+            f", budget {target.limits.limits[0]:.6g} {UNITS[self.config.cost_type]}" if len(self.targets) > 1 else ""
+        )
+        evaluator.passes = Passes("choosing", self._selection_passes(target, affordable), purpose=several)
         if self.config.max_drop is not None:
             target.budget = search.budget = self._cheapest_budget(search.values())
             best = tuple(search.best())

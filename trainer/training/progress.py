@@ -39,11 +39,14 @@ class Passes:
     phase: str
     expected: int
     done: int = 0
+    purpose: str = ""
+    """What the passes are for, told after their number."""
 
     def count(self, tell: Listener) -> None:
         """Count one pass and report it."""
         self.done += 1
-        tell(self.phase, self.done, max(self.done, self.expected), f"pass {self.done} of at most {self.expected}")
+        detail = f"pass {self.done} of at most {self.expected}{self.purpose}"
+        tell(self.phase, self.done, max(self.done, self.expected), detail)
 
 
 class EvaluationProgress(TrainerCallback):

@@ -125,6 +125,7 @@ def test_an_unknown_task_suggests_a_local_folder(tmp_path, monkeypatch):
         (["--task", "digit"], ["--task", "'digit'", "cifar10", "did you mean digits"]),
         (["--task", "./nowhere"], ["--task", "./nowhere", "no such folder"]),
         (["--model", "resnet21"], ["--model", "'resnet21'", "bert-tiny", "Hub id", "did you mean resnet"]),
+        (["--engine", "openvnio"], ["--engine", "'openvnio'", "onnxruntime", "did you mean openvino?"]),
         (["--search_spce", "4,8"], ["unknown flag --search_spce", "did you mean --search_space"]),
         (["--optimizer", "adam"], ["--optimizer", "'adam'", "adamw_torch", "sgd"]),
         (["--entropy_schedule_type", "step"], ["--entropy_schedule_type", "'step'", "cosine"]),

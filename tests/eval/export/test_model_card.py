@@ -176,6 +176,7 @@ def test_the_program_preprocesses_images_like_the_run(size, format, tmp_path, ca
     for file, item in zip(files, fed, strict=True):
         np.testing.assert_array_equal(function(file)[0], item["pixel_values"].numpy())
     text = card.read_text()
+    assert "pip install pillow numpy" in text
     record = json.loads((config.run_folder / "result.json").read_text())
     assert record["inputs"]["pixels"]["size"] == 12 and record["inputs"]["classes"] == ["cat", "dog", "eel"]
     if format == "onnx":

@@ -1,5 +1,7 @@
 """Whether an ONNX export rounds the outputs of convolutions, and embeddings that a run left in float."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from eval.eval_run import run
 from eval.export import onnx_outputs
 from eval.export.__main__ import export, main
 from eval.export.finished_run import finished_run
+from eval.export.formats import advice
 from eval.export.onnx_outputs import rounding_allowed
 from quant.errors import UserError
 from quant.export.tables import float_tables, rounded_tables
@@ -89,3 +92,10 @@ def test_rows_of_a_table_are_rounded_alone():
     assert type(model.words) is torch.nn.Embedding and torch.equal(model(ids), before)
     with rounded_tables(model, None) as tables:
         assert not tables
+
+
+def test_a_file_slower_than_float_is_told_what_would_be_faster():
+    image, text = SimpleNamespace(pixels=object()), SimpleNamespace(pixels=None)
+    told = [advice(SimpleNamespace(inputs=i, round_outputs=r)) for i, r in ((image, None), (image, True), (text, None))]
+    assert ["--round_outputs" in line for line in told] == [True, False, False]
+    assert all("--engine onnxruntime" in line and "int8" in line for line in told)

@@ -110,7 +110,12 @@ def test_targets_are_prepared_and_chosen_without_a_trainer(toy, bits):
     config = ReinforceConfig(target_bits=bits)
     searches = MultiTargetSearch(config, evaluator, profiles, (), Phases.of(config, 20), seed=0)
     searches.prepare()
+    told = []
+    evaluator.tell = lambda phase, done, total, detail="": told.append((phase, detail))
     searches.choose(lambda: ())
+    budgets = {detail.partition(", budget ")[2] for phase, detail in told if phase == "choosing" and detail}
+    limits = {f"{target.limits.limits[0]:.6g} GBOPs" for target in searches.targets}
+    assert budgets == (limits if len(limits) > 1 else {""})
     for target in searches.targets:
         assert target.limits.fits(evaluator.space.choice(target.assignment))
         assert target.contest["judged_by"] == "divergence" and target.contest["certificate"]["rank"] >= 1
