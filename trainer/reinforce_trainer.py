@@ -420,6 +420,8 @@ class ReinforceTrainer(PickleFreeTrainer):
                 entry["probabilities"] = search.policy.probabilities().detach().tolist()
             if choices is not None:
                 entry["choice"] = choices[0].tolist()
+        if self._searches is not None and len(self.targets) > 1:
+            self._searches.count(self.target, step, float(entry["loss"]))
         self.step_logger.end()
         self.tell("training", step + 1, self.state.max_steps, entry["phase"])
 

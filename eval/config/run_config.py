@@ -202,7 +202,7 @@ class SearchFlags:
     measure_share: float | None = flag(
         None,
         "most that measuring single formats before the first step may take, as a share of the training, in (0, 1]: "
-        "the fewer examples; default: a quarter",
+        "the fewer examples; default: 0.12",
     )
     settle_fraction: float | None = flag(
         None, "last share of the steps, trained under the chosen assignment; default: the recipe's"

@@ -110,7 +110,7 @@ def _estimate(plan: Plan, seconds_per_step: float | None) -> RunEstimate:
 def _passes(plan: Plan, steps: int) -> float:
     """Forward passes, in batches of a training step, that a search makes for rewards, sensitivities and selection."""
     from eval.run.plan import search_settings, search_space
-    from trainer.search.evaluation_sizes import LEAST_MEASURED, examples_to_evaluate, examples_to_measure
+    from trainer.search.evaluation_sizes import examples_to_evaluate, examples_to_measure
     from trainer.search.search_state import Phases
 
     run, config, space = plan.config, search_settings(plan.config), search_space(plan)
@@ -120,11 +120,11 @@ def _passes(plan: Plan, steps: int) -> float:
     evaluated = 0.0
     if config.policy_prior == "measured":
         pairs = space.num_decisions * space.num_choices
-        measured = examples_to_measure(steps, batch, pairs, LEAST_MEASURED, config.measure_share)
+        measured = examples_to_measure(steps, batch, pairs, config.measure_share)
         evaluated += pairs * (config.sensitivity_examples or measured)
     if config.contest:
         targets = max(1, len(run.target_list))
-        examples = config.sensitivity_examples or examples_to_evaluate(steps, batch, neighbours)
+        examples = config.sensitivity_examples or examples_to_evaluate(steps, batch, targets * neighbours)
         evaluated += targets * (neighbours + OTHER_CANDIDATES) * examples
     rewards = config.reward_draws * config.reward_share * (phases.settle - phases.delay)
     return rewards + CACHED_PASS_SHARE * evaluated / batch

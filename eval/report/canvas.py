@@ -134,7 +134,7 @@ def plain_log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def method_style(method: str, methods: Sequence[str]) -> tuple[str, str]:
-    """Colour and marker of a method, by its position in `methods`."""
-    place = list(methods).index(method)
+def series_style(series: str, every: Sequence[str]) -> tuple[str, str]:
+    """Colour and marker of a series, by its position in `every`."""
+    place = list(every).index(series)
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.report.canvas import COLOURS, HATCHES, FormatStyle, method_style
+from eval.report.canvas import COLOURS, HATCHES, FormatStyle, series_style
 from eval.report.labels import short_names
 from eval.report.layers import NOT_MEASURED, Sensitivities, formats_by_layer, layer_texts
 from eval.report.pareto import Panel
@@ -48,22 +48,22 @@ SYMBOLS = {
 PATTERNS = dict(zip(HATCHES, ("", "/", ".", "x", "\\", "+"), strict=True))
 
 
-def front(panel: Panel, methods: Sequence[str]) -> Figure:
-    """Cost against quality: runs, means over seeds, and each method's front."""
+def front(panel: Panel, every: Sequence[str]) -> Figure:
+    """Cost against quality: runs, means over seeds, and the front of each series."""
     data: list[Figure] = []
     single = sum(len(group.runs) for group in panel.groups) <= MAX_POINTS
-    for method in panel.points:
-        colour, marker = method_style(method, methods)
-        groups = [group for group in panel.groups if group.record["method"] == method]
+    for series in panel.points:
+        colour, marker = series_style(series, every)
+        groups = [group for group in panel.groups if group.series == series]
         repeated = [group for group in groups if len(group.runs) > 1]
         alone = [group for group in groups if len(group.runs) == 1]
-        line = panel.front(method)
+        line = panel.front(series)
         if len(line) > 1:
             data.append(
                 _lines([cost for cost, _ in line], [quality for _, quality in line], colour)
-                | {"line": {"color": colour, "width": 1.5, "shape": "hv"}, "hoverinfo": "skip", "legendgroup": method}
+                | {"line": {"color": colour, "width": 1.5, "shape": "hv"}, "hoverinfo": "skip", "legendgroup": series}
             )
-        base = {"type": "scatter", "mode": "markers", "name": escaped(method), "legendgroup": method}
+        base = {"type": "scatter", "mode": "markers", "name": escaped(series), "legendgroup": series}
         look = {"color": colour, "symbol": SYMBOLS[marker]}
         parts = [
             ([_run_point(run, panel) for group in repeated for run in group.runs if single], 7, 0.7, 0),
@@ -75,7 +75,7 @@ def front(panel: Panel, methods: Sequence[str]) -> Figure:
                 x, y, texts = zip(*points, strict=True)
                 marks = look | {"size": size, "opacity": opacity, "line": {"width": outline}}
                 data.append(base | {"x": x, "y": y, "customdata": texts, "marker": marks, "showlegend": False})
-        volume = panel.hypervolume(method)
+        volume = panel.hypervolume(series)
         data[-1]["showlegend"] = True
         data[-1]["name"] += "" if volume is None else f" (hypervolume {volume:.3f})"
     return {

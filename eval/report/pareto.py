@@ -1,4 +1,4 @@
-"""Pareto fronts of cost and quality, and the hypervolume that each method's front dominates."""
+"""Pareto fronts of cost and quality, and the hypervolume that the front of each series dominates."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ class Panel:
 
     @cached_property
     def points(self) -> dict[str, list[Point]]:
-        """Method -> mean cost and quality of each of its groups."""
+        """Series -> mean cost and quality of each of its groups."""
         points: dict[str, list[Point]] = {}
         for group in self.groups:
             mean = (group.cost(self.cost_type)[0], group.quality[0])
-            points.setdefault(group.record["method"], []).append(mean)
+            points.setdefault(group.series, []).append(mean)
         return dict(sorted(points.items()))
 
-    def hypervolume(self, method: str) -> float | None:
-        """Share that `method` dominates of the bounding box of all runs, on the axes as drawn."""
+    def hypervolume(self, series: str) -> float | None:
+        """Share that `series` dominates of the bounding box of all runs, on the axes as drawn."""
         every = [self._oriented(point) for points in self.points.values() for point in points]
-        return hypervolume([self._oriented(point) for point in self.points[method]], every)
+        return hypervolume([self._oriented(point) for point in self.points[series]], every)
 
-    def front(self, method: str) -> list[Point]:
-        """Points of `method` that none of its other points dominates, by rising cost."""
-        return [point for point, _ in pareto_front([(p, self._oriented(p)) for p in self.points[method]])]
+    def front(self, series: str) -> list[Point]:
+        """Points of `series` that none of its other points dominates, by rising cost."""
+        return [point for point, _ in pareto_front([(p, self._oriented(p)) for p in self.points[series]])]
 
     def _oriented(self, point: Point) -> Point:
         """Point on the axes as drawn, with the quality negated if lower is better."""

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from eval.report import interactive
-from eval.report.canvas import COLOURS, INK, WIDTH, Canvas, Drawing, FormatStyle, method_style, plain_log_ticks
+from eval.report.canvas import COLOURS, INK, WIDTH, Canvas, Drawing, FormatStyle, plain_log_ticks, series_style
 from eval.report.labels import short_names
 from eval.report.layers import NOT_MEASURED, Sensitivities
 from eval.report.pareto import Panel
@@ -29,21 +29,21 @@ MARKER_OF = {symbol: marker for marker, symbol in interactive.SYMBOLS.items()}
 """symbol of plotly -> marker of matplotlib"""
 
 
-def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
-    """One point per run, the means over seeds, and each method's front.
+def pareto(panel: Panel, every: Sequence[str]) -> Drawing:
+    """One point per run, the means over seeds, and the front of each series.
 
     Args:
         panel: The runs that share the plot.
-        methods: All methods of the report, since colours go by their order.
+        every: All series of the report, since colours go by their order.
     """
     spread = any(len(group.runs) > 1 for group in panel.groups)
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
         handles = []
-        for method in panel.points:
-            colour, marker = method_style(method, methods)
-            for group in (g for g in panel.groups if g.record["method"] == method):
+        for series in panel.points:
+            colour, marker = series_style(series, every)
+            for group in (g for g in panel.groups if g.series == series):
                 several = len(group.runs) > 1
                 xy = [(run.costs[panel.cost_type], run.quality) for run in group.runs]
                 size, alpha = (4, 0.55) if several else (6, 0.9)
@@ -51,10 +51,10 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
                 if several:
                     mean = (group.cost(panel.cost_type)[0], group.quality[0])
                     axes.plot(*mean, marker, color=colour, ms=7, mec=INK, mew=0.8)
-            if len(front := panel.front(method)) > 1:
+            if len(front := panel.front(series)) > 1:
                 axes.plot(*zip(*front, strict=True), color=colour, lw=1, drawstyle="steps-post")
-            volume = panel.hypervolume(method)
-            name = method if volume is None else f"{method} (hypervolume {volume:.3f})"
+            volume = panel.hypervolume(series)
+            name = series if volume is None else f"{series} (hypervolume {volume:.3f})"
             handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=1, label=name))
         if panel.left_out:
             handles.append(Line2D([], [], ls="", label=f"not shown, cost unknown: {panel.left_out}"))
@@ -74,7 +74,7 @@ def pareto(panel: Panel, methods: Sequence[str]) -> Drawing:
     if sum(len(group.runs) for group in panel.groups) > interactive.MAX_POINTS:
         what += f" Of more than {interactive.MAX_POINTS} runs, the pointer finds the means alone."
     title = f"{panel.task} · {panel.model}: {panel.metric} against {panel.cost_type}"
-    figure = partial(interactive.front, panel, methods)
+    figure = partial(interactive.front, panel, every)
     return Drawing(title, what, (WIDTH, 3.6), draw, f"{panel.task} · {panel.model}", figure)
 
 

@@ -26,7 +26,7 @@ from eval.config.run_config import (
     OutputFlags,
     TrainingFlags,
 )
-from eval.run.schema import FIELDS, NUMBER, SCHEMA_VERSION
+from eval.run.schema import BUDGETS, FIELDS, NUMBER, SCHEMA_VERSION
 from quant.errors import UserError
 from quant.formats import parse_format
 
@@ -111,10 +111,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Method and target; formats in place of the target if there is none."""
+        """Series and target; formats in place of the target if there is none."""
         target = self.record["cost_target"]
         aim = self.formats if target is None else f"≤ {target:.4g} {self.record['cost_unit']}"
-        return f"{self.record['method']} {aim}"
+        return f"{self.series} {aim}"
+
+    @property
+    def series(self) -> str:
+        """Runs that share a colour and a front: those of a method, apart if one training served several budgets."""
+        budgets = self.record.get(BUDGETS)
+        method: str = self.record["method"]
+        return f"{method}, {len(budgets)} budgets in one run" if isinstance(budgets, list) else method
 
     @property
     def label(self) -> str:
@@ -124,8 +131,8 @@ class Run:
     @cached_property
     def key(self) -> tuple[str, ...]:
         """Key of the configuration: equal for runs that differ only in their seed and PLACE_SETTINGS."""
-        shown = (self.record[name] for name in ("task", "model", "method", "metric", "cost_type", "cost_target"))
-        return (*map(str, shown), self.formats, json.dumps(self.settings, sort_keys=True, default=str))
+        shown = (self.record[name] for name in ("task", "model", "metric", "cost_type", "cost_target"))
+        return (self.series, *map(str, shown), self.formats, json.dumps(self.settings, sort_keys=True, default=str))
 
     def history(self) -> list[dict[str, Any]]:
         """Read the lines of history.jsonl, without a last line that was cut off while it was written.
@@ -164,6 +171,11 @@ class Group:
     def record(self) -> Mapping[str, Any]:
         """The record of the first run, for values that all runs of the group share."""
         return self.runs[0].record
+
+    @property
+    def series(self) -> str:
+        """The series of its runs."""
+        return self.runs[0].series
 
     @property
     def quality(self) -> tuple[float, float | None]:

@@ -37,13 +37,13 @@ def pictures(
         histories: Run folder -> lines of its history, for those of `shown` that have one.
         sensitivities: Run folder -> measured sensitivities of its layers, where it has them.
     """
-    methods = sorted({run.record["method"] for run in runs})
+    series = sorted({run.series for run in runs})
     palette = format_palette(runs)
     steps = {run.folder: histories.get(run.folder, ()) for run in shown}
     mixed = [run for run in runs if len({tuple(pair) for pair in run.record["assignment"].values()}) > 1]
     measured = [run for run in runs if sensitivities.get(run.folder)]
     sections: dict[str, list[Drawing]] = {
-        "Pareto": [plots.pareto(panel, methods) for panel in panels(groups)],
+        "Pareto": [plots.pareto(panel, series) for panel in panels(groups)],
         "Formats": [plots.layer_formats(run, palette, sensitivities.get(run.folder, NOT_MEASURED)) for run in shown],
         "Formats of all runs": [
             plots.all_formats(_some(members, MAX_ROWS), side, palette, sensitivities, len(members))

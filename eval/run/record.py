@@ -26,7 +26,7 @@ from eval.run.outcome import (
     scope_of,
 )
 from eval.run.plan import Plan, budget, inputs_of, search_space, space_of
-from eval.run.schema import SCHEMA_VERSION, loss_rise
+from eval.run.schema import BUDGETS, SCHEMA_VERSION, loss_rise
 from eval.run.stopwatch import stopwatch_line
 from eval.run.trainer import teacher_share
 from quant.formats import FLOAT, Format
@@ -61,6 +61,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cost_type": config.cost_type,
         "cost_scope": config.cost_scope,
         "cost_target": budget(plan),
+        BUDGETS: list(config.target_list) if len(config.target_list) > 1 else None,
         "metric": plan.data.metric,
         "classes": list(plan.data.label_names),
         "inputs": to_json(inputs_of(plan)),

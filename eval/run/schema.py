@@ -28,6 +28,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "wall_seconds": NUMBER,
 }
 """Required keys of a finished record -> types of their values."""
+BUDGETS = "budgets"
+"""Optional key of a record. Value: the bits of all budgets that one training served; None for a single one."""
 LOSS_RISE = "loss_rise"
 """Optional key of a finished record whose loss ended far above its start. Value: [start, end]."""
 

@@ -86,18 +86,29 @@ def _sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDAr
     return sensitivity.hessian_sensitivity(model, modules, space, batches, loss, kind, seed)
 
 
-def propose(
-    evaluator: AssignmentEvaluator, budget: Budget, measured: Mapping[str, NDArray[np.float64]], seed: int
-) -> dict[str, list[int]]:
-    """Return the different choices of the cheap competitors, by name: candidates of the final selection.
+def candidate_tables(
+    evaluator: AssignmentEvaluator, kind: str, table: NDArray[np.float64], seed: int
+) -> dict[str, NDArray[np.float64]]:
+    """Return kind -> sensitivities from which `propose` takes candidates: those at hand, and Fisher's.
+
+    Fisher's take one backward pass.
 
     Args:
         evaluator: model, layers and held-out data.
-        budget: limits that the choices have to meet.
-        measured: kind -> sensitivities at hand; Fisher's, which take one backward pass, are added.
+        kind: kind of the sensitivities at hand.
+        table: the sensitivities at hand, float64 (decisions, choices).
         seed: seed of random vectors.
     """
-    tables = {**measured} if "fisher" in measured else {**measured, "fisher": sensitivities("fisher", evaluator, seed)}
+    return {kind: table} if kind == "fisher" else {kind: table, "fisher": sensitivities("fisher", evaluator, seed)}
+
+
+def propose(budget: Budget, tables: Mapping[str, NDArray[np.float64]]) -> dict[str, list[int]]:
+    """Return the different choices of the cheap competitors, by name: candidates of the final selection.
+
+    Args:
+        budget: limits that the choices have to meet.
+        tables: kind -> sensitivities, see `candidate_tables`.
+    """
     choices = {name: least_degradation(table, budget) for name, table in tables.items()}
     with suppress(InfeasibleError):  # no uniform choice fits
         choices["uniform"] = best_uniform(budget)

@@ -85,7 +85,7 @@ def build_searches(
     counts, training = (space.num_decisions, space.num_choices), (length.steps, length.step_examples)
     settings = config.sensitivity_examples, config.measure_share
     evaluation |= {
-        "sizes": EvaluationSizes(len(held_out), *counts, batch_size, *training, *settings),
+        "sizes": EvaluationSizes(len(held_out), *counts, batch_size, *training, *settings, len(config.bits_list)),
         "quality": config.reward_quality,
         "reward_examples": math.ceil(config.reward_share * length.batch_size),
     }

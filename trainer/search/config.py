@@ -77,7 +77,7 @@ class ReinforceConfig:
     """Training batches for calibrating ranges and batch norms."""
     sensitivity_examples: int | None = None
     """Held-out examples per evaluated assignment; None: see `examples_to_evaluate`."""
-    measure_share: float = 0.25
+    measure_share: float = 0.12
     """Largest share of the training's time for measuring single formats; fewer examples are measured to keep it."""
 
     def __post_init__(self) -> None:

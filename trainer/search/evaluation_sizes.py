@@ -8,40 +8,40 @@ from dataclasses import dataclass
 LEAST_EVALUATED, MOST_EVALUATED = 64, 512
 """Bounds on the held-out examples per assignment: fewer say too little, more are not worth their time."""
 LEAST_MEASURED = 32
-"""Held-out examples per single format: differences from float are larger than differences between neighbours."""
+"""Held-out examples per single format in a run without training, of which measuring could take a share."""
 DECIDING_SHARE = 4
 """Largest multiple of the proposing examples that decide: only two choices are compared then, not a neighbourhood."""
 TRAINING_PASSES = 3
 """Forward passes that one training step (forward and backward) counts as."""
+EVALUATED_SHARE = 1 / 32
+"""Share of the training that evaluating a neighbourhood once may take. The final choice needs a few of them."""
 
 
-def examples_to_evaluate(steps: int, batch_size: int, assignments: int, least: int = LEAST_EVALUATED) -> int:
-    """Return the held-out examples per assignment for which all evaluations take an eighth of the training.
+def examples_to_evaluate(steps: int, batch_size: int, assignments: int) -> int:
+    """Return the held-out examples per assignment for which evaluating all takes `EVALUATED_SHARE` of the training.
 
     Args:
         steps: optimizer steps of the training.
         batch_size: training examples per optimizer step.
         assignments: number of assignments to evaluate.
-        least: lower bound of the result; `MOST_EVALUATED` is the upper one.
     """
-    affordable = TRAINING_PASSES * steps * batch_size / 8 / max(assignments, 1)
-    return int(min(max(affordable, least), MOST_EVALUATED))
+    affordable = TRAINING_PASSES * steps * batch_size * EVALUATED_SHARE / max(assignments, 1)
+    return int(min(max(affordable, LEAST_EVALUATED), MOST_EVALUATED))
 
 
-def examples_to_measure(steps: int, batch_size: int, assignments: int, least: int, share: float) -> int:
-    """Return the held-out examples per single format, as `examples_to_evaluate` but within a share of the training.
+def examples_to_measure(steps: int, batch_size: int, assignments: int, share: float) -> int:
+    """Return the held-out examples per single format, for which measuring all takes at most a share of the training.
 
     Args:
         steps: optimizer steps of the training; 0 leaves the share without effect.
         batch_size: training examples per optimizer step.
         assignments: number of (decision, choice) pairs to measure.
-        least: lower bound before the share applies.
         share: largest share of the training's time that measuring may take.
     """
-    wanted = examples_to_evaluate(steps, batch_size, assignments, least)
     if steps <= 0:
-        return wanted
-    return max(1, min(wanted, int(TRAINING_PASSES * steps * batch_size * share / max(assignments, 1))))
+        return LEAST_MEASURED
+    affordable = TRAINING_PASSES * steps * batch_size * share / max(assignments, 1)
+    return int(min(max(affordable, 1), MOST_EVALUATED))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class EvaluationSizes:
     """Training examples per optimizer step."""
     examples: int | None = None
     """Fixed number of examples per evaluation; None: derived from the length of the training."""
-    measure_share: float = 0.25
+    measure_share: float = 0.12
+    targets: int = 1
+    """Budgets of the run, which share the time for evaluations."""
 
     @property
     def neighbours(self) -> int:
@@ -67,16 +69,16 @@ class EvaluationSizes:
         return 2 * self.decisions
 
     def to_evaluate(self, assignments: int | None = None) -> int:
-        """Examples for evaluating this many assignments; None: the `neighbours`."""
-        count = self.neighbours if assignments is None else assignments
+        """Examples for evaluating this many assignments for each target; None: the `neighbours`."""
+        count = self.targets * (self.neighbours if assignments is None else assignments)
         wanted = self.examples or examples_to_evaluate(self.total_steps, self.step_examples, count)
         return min(wanted, self.available)
 
     def to_measure(self) -> int:
         """Examples for measuring every single format."""
-        wanted = self.examples or examples_to_measure(
-            self.total_steps, self.step_examples, self.decisions * self.choices, LEAST_MEASURED, self.measure_share
-        )
+        pairs = self.decisions * self.choices
+        measured = examples_to_measure(self.total_steps, self.step_examples, pairs, self.measure_share)
+        wanted = self.examples or measured
         return min(wanted, self.available)
 
     def to_decide(self) -> tuple[int, int]:
@@ -86,8 +88,9 @@ class EvaluationSizes:
         return first, left if left >= LEAST_EVALUATED else 0
 
     def affordable(self, share: float) -> int:
-        """Assignments whose evaluation takes at most a share of the training's time."""
-        return int(share * TRAINING_PASSES * self.total_steps * self.step_examples / self.to_evaluate())
+        """Assignments whose evaluation, for each target, takes a share of the training's time in all."""
+        passes = share * TRAINING_PASSES * self.total_steps * self.step_examples
+        return int(passes / self.to_evaluate() / self.targets)
 
     def batch_starts(self, first: int, count: int, least: int = 1) -> range:
         """Split `count` examples from `first` on into batches; the range's step is their size.

@@ -19,7 +19,7 @@ from policy.solve import Table
 from policy.space import SearchSpace
 from quant.formats import Format
 from quant.quant_module import Reach, runs_in
-from trainer.search.baselines import allocator, propose, sensitivities
+from trainer.search.baselines import allocator, candidate_tables, propose, sensitivities
 from trainer.search.config import ReinforceConfig, make_budget
 from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, optimality_report
 from trainer.search.evaluator import AssignmentEvaluator
@@ -28,10 +28,13 @@ from trainer.search.quality_constraint import HALVINGS, cheapest_budget, cheapes
 from trainer.search.search_state import Phases, Search
 from trainer.search.selection import PROPOSALS, ROUNDS, CandidateSelector
 from trainer.search.sensitivity import sensitivity_prior
+from trainer.search.turns import Turns
 from trainer.training.batch_norm import recalibrate_batch_norm
 from trainer.training.distributed import of_first_process
 from trainer.training.progress import Passes
 
+ROUNDS_SHARE, REPORT_SHARE = 1 / 8, 1 / 100
+"""Largest shares of the training's time for the rounds of a selection, and for the random assignments of its report."""
 LEAST_COMPARED = 8
 """Least number of random assignments in an optimality report."""
 
@@ -114,6 +117,7 @@ class MultiTargetSearch:
         self.after_measuring: Callable[[str, Table], None] | None = None
         """Called with the kind of the prior's sensitivities and their values, (decisions, choices)."""
         self.targets = [SearchTarget(index, self._budget(bits)) for index, bits in enumerate(config.bits_list)]
+        self.turns = Turns(len(self.targets))
 
     @property
     def space(self) -> SearchSpace:
@@ -124,8 +128,16 @@ class MultiTargetSearch:
         """Return the index of the target that a step trains.
 
         It depends on the step and the state of a checkpoint alone: a resumed run asks again for the step it goes on at.
+        Until the assignments are chosen, targets go round; then, see `Turns`.
         """
-        return step % len(self.targets)
+        return step % len(self.targets) if step < self.phases.settle else self.turns.next()
+
+    def count(self, target: SearchTarget, step: int, loss: float) -> None:
+        """Count a step of a target with its training loss."""
+        if step >= self.phases.settle:
+            agreed = of_first_process(torch.tensor(loss, dtype=torch.float64))
+            assert agreed is not None
+            self.turns.count(target.index, agreed.item())
 
     def set_reach(self, reach: Mapping[str, Reach]) -> None:
         """Charge and evaluate layers that calibration did not reach as the float layers they stay."""
@@ -146,6 +158,9 @@ class MultiTargetSearch:
         table = None if prior == "none" else sensitivities(prior, self.evaluator, self.seed)
         if table is not None and self.after_measuring is not None:
             self.after_measuring(prior, table)
+        tables = {}
+        if table is not None and config.contest:
+            tables = candidate_tables(self.evaluator, prior, table, self.seed)
         for target in self.targets:
             if table is None:
                 self.start(target)
@@ -160,7 +175,7 @@ class MultiTargetSearch:
                 candidates = joint_candidates(table, target.limits) if config.contest else {}
             else:
                 logits, pressure = sensitivity_prior(table, target.limits)
-                candidates = propose(self.evaluator, target.limits, {prior: table}, self.seed) if config.contest else {}
+                candidates = propose(target.limits, tables) if tables else {}
             self.start(target, of_first_process(logits), of_first_process(pressure), candidates)
 
     def start(
@@ -183,11 +198,14 @@ class MultiTargetSearch:
             "targets": [target.state_dict() for target in self.targets],
             "float_quality": self.float_quality,
             "reference_loss": self.evaluator.reference_loss,
+            "turns": self.turns.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of a checkpoint; older checkpoints have no `reference_loss`."""
+        """Continue from the state of a checkpoint; older ones have neither `reference_loss` nor `turns`."""
         self.float_quality = state["float_quality"]
+        if state.get("turns") is not None:
+            self.turns.load_state_dict(state["turns"])
         self.evaluator.reference_loss = state.get("reference_loss")
         for target, saved in zip(self.targets, state["targets"], strict=True):
             target.budget = replace(target.limits, limits=tuple(saved["limits"]))
@@ -223,7 +241,7 @@ class MultiTargetSearch:
         """Compare the policy's choice with all candidates, and record how the choice was made."""
         search, evaluator = target.search, self.evaluator
         assert search is not None
-        affordable = max(LEAST_COMPARED, evaluator.sizes.affordable(1 / 20))
+        affordable = max(LEAST_COMPARED, evaluator.sizes.affordable(REPORT_SHARE))
         several = (
             f", budget {target.limits.limits[0]:.6g} {UNITS[self.config.cost_type]}" if len(self.targets) > 1 else ""
         )
@@ -257,7 +275,7 @@ class MultiTargetSearch:
     @property
     def _rounds(self) -> int:
         """Rounds of the selection: measuring the neighbourhood is most of its work; at least one."""
-        rounds = self.evaluator.sizes.affordable(1 / 4) // self.evaluator.sizes.neighbours
+        rounds = self.evaluator.sizes.affordable(ROUNDS_SHARE) // self.evaluator.sizes.neighbours
         return min(max(rounds, 1), ROUNDS)
 
     def _selection_passes(self, target: SearchTarget, affordable: int) -> int:

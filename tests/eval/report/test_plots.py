@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from benchmarks.synthetic_runs import write_run
 from eval.eval_parse import main
 from eval.report import plots
-from eval.report.canvas import COLOURS, STYLE, format_palette, method_style
+from eval.report.canvas import COLOURS, STYLE, format_palette, series_style
 from eval.report.labels import distinct_labels
 from eval.report.pareto import hypervolume, panels, pareto_front
 from eval.report.records import Run, group_runs, read_each, read_runs, shown_runs
@@ -94,11 +94,11 @@ def test_a_cost_that_a_run_does_not_know_is_not_plotted(tmp_path):
 
 def test_methods_differ_in_colour_and_marker():
     methods = ["float", "search", *get_args(Allocator)]
-    styles = [method_style(method, methods) for method in methods]
+    styles = [series_style(method, methods) for method in methods]
     assert len({marker for _, marker in styles}) == len(methods) > len(COLOURS), "also in grey"
     assert len({colour for colour, _ in styles}) == len(COLOURS)
     many = [str(number) for number in range(50)]
-    assert len({method_style(name, many) for name in many}) == len(many)
+    assert len({series_style(name, many) for name in many}) == len(many)
 
 
 def test_bars_are_as_long_as_the_formats_have_bits(tmp_path):
@@ -258,6 +258,19 @@ def test_costs_of_two_kinds_do_not_share_an_axis(tmp_path):
     assert len({drawing.title for drawing in drawings}) == 2
     titles = [axes.get_title(loc="left") for drawing in drawings for axes in drawn(drawing).axes]
     assert {title for title in titles if "cost" in title} == {"compute cost [GBOPs]", "memory cost [MiB]"}
+
+
+def test_budgets_of_one_run_have_a_front_of_their_own(tmp_path):
+    for number, target in enumerate((0.05, 0.06)):
+        write_run(tmp_path, "search", target=target, cost=target, folder=f"own{number}")
+        write_run(tmp_path, "search", target=target, cost=target, folder=f"shared{number}", budgets=[3.0, 4.0])
+    runs = runs_below(tmp_path)
+    groups = group_runs(runs)
+    assert len(groups) == 4, "the same budget and seed, trained alone or together with others"
+    (panel,) = panels(groups)
+    assert list(panel.points) == ["search", "search, 2 budgets in one run"]
+    (drawing,) = pictures(runs, groups, [], {})["Pareto"]
+    assert any("search, 2 budgets" in text.get_text() for text in drawn(drawing).legends[0].get_texts())
 
 
 def test_labels_name_what_tells_configurations_apart(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.search.config import ReinforceConfig
-from trainer.search.evaluation_sizes import examples_to_evaluate, examples_to_measure
+from trainer.search.evaluation_sizes import LEAST_MEASURED, MOST_EVALUATED, examples_to_measure
 from trainer.training.progress import EvaluationProgress, Passes, counted
 
 
@@ -44,13 +44,13 @@ def test_passes_never_exceed_their_reported_number():
 @pytest.mark.parametrize("steps", [20, 200, 5000])
 def test_measuring_takes_at_most_its_share_of_the_passes_of_training(steps, share):
     batch, assignments = 32, 100
-    examples = examples_to_measure(steps, batch, assignments, 32, share)
+    examples = examples_to_measure(steps, batch, assignments, share)
     assert examples == 1 or examples * assignments <= share * 3 * steps * batch
-    assert examples <= examples_to_evaluate(steps, batch, assignments, 32)
+    assert examples <= MOST_EVALUATED
 
 
 def test_without_training_there_is_no_share_to_keep_within():
-    assert examples_to_measure(0, 32, 100, 32, 0.01) == 32
+    assert examples_to_measure(0, 32, 100, 0.01) == LEAST_MEASURED
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5])
