@@ -413,6 +413,8 @@ class Quantizer(nn.Module):
             seen = self.estimator.see(self._tokens(x), None)
         else:
             seen = self._see(x, None)
+        if not self.batched and math.prod(shape) > 1:
+            shape[:1] = [min(shape[0], len(x))]  # of a part of a weight, see `quant.elastic`
         low, high = self.estimator(seen, format, self.config.symmetric)
         scale, zero_point = scale_from_range(low, high, format, self.config.symmetric)
         zero_point = None if zero_point is None else zero_point.view(shape)

@@ -63,7 +63,10 @@ def joint_candidates(sensitivity: Table, budget: JointBudget) -> dict[str, list[
     """
     formats, choices = sensitivity.shape
     found: dict[str, list[int]] = {}
+    own = budget.tables[0][formats:]  # a decision with fewer choices repeats its last one, at the same cost
     for index in reversed(range(choices)):
+        if any(np.array_equal(own[:, index], own[:, other]) for other in range(index + 1, choices)):
+            continue
         structure = [index] * (len(budget.tables[0]) - formats)
         with suppress(InfeasibleError):
             choice = [*best_formats(sensitivity, budget, structure), *structure]

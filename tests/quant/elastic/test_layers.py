@@ -133,6 +133,17 @@ def test_calibrating_a_narrowed_layer_sets_the_first_scales():
     torch.testing.assert_close(after[4:], before[4:])
 
 
+def test_ranges_that_are_computed_at_every_use_are_those_of_the_slice():
+    plain = nn.Conv2d(2, 6, 3)
+    config = QuantizerConfig(range="dynamic", granularity="channel", observer="minmax")
+    layer, int8 = from_float(ElasticConv2d.from_float(plain), weight=config), parse_format("int8")
+    layer.set_formats(int8, parse_format("float"))
+    x = torch.randn(2, 2, 8, 8)
+    whole = layer(x)
+    layer.resize(Size(4, 2, 3))
+    torch.testing.assert_close(layer(x), whole[:, :4])
+
+
 def config_of_inputs():
     return QuantizerConfig(range="calibrated", symmetric=False, observer="minmax")
 

@@ -141,3 +141,11 @@ def test_candidates_scale_the_whole_model_with_the_best_formats():
     found = joint_candidates(sensitivity, tight)
     assert found == {"whole model": [0, 0, 2], "architecture 2 of 3": [1, 1, 1], "architecture 1 of 3": [2, 2, 0]}
     assert set(joint_candidates(sensitivity, budget(8.0))) == {"architecture 2 of 3", "architecture 1 of 3"}
+
+
+def test_a_repeated_choice_is_no_candidate_of_its_own():
+    """The width has two choices only, the second of which is repeated."""
+    tables = np.outer(BITS, [1.0, 2.0, 2.0])
+    repeated = JointBudget.within([Factor((layer, 2), (tables,)) for layer in (0, 1)], [16.0], 3, 3)
+    found = joint_candidates(np.array([[3.0, 1.0, 0.0], [9.0, 2.0, 0.0]]), repeated)
+    assert set(found) == {"whole model", "architecture 1 of 3"}
