@@ -173,14 +173,23 @@ class _Static(nn.Module):
 
 
 class _PerToken(nn.Module):
-    """An input in int8 with a scale and a zero point for each token."""
+    """An input in int8 with a scale and a zero point for each token; of images, for each position.
+
+    Args:
+        features: Axis of a token's features, which the operations expect last.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, rounded."""
+        x = x.movedim(self.features, -1)
         scale, point = OPS.choose_qparams_per_token_asymmetric(x, torch.int8)
         grid = scale, point, -128, 127, torch.int8
         made: Tensor = OPS.dequantize_per_token(OPS.quantize_per_token(x, *grid), *grid, torch.float32)
-        return made
+        return made.movedim(-1, self.features)
 
 
 class _Blocks(nn.Module):
@@ -203,7 +212,7 @@ def _input(name: str, module: QuantModule) -> nn.Module:
     if isinstance(format, BlockFormat):
         return _Blocks(format, quantizer.reduction_dim)
     range = static_range(name, module)
-    return _PerToken() if range is None else _Static(range)
+    return _PerToken(module.input_reduction_dim) if range is None else _Static(range)
 
 
 def input_reason(module: QuantModule) -> str | None:

@@ -49,7 +49,7 @@ PER_TOKEN = QuantizerConfig(range="dynamic", granularity="token", observer="minm
     ("pairs", "configs"),
     [
         *((pairs, {}) for pairs in SETS.values()),
-        (["int8/float"] * 2 + ["int8/int8", "int4/int8", "int8/int8"], {"activation": PER_TOKEN}),
+        (["int8/int8"] * 3 + ["int4/int8", "int8/int8"], {"activation": PER_TOKEN}),
     ],
     ids=[*SETS, "per token"],
 )
