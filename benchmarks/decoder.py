@@ -205,7 +205,7 @@ def model_optimizer(bits: float, tokens: Tensor, training: Tensor, reference: Te
     size = 0.0
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            quantizer = getattr(module, f"{name}_quantizer", None)
+            quantizer: Any = getattr(module, f"{name}_quantizer", None)
             on = quantizer is not None and quantizer.is_enabled
             size += parameter.numel() * (quantizer.num_bits + 16 / GROUP if on else 16)
     table = model.get_input_embeddings().weight  # tied: counted with the head, not again

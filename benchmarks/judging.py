@@ -30,7 +30,7 @@ from quant.convert import calibrate, quantize_model, set_formats
 from quant.quant_utils import use_compiled
 from quant.quantizers.prefix_cache import prefix_cached
 from trainer.search.sensitivity import measure_sensitivity
-from trainer.training.distillation import divergence
+from trainer.training.distillation import class_logits, divergence
 
 TEMPERATURES, POWERS = (1.0, 2.0, 4.0, 8.0), (1.0, 0.5)
 """what logits are divided by; of the mean over examples"""
@@ -91,8 +91,13 @@ def divergences(name: str, shared: Path, output: Path, examples: int) -> tuple[N
         seen.append(torch.stack([t**2 * divergence(reference / t, now / t) for t in TEMPERATURES]))
         return seen[-1][0]
 
+    def logits(model: Any, batch: Any) -> Tensor:
+        found = class_logits(model(**batch), batch)
+        assert found is not None, "every row's task has classes"
+        return found
+
     for batch in trainer.batches_of(held_out):
-        measure_sensitivity(trainer.model, modules, trainer.space, [batch], trainer.evaluator.logits, note)
+        measure_sensitivity(trainer.model, modules, trainer.space, [batch], logits, note)
     pairs = trainer.space.num_decisions * trainer.space.num_choices
     whole = torch.cat([torch.stack(seen[i : i + pairs], 1) for i in range(0, len(seen), pairs)], 2).double().numpy()
     return whole.reshape(

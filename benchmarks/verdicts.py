@@ -70,7 +70,8 @@ def write_data(folder: Path) -> None:
     torch.manual_seed(0)
     ends = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     llama = transformers.LlamaConfig(**SHAPE, **ends, num_key_value_heads=2, max_position_embeddings=64)
-    bert = transformers.BertConfig(**SHAPE, vocab_size=len(words), max_position_embeddings=64, num_labels=2)
+    shape: dict[str, Any] = SHAPE | {"vocab_size": len(words), "max_position_embeddings": 64, "num_labels": 2}
+    bert = transformers.BertConfig(**shape)
     made = {
         "lm": transformers.AutoModelForCausalLM.from_config(llama),
         "reviews": transformers.AutoModelForSequenceClassification.from_config(bert),
