@@ -3,7 +3,8 @@
 A row for each run and engine (ONNX Runtime in a default session, OpenVINO in float32): whether it loads, on how many
 validation examples it predicts what the run's model predicts in PyTorch, its accuracy, the file against float ONNX, and
 the latency of one example against the engine's float model and the engine's own int8: ONNX Runtime's static int8
-(quantize_static, QDQ, per channel, uint8 inputs, 128 training examples) for images, its dynamic int8 for texts. Files
+(quantize_static, QDQ, per channel, uint8 inputs, 128 training examples) for images, its dynamic int8 for texts;
+OpenVINO's by NNCF (nncf.quantize, the same examples) for images, where the package nncf is installed. Files
 take turns in one process, one thread; medians of the ratios of neighbouring calls, with their quartiles. A time is the
 processor's for the process, so that what else runs on the machine does not lengthen the longer calls.
 """
@@ -16,6 +17,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -92,6 +94,20 @@ def own_int8(run: FinishedRun, plain: Path, path: Path) -> None:
     quantize_static(str(prepared), str(path), Reader(batches), activation_type=QuantType.QUInt8, **settings)
 
 
+def nncf_int8(run: FinishedRun, plain: Path, path: Path) -> bool:
+    """Write OpenVINO's own int8 of the float file, by NNCF's post-training quantization; False where there is none."""
+    batches = examples(replace(run, round_outputs=None))
+    if not batches or find_spec("nncf") is None:
+        return False
+    import nncf
+    from openvino import Core, save_model
+
+    feeds = [{name: x.numpy() for name, x in batch.items()} for batch in batches]
+    model = nncf.quantize(Core().read_model(str(plain)), nncf.Dataset(feeds), subset_size=len(feeds))
+    save_model(model, str(path), compress_to_fp16=False)
+    return True
+
+
 def validation(run: FinishedRun, count: int) -> list[dict[str, torch.Tensor]]:
     """Batches of the first validation examples, with their labels."""
     prepared = run.plan.prepared
@@ -145,7 +161,10 @@ def report(run: FinishedRun, count: int, repeats: int, folder: Path) -> None:
         title = f"| {run.record['run_id']} | {name} | "
         try:
             calls = {"exported": load(exported), "float": load(plain)}
-            calls |= {"int8": load(own)} if load is onnx_runtime else {}
+            if load is onnx_runtime:
+                calls["int8"] = load(own)
+            elif nncf_int8(run, plain, folder / "nncf.xml"):
+                calls["int8"] = load(folder / "nncf.xml")
         except Exception as error:  # the engines' errors share no base class: the cell says what it was
             print(f"{title}no: {' '.join(str(error).split())[:80]} | | | | | | |", flush=True)
             continue

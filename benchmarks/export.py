@@ -41,6 +41,11 @@ RUNS = {
         f"{DIGITS} --model mobilenetv2 --model_path {{root}}/digits/export/mobilenetv2-float/model --max_steps 200 "
         f"{SEARCH} 4,8"
     ),
+    "efficientnet-lite0": (
+        "--task cifar10 --data_dir {shared}/data/cifar10 --model timm:tf_efficientnet_lite0 "
+        "--model_path {shared}/models/efficientnet-lite0 --image_size 96 --train_batch_size 32 --max_steps 40 "
+        f"--learning_rate 1e-3 {SEARCH} 4,8"
+    ),
     "bert-tiny": f"{SST2} --model bert-tiny --max_steps 400 --fuse_groups {SEARCH} 4,8",
     "gpt2": f"{SST2} --model {{root}}/architectures/gpt2 --max_steps 300 {SEARCH} 4,8",
     "minilm-float": f"{MRPC} --model_path {{minilm}} --max_steps 230 --learning_rate 1e-4 --seed 0 --method float",
