@@ -25,6 +25,8 @@ from eval.report.pareto import Panel
 from eval.report.records import Run, sort_formats
 from eval.run.outcome import cost_title, counted_part, scope_of
 
+HALF_A_LINE = 34
+"""letters of a legend's entry of which two stand side by side"""
 MARKER_OF = {symbol: marker for marker, symbol in interactive.SYMBOLS.items()}
 """symbol of plotly -> marker of matplotlib"""
 
@@ -65,7 +67,8 @@ def pareto(panel: Panel, every: Sequence[str]) -> Drawing:
             _log_axis(axes)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        canvas.legend(handles=handles, loc="outside lower left", ncols=2)
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        canvas.legend(handles=handles, loc="outside lower left", ncols=2 if longest <= HALF_A_LINE else 1)
 
     what = "One point per run" + ("; outlined: the mean over its seeds. " if spread else ". ")
     what += "Line: the front of the means. " if spread else "Line: the front. "

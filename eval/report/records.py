@@ -121,7 +121,7 @@ class Run:
         """Runs that share a colour and a front: those of a method, apart if one training served several budgets."""
         budgets = self.record.get(BUDGETS)
         method: str = self.record["method"]
-        return f"{method}, {len(budgets)} budgets in one run" if isinstance(budgets, list) else method
+        return f"{method} for {len(budgets)} budgets" if isinstance(budgets, list) else method
 
     @property
     def label(self) -> str:

@@ -268,9 +268,11 @@ def test_budgets_of_one_run_have_a_front_of_their_own(tmp_path):
     groups = group_runs(runs)
     assert len(groups) == 4, "the same budget and seed, trained alone or together with others"
     (panel,) = panels(groups)
-    assert list(panel.points) == ["search", "search, 2 budgets in one run"]
+    assert list(panel.points) == ["search", "search for 2 budgets"]
     (drawing,) = pictures(runs, groups, [], {})["Pareto"]
-    assert any("search, 2 budgets" in text.get_text() for text in drawn(drawing).legends[0].get_texts())
+    figure = drawn(drawing)
+    assert any("search for 2 budgets" in text.get_text() for text in figure.legends[0].get_texts())
+    assert not cut_off(drawing, figure)
 
 
 def test_labels_name_what_tells_configurations_apart(tmp_path, capsys):
