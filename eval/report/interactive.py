@@ -153,7 +153,7 @@ def layer_bars(run: Run, sensitivities: Sensitivities, palette: Mapping[str, For
             "showlegend": True,
             "bargap": 0.2,
             "xaxis": {"title": {"text": "bits"}},
-            "yaxis": _layer_axis(list(assignment)) | {"autorange": "reversed"},
+            "yaxis": layer_axis(list(assignment)) | {"autorange": "reversed"},
         },
     }
 
@@ -204,7 +204,7 @@ def format_map(
         "data": [heat, *legend],
         "layout": {
             "height": 150 + (24 if len(runs) <= 20 else 16) * len(runs),
-            "xaxis": _layer_axis(layers) | {"tickangle": -40, "showgrid": False},
+            "xaxis": layer_axis(layers) | {"tickangle": -40, "showgrid": False},
             "yaxis": _named_axis([run.label for run in runs]) | {"autorange": "reversed", "showgrid": False},
             "meta": {"long_names": True},
         },
@@ -246,7 +246,7 @@ def sensitivity_marks(kind: str, runs: Sequence[Run], found: Mapping[Path, Sensi
         "data": data,
         "layout": {
             "height": 420 + 9 * len(data),
-            "xaxis": _layer_axis(layers) | {"tickangle": -40},
+            "xaxis": layer_axis(layers) | {"tickangle": -40},
             "yaxis": {"title": {"text": escaped(f"{kind}: {unit}")}, "type": "log", "exponentformat": "e"},
         },
     }
@@ -280,7 +280,7 @@ def policy_maps(panels: Mapping[str, NDArray[Any]], steps: NDArray[Any], decisio
         left = number * width
         steps_axis = {"domain": [left, left + 0.88 * width], "nticks": 4, "title": {"text": "step"}}
         layout[f"xaxis{suffix}"] = steps_axis | {"anchor": f"y{suffix}"}
-        layout[f"yaxis{suffix}"] = _layer_axis(list(decisions)) | {"autorange": "reversed", "anchor": f"x{suffix}"}
+        layout[f"yaxis{suffix}"] = layer_axis(list(decisions)) | {"autorange": "reversed", "anchor": f"x{suffix}"}
         layout[f"yaxis{suffix}"]["showticklabels"] = number == 0
         layout["annotations"].append(
             {"text": escaped(name), "x": left + 0.44 * width, "y": 1, "xref": "paper", "yref": "paper"}
@@ -386,7 +386,8 @@ def _lines(x: Any, y: Any, colour: str, dash: str = "solid") -> Figure:
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "line": style, "showlegend": False}
 
 
-def _layer_axis(names: Sequence[str]) -> Figure:
+def layer_axis(names: Sequence[str]) -> Figure:
+    """Axis with a tick for each layer, named in short."""
     return _named_axis(short_names(names))
 
 

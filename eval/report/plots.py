@@ -101,11 +101,11 @@ def layer_formats(run: Run, palette: Mapping[str, FormatStyle], sensitivities: S
         axes.grid(False, axis="y")
         axes.set_xlabel("bits" + (" (upper bar weights, lower bar activations)" if len(sides) > 1 else ""))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        _format_legend(canvas, present, palette)
+        format_legend(canvas, present, palette)
 
     what = "Format of each layer, the first layer on top."
     figure = partial(interactive.layer_bars, run, sensitivities, palette)
-    return Drawing(f"{_where(run)}: {run.label}", what, (WIDTH, 1.1 + 0.19 * len(layers)), draw, _where(run), figure)
+    return Drawing(f"{where(run)}: {run.label}", what, (WIDTH, 1.1 + 0.19 * len(layers)), draw, where(run), figure)
 
 
 def all_formats(
@@ -143,16 +143,16 @@ def all_formats(
         axes.set_xlabel("layer, counted from the input")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(False)
-        _format_legend(canvas, present, palette, hatched=False)
+        format_legend(canvas, present, palette, hatched=False)
 
     what = ("weights", "activations")[side]
     size = (WIDTH, 1.2 + (0.04 + 0.11 * _most_lines(labels)) * len(runs))
     figure = partial(interactive.format_map, runs, side, found, present, palette)
-    title = f"{_where(runs[0])}: formats of the {what}, run by run"
+    title = f"{where(runs[0])}: formats of the {what}, run by run"
     caption = "One row per run, one column per layer."
     if total > len(runs):
         caption += f" {len(runs)} of {total} runs: the first seed of configurations that are evenly spaced by path."
-    return Drawing(title, caption, size, draw, _where(runs[0]), figure)
+    return Drawing(title, caption, size, draw, where(runs[0]), figure)
 
 
 def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -198,7 +198,7 @@ def policy(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
     what = "One panel per format, one row per decision: its probability at each step, until the choice was made."
     size = (WIDTH, 1.0 + rows * (0.35 + 0.13 * len(decisions)))
     figure = partial(interactive.policy_maps, panels, steps, decisions)
-    return Drawing(f"{_where(run)}: policy of {run.label}", what, size, draw, _where(run), figure)
+    return Drawing(f"{where(run)}: policy of {run.label}", what, size, draw, where(run), figure)
 
 
 def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]) -> Drawing | None:
@@ -255,8 +255,8 @@ def curves(runs: Sequence[Run], histories: Sequence[Sequence[Mapping[str, Any]]]
     }
     levels = {measures["cost"]: [run.record["cost_target"] for run in runs]}
     figure = partial(interactive.course, [run.label for run in runs], smooth, levels)
-    title = f"{_where(runs[0])}: the course of the training ({kind})"
-    return Drawing(title, what, size, draw, _where(runs[0]), figure)
+    title = f"{where(runs[0])}: the course of the training ({kind})"
+    return Drawing(title, what, size, draw, where(runs[0]), figure)
 
 
 def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing | None:
@@ -293,7 +293,7 @@ def drawn_assignments(run: Run, history: Sequence[Mapping[str, Any]]) -> Drawing
     dot = "an assignment that the search drew" if single else "the mean over the draws of a step"
     what = f"Each dot is {dot}, coloured by its step."
     figure = partial(interactive.draws, points, run.record)
-    return Drawing(f"{_where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw, _where(run), figure)
+    return Drawing(f"{where(run)}: draws of {run.label}", what, (WIDTH, 3.2), draw, where(run), figure)
 
 
 def sensitivities(kind: str, runs: Sequence[Run], found: Mapping[Path, Sensitivities]) -> Drawing:
@@ -327,7 +327,7 @@ def sensitivities(kind: str, runs: Sequence[Run], found: Mapping[Path, Sensitivi
 
     what = "What quantizing one layer alone does to the outputs. Filled: the format that the run chose."
     size = (WIDTH, 1.2 + 0.19 * len(layers) + (0.04 + 0.12 * _most_lines(labels)) * len(labels))
-    return Drawing(f"{_where(runs[0])}: sensitivities ({kind})", what, size, draw, _where(runs[0]), lambda: figure)
+    return Drawing(f"{where(runs[0])}: sensitivities ({kind})", what, size, draw, where(runs[0]), lambda: figure)
 
 
 def _wrapped(label: str, width: int) -> str:
@@ -360,7 +360,8 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return (np.convolve(values, window) / counts)[half : half + len(values)]
 
 
-def _where(run: Run) -> str:
+def where(run: Run) -> str:
+    """Task and model of a run, for titles."""
     return f"{run.record['task']} · {run.record['model']}"
 
 
@@ -395,9 +396,10 @@ def _log_axis(axes: Axes) -> None:
     plain_log_ticks(axes.xaxis)
 
 
-def _format_legend(
+def format_legend(
     canvas: Canvas, names: Sequence[str], palette: Mapping[str, FormatStyle], hatched: bool = True
 ) -> None:
+    """Draw a legend of formats, at most six side by side."""
     handles = [
         Patch(
             facecolor=palette[name].colour,

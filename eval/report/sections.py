@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from eval.report import plots
+from eval.report.architecture import architecture
 from eval.report.canvas import Drawing, format_palette
 from eval.report.layers import NOT_MEASURED, Sensitivities
 from eval.report.pareto import panels
@@ -45,6 +46,7 @@ def pictures(
     sections: dict[str, list[Drawing]] = {
         "Pareto": [plots.pareto(panel, series) for panel in panels(groups)],
         "Formats": [plots.layer_formats(run, palette, sensitivities.get(run.folder, NOT_MEASURED)) for run in shown],
+        "Architecture": [drawing for run in shown if (drawing := architecture(run, palette))],
         "Formats of all runs": [
             plots.all_formats(_some(members, MAX_ROWS), side, palette, sensitivities, len(members))
             for members in _alike(mixed, "task", "model")
