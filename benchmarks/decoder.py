@@ -47,6 +47,9 @@ OURS = {
     "measured": f"--method measured --max_steps 0 --sensitivity_examples 4 {SCOPE}",
     "measured, gptq": f"--method measured --max_steps 0 --sensitivity_examples 4 --rounding gptq {SCOPE}",
     "search": f"--search --train scales --max_steps 40 --sensitivity_examples 4 --rounding gptq {SCOPE}",
+    "search by block": (
+        f"--block_search depth --train scales --max_steps 20 --sensitivity_examples 2 --rounding gptq {SCOPE}"
+    ),
 }
 """Row -> the flags of its run."""
 GROUP = 64
@@ -85,7 +88,7 @@ def scores(model: Any, tokens: Tensor, reference: Tensor) -> dict[str, float]:
 
 def run(folder: Path, row: str, bits: str) -> list[Path]:
     """Run a row's command for all budgets at once; return the folders of its runs, the largest budget last."""
-    name = f"{row}-{bits}".replace(", ", "-").replace(",", "-")
+    name = f"{row}-{bits}".replace(", ", "-").replace(",", "-").replace(" ", "-")
     out = folder / "output"
     command = (
         f"{sys.executable} eval/eval_run.py --task {folder}/text --model_path {folder}/model {OURS[row]}"

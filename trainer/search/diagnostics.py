@@ -15,6 +15,9 @@ from trainer.search.selection import CandidateSelector, Choice, standard_error
 
 ALL_SHARE = 10
 """Multiple of the affordable evaluations that may go into evaluating every assignment: that is a proof, no sample."""
+LEAST_SWAPS, SWAPS_SHARE = 100, 4
+"""All assignments that differ in one decision are evaluated if they are at most so many, or so many times the
+affordable evaluations; else a random sample of that size."""
 SAMPLES = 8
 """Assignments on which the additivity is measured."""
 
@@ -24,7 +27,7 @@ def optimality_report(selector: CandidateSelector, chosen: Choice, affordable: i
 
     It is compared with ALL assignments within the budget, if the space has at most MAX_EXHAUSTIVE and evaluating the
     new ones takes no more than ALL_SHARE x `affordable` evaluations. Otherwise it is compared with `affordable` random
-    ones, all that differ in a single decision and all that the selector has seen.
+    ones, those that differ in a single decision (see LEAST_SWAPS) and all that the selector has seen.
 
     Args:
         selector: selector that made the choice, with its evaluations.
@@ -44,7 +47,10 @@ def optimality_report(selector: CandidateSelector, chosen: Choice, affordable: i
         fitting = set(everything)
     else:
         generator = np.random.default_rng(seed)
-        fitting |= set(selector.single_swaps(chosen))
+        swaps, most = selector.single_swaps(chosen), most_swaps(affordable)
+        if len(swaps) > most:
+            swaps = [swaps[index] for index in generator.choice(len(swaps), most, replace=False)]
+        fitting |= set(swaps)
         fitting |= {tuple(random_choice(budget, generator, tries=1000)) for _ in range(affordable)}
     others = sorted(fitting - {chosen})
     evaluated = selector.evaluated([chosen, *others])
@@ -60,6 +66,11 @@ def optimality_report(selector: CandidateSelector, chosen: Choice, affordable: i
         "regret_error": standard_error(lost),
         "harm_rank": int((degradations < degradations[0]).sum()) + 1,
     }
+
+
+def most_swaps(affordable: int) -> int:
+    """Return how many assignments that differ in one decision a sampled report holds at most."""
+    return max(LEAST_SWAPS, SWAPS_SHARE * affordable)
 
 
 def all_if_affordable(selector: CandidateSelector, affordable: int) -> list[Choice] | None:

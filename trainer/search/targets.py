@@ -21,7 +21,7 @@ from quant.formats import Format
 from quant.quant_module import Reach, runs_in
 from trainer.search.baselines import allocator, candidate_tables, propose, sensitivities
 from trainer.search.config import ReinforceConfig, make_budget
-from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, optimality_report
+from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, most_swaps, optimality_report
 from trainer.search.evaluator import AssignmentEvaluator
 from trainer.search.joint import check_joint, joint_candidates, joint_prior
 from trainer.search.quality_constraint import HALVINGS, cheapest_budget, cheapest_choice, limited
@@ -282,7 +282,7 @@ class MultiTargetSearch:
         """Upper estimate of the forward passes that the selection takes."""
         assert target.search is not None
         sizes, rounds = self.evaluator.sizes, self._rounds
-        near, far = sizes.neighbours, sizes.decisions * (sizes.choices - 1)
+        near, far = sizes.neighbours, min(sizes.decisions * (sizes.choices - 1), most_swaps(affordable))
         candidates = len(target.search.candidates) + 1
         evaluated = candidates + rounds * (near + PROPOSALS) + far + affordable + near + SAMPLES
         deciding = 2 * (rounds + 1) * len(sizes.batch_starts(*sizes.to_decide()))

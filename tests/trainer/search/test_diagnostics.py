@@ -55,6 +55,13 @@ def test_a_sampled_report_holds_every_single_swap_within_the_budget():
     assert fitting < set(used.seen) and report["among"] in (len(fitting) + 1, len(fitting) + 2)
 
 
+def test_a_report_of_many_decisions_samples_the_single_swaps():
+    many = Budget((np.tile(COSTS, (50, 1)),), (1000.0,))
+    report = optimality_report(selector(additive, many), (1,) * 200, affordable=10, seed=0)
+    assert 100 < report["among"] <= 1 + 10 + 100, "of 400 swaps"
+    assert optimality_report(selector(additive, many), (1,) * 200, affordable=10, seed=0) == report
+
+
 def test_additivity_is_one_where_sensitivities_add_up_and_less_where_they_do_not():
     report = additivity(selector(additive), (1, 1, 1, 1), seed=0)
     assert report["predicted"] == pytest.approx(report["actual"]) and report["correlation"] == pytest.approx(1)
