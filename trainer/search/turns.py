@@ -1,7 +1,7 @@
 """Turns: which target of a run is trained at each step.
 
 Targets with low budgets need most of the training, and high ones profit from theirs: weights that work in 3 bits work
-in 6. So a quarter of the turns goes round, and the rest to the targets in proportion to what they still lose.
+in 6. So half of the turns go round, and the other half to the targets in proportion to what they still lose.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-EQUAL_SHARE = 0.25
+EQUAL_SHARE = 0.5
 """Share of the turns that go round, so that no loss is of long ago."""
 DECAY = 0.7
 """Weight of the earlier losses of a target in its moving average."""

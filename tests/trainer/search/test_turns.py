@@ -41,7 +41,7 @@ def test_every_target_gets_its_share_of_the_steps_within_one(losses):
     assert all(abs(counted[target] - share * steps) <= len(losses) for target, share in enumerate(shares))
 
 
-def test_other_turns_are_shared_by_what_a_target_loses_above_the_best():
+def test_half_of_the_turns_are_shared_by_what_a_target_loses_above_the_best():
     assert after_one_round([2.0, 1.5, 0.5]).shares() == pytest.approx(
         [EQUAL_SHARE / 3 + (1 - EQUAL_SHARE) * lost for lost in (0.6, 0.4, 0.0)]
     )
