@@ -7,7 +7,7 @@ import pytest
 from tests.journeys.conftest import record_of
 from tests.journeys.launches import at_work, checkpoints, ended, interrupt, until, worker_behind_a_checkpoint, worker_of
 
-STEPS = 120
+STEPS = 160
 LAUNCH = (
     "python eval_parallel.py --task digits --model convnet --from_scratch --search --search_space 4,8 "
     f"--policy_prior none --train_batch_size 64 --max_train_samples 300 --max_steps {STEPS} --seeds 0,1 "
@@ -57,11 +57,13 @@ def test_what_happens_to_a_launch_does_not_show_in_its_records(quiet, tmp_path):
         assert ended(launch, log).code == -9
     assert not (second / "result.json").exists()
 
+    # A worker may reach its last step in the moment before it notices that its launch is gone.
+    left = [name for name in RUNS if not (folder / name / "result.json").exists()]
     log = tmp_path / "three"
     with at_work(resume, log) as launch:
         done = ended(launch, log)
     assert done.code == 0, done.out + done.err
+    assert all(f"{name}: finished" in done.err for name in left)
     for name in RUNS:
-        assert f"{name}: finished" in done.err
         assert timeless(record_of(folder / name)) == timeless(record_of(quiet / name))
         assert (folder / name / "history.jsonl").read_text().count("\n") == STEPS
