@@ -8,24 +8,21 @@ case of one decision per factor, see `policy.solve`.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import LinearConstraint, OptimizeResult, milp
+from scipy.optimize import LinearConstraint, OptimizeResult
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from policy.solve import FORGIVEN, MAX_CUTS, MAX_NODES, ROUNDING, InfeasibleError, Table, lattice_step, magnitude_unit
+from policy.solve import ROUNDING, InfeasibleError, Row, Table, choice_of, magnitude_unit, minimize, solve_within
 
 Values: TypeAlias = NDArray[np.float64]
-
-_OPTIMAL, _INFEASIBLE = 0, 2  # status of scipy's milp
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def cost_range(factors: Sequence[Factor], limit: int, decisions: int, choices: i
     ends = []
     for sign in (1.0, -1.0):
         result = program.solve(sign * program.costs(limit), [], presolve=True)
-        ends.append(total_cost(factors, limit, program.choice(result)))
+        ends.append(total_cost(factors, limit, choice_of(result, program.shape)))
     return ends[0], ends[1]
 
 
@@ -117,41 +114,13 @@ def solve_factors(values: Table, factors: Sequence[Factor], limits: Sequence[flo
     gains = values - values.max(1, keepdims=True)
     objective = program.of_decisions(-gains / magnitude_unit(gains))
     allowed = [limit + ROUNDING * abs(limit) for limit in limits]
-    rows = [program.row(index, limit) for index, limit in enumerate(allowed)]
-    clear, cuts, margin = all(row.clear for row in rows), list[LinearConstraint](), 2 * FORGIVEN
-    while True:
-        result = program.solve(objective, [*(row.constraint for row in rows), *cuts], presolve=clear)
-        if result.status == _INFEASIBLE:
-            raise InfeasibleError(limits, [cost_range(factors, index, *values.shape) for index in range(len(limits))])
-        choice = program.choice(result)
-        over = [total_cost(factors, index, choice) > limit for index, limit in enumerate(allowed)]
-        if not any(over):
-            if result.status != _OPTIMAL:
-                warnings.warn(f"the proof did not end: within {result.mip_gap:.1e} of the best value", stacklevel=2)
-            return choice
-        # Over a limit by less than HiGHS's tolerance, as in `policy.solve.solve_assignment`.
-        if len(cuts) < MAX_CUTS:
-            cuts.append(program.cut(choice))
-        else:
-            rows = [row.lowered(margin * exceeded) for row, exceeded in zip(rows, over, strict=True)]
-            margin *= 2
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A limit as HiGHS sees it."""
-
-    weights: Values
-    bound: float
-    clear: bool
-    """Whether the bound is clear of every possible sum, so that presolve is safe."""
-
-    @property
-    def constraint(self) -> LinearConstraint:
-        return LinearConstraint(csr_array(self.weights.reshape(1, -1)), -np.inf, self.bound)
-
-    def lowered(self, by: float) -> _Row:
-        return _Row(self.weights, self.bound - by, self.clear)
+    return solve_within(
+        partial(program.solve, objective),
+        [program.row(index, limit) for index, limit in enumerate(allowed)],
+        program.shape,
+        lambda choice: [total_cost(factors, index, choice) > limit for index, limit in enumerate(allowed)],
+        lambda: InfeasibleError(limits, [cost_range(factors, index, *values.shape) for index in range(len(limits))]),
+    )
 
 
 class _Program:
@@ -178,39 +147,15 @@ class _Program:
             coefficients[first : first + table.size] += (table - table.min()).ravel()
         return coefficients
 
-    def row(self, limit: int, most: float) -> _Row:
-        """Return the constraint that a cost is at most `most`; on a lattice, between two of its possible values."""
-        extra = self.costs(limit)
+    def row(self, limit: int, most: float) -> Row:
+        """Return the constraint that a cost is at most `most`."""
         room = math.fsum([most, *(-float(factor.tables[limit].min()) for factor in self.factors)])
-        if step := lattice_step(extra):
-            weights, bound = np.rint(extra / step), math.floor(room / step) + 0.5
-            unit = max(magnitude_unit(weights), 1.0)
-            return _Row(weights / unit, bound / unit, True)
-        return _Row(extra / magnitude_unit(extra), room / magnitude_unit(extra), False)
-
-    def cut(self, choice: Sequence[int]) -> LinearConstraint:
-        """Exclude one choice."""
-        taken = np.zeros(self.shape)
-        taken[np.arange(self.shape[0]), list(choice)] = 1
-        return LinearConstraint(csr_array(self.of_decisions(taken).reshape(1, -1)), -np.inf, self.shape[0] - 1)
+        return Row.within(self.costs(limit), room)
 
     def solve(self, objective: Values, constraints: list[LinearConstraint], presolve: bool) -> OptimizeResult:
-        """Minimize; raises RuntimeError if HiGHS returns neither a solution nor a proof that there is none."""
-        result = milp(
-            objective / magnitude_unit(objective),
-            integrality=np.arange(self.size) < self.integers,
-            bounds=(0, 1),
-            constraints=[*self.structure, *constraints],
-            options={"mip_rel_gap": 0, "node_limit": MAX_NODES, "presolve": presolve},
-        )
-        if result.x is None and result.status != _INFEASIBLE:
-            raise RuntimeError(f"HiGHS found no solution: {result.message}")
-        return result
-
-    def choice(self, result: OptimizeResult) -> list[int]:
-        """Return one index per decision."""
-        choice: list[int] = result.x[: self.integers].reshape(self.shape).argmax(1).tolist()
-        return choice
+        """Minimize under further constraints."""
+        scaled = objective / magnitude_unit(objective)
+        return minimize(scaled, np.arange(self.size) < self.integers, [*self.structure, *constraints], presolve)
 
     def _one_each(self) -> LinearConstraint:
         rows = np.repeat(np.arange(self.shape[0]), self.shape[1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import LinearConstraint, milp
+from scipy.optimize import LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
 from quant.errors import UserError
@@ -83,53 +84,122 @@ def solve_assignment(
 
     gains = gains - gains.max(1, keepdims=True)
     objective = -gains.ravel() / magnitude_unit(gains)
-    rows = [_row(table, limit) for table, limit in zip(tables, limits, strict=True)]
-    weights, bounds, clear = [list(part) for part in zip(*rows, strict=True)]
     one_each = LinearConstraint(csr_array(np.kron(np.eye(len(gains)), np.ones(gains.shape[1]))), 1, 1)
-    cuts: list[LinearConstraint] = []
-    margin = 2 * FORGIVEN
+
+    def solve(constraints: list[LinearConstraint], presolve: bool) -> OptimizeResult:
+        return minimize(objective, np.ones(gains.size), [one_each, *constraints], presolve)
+
+    return solve_within(
+        solve,
+        [_row(table, limit) for table, limit in zip(tables, limits, strict=True)],
+        gains.shape,
+        lambda choice: [_total(table, choice) > limit for table, limit in zip(tables, limits, strict=True)],
+        lambda: infeasible,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A limit as HiGHS sees it."""
+
+    weights: NDArray[np.float64]
+    bound: float
+    clear: bool
+    """Whether the bound is clear of every possible sum: presolve is wrong if it is below one by less than HiGHS's
+    tolerance."""
+
+    @classmethod
+    def within(cls, extra: NDArray[np.float64], room: float) -> Row:
+        """Bound a sum of costs that count from the cheapest choice, because a large constant would hide differences.
+
+        Bits times integers lie on a lattice: its bound is moved to the middle between the last sum within the limit and
+        the next one.
+        """
+        if step := lattice_step(extra):
+            weights, bound = np.rint(extra / step), math.floor(room / step) + 0.5
+            unit = max(magnitude_unit(weights), 1.0)
+            return cls(weights / unit, bound / unit, True)
+        return cls(extra / magnitude_unit(extra), room / magnitude_unit(extra), False)
+
+    @property
+    def constraint(self) -> LinearConstraint:
+        """The limit as scipy takes it."""
+        return LinearConstraint(csr_array(self.weights.reshape(1, -1)), -np.inf, self.bound)
+
+    def lowered(self, by: float) -> Row:
+        """Return the limit, lower by `by`."""
+        return replace(self, bound=self.bound - by)
+
+
+def choice_of(result: OptimizeResult, shape: tuple[int, int]) -> list[int]:
+    """Return the choice, one index per decision, that the first variables of a result make."""
+    choice: list[int] = result.x[: shape[0] * shape[1]].reshape(shape).argmax(1).tolist()
+    return choice
+
+
+def minimize(
+    objective: NDArray[np.float64], integrality: NDArray[Any], constraints: list[LinearConstraint], presolve: bool
+) -> OptimizeResult:
+    """Run HiGHS on variables in [0, 1].
+
+    Raises:
+        RuntimeError: if it returns neither a solution nor a proof that there is none.
+    """
+    result = milp(
+        objective,
+        integrality=integrality,
+        bounds=(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 0, "node_limit": MAX_NODES, "presolve": presolve},
+    )
+    if result.x is None and result.status != _INFEASIBLE:
+        raise RuntimeError(f"HiGHS found no solution: {result.message}")
+    return result
+
+
+def solve_within(
+    solve: Callable[[list[LinearConstraint], bool], OptimizeResult],
+    rows: Sequence[Row],
+    shape: tuple[int, int],
+    over: Callable[[list[int]], Sequence[bool]],
+    infeasible: Callable[[], InfeasibleError],
+) -> list[int]:
+    """Return the best choice that is within its limits exactly, not only within HiGHS's tolerance.
+
+    Args:
+        solve: (constraints, whether to presolve) -> result; its first variables are the choices of the decisions.
+        rows: the limits.
+        shape: (decisions, choices).
+        over: choice -> whether it exceeds each limit.
+        infeasible: makes the error for limits that nothing meets.
+
+    Returns:
+        One index per decision.
+    """
+    rows, cuts, margin = list(rows), list[LinearConstraint](), 2 * FORGIVEN
     while True:
-        result = milp(
-            objective,
-            integrality=np.ones(gains.size),
-            bounds=(0, 1),
-            constraints=[one_each, *map(_at_most, weights, bounds), *cuts],
-            # Presolve is wrong if a bound is below a possible sum by less than HiGHS's tolerance.
-            options={"mip_rel_gap": 0, "node_limit": MAX_NODES, "presolve": all(clear)},
-        )
+        result = solve([*(row.constraint for row in rows), *cuts], all(row.clear for row in rows))
         if result.status == _INFEASIBLE:
-            raise infeasible
-        if result.x is None:
-            raise RuntimeError(f"HiGHS found no solution: {result.message}")
-        choice = result.x.reshape(gains.shape).argmax(1)
-        over = [_total(table, choice) > limit for table, limit in zip(tables, limits, strict=True)]
-        if not any(over):
+            raise infeasible()
+        choice = choice_of(result, shape)
+        exceeded = over(choice)
+        if not any(exceeded):
             if result.status != _OPTIMAL:
-                warnings.warn(f"the proof did not end: within {result.mip_gap:.1e} of the best value", stacklevel=2)
-            return choice.tolist()
+                warnings.warn(f"the proof did not end: within {result.mip_gap:.1e} of the best value", stacklevel=3)
+            return choice
         # Over a budget by less than HiGHS's tolerance.
         if len(cuts) < MAX_CUTS:
-            taken = np.zeros_like(gains)
-            taken[np.arange(len(gains)), choice] = 1
-            cuts.append(_at_most(taken, len(gains) - 1))
+            taken = np.zeros(len(result.x))
+            taken[np.arange(shape[0]) * shape[1] + choice] = 1
+            cuts.append(Row(taken, shape[0] - 1, True).constraint)
         else:  # Equal layers give too many such assignments, and their costs leave none just below the budget.
-            bounds = [bound - margin * exceeded for bound, exceeded in zip(bounds, over, strict=True)]
+            rows = [row.lowered(margin * one) for row, one in zip(rows, exceeded, strict=True)]
             margin *= 2
 
 
-def _row(table: Table, limit: float) -> tuple[Table, float, bool]:
-    """Return a budget's weights and bound for HiGHS, and whether the bound is clear of every possible sum.
-
-    Costs count from the cheapest choice, because a large constant would hide small differences. Bits times integers
-    lie on a lattice: its bound is moved to the middle between the last sum within the limit and the next one.
-    """
-    extra = table - table.min(1, keepdims=True)
-    room = limit - math.fsum(table.min(1))
-    if step := lattice_step(extra):
-        weights, bound = np.rint(extra / step), math.floor(room / step) + 0.5
-        unit = max(magnitude_unit(weights), 1.0)
-        return weights / unit, bound / unit, True
-    return extra / magnitude_unit(extra), room / magnitude_unit(extra), False
+def _row(table: Table, limit: float) -> Row:
+    """Return the limit on the sum of one entry per decision."""
+    return Row.within(table - table.min(1, keepdims=True), limit - math.fsum(table.min(1)))
 
 
 def lattice_step(extra: Table) -> float:
@@ -144,17 +214,12 @@ def lattice_step(extra: Table) -> float:
     return step if np.abs(extra - np.rint(extra / step) * step).max() <= ROUNDING * largest else 0.0
 
 
-def _at_most(weights: Table, limit: float) -> LinearConstraint:
-    """Bound the total weight of the chosen entries."""
-    return LinearConstraint(csr_array(weights.reshape(1, -1)), -np.inf, limit)
-
-
 def magnitude_unit(table: Table) -> float:
     """Return the divisor that makes MAGNITUDE the table's largest entry."""
     return float(np.abs(table).max()) / MAGNITUDE or 1.0
 
 
-def _total(table: Table, choice: NDArray[np.int64]) -> float:
+def _total(table: Table, choice: Sequence[int]) -> float:
     return math.fsum(table[np.arange(len(table)), choice])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.ticker import PercentFormatter
 
 from eval.report.canvas import INK, WIDTH, Canvas, Drawing, FormatStyle
-from eval.report.interactive import PATTERNS, Figure, escaped, layer_axis
+from eval.report.interactive import Figure, bar_marker, escaped, layer_axis
 from eval.report.labels import short_names
 from eval.report.plots import format_legend, where
 from eval.report.records import Run, sort_formats
@@ -88,10 +88,7 @@ def _bars(layers: Sequence[KeptLayer], formats: Sequence[str], palette: Mapping[
                 "y": rows,
                 "name": escaped(name),
                 "customdata": [layers[row].text for row in rows],
-                "marker": {
-                    "color": style.colour,
-                    "pattern": {"shape": PATTERNS[style.hatch], "fgcolor": INK, "solidity": 0.25},
-                },
+                "marker": bar_marker(style),
             }
         )
     return {

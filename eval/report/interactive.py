@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.report.canvas import COLOURS, HATCHES, FormatStyle, series_style
+from eval.report.canvas import COLOURS, HATCHES, INK, FormatStyle, series_style
 from eval.report.labels import short_names
 from eval.report.layers import NOT_MEASURED, Sensitivities, formats_by_layer, layer_texts
 from eval.report.pareto import Panel
@@ -121,6 +121,12 @@ def _some(texts: Sequence[str], most: int = 8) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def bar_marker(style: FormatStyle) -> Figure:
+    """Look of the bars of a format."""
+    pattern = {"shape": PATTERNS[style.hatch], "fgcolor": INK, "solidity": 0.25}
+    return {"color": style.colour, "pattern": pattern}
+
+
 def layer_bars(run: Run, sensitivities: Sensitivities, palette: Mapping[str, FormatStyle]) -> Figure:
     """A bar for each layer, as long as its format has bits; two bars where weights and activations differ."""
     assignment = run.record["assignment"]
@@ -132,7 +138,6 @@ def layer_bars(run: Run, sensitivities: Sensitivities, palette: Mapping[str, For
             style = palette[name]
             rows = [row for row, pair in enumerate(assignment.values()) if pair[side] == name]
             layers = list(assignment)
-            pattern = {"shape": PATTERNS[style.hatch], "fgcolor": "#1f2429", "solidity": 0.25}
             data.append(
                 {
                     "type": "bar",
@@ -142,7 +147,7 @@ def layer_bars(run: Run, sensitivities: Sensitivities, palette: Mapping[str, For
                     "name": escaped(name if len(sides) == 1 else f"{side_name} {name}"),
                     "offsetgroup": side_name,
                     "customdata": [texts[layers[row]] for row in rows],
-                    "marker": {"color": style.colour, "pattern": pattern},
+                    "marker": bar_marker(style),
                 }
             )
     return {

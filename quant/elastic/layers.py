@@ -33,6 +33,16 @@ class Elastic(nn.Module):
     size: Size
     """The chosen size."""
 
+    @property
+    def weight(self) -> Any:
+        """The part of the weight in use, or None."""
+        return self.stored("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The part of the bias in use, or None."""
+        return self.stored("bias")
+
     @classmethod
     def from_float(cls, layer: Any) -> Any:
         """Return an elastic layer at its full size that shares the parameters, buffers and settings of `layer`."""
@@ -75,18 +85,8 @@ class Elastic(nn.Module):
         return tensor if tensor is None or self.size == self.whole else self.part_of(name, tensor)
 
 
-class ElasticLinear(Elastic, nn.Linear):
+class ElasticLinear(Elastic, nn.Linear):  # type: ignore[override]
     """Linear layer that computes with its first input and output features."""
-
-    @property
-    def weight(self) -> Any:  # type: ignore[override]
-        """The weight in use, (out, in)."""
-        return self.stored("weight")
-
-    @property
-    def bias(self) -> Any:  # type: ignore[override]
-        """The bias in use, (out,), or None."""
-        return self.stored("bias")
 
     def own_size(self) -> Size:
         """See `Elastic.own_size`."""
@@ -101,7 +101,7 @@ class ElasticLinear(Elastic, nn.Linear):
         return tensor[: self.size.out, : self.size.read] if name == "weight" else tensor[: self.size.out]
 
 
-class ElasticConv2d(Elastic, nn.Conv2d):
+class ElasticConv2d(Elastic, nn.Conv2d):  # type: ignore[override]
     """Convolution that computes with its first channels and the centre of its square kernel.
 
     It is a plain or a depthwise convolution. The padding shrinks with the kernel, so outputs keep their height and
@@ -110,16 +110,6 @@ class ElasticConv2d(Elastic, nn.Conv2d):
 
     depthwise: bool
     whole_padding: Any
-
-    @property
-    def weight(self) -> Any:  # type: ignore[override]
-        """The weight in use, (out, in / groups, kernel, kernel)."""
-        return self.stored("weight")
-
-    @property
-    def bias(self) -> Any:  # type: ignore[override]
-        """The bias in use, (out,), or None."""
-        return self.stored("bias")
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d) -> Any:
@@ -176,18 +166,8 @@ class ElasticConv2d(Elastic, nn.Conv2d):
         return tensor[: self.size.out, : 1 if self.depthwise else self.size.read, height, width]
 
 
-class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
+class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):  # type: ignore[override]
     """Batch norm of the first channels; the statistics of the others stay as they are."""
-
-    @property
-    def weight(self) -> Any:  # type: ignore[override]
-        """The scales in use, or None."""
-        return self.stored("weight")
-
-    @property
-    def bias(self) -> Any:  # type: ignore[override]
-        """The shifts in use, or None."""
-        return self.stored("bias")
 
     @property
     def running_mean(self) -> Any:  # type: ignore[override]

@@ -13,7 +13,7 @@ from policy.joint_budget import JointBudget
 from policy.solve import InfeasibleError, Table, solve_assignment
 from quant.errors import UserError
 from trainer.search.config import ReinforceConfig
-from trainer.search.sensitivity import PRIOR_ENTROPY, at_cost, entropy
+from trainer.search.sensitivity import at_cost, entropy, prior_temperature
 
 
 def check_joint(config: ReinforceConfig) -> None:
@@ -41,15 +41,7 @@ def joint_prior(sensitivity: Table, budget: JointBudget) -> tuple[Tensor, Tensor
     """
     formats, choices = sensitivity.shape
     architecture = np.zeros((len(budget.tables[0]) - formats, choices))
-    wanted = PRIOR_ENTROPY * np.log(choices) * formats
-    spread = float(np.median(sensitivity.max(axis=1) - sensitivity.min(axis=1))) or 1.0
-    coldest, hottest = spread * 1e-4, spread * 1e4
-    for _ in range(60):  # entropy grows with the temperature
-        temperature = np.sqrt(coldest * hottest)
-        if entropy(-sensitivity / temperature) < wanted:
-            coldest = temperature
-        else:
-            hottest = temperature
+    temperature = prior_temperature(sensitivity, entropy)
     logits, pressure = at_cost(np.concatenate([-sensitivity / temperature, architecture]), budget)
     return torch.from_numpy(logits), torch.from_numpy(-pressure)
 

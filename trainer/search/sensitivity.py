@@ -239,17 +239,28 @@ def sensitivity_prior(sensitivity: Table, budget: Budget) -> tuple[Tensor, Tenso
     Returns:
         The logits, and the part of them that is cost pressure, each float64 (decisions, choices).
     """
+    temperature = prior_temperature(sensitivity, lambda logits: entropy(at_cost(logits, budget)[0]))
+    logits, pressure = at_cost(-sensitivity / temperature, budget)
+    return torch.from_numpy(logits), torch.from_numpy(-pressure)
+
+
+def prior_temperature(sensitivity: Table, entropy_of: Callable[[Table], float]) -> float:
+    """Return the temperature at which the logits -sensitivity / temperature have the entropy that `PRIOR_ENTROPY` asks.
+
+    Args:
+        sensitivity: degradation from each choice alone, (decisions, choices).
+        entropy_of: logits -> entropy of the policy that starts from them.
+    """
     spread = float(np.median(sensitivity.max(axis=1) - sensitivity.min(axis=1))) or 1.0
     wanted = PRIOR_ENTROPY * np.log(sensitivity.shape[1]) * len(sensitivity)
     coldest, hottest = spread * 1e-4, spread * 1e4
     for _ in range(60):  # entropy grows with the temperature
         temperature = np.sqrt(coldest * hottest)
-        logits, pressure = at_cost(-sensitivity / temperature, budget)
-        if entropy(logits) < wanted:
+        if entropy_of(-sensitivity / temperature) < wanted:
             coldest = temperature
         else:
             hottest = temperature
-    return torch.from_numpy(logits), torch.from_numpy(-pressure)
+    return float(temperature)
 
 
 def at_cost(logits: Table, budget: Budget) -> tuple[Table, Table]:
