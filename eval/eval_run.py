@@ -206,8 +206,8 @@ def write_result(
 
     answers: dict[str, dict[str, list[Any]]] = {}
     if trainer.architecture:
-        record = record | searched_architecture(plan, trainer)
-        plan, modules = chosen_plan(plan), dict(trainer.modules)
+        whole, plan, modules = plan, chosen_plan(plan), dict(trainer.modules)
+        record = record | searched_architecture(whole, plan, trainer.architecture)
     assignment = final_assignment(plan, trainer)
     if plan.config.cost_scope == "file":
         halve_rest(trainer.model, modules)

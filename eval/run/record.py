@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from eval.config.run_config import RunConfig
 from eval.run.architecture import described
-from eval.run.chosen_architecture import chosen_plan
 from eval.run.limits import limits_of
 from eval.run.outcome import (
     architecture_lines,
@@ -35,7 +34,6 @@ LOSS_ROSE = "the loss ended far above where it started, so training harmed the m
 if TYPE_CHECKING:  # importing torch takes seconds; flags are checked without it
     from cost.profile import LayerProfile
     from quant.quant_module import Reach
-    from trainer.reinforce_trainer import ReinforceTrainer
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 DISTRIBUTION = "mpq-search"
@@ -78,15 +76,20 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def searched_architecture(plan: Plan, trainer: ReinforceTrainer) -> dict[str, Any]:
-    """Return the entries of the record on a search of architecture: its choices, its range of costs, what is left."""
-    small = chosen_plan(plan)
-    joint = space_of(plan, "layer").cost_range(plan.profiles, plan.config.cost_type)  # type: ignore[arg-type]
+def searched_architecture(whole: Plan, small: Plan, architecture: Mapping[str, str]) -> dict[str, Any]:
+    """Return the entries of the record on a search of architecture: its choices, its range of costs, what is left.
+
+    Args:
+        whole: Plan of the elastic model.
+        small: Plan of the chosen one.
+        architecture: Decision -> its choice.
+    """
+    joint = space_of(whole, "layer").cost_range(whole.profiles, whole.config.cost_type)  # type: ignore[arg-type]
     return {
-        "architecture": trainer.architecture,
+        "architecture": architecture,
         "cost_range": list(joint),
         "layers": [layer_entry(profile) for profile in small.profiles],
-        "whole_layers": [layer_entry(profile) for profile in plan.profiles],
+        "whole_layers": [layer_entry(profile) for profile in whole.profiles],
     }
 
 
