@@ -16,7 +16,7 @@ from quant.formats import BlockFormat, FloatFormat, FloatOff, Format, GroupForma
 from quant.kernels.block_formats import FakeQuantizeBlocks
 from quant.kernels.dispatch import kernels, use_compiled
 from quant.kernels.eager import Operands, round_to_grid, rounding_params
-from quant.kernels.groups import FakeQuantizeGroups, half_scale, scale_shape
+from quant.kernels.groups import FakeQuantizeGroups, scale_shape
 
 __all__ = [
     "MIN_LEARNED_SCALE",
@@ -104,7 +104,7 @@ def fake_quantize(
         shape = scale_shape(x.shape, format.size, dim)
         shift = None if zero_point is None else torch.as_tensor(zero_point, device=x.device).expand(shape)
         params = rounding_params(format.element, shift, grid, x.device)
-        return FakeQuantizeGroups.apply(x, half_scale(factor).expand(shape), params, format.size, dim, gradient_scale)
+        return FakeQuantizeGroups.apply(x, factor.expand(shape), params, format.size, dim, gradient_scale)
     shift = None
     if zero_point is not None:
         factor, shift = torch.broadcast_tensors(factor, torch.as_tensor(zero_point, device=x.device))

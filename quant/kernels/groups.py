@@ -21,6 +21,8 @@ MOST_SCALE = 65504.0
 
 def to_rows(x: Tensor, dim: int | None) -> Tensor:
     """Reshape x to (rows, K), where K is the axis `dim`; None: all axes but the first."""
+    if x.dim() == 2 and dim in (None, 1, -1):
+        return x
     return x.reshape(x.shape[0], -1) if dim is None else x.movedim(dim, -1).reshape(-1, x.shape[dim])
 
 
@@ -90,10 +92,14 @@ def join_groups(parts: Sequence[Tensor], count: int) -> Tensor:
     return torch.cat([part.reshape(count, -1) for part in parts], dim=1)
 
 
+def _half(scale: Tensor) -> Tensor:
+    return scale.clamp(LEAST_SCALE, MOST_SCALE).half().float()
+
+
 class _Half(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor) -> Tensor:
-        return scale.clamp(LEAST_SCALE, MOST_SCALE).half().float()
+        return _half(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -110,13 +116,14 @@ def half_scale(scale: Tensor) -> Tensor:
 
 
 class FakeQuantizeGroups(torch.autograd.Function):
-    """Fake quantization in groups, with the straight-through gradient of x and LSQ's of the scales."""
+    """Fake quantization in groups with fp16 scales, with the straight-through gradient of x and LSQ's of the scales."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, params: Tensor, size: int, dim: int | None, gradient_scale: float
     ) -> Tensor:
-        """Round x; see `round_in_groups`."""
+        """Round x with the scale rounded to fp16; see `round_in_groups`."""
+        scale = _half(scale)
         ctx.save_for_backward(x, scale, params)
         ctx.size, ctx.dim, ctx.gradient_scale = size, dim, gradient_scale
         return round_in_groups(x, scale, params, size, dim)
@@ -188,11 +195,13 @@ def _operands(x: Tensor, scale: Tensor, params: Tensor, size: int, dim: int | No
 
 def _like(x: Tensor, rows: Tensor, dim: int | None) -> Tensor:
     """Return rows (rows, K) in the shape and memory order of x."""
+    if rows.shape == x.shape and rows.stride() == x.stride():
+        return rows.data  # a view cannot be changed in place
     values = from_rows(rows, x.shape, dim)
     order = torch.empty_like(x, device="meta").stride()  # of a copy of x; allocating one takes longer than rounding
     if values.stride() != order:
         values = torch.empty_strided(x.shape, order, dtype=values.dtype, device=x.device).copy_(values)
-    return values.data  # a view cannot be changed in place
+    return values.data
 
 
 def emulate_groups(x: Tensor, scale: Tensor, params: Tensor, size: int, dim: int | None) -> Tensor:

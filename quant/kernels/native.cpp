@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -118,6 +119,7 @@ struct Runs {
     int64_t in_row() const { return (length + inner - 1) / inner; }
     int64_t count() const { return outer * groups; }
     int64_t elements() const { return count() / in_row() * length; }
+    bool short_and_equal() const { return inner > 1 && inner <= CHUNK && length % inner == 0; }
     int64_t start(int64_t run) const { return run / in_row() * length + run % in_row() * inner; }
     int64_t size(int64_t run) const {
         const int64_t left = length - run % in_row() * inner;
@@ -154,8 +156,32 @@ template <typename Work> INLINE int32_t for_runs(Runs runs, int threads, Work wo
     return result;
 }
 
+/* Calls work(run, offset, size, group) for runs that are `short_and_equal`. The compiler knows the size of the usual
+   groups, and then unrolls the loops over them. No division within the loop: it takes as long as a short run. */
+template <typename Work> INLINE void for_equal_runs(Runs runs, int threads, Work work) {
+    auto call = [&](auto size) {
+        const int64_t count = runs.count(), together = CHUNK / size;
+#pragma omp parallel for num_threads(threads) if (count > together)
+        for (int64_t first = 0; first < count; first += together)
+            for (int64_t k = first, group = first % runs.groups; k < first + together && k < count; k++) {
+                work(k, k * size, size, group);
+                group = group + 1 < runs.groups ? group + 1 : 0;
+            }
+    };
+    if (runs.inner == 32) call(std::integral_constant<int64_t, 32>());
+    else if (runs.inner == 64) call(std::integral_constant<int64_t, 64>());
+    else if (runs.inner == 128) call(std::integral_constant<int64_t, 128>());
+    else call(runs.inner);
+}
+
 template <typename T>
 void round_all(const T *x, T *out, Scales scales, Params params, Runs runs, int threads) {
+    if (runs.short_and_equal()) {
+        for_equal_runs(runs, threads, [&](int64_t, int64_t a, auto size, int64_t group) __attribute__((always_inline)) {
+            round_run<false, false>(x + a, out + a, size, scales, params, group);
+        });
+        return;
+    }
     for_runs(runs, threads, [&](int64_t a, int64_t size, int64_t group) {
         if (runs.inner > 1) round_run<false, false>(x + a, out + a, size, scales, params, group);
         else if (params.step) round_run<true, true>(x + a, out + a, size, scales, params, group);
@@ -195,6 +221,13 @@ int codes_all(const T *x, uint8_t *out, Scales scales, const float *params, floa
 template <bool learned, bool again, typename T>
 void gradients_of_runs(const T *grad, const T *x, T *dx, T *out, Scales scales, Params params, Runs runs, float *dscale,
                        int threads) {
+    if (runs.short_and_equal() && runs.outer == 1) {
+        for_equal_runs(runs, threads, [&](int64_t k, int64_t a, auto size, int64_t group) __attribute__((always_inline)) {
+            gradient_run<false, false, learned, again>(grad + a, x + a, dx + a, again ? out + a : out, size, scales,
+                                                       params, group, learned ? dscale + k : nullptr);
+        });
+        return;
+    }
     const int64_t pieces = (runs.inner + CHUNK - 1) / CHUNK, tasks = runs.count() * pieces;
     const int64_t together = runs.inner < CHUNK ? CHUNK / runs.inner : 1;
     std::vector<float> sums(learned ? tasks : 0);
