@@ -30,6 +30,9 @@ def allocator(method: str, evaluator: AssignmentEvaluator, seed: int) -> Callabl
         method: one of `policy.allocators.Allocator`.
         evaluator: model, layers and held-out data.
         seed: seed of random choices and random vectors.
+
+    Raises:
+        ValueError: The method is none of them.
     """
     match method:
         case "uniform":
@@ -42,7 +45,9 @@ def allocator(method: str, evaluator: AssignmentEvaluator, seed: int) -> Callabl
             return partial(greedy, evaluator.measure("errors").mean)
         case "exhaustive":
             return partial(_best_of_all, evaluator)
-    return partial(least_degradation, sensitivities(method, evaluator, seed))
+        case "measured" | "fisher" | "hawq_v2" | "qbert":
+            return partial(least_degradation, sensitivities(method, evaluator, seed))
+    raise ValueError(f"no allocator is called {method!r}")
 
 
 def _best_of_all(evaluator: AssignmentEvaluator, budget: Budget) -> list[int]:
