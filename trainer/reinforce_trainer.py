@@ -74,6 +74,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         on_step: called with each entry of the history.
         calibration_samples: training examples for calibration; None: 8 batches.
         after_calibration: called with the trainer once ranges are calibrated.
+        caches: attention layer -> formats that its cached keys and values may take; None: caches stay in float.
         rounding: rounds the weights by reconstruction. Without steps (`max_steps=0`), for the assignment of each
             target; else once before the first step, for the given assignment or the choice that a search starts from
             (of several targets, the largest).
