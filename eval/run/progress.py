@@ -23,6 +23,8 @@ WRITE_SECONDS = 1.0
 """Minimum interval between two writes of the file within one phase."""
 LINE_SECONDS = 20.0
 """Interval between two lines of one phase without a terminal."""
+PART_SECONDS = {"rounding": 1.0}
+"""Interval for phases whose parts, blocks of a model, get a line each if they take that long."""
 LONG_SECONDS = 5.0
 """Time left from which a phase gets a line as soon as the time left can be estimated."""
 MIN_DONE, MIN_SECONDS = 3, 2.0
@@ -111,7 +113,8 @@ class RunProgress:
 
     def _worth_a_line(self, now: float) -> bool:
         first_estimate = self._printed == self._began and (self._left() or 0) >= LONG_SECONDS
-        return self._phase != TRAINING and (first_estimate or now - self._printed >= LINE_SECONDS)
+        interval = PART_SECONDS.get(self._phase, LINE_SECONDS)
+        return self._phase != TRAINING and (first_estimate or now - self._printed >= interval)
 
     def _write(self, path: Path) -> None:
         temporary = path.with_suffix(".tmp")

@@ -35,6 +35,22 @@ def test_a_phase_prints_lines_at_its_start_with_its_first_estimate_and_at_interv
     ]
 
 
+def test_rounding_prints_a_line_a_block_that_takes_a_second_or_more(monkeypatch):
+    now, file = clock(monkeypatch), io.StringIO()
+    progress = RunProgress(make_console(file))
+    with progress.shown():
+        progress("rounding", 0, 4)
+        for block, seconds in enumerate([6, 6, 0.2, 6], start=1):
+            now[0] += seconds
+            progress("rounding", block, 4, f"block {block} of 4")
+    assert file.getvalue().splitlines() == [
+        "rounding",
+        "rounding: block 1 of 4",
+        "rounding: block 2 of 4",
+        "rounding: block 4 of 4",
+    ]
+
+
 def test_a_terminal_shows_a_live_line_below_the_logged_values(monkeypatch):
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80)
