@@ -5,6 +5,7 @@
 A search step is its training part: draw an assignment, switch the formats, forward, backward, optimizer step. `reward`
 is the whole of it, as a search does it by default: besides, two draws, each a forward pass without gradients on a
 quarter of a batch, and a policy step.
+`joint` is a search step of formats and architecture: inner widths of 0.5, 0.75 and 1, the number of blocks in a stage.
 `compiled` is the float model under torch.compile. The methods take turns, step by step, so that a drift of the
 machine's speed meets all of them; the ratios are medians over rounds. Peak memory is a process of its own for each
 method: the most that was resident, less what was before training.
@@ -33,10 +34,12 @@ from eval.modeling.vision_nets import CifarResNet, ImageClassifier
 from policy.reinforce import Reinforce
 from policy.simple_policy import SimplePolicy
 from quant.convert import calibrate, quantize_model, rounded_weights_cached, set_formats
+from quant.elastic.net import ElasticNet
 from quant.formats import IntFormat
 from quant.quant_utils import use_compiled
 
-METHODS = ("float", "compiled", "uniform", "search", "reward")
+METHODS = ("float", "compiled", "uniform", "search", "reward", "joint")
+WIDTHS, DEPTHS = (0.5, 0.75, 1.0), (1, 2)
 MODELS = ("resnet20", "resnet18", "bert6x384", "gpt2")
 FORMATS = (IntFormat(2), IntFormat(4), IntFormat(8))
 REWARD_DRAWS, REWARD_SHARE = 2, 0.25
@@ -90,7 +93,8 @@ def make_step(
     """A function that trains one step. autocast: in bfloat16."""
     model, batch, make_optimizer = model_and_batch(name, shrunk)
     model, batch = model.to(device).train(), {key: value.to(device) for key, value in batch.items()}
-    searches = method in ("search", "reward")
+    searches = method in ("search", "reward", "joint")
+    net = ElasticNet(model, batch, WIDTHS, depths=DEPTHS) if method == "joint" else None
     modules = {}
     if method not in ("float", "compiled"):
         modules = quantize_model(model, formats=FORMATS if searches else FORMATS[1:2])
@@ -105,6 +109,8 @@ def make_step(
 
     def draw() -> torch.Tensor:
         choice = policy.sample(generator)
+        if net is not None:
+            net.set([int(torch.randint(len(d.choices), (), generator=generator)) for d in net.decisions])
         drawn = (FORMATS[index] for index in choice.tolist())
         set_formats(modules, {name: (f, f) for name, f in zip(modules, drawn, strict=True)})
         return choice

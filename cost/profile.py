@@ -76,6 +76,11 @@ class LayerProfile:
     """Engine whose file the weights are charged in (`quant.engines.table`); None: by their formats alone."""
 
 
+def macs_share(sized: LayerProfile, whole: LayerProfile) -> float:
+    """Return the multiply-accumulates of a narrower layer over those of the whole one, in [0, 1]."""
+    return sized.macs / whole.macs if whole.macs else 1.0
+
+
 def profile_model(
     model: nn.Module,
     example_inputs: ExampleInputs,

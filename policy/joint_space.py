@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cost.cost import COSTS
-from cost.profile import LayerProfile
+from cost.profile import LayerProfile, macs_share
 from cost.units import CostType
 from policy.budget import Limit
 from policy.factors import Factor, cost_range
@@ -120,15 +120,11 @@ class JointSpace(SearchSpace):
             profiles: Profiles of the layers of the whole model.
             cost_type: The run's own cost.
             target: Limit on it.
-            limits: Hard limits on memory and compute.
-
-        Raises:
-            UserError: For a limit on another cost, which is not known for smaller layers.
+            limits: Hard limits. Other costs than memory and compute, such as a measured latency, are known for whole
+                layers; a smaller one is charged its share of the multiply-accumulates.
         """
-        if other := next((limit.name for limit in limits if limit.name not in COSTS), None):
-            raise UserError(f"a limit on {other} needs a cost for every size of a layer: memory and compute have one")
-        kinds = [cost_type, *(limit.name for limit in limits)]
-        factors = self.factors(profiles, [layer_cost(kind) for kind in kinds])  # type: ignore[arg-type]
+        costs = [layer_cost(cost_type), *(_limit_cost(limit, profiles) for limit in limits)]
+        factors = self.factors(profiles, costs)
         values = [target, *(limit.value for limit in limits)]
         return JointBudget.within(factors, values, self.num_decisions, self.num_choices)
 
@@ -140,6 +136,13 @@ class JointSpace(SearchSpace):
 def layer_cost(cost_type: CostType) -> LayerCost:
     """Return the cost of one layer in MiB or GBOPs."""
     return lambda profile, pair: COSTS[cost_type]([profile], {profile.name: pair})
+
+
+def _limit_cost(limit: Limit, profiles: Sequence[LayerProfile]) -> LayerCost:
+    if limit.name in COSTS:
+        return layer_cost(limit.name)  # type: ignore[arg-type]
+    whole = {profile.name: profile for profile in profiles}
+    return lambda sized, pair: limit.of(sized.name, pair) * macs_share(sized, whole[sized.name])
 
 
 def sized_profile(profile: LayerProfile, net: ElasticNet, structure: Sequence[int]) -> LayerProfile | None:

@@ -14,7 +14,6 @@ T = TypeVar("T", int, float)
 ALONE = {
     "engine": "the table of what engines store knows no sizes",
     "max_drop": "the budget of an architecture is a cost",
-    "max_latency": "latencies of smaller layers are not in the table",
     "quantize_kv_cache": "caches are no layers of the architecture",
     "charge_attention": "products of activations belong to no single layer",
     **dict.fromkeys(("rotate", "gamma_migration", "smooth_quant"), "it ties the channels of layers to each other"),

@@ -17,7 +17,7 @@ def chosen_plan(plan: Plan) -> Plan:
     present = {name for name, _ in plan.bundle.model.named_modules()}
     layers = [name for name in plan.layers if name in present]
     profiles = profile_model(plan.bundle.model, plan.prepared.example_inputs, layers)
-    return replace(plan, layers=layers, profiles=profiles, architecture=None)
+    return replace(plan, layers=layers, profiles=profiles, architecture=None, whole_profiles=plan.profiles)
 
 
 def extracted(plan: Plan, structure: Sequence[int]) -> Plan:

@@ -22,13 +22,22 @@ LIMIT_FLAGS = {"memory": "--max_memory", "compute": "--max_compute", "latency": 
 """Name of a limit -> the flag that sets its value."""
 
 
-def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit]:
+def limits_of(
+    config: RunConfig, profiles: Sequence[LayerProfile], whole_profiles: Sequence[LayerProfile] = ()
+) -> list[Limit]:
     """Return the limits that the flags set.
+
+    Args:
+        config: Flags of the run.
+        profiles: Profiles of the layers.
+        whole_profiles: If a search of architecture has made layers smaller: their profiles before. The table of
+            latencies is of these; a smaller layer is charged its share of the multiply-accumulates.
 
     Raises:
         UserError: The latency table is not readable or lacks an entry.
     """
     from cost.cost import COSTS
+    from cost.profile import macs_share
     from cost.units import UNITS
     from policy.budget import Limit
 
@@ -41,12 +50,14 @@ def limits_of(config: RunConfig, profiles: Sequence[LayerProfile]) -> list[Limit
     if config.max_latency is not None:
         assert config.latency_target is not None
         measured = read_latencies(Path(config.max_latency))
+        whole = {profile.name: profile for profile in whole_profiles}
 
         def latency(layer: str, pair: tuple[Format, Format]) -> float:
             if (layer, *pair) not in measured:
                 formats = f"{pair[0]}/{pair[1]}"
                 raise UserError(f"--max_latency {config.max_latency}: no line for {layer} in {formats}; measure it")
-            return measured[layer, *pair]
+            share = macs_share(by_name[layer], whole[layer]) if layer in whole else 1.0
+            return measured[layer, *pair] * share
 
         limits.append(Limit("latency", "ms", config.latency_target, latency))
     return limits

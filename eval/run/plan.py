@@ -50,6 +50,8 @@ class Plan:
     """With --fuse_groups, --fuse_experts: the finest partition that keeps each fused group together."""
     architecture: ElasticNet | None = None
     """With --architecture_space: the decisions about the model, which is elastic."""
+    whole_profiles: list[LayerProfile] = field(default_factory=list)
+    """After a search of architecture: profiles of the layers before they were made smaller."""
 
     @property
     def compute_metrics(self) -> Any:

@@ -133,7 +133,7 @@ def costs_of(
         "cost_range": list(space.cost_range(plan.profiles, cost_type)),
         "limits": [
             {"name": limit.name, "unit": limit.unit, "limit": limit.value, "value": limit.total(assignment)}
-            for limit in (limits_of(config, plan.profiles) if config.chooses else ())
+            for limit in (limits_of(config, plan.profiles, plan.whole_profiles) if config.chooses else ())
         ],
         "costs": {
             **costs,

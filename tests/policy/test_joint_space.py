@@ -94,10 +94,23 @@ def test_the_last_choice_of_a_short_decision_is_repeated():
     assert space.structure([0, 0, 0, 2, 0]) == [1, 0]
 
 
-def test_what_has_no_cost_for_a_smaller_layer_is_refused():
+def test_a_measured_cost_of_a_smaller_layer_is_its_share_of_the_multiplications():
+    space, profiles, modules = joint(model=residual(), kernels=(1, 3), depths=(1, 2))
+    times = {profile.name: 1.0 + index for index, profile in enumerate(profiles)}
+    limit = Limit("latency", "ms", 5.0, lambda layer, pair: times[layer] * pair[0].bits)
+    budget = space.budget(profiles, "compute", 1.0, [limit])
+    macs = {profile.name: profile.macs for profile in profiles}
+    for choice in ([0] * space.num_decisions, [space.num_choices - 1] * space.num_decisions):
+        space.apply(modules, choice)
+        assignment = space.assignment(choice)
+        sized = profile_model(space.net.model, X, {name: modules[name] for name in assignment})
+        bits = {name: pair[0].bits for name, pair in assignment.items()}
+        expected = sum(times[one.name] * bits[one.name] * one.macs / macs[one.name] for one in sized)
+        assert budget.costs(choice)[1] == pytest.approx(expected, rel=1e-14)
+
+
+def test_weights_in_groups_are_refused():
     space, profiles, _ = joint()
-    with pytest.raises(UserError, match="latency"):
-        space.budget(profiles, "compute", 1.0, [Limit("latency", "ms", 1.0, lambda layer, pair: 0.0)])
     model = chain()
     net = ElasticNet(model, X, widths=(0.5, 1))
     with pytest.raises(UserError, match="int4g32"):
