@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.engines import onnx_runtime, ratios
+from benchmarks.engine_calls import onnx_runtime
+from benchmarks.engines import ratios
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.export.onnx.export import trace, write_onnx
 from quant.formats import FLOAT, parse_format

@@ -12,7 +12,7 @@ from cost.units import CostType
 from quant.convert import Assignment
 from quant.engines.table import ENGINES
 from quant.errors import UserError
-from quant.formats import FLOAT, BlockFormat, Format, GroupFormat, IntFormat, parse_format, values_per_scale
+from quant.formats import FLOAT, BlockFormat, Format, GroupFormat, IntFormat, bits_in_rows, parse_format
 
 MIB_BITS = 8 * 2**20
 
@@ -80,8 +80,12 @@ def cost_of_bits(profiles: Sequence[LayerProfile], bits: Sequence[tuple[float, f
 
 
 def charged_bits(profile: LayerProfile, weight: Format) -> float:
-    """Return the bits that a layer's weights are charged in a format: those in the file of its engine."""
-    return weight.bits if profile.engine is None else ENGINES[profile.engine].weight_bits(weight)
+    """Return the bits that a layer's weights are charged in a format: those in the file of its engine.
+
+    The last group or block of a row may be short, and is charged a whole scale.
+    """
+    bits = weight.bits if profile.engine is None else ENGINES[profile.engine].weight_bits(weight)
+    return bits_in_rows(bits, weight, profile.params // profile.channels) if profile.channels else bits
 
 
 def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, per_channel: bool = True) -> float:
@@ -243,7 +247,7 @@ def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tupl
 
 def _range_bytes(share: FileShare, weight: Format, activation: Format) -> float:
     """Return the bytes of a layer's scales and zero points that are not part of its formats' bits."""
-    total = _scale_bytes(weight, share.scales) + _short_block_bytes(share, weight)
+    total: float = _scale_bytes(weight, share.scales)
     if share.zero_points and isinstance(weight, IntFormat):
         total += 2 * share.scales
     if share.input_range:
@@ -251,15 +255,6 @@ def _range_bytes(share: FileShare, weight: Format, activation: Format) -> float:
         if isinstance(activation, IntFormat):
             total += 1 if activation.width <= 8 else 2
     return total
-
-
-def _short_block_bytes(share: FileShare, weight: Format) -> float:
-    """Return the bytes that blocks or groups take because the last one of a row is short, but has a whole scale."""
-    size = values_per_scale(weight)
-    if size is None or not isinstance(weight, BlockFormat | GroupFormat):
-        return 0
-    scale_bits = (weight.bits - weight.element.bits) * size
-    return share.rows * (math.ceil(share.row / size) - share.row / size) * scale_bits / 8
 
 
 def _scale_bytes(fmt: Format, scales: int) -> int:

@@ -43,8 +43,6 @@ def charge_file(
                 scales_of(profile, per_channel),
                 zero_points,
                 input_ranges and profile.kind != "embedding",
-                rows=profile.channels,
-                row=profile.params // profile.channels,
                 rest=0 if place else rest,
             ),
         )

@@ -41,9 +41,6 @@ class FileShare:
     """Whether integer weights have a zero point, in int16, beside each scale."""
     input_range: bool = True
     """Whether the file holds the range of the input: a scale in float32 and, for integers, a zero point."""
-    rows: int = 0
-    row: int = 0
-    """Rows of the weight and values in each: bits of formats with blocks or groups suppose whole ones."""
     rest: int = 0
     """16-bit numbers of the model outside of its layers, charged to one of them so that costs stay additive."""
 

@@ -7,6 +7,7 @@ Sources: OCP MX v1.0 (block formats, FP8, FP6, FP4), IEEE 754 (fp16), bfloat16, 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -383,6 +384,21 @@ def values_per_scale(format: Format) -> int | None:
     if isinstance(format, GroupFormat):
         return format.size
     return format.block_size if isinstance(format, BlockFormat) else None
+
+
+def bits_in_rows(bits: float, format: Format, row: int) -> float:
+    """Return the bits of a value in rows whose last group or block may be short: it has a whole scale nevertheless.
+
+    Args:
+        bits: Bits of a value in whole groups or blocks, with its share of their scale.
+        format: The format that these bits are of.
+        row: Values in a row.
+    """
+    size = values_per_scale(format)
+    if size is None or row % size == 0:
+        return bits
+    assert isinstance(format, BlockFormat | GroupFormat)
+    return format.element.bits + (bits - format.element.bits) * size * math.ceil(row / size) / row
 
 
 def activation_format(format: Format) -> Format:

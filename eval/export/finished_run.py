@@ -18,7 +18,7 @@ from quant.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from cost.profile import LayerProfile
+    from cost.profile import FileShare, LayerProfile
     from eval.config.run_config import RunConfig
     from eval.modeling.inputs import ModelInputs
     from eval.run.plan import Plan
@@ -42,7 +42,7 @@ class FinishedRun:
     round_outputs: bool | None = None
     """ONNX only: also quantize the outputs of convolutions to 8 bits; None: where the metric allows it."""
     round_embeddings: bool = True
-    """ONNX only: store embeddings of text models that have no format in int8, with a scale per row."""
+    """ONNX only: store embeddings of text models that have no format in 4 or 8 bits."""
 
     @cached_property
     def config(self) -> RunConfig:
@@ -123,20 +123,30 @@ class FinishedRun:
         Raises:
             UserError: The run charges attention, and the export is not evaluated.
         """
-        from cost.profile import FileShare, LayerProfile
+        from cost.profile import LayerProfile, channels_of, experts_of
 
         if evaluated:
             return self.plan.profiles
         if self.config.charge_attention:
             raise UserError("--no_evaluate: this run charges attention, whose share only its model and data tell")
+        channels = {name: channels_of(module) * experts_of(module) for name, module in self.modules.items()}
         return [
             LayerProfile(
-                *(layer["name"], layer["macs"], layer["params"], 0, 0, layer.get("kind", ""), 1),
-                file=FileShare(**layer["file"]) if "file" in layer else None,
+                *(layer["name"], layer["macs"], layer["params"], 0),
+                *(channels.get(layer["name"], 0), layer.get("kind", ""), 1),
+                file=_share_of(layer),
                 engine=self.record.get("engine"),
             )
             for layer in self.record["layers"]
         ]
+
+
+def _share_of(layer: dict[str, Any]) -> FileShare | None:
+    """Return what a layer of a record takes in a packed file; older records hold more numbers of it."""
+    from cost.profile import FileShare
+
+    known = {key: value for key, value in layer.get("file", {}).items() if key in FileShare.__dataclass_fields__}
+    return FileShare(**known) if known else None
 
 
 def finished_run(folder: Path, data_dir: str | None = None) -> FinishedRun:

@@ -135,7 +135,10 @@ ROUND_OUTPUTS = (
     "onnx: what convolutions return is rounded to 8 bits too: ONNX Runtime computes in integers; default: where the "
     "metric on training examples stays within 0.2 points"
 )
-ROUND_EMBEDDINGS = "onnx: embeddings of text models without a format are stored in int8, a scale per row; the default"
+ROUND_EMBEDDINGS = (
+    "onnx: embeddings of text models without a format are stored in int4g32 where the metric on training examples "
+    "stays within 0.2 points, else in int8 with a scale per row; the default"
+)
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -147,16 +150,16 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
     """
     from eval.export.onnx_inputs import describe_inputs, example, write_float
     from eval.export.onnx_outputs import write_file
+    from eval.export.onnx_tables import format_of_tables
     from eval.export.onnx_timing import latencies
     from quant.export.onnx.export import onnx_sizes, trace
     from quant.export.tables import rounded_tables
-    from quant.formats import IntFormat
 
     if (kind := run.plan.data.kind) == "summary":
         raise UserError(f"--format onnx: a {kind} model writes; choose packed")
     refuse_caches(run, "onnx")
     inputs, modules = example(run), run.modules
-    of_tables = IntFormat(8) if run.inputs.pixels is None and run.round_embeddings else None
+    of_tables, why = format_of_tables(run)
     with rounded_tables(run.model, of_tables) as tables:
         traced = trace(run.model, {**modules, **tables}, inputs)
         stored, notes, facts = write_file(run, folder / ONNX, traced, {**modules, **tables})
@@ -175,8 +178,7 @@ def write_onnx(run: FinishedRun, folder: Path) -> Written:
     if own > plain:
         note += f"; {advice(run)}"
     if tables:
-        notes = (*notes, f"embeddings without a format of their own are stored in {of_tables}, a scale per row: "
-                 f"{', '.join(tables)}; --no_round_embeddings leaves them in float")  # fmt: skip
+        notes = (*notes, why)
     facts = {"float_onnx_bytes": float_bytes, "latency_ms": own, "float_latency_ms": plain, **facts}
     weight_bytes = sizes["codes"] + sizes["block_scales"] + sizes["float_weights"]
     layers = {name: stored[name] for name in modules}

@@ -86,7 +86,7 @@ def export_compressed(
     values: dict[str, Tensor] = {}
     for name, module in modules.items():
         weight, activation = module.formats
-        reason, verdicts[name] = reasons[name], as_chosen(weight, activation)
+        reason, verdicts[name] = reasons[name], as_chosen(module)
         if (rounded := round_weight(name, module)) is not None:
             whole = rounded.values()
             if rounded.in_block is not None:

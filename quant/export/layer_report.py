@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant.formats import FLOAT, Format
+from quant.formats import FLOAT, Format, bits_in_rows
+from quant.kernels.groups import to_rows
+from quant.quant_module import QuantModule
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class LayerVerdict:
         return not self.why
 
 
-def as_chosen(weight: Format, activation: Format) -> LayerVerdict:
+def as_chosen(module: QuantModule) -> LayerVerdict:
     """Return the verdict for a layer that is stored in the formats chosen."""
-    return LayerVerdict(weight, activation, weight.name, activation.name, weight.bits, activation.bits)
+    weight, activation = module.formats
+    row = to_rows(module.weight, module.weight_quantizer.reduction_dim).shape[1]
+    bits = bits_in_rows(weight.bits, weight, row), activation.bits
+    return LayerVerdict(weight, activation, weight.name, activation.name, *bits)
 
 
-def left_in_float(weight: Format, activation: Format) -> LayerVerdict:
+def left_in_float(module: QuantModule) -> LayerVerdict:
     """Return the verdict for a layer that the model never calls."""
+    weight, activation = module.formats
     why = "the model does not call it: calibration never reached it; what reads its weight reads it in float"
     return LayerVerdict(weight, activation, FLOAT.name, FLOAT.name, FLOAT.bits, FLOAT.bits, (why,))

@@ -102,7 +102,7 @@ def write_packed(
     if sites := [site for site in placed_sites(model) if not is_cached(site)]:
         raise UserError(f"a packed file has no place for the quantizers around layers, such as {sites[0]}")
     uncalled = never_called(modules)
-    verdicts = {name: (left_in_float if name in uncalled else as_chosen)(*m.formats) for name, m in modules.items()}
+    verdicts = {name: (left_in_float if name in uncalled else as_chosen)(m) for name, m in modules.items()}
     with in_float(uncalled):
         description, tensors = _contents(model, modules, extra or {}, halve)
     metadata = {METADATA: json.dumps({"sha256": _checksum(description, tensors), "description": description})}

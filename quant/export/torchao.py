@@ -8,6 +8,7 @@ and scales are those of the run. All other layers stay as they are and round in 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,9 @@ def to_torchao(model: nn.Module, modules: Mapping[str, QuantModule]) -> dict[str
     for name, module in modules.items():
         weight, activation = module.formats
         reason = mismatch(module)
-        verdicts[name] = as_chosen(weight, activation)
+        verdicts[name] = as_chosen(module)
         if reason is not None:
-            why = (f"rounded in float32, not by torchao: {reason}",)
-            bits = weight.bits, activation.bits
-            verdicts[name] = LayerVerdict(weight, activation, weight.name, activation.name, *bits, why)
+            verdicts[name] = replace(verdicts[name], why=(f"rounded in float32, not by torchao: {reason}",))
         elif (weight, activation) != (FLOAT, FLOAT):
             assert isinstance(module, QuantLinear)
             replacement[id(module)] = torchao_linear(module)

@@ -22,7 +22,9 @@ from cost.cost import (
     unsearched_memory,
 )
 from cost.profile import LayerProfile, profile_model
+from quant.convert import quantize_model, set_formats
 from quant.errors import UserError
+from quant.export.packed import packed_sizes, write_packed
 from quant.formats import FLOAT, parse_format, parse_search_space
 
 MIB = 2**20
@@ -54,6 +56,30 @@ def test_float_costs_sixteen_bits(name):
 def test_block_formats_charge_effective_bits(name, bits):
     assert memory_cost([layer("a")], formats(a=f"{name}/{name}")) == 1024 * bits / 8 / MIB
     assert compute_cost([layer("a")], formats(a=f"{name}/int8")) == 3072 * bits * 8 / 1e9
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "name", "bits"),
+    [
+        (nn.Linear(40, 3), (40,), "int4g32", 3 * (40 * 4 + 2 * 16)),
+        (nn.Linear(40, 3), (40,), "uint3g16", 3 * (40 * 3 + 3 * (16 + 3))),
+        (nn.Linear(7, 5), (7,), "int8g32", 5 * (7 * 8 + 16)),
+        (nn.Conv2d(3, 6, 3), (3, 5, 5), "int4g16", 6 * (27 * 4 + 2 * 16)),
+        (nn.Conv2d(6, 6, 3, groups=6), (6, 5, 5), "mxfp4", 6 * (9 * 4 + 8)),
+        (nn.Linear(64, 3), (64,), "int4g32", 3 * (64 * 4 + 2 * 16)),
+    ],
+)
+def test_a_short_last_group_has_a_whole_scale(layer, shape, name, bits, tmp_path):
+    """By hand, and in a packed file, whose codes end at whole bytes."""
+    profiles = profile_model(nn.Sequential(layer), torch.zeros(1, *shape))
+    assignment = formats(**{"0": f"{name}/float"})
+    assert memory_cost(profiles, assignment) * MIB * 8 == pytest.approx(bits, rel=1e-12)
+    modules = quantize_model(model := nn.Sequential(layer), formats=[parse_format(name)])
+    set_formats(modules, assignment)
+    verdict = write_packed(path := tmp_path / "model.safetensors", model, modules)["0"]
+    assert verdict.weight_bits * layer.weight.numel() == pytest.approx(bits, rel=1e-12)
+    sizes = packed_sizes(path)
+    assert 0 <= sizes["codes"] + sizes["block_scales"] - bits / 8 < 2
 
 
 def test_attention_is_charged_at_the_activation_width_twice():

@@ -136,8 +136,7 @@ def write_onnx(
         raise UserError(f"--format onnx: ONNX's checker refuses the model: {str(error).splitlines()[0]}") from None
     Path(path).write_bytes(proto.SerializeToString())
     return {
-        name: left_in_float(*module.formats) if name in uncalled else layers[name].verdict
-        for name, module in modules.items()
+        name: left_in_float(module) if name in uncalled else layers[name].verdict for name, module in modules.items()
     }
 
 

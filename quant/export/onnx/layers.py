@@ -144,15 +144,16 @@ class OnnxLayer:
             bits = element_bits
             if isinstance(weight, GroupFormat):
                 element = weight.element.name
-                bits += (self.scale_bits + element_bits * weight.zero_point) / weight.size
+                scales = self.weight.scale.numel() / self.weight.elements.numel()  # a short group has one as well
+                bits += (self.scale_bits + element_bits * weight.zero_point) * scales
                 if stored == element:
                     stored = weight.name
                 else:
                     why.append(f"weights: {weight} stored as {stored} in groups of {weight.size}")
             elif isinstance(weight, BlockFormat) and self.weight_storage is not None:
-                bits += self.scale_bits / weight.block_size
-                scales = f"block scales of {self.scale_bits} bits"
-                why.append(f"weights: {weight} as {stored} with {scales}, ONNX Runtime has no {weight}")
+                bits += self.scale_bits * self.weight.scale.numel() / self.weight.elements.numel()
+                scaled = f"block scales of {self.scale_bits} bits"
+                why.append(f"weights: {weight} as {stored} with {scaled}, ONNX Runtime has no {weight}")
             elif stored != weight.name:
                 why.append(f"weights: {weight} values stored as {stored}, ONNX Runtime has no {weight}")
         run, activation_bits = activation.name, activation.bits

@@ -17,7 +17,7 @@ from torch import Tensor
 from quant.export.onnx.layers import INT8, OnnxLayer, Storage
 from quant.export.onnx.simplify import drop_unread
 from quant.export.weights import RoundedWeight
-from quant.formats import BlockFormat, FloatFormat, IntFormat, mx_element
+from quant.formats import BlockFormat, FloatFormat, GroupFormat, IntFormat, mx_element
 from quant.kernels.groups import spread
 
 DOMAIN = "mpq"
@@ -40,6 +40,7 @@ class Replacement:
         self.proto = proto
         self.graph = proto.graph
         self.layers = dict(layers)
+        self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in self.graph.value_info}
         self.made: dict[str, str] = {}
         """Layer -> name of its weight's tensor, which all calls of the layer share."""
         self.new_nodes: list[NodeProto] = []
@@ -51,7 +52,8 @@ class Replacement:
         looked_up = self._looked_up()
         for node in list(self.graph.node):
             if node.op_type == "Gather" and node.input[0] in looked_up:
-                self._rows(looked_up[node.input[0]], node)
+                grouped = isinstance(looked_up[node.input[0]].formats[0], GroupFormat)
+                (self._rows_in_groups if grouped else self._rows)(looked_up[node.input[0]], node)
                 continue
             if node.domain != DOMAIN:
                 self.new_nodes.append(node)
@@ -81,9 +83,16 @@ class Replacement:
                 continue
             layer, name = self.layers[layer_of(node)], node.output[0]
             rows = all(n.op_type == "Gather" and n.input[0] == name and axis_of(n) == 0 for n in readers.get(name, ()))
-            if layer.table and rows and layer.weight is not None and isinstance(layer.weight.format, IntFormat):
+            if layer.table and rows and self._has_rows_of_integers(layer, readers.get(name, ())):
                 found[name] = layer
         return found
+
+    def _has_rows_of_integers(self, layer: OnnxLayer, reading: Sequence[NodeProto]) -> bool:
+        """Whether the rows of a table are integers, or whole groups of them that look-ups can be shaped for."""
+        if layer.weight is None or not isinstance(layer.weight.format, GroupFormat):
+            return layer.weight is not None and isinstance(layer.weight.format, IntFormat)
+        whole = layer.weight.elements.shape[1] % layer.weight.format.size == 0
+        return whole and all(node.output[0] in self.ranks for node in reading)
 
     def _rows(self, layer: OnnxLayer, node: NodeProto) -> None:
         """Replace the look-up in a table by one in its codes, so that only the rows that are read are unpacked."""
@@ -104,10 +113,27 @@ class Replacement:
             offset = self._constant(f"{name}.zero_point", points.numpy().astype(storage.dtype))
             offset = self._node("Cast", [offset], f"{output}/zero_points", to=TensorProto.FLOAT)
             values = self._node(
-                "Sub", [values, rows(offset, "zero_point") if points.dim() == 2 else offset], f"{output}/moved"
+                "Sub", [values, rows(offset, "zero_point") if points.dim() > 1 else offset], f"{output}/moved"
             )
         scale = self._constant(f"{name}.scale", weight.scale.numpy())
-        self._node("Mul", [values, rows(scale, "scale") if weight.scale.dim() == 2 else scale], output)
+        self._node("Mul", [values, rows(scale, "scale") if weight.scale.dim() > 1 else scale], output)
+
+    def _rows_in_groups(self, layer: OnnxLayer, node: NodeProto) -> None:
+        """Do as `_rows` for a table whose rows are groups: look up (groups, values) and join the groups."""
+        weight = layer.weight
+        assert weight is not None and isinstance(weight.format, GroupFormat)
+        apart = replace(
+            weight,
+            format=weight.format.element,
+            elements=weight.elements.unflatten(1, (-1, weight.format.size)),
+            scale=weight.scale.unsqueeze(2),
+            zero_point=None if weight.zero_point is None else weight.zero_point.unsqueeze(2),
+        )
+        output = node.output[0]
+        inner = helper.make_node("Gather", list(node.input), [f"{output}/groups"])
+        self._rows(replace(layer, weight=apart, owner=""), inner)
+        shape = self._constant(f"{output}/shape", np.asarray([*[0] * (self.ranks[output] - 1), -1], np.int64))
+        self._node("Reshape", [inner.output[0], shape], output)
 
     def _constant(self, name: str, value: Any) -> str:
         if name not in {tensor.name for tensor in self.graph.initializer}:
@@ -358,7 +384,6 @@ class Replacement:
         is rounded. It does not fuse products of more than two axes, whose additions it can fuse with other operations.
         """
         values = {tensor.name: tensor for tensor in self.graph.initializer}
-        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in self.graph.value_info}
         rounded = {
             n.output[0]
             for n in self.graph.node
@@ -366,7 +391,7 @@ class Replacement:
         }
         products: set[str] = set()
         for node in self.graph.node:
-            if node.op_type == "MatMul" and node.input[0] in rounded and ranks.get(node.output[0], 2) == 2:
+            if node.op_type == "MatMul" and node.input[0] in rounded and self.ranks.get(node.output[0], 2) == 2:
                 products.add(node.output[0])
             bias = next((source for source in node.input if source in values), None)
             if node.op_type != "Add" or bias is None or products.isdisjoint(node.input):

@@ -74,7 +74,7 @@ def test_a_language_model_with_fused_layers(tmp_path):
     pytest.importorskip("onnxruntime")
     searched = "--search --search_space 4,8 --max_steps 3 --weight_only_search --policy_prior none"
     folder = finished("lm", LLAMA, f"{searched} --fuse_groups", tmp_path)
-    one = finished_run(folder)
+    one = replace(finished_run(folder), round_embeddings=False)
     before = one.record["metrics"]["validation"]["perplexity"]
     tokens = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     with torch.no_grad():

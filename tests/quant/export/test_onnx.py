@@ -19,6 +19,8 @@ from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 import quant.export.onnx.export
+from cost.cost import compute_cost, cost_of_bits
+from cost.profile import profile_model
 from eval.export.onnx_timing import session, settings_of
 from quant.convert import calibrate, quantize_model, set_formats
 from quant.engines.table import ENGINES
@@ -498,6 +500,26 @@ def test_blocks_with_relu6_and_4_bits_run_in_integers(observer, tmp_path):
             assert not {"Conv", "FusedConv", "Add"} & set(kinds)
 
 
+def test_a_convolution_in_float_costs_what_the_run_counted(tmp_path):
+    """Only convolutions in integers need inputs of 8 bits, which cost more compute than the 4 that were chosen."""
+    torch.manual_seed(0)
+    model, images, int4 = Inverted().eval(), torch.randn(4, 3, 8, 8), parse_format("int4")
+    profiles = profile_model(model, images)
+    modules = quantize_model(model, formats=[int4])
+    calibrate(model, modules, [images])
+    set_formats(modules, dict.fromkeys(modules, (int4, int4)))
+    traced = uncached_trace(model, modules, {"images": images})
+    counted = compute_cost(profiles, {name: module.formats for name, module in modules.items()})
+    costs, codes = [], []
+    for examples in ([], [{"images": images}]):
+        layers = quant.export.onnx.export.write_onnx(path := tmp_path / "m.onnx", traced, modules, examples)
+        held = [(layers[profile.name].weight_bits, layers[profile.name].activation_bits) for profile in profiles]
+        costs.append(cost_of_bits(profiles, held, "compute"))
+        codes.append({tensor.data_type for tensor in onnx.load(path).graph.initializer})
+    assert costs == [counted, 2 * counted]
+    assert [TensorProto.UINT4 in found for found in codes] == [True, False]
+
+
 def test_bounds_in_codes_are_those_of_values():
     """Clip, then round; or round, then clip: for bounds inside, at and beyond the ends of a grid, and on ties."""
     x = np.random.default_rng(0).uniform(-4, 9, 50_000).astype(np.float32)
@@ -910,7 +932,7 @@ class Reader(nn.Module):
 
 def test_tables_are_stored_in_their_formats(tmp_path):
     ids, path = torch.arange(48).view(4, 12) % 24, tmp_path / "m.onnx"
-    for name, stored in (("int4", "int4"), ("int4g16", "int4g16"), ("mxfp4", "e4m3")):
+    for name, stored in (("int4", "int4"), ("int4g16", "int4g16"), ("uint4g16", "uint4g16"), ("mxfp4", "e4m3")):
         torch.manual_seed(0)
         model, format = Reader().eval(), parse_format(name)
         modules = quantize_model(model, include=["words", "layer", "head"], formats=[format])
@@ -923,3 +945,8 @@ def test_tables_are_stored_in_their_formats(tmp_path):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), msg=name)
         assert layers["words"].exported_weight == stored, name
         assert layers["words"].activation == FLOAT
+        graph = onnx.load(path).graph
+        made_by = {node.output[0]: node for node in graph.node}
+        read = [made_by.get(node.input[0]) for node in graph.node if node.op_type == "Gather"]
+        of_codes = [node for node in read if node is not None and list(node.input) == ["words.weight.codes"]]
+        assert len(of_codes) == (name != "mxfp4"), name  # the rows that are read, not the table, are unpacked
