@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.factors import Factor, solve_factors
 from policy.solve import ROUNDING, Table, solve_assignment
 from policy.space import SearchSpace
 from quant.convert import Assignment
@@ -85,9 +86,20 @@ class Budget:
         tables = zip(self.tables, self.limits, strict=True)
         return torch.stack([(probabilities * torch.from_numpy(table / limit)).sum() for table, limit in tables]).max()
 
-    def solve(self, values: Table) -> list[int]:
-        """Return the fitting choice with the largest sum of values, exactly. Raises InfeasibleError if nothing fits."""
-        return solve_assignment(values, self.tables, self.limits)
+    def solve(self, values: Table, terms: Sequence[Factor] = ()) -> list[int]:
+        """Return the fitting choice with the largest sum of values, exactly.
+
+        Args:
+            values: (decisions, choices).
+            terms: values of joint choices of a few decisions, which are added.
+
+        Raises:
+            InfeasibleError: if nothing fits.
+        """
+        if not terms:
+            return solve_assignment(values, self.tables, self.limits)
+        costs = [Factor((d,), tuple(table[d] for table in self.tables)) for d in range(len(values))]
+        return solve_factors(values, costs, self.limits, terms)
 
     @property
     def size(self) -> int:

@@ -1,14 +1,14 @@
-"""Costs as sums of factors, tables over the joint choices of a few decisions: expectation and exact program.
+"""Costs and values as sums of factors, tables over the joint choices of a few decisions: expectation, exact program.
 
 The cost of a layer in a search of architecture depends on its format, on its widths, on its kernel and on whether its
-block is kept: a table over the choices of these decisions. Costs that add up over single decisions are the special
-case of one decision per factor, see `policy.solve`.
+block is kept: a table over the choices of these decisions. So does the value of two formats whose errors meet in one
+block. Costs that add up over single decisions are the special case of one decision per factor, see `policy.solve`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TypeAlias
@@ -27,12 +27,12 @@ Values: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Factor:
-    """Part of every cost that depends on a few decisions."""
+    """Part of every cost, or of the value, that depends on a few decisions."""
 
     decisions: tuple[int, ...]
     """Indices of the decisions, each once."""
     tables: tuple[Values, ...]
-    """One table per limit, with an axis per decision."""
+    """One table per limit, with an axis per decision; of values, a single one."""
 
     def __post_init__(self) -> None:
         if len(set(self.decisions)) != len(self.decisions) or not self.decisions:
@@ -93,8 +93,10 @@ def cost_range(factors: Sequence[Factor], limit: int, decisions: int, choices: i
     return ends[0], ends[1]
 
 
-def solve_factors(values: Table, factors: Sequence[Factor], limits: Sequence[float]) -> list[int]:
-    """Return the choice with the largest sum of `values` whose costs are within every limit, exactly.
+def solve_factors(
+    values: Table, factors: Sequence[Factor], limits: Sequence[float], terms: Sequence[Factor] = ()
+) -> list[int]:
+    """Return the choice with the largest sum of `values` and `terms` whose costs are within every limit, exactly.
 
     Products of decisions are linear in one variable per joint choice of a factor, whose marginals are the decisions'
     own variables. Only these are integers: with them, the others follow.
@@ -103,6 +105,7 @@ def solve_factors(values: Table, factors: Sequence[Factor], limits: Sequence[flo
         values: (decisions, choices).
         factors: factors of the costs.
         limits: one per table of a factor.
+        terms: values of joint choices, one table each.
 
     Returns:
         One index per decision.
@@ -110,9 +113,8 @@ def solve_factors(values: Table, factors: Sequence[Factor], limits: Sequence[flo
     Raises:
         InfeasibleError: if no choice is within the limits; it states the range of each cost.
     """
-    program = _Program(factors, *values.shape)
-    gains = values - values.max(1, keepdims=True)
-    objective = program.of_decisions(-gains / magnitude_unit(gains))
+    program = _Program(factors, values.shape[0], values.shape[1], terms)
+    objective = program.of_decisions(values.max(1, keepdims=True) - values) + program.of_terms()
     allowed = [limit + ROUNDING * abs(limit) for limit in limits]
     return solve_within(
         partial(program.solve, objective),
@@ -126,10 +128,10 @@ def solve_factors(values: Table, factors: Sequence[Factor], limits: Sequence[flo
 class _Program:
     """Mixed integer program: a 0/1 variable per choice, and one in [0, 1] per joint choice of several decisions."""
 
-    def __init__(self, factors: Sequence[Factor], decisions: int, choices: int) -> None:
-        self.factors, self.shape = factors, (decisions, choices)
+    def __init__(self, factors: Sequence[Factor], decisions: int, choices: int, terms: Sequence[Factor] = ()) -> None:
+        self.factors, self.terms, self.shape = factors, terms, (decisions, choices)
         self.integers = decisions * choices
-        sizes = [factor.tables[0].size if len(factor.decisions) > 1 else 0 for factor in factors]
+        sizes = [factor.tables[0].size if len(factor.decisions) > 1 else 0 for factor in (*factors, *terms)]
         self.starts = (self.integers + np.concatenate([[0], np.cumsum(sizes)])).astype(int).tolist()
         self.size: int = self.starts[-1]
         self.structure = [self._one_each(), *self._marginals()]
@@ -140,9 +142,21 @@ class _Program:
 
     def costs(self, limit: int) -> Values:
         """Return the coefficients of a cost, counted from the cheapest joint choice of each factor."""
+        return self._coefficients(
+            (f, start, f.tables[limit]) for f, start in zip(self.factors, self.starts, strict=False)
+        )
+
+    def of_terms(self) -> Values:
+        """Return the coefficients of what the terms lose, counted from the best joint choice of each."""
+        starts = self.starts[len(self.factors) :]
+        return self._coefficients(
+            (term, start, -term.tables[0]) for term, start in zip(self.terms, starts, strict=False)
+        )
+
+    def _coefficients(self, tables: Iterable[tuple[Factor, int, Values]]) -> Values:
+        """Return the coefficients of a sum of tables, each counted from its least entry."""
         coefficients = np.zeros(self.size)
-        for factor, start in zip(self.factors, self.starts, strict=False):
-            table = factor.tables[limit]
+        for factor, start, table in tables:
             first = factor.decisions[0] * self.shape[1] if table.ndim == 1 else start
             coefficients[first : first + table.size] += (table - table.min()).ravel()
         return coefficients
@@ -165,7 +179,7 @@ class _Program:
     def _marginals(self) -> list[LinearConstraint]:
         """Return the equalities between each decision's variables and the sums of its joint choices' variables."""
         values, rows, columns, count = [], [], [], 0
-        for factor, start in zip(self.factors, self.starts, strict=False):
+        for factor, start in zip((*self.factors, *self.terms), self.starts, strict=False):
             if len(factor.decisions) == 1:
                 continue
             shape = factor.tables[0].shape

@@ -43,6 +43,6 @@ class JointBudget(Budget):
         limits = enumerate(self.limits)
         return torch.stack([expected_cost(self.factors, index, probabilities) / limit for index, limit in limits]).max()
 
-    def solve(self, values: Table) -> list[int]:
-        """Return the fitting choice with the largest sum of values, exactly. Raises InfeasibleError if nothing fits."""
-        return solve_factors(values, self.factors, self.limits)
+    def solve(self, values: Table, terms: Sequence[Factor] = ()) -> list[int]:
+        """Return the fitting choice with the largest sum of values, exactly; see `Budget.solve`."""
+        return solve_factors(values, self.factors, self.limits, terms)

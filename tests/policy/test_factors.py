@@ -69,6 +69,34 @@ def test_the_program_equals_enumeration(instance):
     assert values[np.arange(len(values)), found].sum() == pytest.approx(best, abs=1e-7)
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(instances(), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_the_program_with_terms_equals_enumeration(instance, count, seed):
+    values, factors, limits = instance
+    rng, (decisions, choices) = np.random.default_rng(seed), values.shape
+    scopes = [rng.permutation(decisions)[: rng.integers(1, min(decisions, 3) + 1)].tolist() for _ in range(count)]
+    terms = [Factor(tuple(scope), (rng.normal(scale=3, size=(choices,) * len(scope)),)) for scope in scopes]
+
+    def worth(choice):
+        own = sum(term.tables[0][tuple(choice[d] for d in term.decisions)] for term in terms)
+        return values[np.arange(decisions), list(choice)].sum() + own
+
+    joint = JointBudget.within(factors, limits, *values.shape)
+    single = [factor for factor in factors if len(factor.decisions) == 1]
+    tables = [np.zeros(values.shape) for _ in limits]
+    for factor in single:
+        for table, own in zip(tables, factor.tables, strict=True):
+            table[factor.decisions[0]] += own
+    for budget in (joint, Budget(tuple(tables), tuple(limits))):
+        fits = list(budget.all_fitting())
+        if fits:
+            found = tuple(budget.solve(values, terms))
+            assert found in fits and worth(found) == pytest.approx(max(map(worth, fits)), abs=1e-6)
+        else:
+            with pytest.raises(InfeasibleError, match="possible"):
+                budget.solve(values, terms)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(instances())
 def test_expectation_range_and_means_equal_enumeration(instance):

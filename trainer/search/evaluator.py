@@ -24,6 +24,7 @@ from quant.errors import UserError
 from quant.module_utils import evaluating
 from quant.quant_module import QuantModule
 from quant.quantizers.prefix_cache import prefix_cached
+from quant.reconstruction.blocks import Unit, find_units
 from trainer.search.evaluation_sizes import EvaluationSizes
 from trainer.search.sensitivity import Sensitivity, increase, measure_sensitivity
 from trainer.training.batch_norm import LEAST_TELLING, statistics_of_batch
@@ -109,6 +110,12 @@ class AssignmentEvaluator:
         if answers_of(self._outputs(batches[0]), batches[0]) is not None:
             return measure_sensitivity(*measured, self.answers, difference, self.tell)
         return measure_sensitivity(*measured, self.loss, increase, self.tell)
+
+    def units(self) -> list[Unit]:
+        """Return the blocks and single layers of the model, see `quant.reconstruction.blocks.find_units`."""
+        batch = self.reader.read(self.dataset, [0])
+        with evaluating(self.model):
+            return find_units(self.model, self.modules, batch)
 
     # ------------------------------------------------------ whole assignments
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.budget import Budget
+from policy.factors import Factor
 from policy.solve import Table
 
 Choice: TypeAlias = tuple[int, ...]
@@ -145,18 +146,22 @@ class CandidateSelector:
         swaps = [_moved(around, (d, c)) for d, taken in enumerate(around) for c in range(choices) if c != taken]
         return [swap for swap in swaps if self.budget.fits(swap)]
 
-    def neighbours(self, around: Choice) -> list[Choice]:
+    def neighbours(self, around: Choice, terms: Sequence[Factor] = ()) -> list[Choice]:
         """Propose choices within the budget that change few to many decisions, by the measured sensitivities.
 
         Sensitivities are the less additive the more decisions change at once. Each change is therefore charged a
         penalty; every penalty of a geometric series gives one exactly solved choice, from few changes to any number.
+
+        Args:
+            around: choice whose neighbours are proposed.
+            terms: values of joint changes, see `trainer.search.pairs`.
         """
         sensitivity, largest = self.sensitivity_table(around)
         changed = np.ones_like(sensitivity)
         changed[np.arange(len(around)), around] = 0
         lowest, highest = CHANGE_PENALTIES
         penalties = [0.0, *np.geomspace(lowest, highest, PROPOSALS - 1) * largest]
-        found = [tuple(self.budget.solve(-sensitivity - penalty * changed)) for penalty in penalties]
+        found = [tuple(self.budget.solve(-sensitivity - penalty * changed, terms)) for penalty in penalties]
         return [choice for choice in dict.fromkeys(found) if choice != around]
 
 

@@ -24,9 +24,10 @@ from trainer.search.config import ReinforceConfig, make_budget
 from trainer.search.diagnostics import SAMPLES, additivity, all_if_affordable, most_swaps, optimality_report
 from trainer.search.evaluator import AssignmentEvaluator
 from trainer.search.joint import check_joint, joint_candidates, joint_prior
+from trainer.search.pairs import PAIRS_SHARE, adds_up, decisions_by_block, measure_pairs
 from trainer.search.quality_constraint import HALVINGS, cheapest_budget, cheapest_choice, limited
 from trainer.search.search_state import Phases, Search
-from trainer.search.selection import PROPOSALS, ROUNDS, CandidateSelector
+from trainer.search.selection import PROPOSALS, ROUNDS, CandidateSelector, SelectionResult
 from trainer.search.sensitivity import sensitivity_prior
 from trainer.search.turns import Turns
 from trainer.training.batch_norm import recalibrate_batch_norm
@@ -255,6 +256,10 @@ class MultiTargetSearch:
         everything = all_if_affordable(selector, affordable)  # the optimality report evaluates all of them anyway
         if everything is not None and (least := selector.best_of_all(everything, result.choice)) != result.choice:
             result = replace(result, choice=least, origin="the best of all")
+        additive = additivity(selector, result.choice, self.seed)
+        pairs: dict[str, Any] = {}
+        if everything is None and not adds_up(additive):
+            result, pairs = self._select_with_pairs(selector, result)
         if (floor := self._least_quality) is not None:
             cheapest = cheapest_choice(selector, result.choice, floor, everything)
             if cheapest != result.choice:
@@ -268,9 +273,24 @@ class MultiTargetSearch:
             "decided_by": "the same examples" if selector.decide_by is None else "other examples",
             **self._describe_drop(described["held_out_quality"]),
             "certificate": optimality_report(selector, result.choice, affordable, self.seed),
-            "additivity": additivity(selector, result.choice, self.seed),
+            "additivity": additive,
+            **pairs,
         }
         return result.choice
+
+    def _select_with_pairs(
+        self, selector: CandidateSelector, result: SelectionResult
+    ) -> tuple[SelectionResult, dict[str, Any]]:
+        """Solve the choice again with the terms of pairs; return the result and what the record says of the pairs."""
+        evaluator = self.evaluator
+        most = evaluator.sizes.affordable(PAIRS_SHARE)
+        terms = measure_pairs(selector, result.choice, decisions_by_block(self.space, evaluator.units()), most)
+        proposed = selector.neighbours(result.choice, terms.factors(self.space.num_choices)) if terms.measured else []
+        better = selector.better_of(proposed, result.choice)
+        pairs = {"pairs": terms.describe(self.space, better is not None)}
+        return result if better is None else replace(
+            result, choice=better, origin=f"pairs around {result.origin}"
+        ), pairs
 
     @property
     def _rounds(self) -> int:
@@ -284,7 +304,8 @@ class MultiTargetSearch:
         sizes, rounds = self.evaluator.sizes, self._rounds
         near, far = sizes.neighbours, min(sizes.decisions * (sizes.choices - 1), most_swaps(affordable))
         candidates = len(target.search.candidates) + 1
-        evaluated = candidates + rounds * (near + PROPOSALS) + far + affordable + near + SAMPLES
+        pairs = sizes.affordable(PAIRS_SHARE) + PROPOSALS
+        evaluated = candidates + rounds * (near + PROPOSALS) + far + affordable + near + SAMPLES + pairs
         deciding = 2 * (rounds + 1) * len(sizes.batch_starts(*sizes.to_decide()))
         return min(evaluated, max(target.limits.size, 1)) * sizes.passes + deciding
 
