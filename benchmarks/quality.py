@@ -116,6 +116,12 @@ def rows() -> dict[str, Row]:
         "resnet20-fp": Row(compute, "--search_space e2m1,e4m3 --target_bits 4.3", ("e2m1",)),
         "resnet20-mixed": Row(memory, "--search_space int4,e2m1,int8,e4m3 --target_bits 4.3", ("int4", "e2m1")),
     }
+    for name, common, budget in (
+        ("resnet20-3-channels", compute, "--search_space 2,3,4,6,8 --target_bits 3"),
+        ("resnet20-2.5-channels", memory, "--search_space 2,3,4,6,8 --weight_only_search --target_bits 2.5"),
+    ):
+        grouped = {f"{groups} channel groups": f"--search {budget} --channel_groups {groups}" for groups in (2, 4)}
+        resnet20[name] = Row(common, budget, (), (), searches=grouped)
     resnet20["resnet20-2.5"] = Row(compute, "--search_space 2,3,4,6,8 --target_bits 2.5", ("int2",))
     others = {
         "lite0-4.3": Row(

@@ -12,7 +12,17 @@ from cost.units import CostType
 from quant.convert import Assignment
 from quant.engines.table import ENGINES
 from quant.errors import UserError
-from quant.formats import FLOAT, BlockFormat, Format, GroupFormat, IntFormat, bits_in_rows, parse_format
+from quant.formats import (
+    FLOAT,
+    BlockFormat,
+    Format,
+    GroupFormat,
+    IntFormat,
+    MixedFormat,
+    bits_in_rows,
+    index_bits,
+    parse_format,
+)
 
 MIB_BITS = 8 * 2**20
 
@@ -85,7 +95,11 @@ def charged_bits(profile: LayerProfile, weight: Format) -> float:
     The last group or block of a row may be short, and is charged a whole scale.
     """
     bits = weight.bits if profile.engine is None else ENGINES[profile.engine].weight_bits(weight)
-    return bits_in_rows(bits, weight, profile.params // profile.channels) if profile.channels else bits
+    if not profile.channels:
+        return bits
+    if isinstance(weight, MixedFormat):
+        return weight.bits_of(profile.channels)
+    return bits_in_rows(bits, weight, profile.params // profile.channels)
 
 
 def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, per_channel: bool = True) -> float:
@@ -94,6 +108,7 @@ def overhead_memory(profiles: Sequence[LayerProfile], assignment: Assignment, pe
     Charged per layer:
 
     - weight: a float32 scale per output channel, or per layer without `per_channel`; weights have no zero point;
+    - groups of output channels with formats of their own: the number of each channel's group, in 1 or 2 bits;
     - activation: one float32 scale, and for integers a zero point of 1 byte (2 bytes above int8);
     - block and group formats: nothing, as their scales are part of the effective bits, except nvfp4's float32 per
       tensor;
@@ -248,13 +263,19 @@ def _bits(profiles: Sequence[LayerProfile], assignment: Assignment) -> list[tupl
 def _range_bytes(share: FileShare, weight: Format, activation: Format) -> float:
     """Return the bytes of a layer's scales and zero points that are not part of its formats' bits."""
     total: float = _scale_bytes(weight, share.scales)
-    if share.zero_points and isinstance(weight, IntFormat):
+    if share.zero_points and (isinstance(weight, IntFormat) or _mixes_integers(weight)):
         total += 2 * share.scales
+    if isinstance(weight, MixedFormat):
+        total += math.ceil(share.scales * index_bits(len(weight.parts)) / 8)
     if share.input_range:
         total += _scale_bytes(activation, 1)
         if isinstance(activation, IntFormat):
             total += 1 if activation.width <= 8 else 2
     return total
+
+
+def _mixes_integers(weight: Format) -> bool:
+    return isinstance(weight, MixedFormat) and any(isinstance(part, IntFormat) for part in weight.parts)
 
 
 def _scale_bytes(fmt: Format, scales: int) -> int:

@@ -18,7 +18,7 @@ from policy.space import Decision, SearchSpace
 from quant.convert import set_formats
 from quant.elastic.net import ElasticNet
 from quant.errors import UserError
-from quant.formats import Format, GroupFormat
+from quant.formats import Format, GroupFormat, MixedFormat
 from quant.quant_module import QuantModule
 
 LayerCost = Callable[[LayerProfile, tuple[Format, Format]], float]
@@ -39,10 +39,10 @@ class JointSpace(SearchSpace):
         """Add the decisions of an elastic model to those of formats.
 
         Raises:
-            UserError: For weights in groups, whose groups a narrower layer does not share.
+            UserError: For weights in groups, or groups of channels, which a narrower layer does not share.
         """
         formats = {weight for decision in space.decisions for weight, _ in decision.choices}
-        if grouped := [format for format in formats if isinstance(format, GroupFormat)]:
+        if grouped := [format for format in formats if isinstance(format, GroupFormat | MixedFormat)]:
             raise UserError(f"{grouped[0]}: a search of architecture has no weights in groups, which widths would cut")
         most = max(space.num_choices, *(len(decision.choices) for decision in net.decisions))
         decisions = tuple(

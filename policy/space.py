@@ -124,6 +124,7 @@ def build_space(
     tables: Iterable[str] = (),
     caches: Mapping[str, Sequence[Format]] | None = None,
     stores: RunsAs | None = None,
+    channel_groups: Mapping[str, int] | None = None,
 ) -> SearchSpace:
     """Build the space in which each decision takes one of `formats` for weights and activations alike.
 
@@ -141,6 +142,9 @@ def build_space(
             decision of its own. Where decisions have different numbers of choices, the last choice is repeated.
         stores: the formats that an engine stores a layer in, see `cost.engine.stores`. They become the choices; of a
             decision's layers, those that the engine stores all of them in.
+        channel_groups: layers whose output channels form groups -> how many. Where all layers of a decision have as
+            many, mixes of formats are choices, too; activations have one format, that of the first group unless
+            `separate_activations`.
 
     Raises:
         UserError: without layers, if both options are given, and for a partition with an empty block, an unknown
@@ -150,10 +154,14 @@ def build_space(
         raise UserError("there are no layers to search")
     if weight_only and separate_activations:
         raise UserError("weight-only search leaves activations in float: it has no separate activation formats")
-    choices = format_pairs(formats, weight_only, separate_activations)
     caches = caches or {}
     blocks = merge(_blocks([name for name in layer_names if name not in caches], partition), tied)
-    decisions = [Decision(name, tuple(layers), choices) for name, layers in blocks.items()]
+
+    def choices(layers: Iterable[str]) -> tuple[Pair, ...]:
+        groups = {(channel_groups or {}).get(layer, 1) for layer in layers}
+        return format_pairs(formats, weight_only, separate_activations, groups.pop() if len(groups) == 1 else 1)
+
+    decisions = [Decision(name, tuple(layers), choices(layers)) for name, layers in blocks.items()]
     decisions += [Decision(name, (name,), tuple((own, FLOAT) for own in formats)) for name, formats in caches.items()]
     if stores is not None:
         decisions = [_stored(decision, set(tables), stores) for decision in decisions]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from quant.lazy import names_of, renamed
 
 if TYPE_CHECKING:
+    from quant.channel_groups import split_channels
     from quant.convert import calibrate, quantize_model, set_formats
     from quant.elastic.layers import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
     from quant.elastic.net import ElasticNet
@@ -27,11 +28,13 @@ __all__ = [
     "parse_format",
     "quantize_model",
     "set_formats",
+    "split_channels",
 ]
 
 __getattr__ = names_of(
     __name__,
     {
+        "quant.channel_groups": ["split_channels"],
         "quant.convert": ["calibrate", "quantize_model", "set_formats"],
         "quant.elastic.layers": ["ElasticBatchNorm2d", "ElasticConv2d", "ElasticLinear"],
         "quant.elastic.net": ["ElasticNet"],

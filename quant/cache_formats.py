@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quant.errors import UserError
-from quant.formats import BlockFormat, Format, GroupFormat, IntFormat, parse_format
+from quant.formats import BlockFormat, Format, GroupFormat, IntFormat, MixedFormat, parse_format
 
 SCALE_BITS = 16
 """Bits of the scale that a token has in each head."""
@@ -22,6 +22,8 @@ def parse_cache_format(name: str) -> Format:
     if isinstance(format, GroupFormat):
         instead = f"give {format.element.name}: it has a scale for each token and head"
         raise UserError(f"--quantize_kv_cache {name}: groups are formats of weights; {instead}")
+    if isinstance(format, MixedFormat):
+        raise UserError(f"--quantize_kv_cache {name}: a cache has no output channels to mix formats in")
     if isinstance(format, BlockFormat) and format.two_level:
         raise UserError(f"--quantize_kv_cache {name}: a cache that grows has no scale of the whole tensor; give mxfp4")
     return format

@@ -286,7 +286,56 @@ class GroupFormat:
 GROUP_SCALE_BITS = 16
 """Bits of a group's scale, which is stored in fp16."""
 
-Format: TypeAlias = FloatOff | IntFormat | FloatFormat | BlockFormat | GroupFormat
+
+@dataclass(frozen=True)
+class MixedFormat:
+    """Weights whose output channels form groups with a format each, see `quant.channel_groups`.
+
+    Every channel has a scale, as in each of the formats alone.
+    """
+
+    parts: tuple[IntFormat | FloatFormat, ...]
+    """Format of each group; the first is that of the most sensitive channels."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.parts)) < 2:
+            raise ValueError(f"{self.name}: groups of channels that all have one format are no mix")
+
+    @property
+    def name(self) -> str:
+        """Name that `parse_format` reads: 'int4+int2'."""
+        return "+".join(part.name for part in self.parts)
+
+    @property
+    def bits(self) -> float:
+        """Bits that a weight costs if the groups are equally large; see `bits_of` for all others."""
+        return sum(part.bits for part in self.parts) / len(self.parts)
+
+    def bits_of(self, channels: int) -> float:
+        """Return the mean bits of a weight with this many output channels."""
+        sizes = group_sizes(channels, len(self.parts))
+        return sum(size * part.bits for size, part in zip(sizes, self.parts, strict=True)) / channels
+
+    @property
+    def scaled(self) -> bool:
+        """True: a scale stretches each channel's grid."""
+        return True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def index_bits(groups: int) -> int:
+    """Return the bits that tell the group of a channel in a file."""
+    return (groups - 1).bit_length()
+
+
+def group_sizes(channels: int, groups: int) -> list[int]:
+    """Return how many output channels each group has: the same number, the first ones one more if that is uneven."""
+    return [channels // groups + (group < channels % groups) for group in range(groups)]
+
+
+Format: TypeAlias = FloatOff | IntFormat | FloatFormat | BlockFormat | GroupFormat | MixedFormat
 
 FLOAT = FloatOff()
 E4M3 = FloatFormat(4, 3, 1)
@@ -360,6 +409,8 @@ def parse_format(name: str | int) -> Format:
     text = str(name).strip().lower()
     if text in _NAMED:
         return _NAMED[text]
+    if "+" in text:
+        return _parse_mix(text)
     try:
         if match := re.fullmatch(r"(?:int)?(\d{1,2})", text):
             width = int(match[1])
@@ -377,6 +428,34 @@ def parse_format(name: str | int) -> Format:
     except ValueError as error:
         raise ValueError(f"unknown format {str(name)!r} ({error}); choices: {CHOICES}") from None
     raise ValueError(f"unknown format {str(name)!r}; choices: {CHOICES}")
+
+
+def _parse_mix(text: str) -> MixedFormat:
+    """Return the format of groups of output channels, such as 'int4+int2'; raise ValueError for what is none."""
+    parts = [parse_format(part) for part in text.split("+")]
+    if whole := [part for part in parts if not has_channel_scales(part)]:
+        raise ValueError(f"unknown format {text!r} ({whole[0]} has no scale for each channel); choices: {CHOICES}")
+    try:
+        return MixedFormat(tuple(parts))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"unknown format {text!r} ({error}); choices: {CHOICES}") from None
+
+
+def has_channel_scales(format: Format) -> bool:
+    """Whether a weight in this format has one scale for each channel, so that channels may differ in format."""
+    return isinstance(format, IntFormat | FloatFormat) and format.scaled
+
+
+def mixed_formats(formats: Sequence[Format], groups: int) -> tuple[MixedFormat, ...]:
+    """Return the mixes of formats for groups of output channels: no group has more bits than a more sensitive one.
+
+    Args:
+        formats: Formats to mix; those without a scale for each channel are formats of whole layers alone.
+        groups: Groups of output channels in a layer.
+    """
+    falling = sorted(filter(has_channel_scales, formats), key=lambda format: -format.bits)
+    parts = itertools.combinations_with_replacement(falling, groups)
+    return tuple(MixedFormat(own) for own in parts if len(set(own)) > 1)  # type: ignore[arg-type]
 
 
 def values_per_scale(format: Format) -> int | None:
@@ -402,12 +481,17 @@ def bits_in_rows(bits: float, format: Format, row: int) -> float:
 
 
 def activation_format(format: Format) -> Format:
-    """Return the activation format that goes with a weight format: the same, but float for formats of weights only."""
+    """Return the activation format that goes with a weight format: the same, but float for groups of values.
+
+    Of groups of output channels, the activations take the format of the most sensitive ones.
+    """
+    if isinstance(format, MixedFormat):
+        return format.parts[0]
     return FLOAT if isinstance(format, GroupFormat) else format
 
 
 def format_pairs(
-    formats: Sequence[Format], weight_only: bool = False, separate_activations: bool = False
+    formats: Sequence[Format], weight_only: bool = False, separate_activations: bool = False, groups: int = 1
 ) -> tuple[tuple[Format, Format], ...]:
     """Return the (weight format, activation format) pairs that a search space of formats means.
 
@@ -415,12 +499,14 @@ def format_pairs(
         formats: Formats to choose from.
         weight_only: Activations are in float.
         separate_activations: Any weight format may go with the activation format of any other.
+        groups: Groups of output channels, whose weights may differ in format; the activations of a layer have one.
     """
+    weights = (*formats, *(mixed_formats(formats, groups) if groups > 1 else ()))
     if weight_only:
-        return tuple((weight, FLOAT) for weight in formats)
+        return tuple((weight, FLOAT) for weight in weights)
     if separate_activations:
-        return tuple(itertools.product(formats, dict.fromkeys(map(activation_format, formats))))
-    return tuple((weight, activation_format(weight)) for weight in formats)
+        return tuple(itertools.product(weights, dict.fromkeys(map(activation_format, formats))))
+    return tuple((weight, activation_format(weight)) for weight in weights)
 
 
 def parse_search_space(text: str) -> tuple[Format, ...]:
@@ -433,6 +519,8 @@ def parse_search_space(text: str) -> tuple[Format, ...]:
     if any(not name.strip() for name in names):
         raise ValueError(f"search space {text!r} has an empty entry; write for example 4,8 or int4,e2m1,e4m3")
     formats = tuple(parse_format(name) for name in names)
+    if mixed := [format for format in formats if isinstance(format, MixedFormat)]:
+        raise ValueError(f"search space {text!r}: {mixed[0]} is a mix of formats; name these alone, and channel groups")
     if len(set(formats)) < len(formats):
         raise ValueError(f"search space {text!r} names a format twice; name each once")
     if len(formats) < 2:

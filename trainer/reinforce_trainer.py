@@ -17,6 +17,7 @@ from policy.budget import Limit
 from policy.joint_space import JointSpace
 from policy.space import Partition, SearchSpace, build_space
 from quant.analysis.float_share import FloatShare, float_share
+from quant.channel_groups import split_layers
 from quant.convert import Assignment, check_tied, rounded_weights_cached, set_formats
 from quant.elastic.net import ElasticNet
 from quant.errors import NotFiniteError
@@ -145,7 +146,15 @@ class ReinforceTrainer(PickleFreeTrainer):
         if search is not None:
             self._searches = build_searches(
                 search,
-                lambda **ties: build_space(list(self.modules), formats, partition, *activations, caches=caches, **ties),
+                lambda **ties: build_space(
+                    list(self.modules),
+                    formats,
+                    partition,
+                    *activations,
+                    caches=caches,
+                    channel_groups=split_layers(self.modules),
+                    **ties,
+                ),
                 self.model,
                 self.modules,
                 train_dataset if search_dataset is None else search_dataset,
@@ -277,6 +286,7 @@ class ReinforceTrainer(PickleFreeTrainer):
             self._set_reach(self.calibration.reach)
             if self.after_calibration is not None:
                 self.after_calibration(self)
+            self.calibration.order_channels(self.compute_loss, self.compute_loss_context_manager)
         if self._searches is not None:
             self._searches.prepare()
             self.target = self.targets[-1]

@@ -59,7 +59,10 @@ SEARCH = "a search: --search, --block_search or --single_decision"
 NEEDS = (
     Need(("engine",), _quantizes, f"quantized layers: --bits B, or {SEARCH}"),
     Need(
-        ("search_space", "weight_only_search", "separate_activations", "fuse_groups", "fuse_experts"),
+        (
+            *("search_space", "weight_only_search", "separate_activations", "fuse_groups", "fuse_experts"),
+            "channel_groups",
+        ),
         _chooses,
         f"{SEARCH}, or a --method that chooses formats",
     ),

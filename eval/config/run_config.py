@@ -142,6 +142,11 @@ class SearchFlags:
     )
     weight_only_search: bool = flag(False, "search weight formats; activations stay in float")
     separate_activations: bool = flag(False, "weights and activations of a layer may differ")
+    channel_groups: int = flag(
+        1,
+        "groups of output channels (2 or 4) within a layer with weight formats of their own, the channels ordered by "
+        "sensitivity; activations keep one format a layer",
+    )
     cost_type: str = flag("memory", "memory of the weights in MiB, or compute in GBOPs", choices=list(UNITS))
     cost_scope: str = flag(
         "searched",
@@ -538,6 +543,7 @@ class RunConfig(
             self.model_name,
             method,
             *self.fusions,
+            f"channels{self.channel_groups}" if self.channel_groups > 1 else None,
             self.engine,
             self.architecture_space,
             formats,

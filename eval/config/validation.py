@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from eval.config.architecture import check_architecture
+from eval.config.channels import check_channel_groups
 from eval.config.effects import check_effects
 from eval.config.engine import check_engine
 from eval.config.files import is_path
@@ -21,7 +22,15 @@ from eval.modeling.places import starting_model
 from eval.run.tracking import check_tracking
 from quant.cache_formats import parse_cache_formats
 from quant.errors import UserError
-from quant.formats import FLOAT, BlockFormat, GroupFormat, activation_format, parse_format, parse_search_space
+from quant.formats import (
+    FLOAT,
+    BlockFormat,
+    GroupFormat,
+    MixedFormat,
+    activation_format,
+    parse_format,
+    parse_search_space,
+)
 from quant.validation import HIGH_PRECISION_OPS
 
 _POSITIVE = "(0, inf)"
@@ -71,6 +80,7 @@ def validate(config: RunConfig) -> None:
     _check_contradictions(config)
     check_effects(config)
     check_architecture(config)
+    check_channel_groups(config)
     _check_offloading(config)
     _check_device(config)
     check_tracking(config)
@@ -235,9 +245,11 @@ def _check_formats(config: RunConfig) -> None:
         value = getattr(config, flag)
         if value is not None:
             try:
-                parse_format(value)
+                format = parse_format(value)
             except ValueError as error:
                 raise UserError(f"--{flag}: {error}") from None
+            if isinstance(format, MixedFormat):
+                raise UserError(f"--{flag} {value}: groups of output channels are for a search with --channel_groups")
     activation = parse_format(config.activation_bits or "float")
     if activation_format(activation) != activation:
         raise UserError(f"--activation_bits {activation}: groups are for weights; choose int8, e4m3, mxfp4 or float")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from quant.engines.rules import UNQUANTIZED, Engine
 from quant.engines.table import ENGINES
 from quant.errors import UserError
-from quant.formats import FLOAT, IntFormat
+from quant.formats import FLOAT, IntFormat, MixedFormat
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 State: TypeAlias = Literal["runs", "float", "refused"]
 """How a layer runs: in the stored formats, in float because the file holds it so, or not at all."""
+NO_MIX = "it has one format for the weights of a layer, and --channel_groups has chosen several"
+"""Why a file cannot hold layers whose output channels differ in format."""
 SHOWN = 2
 """Layers that a line names."""
 
@@ -140,6 +142,8 @@ def _of_layer(engine: Engine, module: QuantModule) -> tuple[str | None, State]:
 
     if grid := _wrong_grid(engine, module):
         return grid, "refused"
+    if isinstance(pair[0], MixedFormat) and not engine.mixes:
+        return NO_MIX, "refused"
     if engine.keeps(kind, pair, per_token, row):
         return None, "runs"
     in_file = writer_of(engine).stored_as(kind, pair, per_token, row) or UNQUANTIZED

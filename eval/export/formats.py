@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.config.files import require
+from eval.export.engine_reach import NO_MIX
 from quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +95,20 @@ def refuse_caches(run: FinishedRun, kind: str) -> None:
 
     if caches_of(run.model):
         raise UserError(f"--format {kind}: {NO_CACHE.removeprefix('it ')}; choose {' or '.join(HOLD_CACHES)}")
+
+
+HOLD_MIXES = ("packed", "onnx")
+"""Exports that keep the values of layers whose output channels differ in format."""
+
+
+def refuse_mixes(run: FinishedRun, kind: str) -> None:
+    """Raise UserError for a run with layers whose output channels differ in format, which this export cannot hold."""
+    from quant.formats import MixedFormat
+
+    mixed = [name for name, module in run.modules.items() if isinstance(module.formats[0], MixedFormat)]
+    if mixed:
+        shown = f"{len(mixed)} of {len(run.modules)} layers, such as {mixed[0]} ({run.modules[mixed[0]].formats[0]})"
+        raise UserError(f"--format {kind}: {NO_MIX} in {shown}; choose {' or '.join(HOLD_MIXES)}")
 
 
 def refuse_sizes(run: FinishedRun, kind: str) -> None:
@@ -231,6 +246,7 @@ def write_torchao(run: FinishedRun, folder: Path) -> Written:
     from quant.export.torchao import mismatch
     from quant.formats import FLOAT
 
+    refuse_mixes(run, "torchao")
     quantized = {name: module for name, module in run.modules.items() if module.formats != (FLOAT, FLOAT)}
     reasons = {name: mismatch(module) for name, module in quantized.items()}
     if quantized and None not in reasons.values() and not run.allow_fake:
@@ -272,6 +288,7 @@ def write_compressed(run: FinishedRun, folder: Path) -> Written:
     from trainer.training.quantization_file import QUANTIZATION
 
     refuse_caches(run, "compressed-tensors")
+    refuse_mixes(run, "compressed-tensors")
     refuse_sizes(run, "compressed-tensors")
     if added(run.model).factors:
         raise UserError(
@@ -333,6 +350,7 @@ def write_gguf(run: FinishedRun, folder: Path) -> Written:
     from quant.transforms.migration import added
 
     refuse_caches(run, "gguf")
+    refuse_mixes(run, "gguf")
     refuse_sizes(run, "gguf")
     if not isinstance(run.model, PreTrainedModel) or added(run.model).factors:
         raise UserError(
@@ -389,6 +407,7 @@ def write_executorch(run: FinishedRun, folder: Path) -> Written:
     if (kind := run.plan.data.kind) in ("qa", "summary"):
         raise UserError(f"--format executorch: a {kind} model has several outputs or writes; choose packed")
     refuse_caches(run, "executorch")
+    refuse_mixes(run, "executorch")
     inputs = example(run)
     rows = {name: x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for name, x in inputs.items()}
     length = None if run.inputs.pixels is not None else run.config.max_length

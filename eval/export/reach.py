@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from eval.export.engine_reach import engine_reach
-from eval.export.formats import EXPORT_FORMATS, HOLD_CACHES, NO_CACHE
+from eval.export.engine_reach import NO_MIX, engine_reach
+from eval.export.formats import EXPORT_FORMATS, HOLD_CACHES, HOLD_MIXES, NO_CACHE
 from quant.engines.table import ENGINES
 from quant.errors import UserError
+from quant.formats import MixedFormat
 
 if TYPE_CHECKING:
     from eval.run.plan import Plan
@@ -93,6 +94,8 @@ def _why_not(name: str, plan: Plan, modules: Mapping[str, QuantModule]) -> str |
         return NO_CACHE
     if name in ("compressed-tensors", "gguf") and described_sizes(plan.bundle.model):
         return UNEVEN
+    if name not in HOLD_MIXES and any(isinstance(module.formats[0], MixedFormat) for module in modules.values()):
+        return NO_MIX
     try:
         kept = _KEPT.get(name, _all)(plan, modules)
     except UserError as error:

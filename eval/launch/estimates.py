@@ -111,6 +111,7 @@ def _passes(plan: Plan, steps: int) -> float:
     """Forward passes, in batches of a training step, that a search makes for rewards, sensitivities and selection."""
     from eval.run.plan import search_settings, search_space
     from trainer.search.evaluation_sizes import examples_to_evaluate, examples_to_measure
+    from trainer.search.measured_pairs import measured_formats
     from trainer.search.search_state import Phases
 
     run, config, space = plan.config, search_settings(plan.config), search_space(plan)
@@ -119,7 +120,7 @@ def _passes(plan: Plan, steps: int) -> float:
     neighbours = 2 * space.num_decisions
     evaluated = 0.0
     if config.policy_prior == "measured":
-        pairs = space.num_decisions * space.num_choices
+        pairs = space.num_decisions * measured_formats(space)
         measured = examples_to_measure(steps, batch, pairs, config.measure_share)
         evaluated += pairs * (config.sensitivity_examples or measured)
     if config.contest:
@@ -139,17 +140,19 @@ def _untrained_passes(plan: Plan) -> float:
     from eval.run.plan import search_settings, search_space
     from policy.hessian import MOST_DRAWS
     from trainer.search.evaluation_sizes import EvaluationSizes
+    from trainer.search.measured_pairs import measured_formats
     from trainer.search.sensitivity import EIGEN_STEPS
 
     run, rows = plan.config, len(plan.prepared.train)
     examples = 0.0
     if run.chooses:
         space, settings = search_space(plan), search_settings(run)
-        pairs = space.num_decisions * space.num_choices
+        pairs = space.num_decisions * measured_formats(space)
         sizes = EvaluationSizes(
-            *(rows, space.num_decisions, space.num_choices, run.eval_batch_size, 0, 1, settings.sensitivity_examples)
+            *(rows, space.num_decisions, space.num_choices, run.eval_batch_size, 0, 1, settings.sensitivity_examples),
+            measured=measured_formats(space),
         )
-        few = sizes.to_evaluate(pairs)
+        few = sizes.to_evaluate(space.num_decisions * space.num_choices)
         examples += {
             "measured": CACHED_PASS_SHARE * pairs * sizes.to_measure(),
             "greedy": CACHED_PASS_SHARE * pairs * sizes.to_measure(),

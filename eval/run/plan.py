@@ -66,6 +66,15 @@ class Plan:
         return {cache.name: formats for cache in self.caches} if len(formats) > 1 else {}
 
     @property
+    def channel_groups(self) -> dict[str, int]:
+        """With --channel_groups: layers whose output channels form groups -> how many."""
+        from quant.channel_groups import can_split
+
+        groups = self.config.channel_groups
+        layers = {name: self.bundle.model.get_submodule(name) for name in self.layers} if groups > 1 else {}
+        return dict.fromkeys(can_split(layers, groups), groups)
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """Formats that layers may have, without float."""
         config = self.config
@@ -326,7 +335,9 @@ def space_of(plan: Plan, partition: Partition) -> SearchSpace:
     tied = tied_in(profiles), tables_in(profiles)
     names = [*plan.layers, *plan.cache_choices]
     stores = storage_of(plan.bundle.model, plan.layers, config)
-    space = build_space(names, config.search_formats, partition, *activations, *tied, plan.cache_choices, stores)
+    space = build_space(
+        names, config.search_formats, partition, *activations, *tied, plan.cache_choices, stores, plan.channel_groups
+    )
     return space if plan.architecture is None else JointSpace.of(space, plan.architecture)
 
 

@@ -65,6 +65,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "inputs": to_json(inputs_of(plan)),
         "search_space": [f.name for f in config.search_formats] if config.chooses else None,
         "decisions": {d.name: list(d.layers) for d in search_space(plan).decisions} if config.chooses else None,
+        **({} if config.channel_groups == 1 else {"channel_groups": plan.channel_groups}),
         **({} if plan.architecture is None else {"architecture_space": described(plan.architecture)}),
         "distill": teacher_share(plan),
         "float_share": float_share(plan.bundle.model, plan.layers).share,
@@ -175,6 +176,12 @@ def layer_notes(plan: Plan) -> list[str]:
     outside = float_share(plan.bundle.model, plan.layers)
     where = "in float" if plan.config.cost_scope == "file" else "outside the cost"
     notes = [f"{where}: {outside}"] if outside.left else []
+    whole = [name for name in plan.layers if name not in plan.channel_groups] if plan.config.channel_groups > 1 else []
+    if whole:
+        notes.append(
+            f"{len(whole)} layers keep one format for all output channels (embeddings, experts, shared weights, few "
+            f"channels): {', '.join(whole[:3])}"
+        )
     if idle := [p.name for p in plan.profiles if not p.calls]:
         notes.append(f"{len(idle)} layers are never called and cost no compute: {', '.join(idle[:3])}")
     return notes

@@ -65,6 +65,7 @@ def make_trainer(
         quantizer_configs,
         weight_rounding,
     )
+    from quant.channel_groups import split_channels
     from quant.convert import quantize_model
     from quant.quant_cache import as_layer
     from quant.quant_utils import use_compiled
@@ -90,6 +91,8 @@ def make_trainer(
         modules = quantize_model(
             plan.bundle.model, include=plan.layers, formats=plan.formats, weight=weight, activation=activation
         )
+        if config.channel_groups > 1:
+            split_channels(modules, config.channel_groups)
         if config.train == "scales":
             freeze_weights(plan.bundle.model)
     caches = {name: as_layer(add_cache(plan.bundle.model, name)) for name in plan.cache_choices}

@@ -15,6 +15,7 @@ from quant.formats import (
     Format,
     GroupFormat,
     IntFormat,
+    MixedFormat,
     parse_format,
     values_per_scale,
 )
@@ -92,6 +93,8 @@ class Engine:
     """Whether its file has a place for the factors of --smooth_quant and --gamma_migration."""
     whole_groups: bool = True
     """Whether groups must divide the rows of a weight."""
+    mixes: bool = False
+    """Whether its file can hold output channels of a layer in different formats; their values run as the widest."""
     group_point_bits: int | None = None
     """Bits of the zero point of a group in the file; None: as many as a code has."""
 
@@ -110,6 +113,8 @@ class Engine:
         """
         if pair == UNQUANTIZED:
             return True
+        if isinstance(pair[0], MixedFormat):
+            return self.mixes and all(self.keeps(kind, (part, pair[1]), per_token, row) for part in pair[0].parts)
         return self._fits(pair[0], row) and self.rule(kind, pair, per_token) is not None
 
     def stored_as(self, kind: Kind, pair: Pair, per_token: bool | None = None, row: int | None = None) -> Pair | None:
@@ -132,6 +137,7 @@ class Engine:
             for weight, activation in rule.pairs(pair[0])
             if weight != FLOAT
             and holds(weight, pair[0])
+            and (self.mixes or not isinstance(pair[0], MixedFormat))
             and (looked_up or holds(activation, pair[1]))
             and self.keeps(kind, (weight, activation), per_token, row)
         }
@@ -168,10 +174,13 @@ class Engine:
 def holds(wide: Format, narrow: Format) -> bool:
     """Whether a format has every value of another one.
 
-    A row with one scale is a row of groups with equal scales; so are groups that smaller groups divide.
+    A row with one scale is a row of groups with equal scales; so are groups that smaller groups divide. A mix has the
+    values of all its formats.
     """
     if wide in (narrow, FLOAT):
         return True
+    if isinstance(narrow, MixedFormat):
+        return all(holds(wide, part) for part in narrow.parts)
     if isinstance(wide, GroupFormat):
         if isinstance(narrow, IntFormat):
             return narrow.width <= wide.width

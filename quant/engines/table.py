@@ -66,6 +66,7 @@ _ENGINES = (
         default_space="4,8",
         takes_factors=True,
         whole_groups=False,
+        mixes=True,
     ),
     Engine(
         "openvino",

@@ -22,6 +22,7 @@ from quant.formats import (
     Format,
     GroupFormat,
     IntFormat,
+    MixedFormat,
     mx_element,
     values_per_scale,
 )
@@ -90,7 +91,7 @@ def tensor_type(format: Format, columns: int, zero_point: bool = False) -> str:
 
 
 def _element(format: Format) -> IntFormat | FloatFormat:
-    assert not isinstance(format, FloatOff)
+    assert not isinstance(format, FloatOff | MixedFormat)
     return format.element if isinstance(format, BlockFormat | GroupFormat) else format
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant.formats import FLOAT, Format, bits_in_rows
+from quant.formats import FLOAT, Format, MixedFormat, bits_in_rows
 from quant.kernels.groups import to_rows
 from quant.quant_module import QuantModule
 
@@ -38,8 +38,10 @@ def as_chosen(module: QuantModule) -> LayerVerdict:
     """Return the verdict for a layer that is stored in the formats chosen."""
     weight, activation = module.formats
     row = to_rows(module.weight, module.weight_quantizer.reduction_dim).shape[1]
-    bits = bits_in_rows(weight.bits, weight, row), activation.bits
-    return LayerVerdict(weight, activation, weight.name, activation.name, *bits)
+    bits = bits_in_rows(weight.bits, weight, row)
+    if isinstance(weight, MixedFormat):
+        bits = weight.bits_of(module.weight_quantizer.channel_group.numel())
+    return LayerVerdict(weight, activation, weight.name, activation.name, bits, activation.bits)
 
 
 def left_in_float(module: QuantModule) -> LayerVerdict:

@@ -4,8 +4,8 @@ Tensors of a layer L, besides those that stay as they are: `L.weight.codes` uint
 `L.weight.scale` float32, `L.weight.zero_point` int16 (asymmetric weights), `L.weight.block_scales` uint8 (MX e8m0,
 nvfp4 e4m3), `L.weight.tensor_scale` float32 (nvfp4), `L.weight.group_scales` float16 and `L.weight.group_zero_points`
 uint8 (packed like the codes; integers in groups), `L.input.scale` float32, and `L.input.zero_point` int8 or int16 or
-`L.input.offset` float32 (LSQ+). The file's metadata holds a description (formats, shapes, values from the caller) and a
-SHA-256 checksum of it and all tensors.
+`L.input.offset` float32 (LSQ+). Weights whose channels differ in format: see `packed_mix`. The file's metadata holds a
+description (formats, shapes, values from the caller) and a SHA-256 checksum of it and all tensors.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant.analysis.tied import stored_with
+from quant.channel_groups import CHANNEL_GROUPS
 from quant.convert import describe_quantizers, in_float, quantize_as_described
 from quant.errors import UserError
 from quant.export.bit_packing import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
 from quant.export.layer_report import LayerVerdict, as_chosen, left_in_float
+from quant.export.packed_mix import CODES, INDEX, pack_mix, unpack_mix
 from quant.export.weights import (
     RoundedWeight,
     never_called,
@@ -34,7 +36,17 @@ from quant.export.weights import (
     round_weight,
     static_range,
 )
-from quant.formats import FLOAT, NVFP4_SCALE, BlockFormat, FloatOff, Format, GroupFormat, IntFormat, parse_format
+from quant.formats import (
+    FLOAT,
+    NVFP4_SCALE,
+    BlockFormat,
+    FloatOff,
+    Format,
+    GroupFormat,
+    IntFormat,
+    MixedFormat,
+    parse_format,
+)
 from quant.kernels.groups import from_rows, spread, to_rows
 from quant.quant_module import QuantModule
 from quant.quantizers.quant_params import QuantParams
@@ -47,7 +59,7 @@ from quant.transforms.unfold import layer_state
 
 VERSION = 1
 METADATA = "packed"
-SCALES = ("weight.scale", "weight.tensor_scale", "input.scale", "input.offset")
+SCALES = ("weight.scale", "weight.tensor_scale", f"weight.{INDEX}", "input.scale", "input.offset")
 ZERO_POINTS = ("weight.zero_point", "input.zero_point")
 
 
@@ -215,6 +227,8 @@ def restore(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
             values = _unpack(own, weight_format, module.weight.shape, old)
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
             on_grid = OnGrid(old.config, old.shape, old.reduction_dim, batched=False, weight_shape=old.weight_shape)
+            if isinstance(weight_format, MixedFormat):
+                on_grid.channel_group.copy_(old.channel_group)
             on_grid.scale = own["weight.scale"].view(old.shape) if "weight.scale" in own else None
             if isinstance(weight_format, GroupFormat):
                 scale, zero_point = _group_scales(own, weight_format)
@@ -245,8 +259,8 @@ def packed_sizes(path: Path) -> dict[str, int]:
 
     Returns:
         Bytes of `codes` and `block_scales` (quantized weights; groups' zero points too), `scales` and `zero_points` (of
-        weights and inputs), `float_weights` (weights of layers in float), `rest` (all other tensors) and `header`
-        (names, shapes, description).
+        weights and inputs; the groups of channels too), `float_weights` (weights of layers in float), `rest` (all other
+        tensors) and `header` (names, shapes, description).
     """
     description, tensors = read_packed(path)
     floats = {f"{name}.weight" for name, layer in description["layers"].items() if layer["formats"][0] == FLOAT.name}
@@ -256,6 +270,7 @@ def packed_sizes(path: Path) -> dict[str, int]:
         for name in description["layers"]
         for part, kind in (
             ("weight.codes", "codes"),
+            *((f"weight.{CODES}.{number}", "codes") for number in range(max(CHANNEL_GROUPS))),
             ("weight.block_scales", "block_scales"),
             ("weight.group_scales", "block_scales"),
             ("weight.group_zero_points", "block_scales"),
@@ -270,10 +285,7 @@ def packed_sizes(path: Path) -> dict[str, int]:
 
 
 def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
-    width, codes = int(weight.element.bits), weight.elements
-    if weight.zero_point is not None:
-        codes = codes + spread(weight.zero_point, weight.in_block, codes.shape[-1])
-    packed = {"codes": torch.from_numpy(pack_bits(encode(codes.numpy(), weight.element), width))}
+    packed = pack_mix(weight) if isinstance(weight.format, MixedFormat) else _pack_codes(weight)
     if isinstance(weight.format, BlockFormat):
         scales = weight.scale.numpy().reshape(-1)
         two_level = weight.format.two_level
@@ -285,7 +297,7 @@ def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
         packed["group_scales"] = weight.scale.reshape(-1).half()
         if weight.zero_point is not None:
             points = encode(weight.zero_point.numpy(), weight.element)
-            packed["group_zero_points"] = torch.from_numpy(pack_bits(points, width))
+            packed["group_zero_points"] = torch.from_numpy(pack_bits(points, weight.format.width))
     elif weight.format.scaled:
         packed["scale"] = weight.scale.reshape(-1).clone()
         if weight.zero_point is not None:
@@ -293,11 +305,21 @@ def _pack(weight: RoundedWeight) -> dict[str, Tensor]:
     return packed
 
 
+def _pack_codes(weight: RoundedWeight) -> dict[str, Tensor]:
+    codes = weight.elements
+    if weight.zero_point is not None:
+        codes = codes + spread(weight.zero_point, weight.in_block, codes.shape[-1])
+    return {"codes": torch.from_numpy(pack_bits(encode(codes.numpy(), weight.element), int(weight.element.bits)))}
+
+
 def _unpack(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, quantizer: Quantizer) -> Tensor:
     assert not isinstance(format, FloatOff)
-    element = format.element if isinstance(format, BlockFormat | GroupFormat) else format
-    codes = unpack_bits(tensors["weight.codes"].numpy(), int(element.bits), shape.numel())
-    elements = torch.from_numpy(decode(codes, element))
+    if isinstance(format, MixedFormat):
+        elements = unpack_mix(tensors, format, shape, quantizer)
+    else:
+        element = format.element if isinstance(format, BlockFormat | GroupFormat) else format
+        codes = unpack_bits(tensors["weight.codes"].numpy(), int(element.bits), shape.numel())
+        elements = torch.from_numpy(decode(codes, element))
     if isinstance(format, BlockFormat | GroupFormat):
         rows = elements.view(to_rows(torch.empty(shape, device="meta"), quantizer.reduction_dim).shape)
     if isinstance(format, GroupFormat):

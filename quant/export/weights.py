@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from quant.channel_groups import groups_of
+from quant.engines.rules import holds
 from quant.errors import UserError
 from quant.formats import (
     BlockFormat,
@@ -17,6 +19,7 @@ from quant.formats import (
     Format,
     GroupFormat,
     IntFormat,
+    MixedFormat,
     mx_element,
     values_per_scale,
 )
@@ -39,7 +42,7 @@ class RoundedWeight:
     scale broadcasts to it.
     """
 
-    format: IntFormat | FloatFormat | BlockFormat | GroupFormat
+    format: IntFormat | FloatFormat | BlockFormat | GroupFormat | MixedFormat
     elements: Tensor
     """float32, values of the element format."""
     scale: Tensor
@@ -48,10 +51,19 @@ class RoundedWeight:
     """float32 0-d, of nvfp4."""
     zero_point: Tensor | None = None
     """float32 whole numbers with the scale's shape; the code of an integer is element + zero point."""
+    groups: tuple[Tensor, ...] = ()
+    """Of a mix of formats: the output channels of each group, int64."""
+
+    @property
+    def channels(self) -> int:
+        """Axis of the output channels of a weight with a scale for each: the one along which the scales differ."""
+        return max(range(self.scale.dim()), key=lambda axis: self.scale.shape[axis])
 
     @property
     def element(self) -> IntFormat | FloatFormat:
-        """Format of the elements."""
+        """Format of the elements; of a mix, the one that holds all values. Raises UserError if none does."""
+        if isinstance(self.format, MixedFormat):
+            return widest(self.format)
         return self.format.element if isinstance(self.format, BlockFormat | GroupFormat) else self.format
 
     @property
@@ -66,6 +78,14 @@ class RoundedWeight:
         unit = mx_element(self.format)[1] if isinstance(self.format, BlockFormat) else 1.0
         values = self.elements * spread(self.scale * unit, self.in_block, self.elements.shape[1])
         return values if self.tensor_scale is None else values * self.tensor_scale
+
+
+def widest(mix: MixedFormat) -> IntFormat | FloatFormat:
+    """Return the format of a mix that holds the values of all the others; raise UserError if none does."""
+    found = next((part for part in mix.parts if holds(part, mix)), None)
+    if found is None:
+        raise UserError(f"{mix}: none of these formats holds the values of the others, as one tensor has to")
+    return found
 
 
 def plain_weight(name: str, module: QuantModule) -> Tensor:
@@ -114,11 +134,22 @@ def round_weight(name: str, module: QuantModule) -> RoundedWeight | None:
     scale = used_scale(rounder.scale)
     elements = round_to_grid(weight.float() / scale, rounder.rounding_params)
     zero_point = None
-    if isinstance(format, IntFormat) and not quantizer.config.symmetric:
-        used = quantizer.used_range(format)
-        assert isinstance(used, IntFormat)
-        zero_point = (used.bounds("full")[0] - rounder.rounding_params[0]).reshape(scale.shape)
-    return RoundedWeight(format, elements, scale.detach(), zero_point=zero_point)
+    if not isinstance(format, FloatFormat) and not quantizer.config.symmetric:
+        zero_point = (_lowest_codes(quantizer) - rounder.rounding_params[0]).reshape(scale.shape)
+    groups = groups_of(module) if isinstance(format, MixedFormat) else []
+    return RoundedWeight(format, elements, scale.detach(), zero_point=zero_point, groups=tuple(groups))
+
+
+def _lowest_codes(quantizer: Quantizer) -> Tensor | float:
+    """Return the smallest code of the current integers, for each channel of a mix; minifloats have zero point 0."""
+    format = quantizer.format
+    parts = format.parts if isinstance(format, MixedFormat) else (format,)
+    lowest: Tensor | float = 0.0
+    for number, part in enumerate(parts):
+        used = quantizer.used_range(part)  # type: ignore[arg-type]
+        low = used.bounds("full")[0] if isinstance(used, IntFormat) else -used.qmax
+        lowest = low if len(parts) == 1 else torch.where(quantizer.channel_group == number, low, lowest)
+    return lowest
 
 
 def _round_groups(rows: Tensor, format: GroupFormat, rounder: Rounder, dim: int | None) -> RoundedWeight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -20,6 +20,8 @@ from quant.formats import (
     Format,
     GroupFormat,
     IntFormat,
+    MixedFormat,
+    group_sizes,
     parse_format,
 )
 from quant.kernels.block_formats import block_gradients, round_in_blocks
@@ -87,8 +89,15 @@ class QuantizerConfig:
     bits avoid this (ONNX Runtime's reduce_range)."""
     ignore_padding: bool = False
     """Activations: leave out padding tokens, according to a batch's `attention_mask`."""
+    channel_groups: int = 1
+    """Weights: groups of output channels that may differ in format, see `quant.channel_groups`."""
 
     def __post_init__(self) -> None:
+        if self.channel_groups > 1 and (self.granularity != "channel" or self.learned_offset):
+            raise ValueError(
+                f"channel_groups {self.channel_groups} needs granularity channel and no learned_offset, "
+                f"got {self.granularity} and {self.learned_offset}"
+            )
         if self.observer not in OBSERVERS:
             raise ValueError(f"observer must be one of {', '.join(OBSERVERS)}, got {self.observer!r}")
         check_choices(self)
@@ -130,6 +139,8 @@ class Quantizer(nn.Module):
     """
 
     anchor: Tensor
+    channel_group: Tensor
+    """With `channel_groups`: the group of each output channel, uint8 of the scale's shape; part of the state dict."""
 
     def __init__(
         self,
@@ -163,13 +174,25 @@ class Quantizer(nn.Module):
         """Weights: what the layer multiplies them with, while `calibrate` runs and if the observer asks for it."""
         self.real_tokens: tuple[Tensor, ...] = ()
         """Masks, bool (B, T), False for padding; observed tensors (B, T, ...) leave padding out."""
+        if config.channel_groups > 1:
+            self.split(config.channel_groups)
+
+    def split(self, groups: int) -> None:
+        """Divide the channels of a weight into groups of neighbours, which may differ in format from now on."""
+        self.config = replace(self.config, channel_groups=groups)
+        sizes = torch.tensor(group_sizes(math.prod(self.shape), groups))
+        group = torch.arange(groups, dtype=torch.uint8).repeat_interleave(sizes).view(self.shape)
+        self.register_buffer("channel_group", group.to(self.anchor.device))
 
     def prepare(self, format: Format) -> None:
         """Create the scale of a format. Learned scales must exist before the optimizer is created.
 
         Raises:
-            UserError: For a group format, if the tensor is no weight.
+            UserError: For a group format, if the tensor is no weight; for a mix of other groups than the weight has.
         """
+        if isinstance(format, MixedFormat):
+            self._prepare_parts(format)
+            return
         if isinstance(format, GroupFormat) and self.weight_shape is None:
             raise UserError(f"{format} is a format of weights: activations have no groups along their channels")
         self.prepared.add(format)
@@ -186,6 +209,15 @@ class Quantizer(nn.Module):
                 self.anchor.device,
                 offset and not isinstance(format, GroupFormat),
             )
+
+    def _prepare_parts(self, mix: MixedFormat) -> None:
+        if len(mix.parts) != self.config.channel_groups:
+            raise UserError(
+                f"{mix} is for {len(mix.parts)} groups of output channels, this weight has {self.config.channel_groups}"
+            )
+        for part in mix.parts:
+            self.prepare(part)
+        self.prepared.add(mix)
 
     def scale_shape(self, format: Format) -> tuple[int, ...]:
         """Return the shape of a format's scale."""
@@ -326,10 +358,11 @@ class Quantizer(nn.Module):
 
     def rounding_tensors(self) -> list[Tensor]:
         """Return all tensors, other than x, that rounding to the current format depends on."""
-        if self.format.name not in self.grids:
-            return []
-        params = self.grids[self.format.name]
-        return [*params.parameters(), *params.buffers()]
+        mixed = isinstance(self.format, MixedFormat)
+        parts = self.format.parts if isinstance(self.format, MixedFormat) else (self.format,)
+        params = [self.grids[part.name] for part in parts if part.name in self.grids]
+        own = [tensor for each in params for tensor in (*each.parameters(), *each.buffers())]
+        return [*own, self.channel_group] if mixed else own
 
     def forward(self, x: Tensor) -> Tensor:
         """Round x to the current format.
@@ -348,7 +381,15 @@ class Quantizer(nn.Module):
 
     def rounding(self, x: Tensor) -> Rounder | None:
         """Return what rounds x with the current format and scale; None in float. Raises as `forward` does."""
-        format = self.format
+        if isinstance(self.format, MixedFormat):
+            rounders = [self._rounding_in(part, x) for part in self.format.parts]
+            known = [rounder for rounder in rounders if rounder is not None]
+            return mixed_rounder(known, self.channel_group) if len(known) == len(rounders) else None
+        return self._rounding_in(self.format, x)
+
+    def _rounding_in(self, format: Format, x: Tensor) -> Rounder | None:
+        """Return what rounds x in a format that is no mix."""
+        assert not isinstance(format, MixedFormat)
         if isinstance(format, FloatOff) or x.numel() == 0:
             return None
         if isinstance(format, BlockFormat):
@@ -364,7 +405,7 @@ class Quantizer(nn.Module):
             self._calibrate_on(x, format)
         params.keep_positive()
         if not self.batched and params.scale.numel() > 1 and len(x) < len(params.scale):
-            return self._rounding_part(x, params)
+            return self._rounding_part(x, params, format)
         gradient = lsq_gradient_scale(self._elements(x) // params.scale.numel(), params.largest_code)
         if grouped:
             return Rounder(half_scale(params.scale), params.rounding_params, gradient, format, self.reduction_dim)
@@ -372,10 +413,10 @@ class Quantizer(nn.Module):
         bytes = params.bytes if params.scale.numel() == 1 or not self.batched else None
         return Rounder(params.scale, params.rounding_params, gradient, offset=params.offset, bytes=bytes)
 
-    def _rounding_part(self, x: Tensor, params: QuantParams) -> Rounder:
+    def _rounding_part(self, x: Tensor, params: QuantParams, format: Format) -> Rounder:
         """Return what rounds the first channels of a weight (`quant.elastic`), with the first of its scales."""
-        if isinstance(self.format, GroupFormat):
-            raise ValueError(f"{self.format}: the groups of a part of a weight are not those of the whole")
+        if isinstance(format, GroupFormat):
+            raise ValueError(f"{format}: the groups of a part of a weight are not those of the whole")
         scale, rounding = params.scale[: len(x)], params.rounding_params
         rounding = rounding if rounding.numel() == len(rounding) else rounding[:, : len(x)]
         offset = None if params.offset is None else params.offset[: len(x)]
@@ -514,9 +555,26 @@ class Rounder:
         return (moved + offset).to(x.dtype)
 
 
-def _with_gradient_scaled(offset: Tensor, factor: float) -> Tensor:
-    """Return the same values with a scaled gradient: LSQ+ (arXiv 2004.09576) scales an offset's as a scale's."""
-    return offset.detach() + (offset - offset.detach()) * factor
+def mixed_rounder(rounders: Sequence[Rounder], group: Tensor) -> Rounder:
+    """Return what rounds each channel of a weight as the rounder of its group does, in one pass over the weight.
+
+    Args:
+        rounders: One for each group, with a scale for each channel.
+        group: The group of each channel, uint8 of the scales' shape.
+    """
+    scale, params = torch.empty_like(group, dtype=torch.float32), torch.empty((5, *group.shape), device=group.device)
+    for number, rounder in enumerate(rounders):
+        assert rounder.scale is not None and rounder.rounding_params is not None
+        own = rounder.rounding_params
+        wide = own.view(5, *(1,) * group.dim()) if own.dim() == 1 else own
+        scale = torch.where(group == number, _with_gradient_scaled(rounder.scale, rounder.gradient_scale), scale)
+        params = torch.where(group == number, wide, params)
+    return Rounder(scale, params)
+
+
+def _with_gradient_scaled(values: Tensor, factor: float) -> Tensor:
+    """Return the same values with a scaled gradient, as LSQ does with scales, and LSQ+ (arXiv 2004.09576) offsets."""
+    return values.detach() + (values - values.detach()) * factor
 
 
 def all_finite(x: Tensor) -> Tensor:

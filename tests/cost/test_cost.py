@@ -82,6 +82,17 @@ def test_a_short_last_group_has_a_whole_scale(layer, shape, name, bits, tmp_path
     assert 0 <= sizes["codes"] + sizes["block_scales"] - bits / 8 < 2
 
 
+def test_each_group_of_channels_costs_its_own_bits_and_the_number_of_its_group():
+    profile = layer("a", params=70, positions=3, channels=7)  # 10 weights a channel, 4 and 3 channels
+    mixed = formats(a="int4+int2/int8")
+    assert memory_cost([profile], mixed) == pytest.approx((40 * 4 + 30 * 2) / 8 / MIB, rel=1e-12)
+    assert compute_cost([profile], mixed) == pytest.approx((40 * 4 + 30 * 2) * 3 * 8 / 1e9, rel=1e-12)
+    assert overhead_memory([profile], mixed) == (7 * 4 + 1 + 5) / MIB  # scales, 7 bits in a byte, input
+    four = formats(a="int8+int4+int4+int2/float")
+    assert overhead_memory([profile], four) == (7 * 4 + 2) / MIB
+    assert memory_cost([profile], four) == pytest.approx(10 * (2 * 8 + 2 * 4 + 2 * 4 + 2) / 8 / MIB, rel=1e-12)
+
+
 def test_attention_is_charged_at_the_activation_width_twice():
     plain, charged = layer("a"), layer("a", attention=500)
     extra = compute_cost([charged], formats(a="int4/int8")) - compute_cost([plain], formats(a="int4/int8"))

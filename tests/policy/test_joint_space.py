@@ -110,7 +110,7 @@ def test_a_measured_cost_of_a_smaller_layer_is_its_share_of_the_multiplications(
 
 
 def test_weights_in_groups_are_refused():
-    space, profiles, _ = joint()
+    _, profiles, _ = joint()
     model = chain()
     net = ElasticNet(model, X, widths=(0.5, 1))
     with pytest.raises(UserError, match="int4g32"):

@@ -31,6 +31,20 @@ def test_weights_in_groups_go_with_inputs_in_float():
     assert apart == ((group, FLOAT), (group, INT8), (INT8, FLOAT), (INT8, INT8))
 
 
+def test_decisions_whose_layers_have_as_many_groups_of_channels_also_mix_formats():
+    int2, int4_int2 = parse_format("int2"), parse_format("int4+int2")
+    groups = {"stem": 2, "body.0": 2, "body.1": 2}  # the head is an embedding, say
+    space = build_space(LAYERS, [int2, INT4], channel_groups=groups)
+    mixed, whole = space.decisions[0].choices, space.decisions[3].choices
+    assert mixed == ((int2, int2), (INT4, INT4), (int4_int2, INT4))
+    assert whole == ((int2, int2), (INT4, INT4), (INT4, INT4))  # the last is repeated
+    blocks = {"ends": ["stem", "head"], "body": ["body.0", "body.1"]}
+    ends, body = build_space(LAYERS, [int2, INT4], blocks, channel_groups=groups).decisions
+    assert (ends.choices, body.choices) == (whole, mixed)
+    table = space.cost_table(profiles(), "memory")
+    np.testing.assert_allclose(table[0, 2], table[0, :2].mean(), rtol=1e-12)
+
+
 def test_a_decision_per_layer():
     space = build_space(LAYERS, [INT4, INT8])
     assert [(d.name, d.layers) for d in space.decisions] == [(name, (name,)) for name in LAYERS]

@@ -15,12 +15,13 @@ from policy.joint_space import JointSpace
 from policy.space import SearchSpace
 from quant.elastic.net import ElasticNet
 from quant.errors import UserError
-from quant.formats import Format, parse_search_space
+from quant.formats import Format, MixedFormat, parse_search_space
 from quant.quant_module import QuantModule
 from trainer.search.config import ReinforceConfig
 from trainer.search.engine import check_choices, stored_in
 from trainer.search.evaluation_sizes import EvaluationSizes
 from trainer.search.evaluator import AssignmentEvaluator
+from trainer.search.measured_pairs import measured_formats
 from trainer.search.search_state import Phases
 from trainer.search.targets import MultiTargetSearch
 from trainer.training.batches import BatchReader, TrainingLength
@@ -30,6 +31,10 @@ def parse_formats(search_space: str | Sequence[Format]) -> tuple[Format, ...]:
     """Return the formats of a flag ('2,4,8') or of a sequence. Raises UserError for what is no format."""
     if isinstance(search_space, str):
         return tuple(parse_search_space(search_space))
+    if mixed := [entry for entry in search_space if isinstance(entry, MixedFormat)]:
+        raise UserError(
+            f"search_space holds {mixed[0]}, a mix: name its formats, and divide the layers (split_channels)"
+        )
     if wrong := [entry for entry in search_space if not isinstance(entry, Format)]:
         text = ",".join(map(str, search_space))
         raise UserError(f"search_space holds {wrong[0]!r}, which is no Format: pass search_space={text!r}")
@@ -84,8 +89,9 @@ def build_searches(
         space = JointSpace.of(space, architecture)
     counts, training = (space.num_decisions, space.num_choices), (length.steps, length.step_examples)
     settings = config.sensitivity_examples, config.measure_share
+    more = {"targets": len(config.bits_list), "measured": measured_formats(space)}
     evaluation |= {
-        "sizes": EvaluationSizes(len(held_out), *counts, batch_size, *training, *settings, len(config.bits_list)),
+        "sizes": EvaluationSizes(len(held_out), *counts, batch_size, *training, *settings, **more),
         "quality": config.reward_quality,
         "reward_examples": math.ceil(config.reward_share * length.batch_size),
     }

@@ -62,6 +62,8 @@ class EvaluationSizes:
     measure_share: float = 0.12
     targets: int = 1
     """Budgets of the run, which share the time for evaluations."""
+    measured: int | None = None
+    """Formats of a decision that are measured, see `trainer.search.measured_pairs`; None: as many as choices."""
 
     @property
     def neighbours(self) -> int:
@@ -76,7 +78,7 @@ class EvaluationSizes:
 
     def to_measure(self) -> int:
         """Examples for measuring every single format."""
-        pairs = self.decisions * self.choices
+        pairs = self.decisions * (self.choices if self.measured is None else self.measured)
         measured = examples_to_measure(self.total_steps, self.step_examples, pairs, self.measure_share)
         wanted = self.examples or measured
         return min(wanted, self.available)

@@ -16,10 +16,11 @@ from policy.hessian import hessian_traces, top_eigenvalues
 from policy.solve import Table
 from policy.space import SearchSpace
 from quant.convert import in_float, set_formats
-from quant.formats import FLOAT
+from quant.formats import FLOAT, Format, has_channel_scales
 from quant.module_utils import evaluating, examples_of
 from quant.quant_module import QuantModule
 from quant.quantizers.prefix_cache import prefix_cached
+from trainer.search.measured_pairs import measured_pairs
 from trainer.training.batch_norm import statistics_of_batch
 from trainer.training.progress import Listener, unheard
 
@@ -55,6 +56,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure every decision in each of its choices, in decisions x choices forward passes per batch.
 
+    Mixes of formats within a layer take fewer, see `trainer.search.measured_pairs`.
+
     The model runs in eval mode, batch norms on the statistics of the batch. Its mode and formats are restored.
 
     Args:
@@ -72,14 +75,16 @@ def measure_sensitivity(
     total = int(work.sum()) * len(batches)
     noun = "layers" if all(len(decision.layers) == 1 for decision in space.decisions) else "groups of layers"
     examples = sum(map(examples_of, batches))
-    tell(MEASURING, 0, total, f"{decisions} {noun} in {space.num_choices} formats on {examples} examples")
+    plans = [measured_pairs(decision.choices) for decision in space.decisions]
+    most = max(len(plan.pairs) for plan in plans)
+    tell(MEASURING, 0, total, f"{decisions} {noun} in {most} formats on {examples} examples")
     with evaluating(model):
         for number, batch in enumerate(batches):
             changes: list[list[Tensor]] = [[] for _ in space.decisions]
             with in_float(modules), statistics_of_batch(model, batch), prefix_cached(modules) as cache:
                 reference = observe(model, batch)
                 for d, decision in enumerate(space.decisions):
-                    for formats in decision.choices:
+                    for formats in plans[d].pairs:
                         set_formats(modules, dict.fromkeys(decision.layers, formats))
                         cache.restart()
                         changes[d].append(compare(reference, observe(model, batch)).view(-1))
@@ -87,7 +92,8 @@ def measure_sensitivity(
                     of_batches = f", batch {number + 1} of {len(batches)}" if len(batches) > 1 else ""
                     done = number * int(work.sum()) + int(work[: d + 1].sum())
                     tell(MEASURING, done, total, f"{noun} {d + 1} of {decisions}{of_batches}")
-            observed.append(np.array([[own.double().cpu().numpy() for own in row] for row in changes]))
+            measured = [np.array([own.double().cpu().numpy() for own in row]) for row in changes]
+            observed.append(np.array([plan.shares @ own for plan, own in zip(plans, measured, strict=True)]))
     values = np.concatenate(observed, axis=-1)
     mean, count = values.mean(axis=-1), values.shape[-1]
     return Sensitivity(mean, values.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros_like(mean))
@@ -129,8 +135,68 @@ def fisher_sensitivity(
     Returns:
         Mean over the examples, float64 (decisions, choices).
     """
-    scores = {name: np.zeros(space.num_choices) for name in modules}
     choices = {layer: decision.choices for decision in space.decisions for layer in decision.layers}
+    found = _squared_changes(model, modules, choices, batches, loss, lambda name, change: change.sum())
+    scores = {name: own.cpu().numpy() for name, own in found.items()}
+    nothing = np.zeros(space.num_choices)
+    return np.array([sum(scores.get(layer, nothing) for layer in d.layers) for d in space.decisions]) / len(batches)
+
+
+def channel_sensitivity(
+    model: nn.Module, modules: Mapping[str, QuantModule], batches: Sequence[Mapping[str, Any]], loss: Any
+) -> dict[str, Tensor]:
+    """Estimate what rounding the weights of each output channel costs: `fisher_sensitivity`, kept apart by channel.
+
+    A channel's score is the squared gradient of the loss w.r.t. its output x the squared change of that output when its
+    weights take the narrowest prepared format, summed over positions; inputs are in float.
+
+    Args:
+        model: model whose layers are `modules`.
+        modules: layer name -> quantized layer, with a scale for each output channel.
+        batches: batches of training data.
+        loss: (model, batch) -> mean loss, scalar.
+
+    Returns:
+        Layer name -> mean over the examples, float64 (channels,); without layers that no batch reaches.
+    """
+    pairs = {name: ((narrowest(module), FLOAT),) for name, module in modules.items()}
+
+    def of_channels(name: str, change: Tensor) -> Tensor:
+        axis = change.dim() + modules[name].input_reduction_dim  # outputs have their channels where inputs have them
+        return change.sum([other for other in range(change.dim()) if other != axis])
+
+    found = _squared_changes(model, modules, pairs, batches, loss, of_channels)
+    return {name: own[0] / len(batches) for name, own in found.items()}
+
+
+def narrowest(module: QuantModule) -> Format:
+    """Return the format with the fewest bits that a layer's channels may have."""
+    prepared = filter(has_channel_scales, module.weight_quantizer.prepared)
+    return min(prepared, key=lambda format: (format.bits, format.name))
+
+
+def _squared_changes(
+    model: nn.Module,
+    modules: Mapping[str, QuantModule],
+    choices: Mapping[str, Sequence[tuple[Format, Format]]],
+    batches: Sequence[Mapping[str, Any]],
+    loss: Any,
+    reduce: Callable[[str, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Return squared gradient x squared change of the outputs of layers, reduced, mean over each batch's examples.
+
+    Args:
+        model: model whose layers are `modules`.
+        modules: layer name -> quantized layer.
+        choices: layer name -> its formats.
+        batches: batches of data.
+        loss: (model, batch) -> mean loss, scalar.
+        reduce: (layer name, product with the shape of the layer's output) -> what is kept of it.
+
+    Returns:
+        Layer name -> float64 (choices, ...), summed over the batches; without layers that no batch reaches.
+    """
+    scores: dict[str, Tensor] = {}
     examples = 1
 
     def watch(name: str) -> Any:
@@ -149,7 +215,8 @@ def fisher_sensitivity(
 
             def add(gradient: Tensor) -> None:
                 squared = (gradient * examples).square()  # the gradient of each example's own loss
-                scores[name] += [float((squared * change).sum()) / examples for change in changes]
+                own = torch.stack([reduce(name, squared * change).double() / examples for change in changes])
+                scores[name] = scores[name] + own if name in scores else own
 
             output.register_hook(add)
 
@@ -170,7 +237,7 @@ def fisher_sensitivity(
             handle.remove()
         for weight in frozen:
             weight.requires_grad_(False)
-    return np.array([sum(scores[layer] for layer in decision.layers) for decision in space.decisions]) / len(batches)
+    return scores
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -10,12 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from policy.hessian import held_weights
 from quant.analysis.reach import notes_on_reach, reach_of
+from quant.channel_groups import order_channels, split_layers
 from quant.convert import Assignment, calibrate, set_formats
 from quant.mapped_weights import clone
 from quant.quant_module import QuantModule, Reach
 from quant.reconstruction.rounding import round_weights
+from trainer.search.sensitivity import channel_sensitivity
 from trainer.training.batch_norm import has_untrained_batch_norm, recalibrate_batch_norm
+from trainer.training.distributed import of_first_process
 from trainer.training.progress import Listener, counted
 
 
@@ -64,6 +69,21 @@ class RunCalibration:
         calibrate(self.model, self.modules, self.batches("calibrating"), watch=watch)
         self.reach = reach_of(self.modules)
         return notes_on_reach(self.modules)
+
+    def order_channels(self, loss: Callable[..., Any], autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Give the first groups of divided layers the channels whose rounding costs most on training data.
+
+        Args:
+            loss: (model, batch) -> mean loss, scalar.
+            autocast: context for forward passes.
+        """
+        divided = {name: self.modules[name] for name in split_layers(self.modules)}
+        if not divided:
+            return
+        with held_weights(divided), autocast():
+            scores = channel_sensitivity(self.model, divided, list(self.batches("ordering output channels")), loss)
+        agreed = {name: of_first_process(own) for name, own in scores.items()}
+        order_channels(divided, {name: own for name, own in agreed.items() if own is not None})
 
     def set_reach(self, reach: Mapping[str, Reach]) -> None:
         """Keep layers in float that the calibration of an earlier process did not reach."""

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -176,7 +177,7 @@ def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict], tables: Collectio
     """
     sizes = dict.fromkeys(("codes", "block_scales", "scales", "zero_points", "float_weights", "embeddings", "rest"), 0)
     for tensor in onnx.load(path).graph.initializer:
-        name = tensor.name.removesuffix(".half")
+        name = re.sub(r"(\.weight\.codes)\.\d$", r"\1", tensor.name.removesuffix(".half"))  # of a group of channels
         layer, _, part = name.partition(".weight.")
         if layer.removesuffix(".weight") in tables:
             kind = "embeddings"
@@ -184,7 +185,7 @@ def onnx_sizes(path: Path, layers: Mapping[str, LayerVerdict], tables: Collectio
             kind = "float_weights" if layer.endswith(".weight") and not part else "codes"
         elif layer in layers and part == "scale":
             kind = "block_scales" if isinstance(layers[layer].weight, BlockFormat | GroupFormat) else "scales"
-        elif name.endswith(".input.scale"):
+        elif name.endswith((".input.scale", ".weight.codes.order")):
             kind = "scales"
         elif name.endswith((".input.zero_point", ".weight.zero_point")):
             kind = "zero_points"

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant.engines.rules import holds
 from quant.errors import UserError
 from quant.export.layer_report import LayerVerdict
 from quant.export.weights import RoundedWeight, StaticRange, plain_weight, round_weight, static_range
-from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat
+from quant.formats import FLOAT, BlockFormat, FloatFormat, FloatOff, Format, GroupFormat, IntFormat, MixedFormat
 from quant.kernels.groups import to_rows
 from quant.quant_conv2d import QuantConv2d
 from quant.quant_embedding import QuantEmbedding
@@ -102,6 +103,15 @@ class OnnxLayer:
         return cls(name, module.formats, *made, table=isinstance(module, QuantEmbedding))
 
     @property
+    def group_storages(self) -> tuple[Storage, ...]:
+        """The type of each group of output channels of a mix of integers; empty for all other weights."""
+        weight = self.formats[0]
+        if not isinstance(weight, MixedFormat) or self.weight is None:
+            return ()
+        integers = [integer_storage(part) for part in weight.parts if isinstance(part, IntFormat)]
+        return tuple(integers) if len(integers) == len(weight.parts) else ()
+
+    @property
     def in_integers(self) -> bool:
         """Whether engines can multiply weight and input as 8-bit integers."""
         return all(map(narrow, self.formats)) and not self.overflows
@@ -140,7 +150,12 @@ class OnnxLayer:
         stored, bits, why = weight.name, weight.bits, []
         if self.weight is not None:
             stored = "float32" if self.weight_storage is None else own_name(self.weight_storage)
-            element_bits = FLOAT.bits if self.weight_storage is None else self.weight_storage.bits
+            element_bits: float = FLOAT.bits if self.weight_storage is None else self.weight_storage.bits
+            if groups := self.group_storages:
+                stored = "+".join(own_name(storage) for storage in groups)
+                sizes = zip(self.weight.groups, groups, strict=True)
+                element_bits = sum(len(channels) * storage.bits for channels, storage in sizes)
+                element_bits /= self.weight.scale.numel()
             bits = element_bits
             if isinstance(weight, GroupFormat):
                 element = weight.element.name
@@ -187,6 +202,8 @@ def sums_overflow(weight: RoundedWeight | None, range: StaticRange | None, reduc
 
 def narrow(format: Format) -> bool:
     """Whether a format has integers of at most 8 bits."""
+    if isinstance(format, MixedFormat):
+        return all(map(narrow, format.parts))
     return isinstance(format, IntFormat) and format.width <= 8
 
 
@@ -197,15 +214,20 @@ def own_name(storage: Storage) -> str:
 
 def weight_storage(weight: RoundedWeight) -> Storage | None:
     """Return the smallest type that holds every element of a weight; None: float32."""
-    if isinstance(weight.element, IntFormat):
-        return next(storage for storage in INT_STORAGE if weight.element.width <= storage.bits)
-    return storage_of(weight.element)
+    if isinstance(weight.format, MixedFormat) and not any(holds(part, weight.format) for part in weight.format.parts):
+        return None
+    return integer_storage(weight.element) if isinstance(weight.element, IntFormat) else storage_of(weight.element)
+
+
+def integer_storage(format: IntFormat) -> Storage:
+    """Return the smallest type that holds every value of an integer format."""
+    return next(storage for storage in INT_STORAGE if format.width <= storage.bits)
 
 
 def input_storage(format: Format) -> Storage | None:
     """Return the type that QuantizeLinear rounds an input of this format to; None if there is none."""
     if isinstance(format, IntFormat):
-        return next(storage for storage in INT_STORAGE if format.width <= storage.bits)
+        return integer_storage(format)
     storage = storage_of(format) if isinstance(format, FloatFormat) else None
     return storage if storage is not None and storage.dequantized else None
 

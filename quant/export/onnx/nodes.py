@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from quant.export.onnx.layers import INT8, OnnxLayer, Storage
+from quant.export.onnx.mix import join_groups
 from quant.export.onnx.simplify import drop_unread
 from quant.export.weights import RoundedWeight
 from quant.formats import BlockFormat, FloatFormat, GroupFormat, IntFormat, mx_element
@@ -254,7 +255,7 @@ class Replacement:
             factor = mx_element(weight.format)[1] * (1 if weight.tensor_scale is None else weight.tensor_scale)
             scale = scale * factor
         point = None if weight.zero_point is None else weight.zero_point
-        if point is not None:
+        if point is not None and storage is not None:
             elements = elements + spread(point, weight.in_block, elements.shape[-1])
         # The layout that the operation reads: (in, out) for a matrix product, else the weight's own.
         rows_last = layer.transposed or (blocked and layer.is_product)
@@ -265,7 +266,7 @@ class Replacement:
         if storage is None:
             made = self._constant(stored, (elements * scale).numpy())
         else:
-            codes = self._constant(f"{stored}.codes", elements.numpy().astype(storage.dtype))
+            codes = self._codes(layer, storage, elements, f"{stored}.codes")
             if layer.in_integers and (layer.is_product or self.integers):
                 if storage.bits < 8:  # ONNX Runtime folds this Cast when it loads the model: it multiplies bytes alone
                     codes, storage = self._node("Cast", [codes], f"{name}.codes8", to=TensorProto.INT8), INT8
@@ -279,6 +280,14 @@ class Replacement:
                 made = self._unpacked(layer, storage, codes, scale, point, 0 if rows_last else 1)
         self.made[layer.name] = made
         return made
+
+    def _codes(self, layer: OnnxLayer, storage: Storage, codes: Tensor, name: str) -> str:
+        """Store the codes of a weight; return the name of the tensor that holds them."""
+        if len(set(layer.group_storages)) < 2:
+            return self._constant(name, codes.numpy().astype(storage.dtype))
+        assert layer.weight is not None
+        axis = 1 - layer.weight.channels if layer.transposed else layer.weight.channels
+        return join_groups(codes, axis, layer.weight.groups, layer.group_storages, name, self._constant, self._node)
 
     def _dequantized(self, storage: Storage, codes: str, scale: Tensor, point: Tensor | None, name: str) -> str:
         """Add the DequantizeLinear of an operation that ONNX Runtime runs in integers."""
