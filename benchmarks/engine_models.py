@@ -23,8 +23,8 @@ LIMITS = {
 """Engine -> flags of a run for it; ExecuTorch stores 8 bits alone."""
 AT_ONCE = "--method measured --max_steps 0 --sensitivity_examples 16"
 """Formats by the effect of each layer in each format, and no training."""
-IMAGES = ("onnxruntime", "openvino", "torchao", "executorch")
-TEXTS = (*IMAGES, "transformers")
+IMAGES = ("onnxruntime", "openvino", "executorch")
+TEXTS = (*IMAGES, "torchao", "transformers")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ COLUMNS = (
     *("latency [ms]", "latency / float", "latency / the engine's own int8"),
 )
 CELL = "cell.json"
+PATIENCE = 20.0
+"""Seconds after which no further examples are predicted."""
 WARM_UP, FEWEST = 3, 5
 LONGEST = 8.0
 """Seconds after which a cell ends with fewer turns, but the fewest."""
@@ -62,8 +64,14 @@ def batches_of(run: FinishedRun, count: int) -> list[dict[str, np.ndarray]]:
 
 
 def outputs(call: Call, batches: Sequence[Arrays]) -> list[np.ndarray]:
-    """Return the logits of each batch."""
-    return [np.asarray(call({name: x for name, x in batch.items() if name != "labels"})) for batch in batches]
+    """Return the logits of each batch, of fewer batches where a call is slow."""
+    made: list[np.ndarray] = []
+    started = time.monotonic()
+    for batch in batches:
+        if made and time.monotonic() - started > PATIENCE:
+            break
+        made.append(np.asarray(call({name: x for name, x in batch.items() if name != "labels"})))
+    return made
 
 
 def metric(logits: Sequence[np.ndarray], batches: Sequence[Arrays]) -> float:
@@ -109,8 +117,11 @@ def cell_of(flags: Namespace, name: str, key: str, folder: Path) -> dict[str, An
     verdict = engine.prepare(run, folder)
     calls = engine.calls(run, folder)
     batches = batches_of(run, flags.examples)
-    own = outputs(in_torch(run.model), batches)
-    logits = {kind: outputs(call, batches) for kind, call in calls.items() if kind != "float"}
+    judged = {kind: call for kind, call in calls.items() if kind != "float"} | {"own": in_torch(run.model)}
+    logits = {kind: outputs(call, batches) for kind, call in judged.items()}
+    count = min(map(len, logits.values()))
+    logits, batches = {kind: made[:count] for kind, made in logits.items()}, batches[:count]
+    own = logits["own"]
     same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(logits["exported"], own, strict=True)]
     layers = verdict["layers"].values()
     inputs = {name: x[:1].numpy() for name, x in example(run).items()}

@@ -1,4 +1,4 @@
-"""What embeddings without a format are stored in: 4 bits where the metric on training examples allows it."""
+"""What embeddings without a format are stored in: 4 bits where the loss on training examples allows it."""
 
 from types import SimpleNamespace
 
@@ -15,11 +15,10 @@ class Words(nn.Module):
         self.words, self.head = nn.Embedding(50, width), nn.Linear(width, 2)
 
 
-def run_of(width=64, metric="accuracy", kind="text", pixels=None, round_embeddings=True):
+def run_of(width=64, kind="text", pixels=None, regression=False, round_embeddings=True):
     return SimpleNamespace(
         model=Words(width),
-        record={"metric": metric},
-        inputs=SimpleNamespace(pixels=pixels),
+        inputs=SimpleNamespace(pixels=pixels, regression=regression),
         round_embeddings=round_embeddings,
         plan=SimpleNamespace(data=SimpleNamespace(kind=kind)),
     )
@@ -27,14 +26,14 @@ def run_of(width=64, metric="accuracy", kind="text", pixels=None, round_embeddin
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Replaces evaluation: `measured(before, after)`; returns what was evaluated, (formats of the table, rows)."""
+    """Replaces evaluation: `measured(before, after)`; returns what was evaluated, (format of the table, rows)."""
     seen = []
 
-    def prepare(metric, before, after):
+    def prepare(before, after):
         def evaluate(run, model, splits):
             format = model.words.formats[0] if hasattr(model.words, "formats") else None
             seen.append((format, len(splits["train"])))
-            return {"train": {metric: before if format is None else after}}
+            return {"train": {"loss": before if format is None else after}}
 
         monkeypatch.setattr(eval.export.evaluation, "evaluate_exported", evaluate)
         monkeypatch.setattr(eval.export.evaluation, "training_rows", lambda run, behind: range(1000))
@@ -44,29 +43,31 @@ def measured(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("metric", "before", "after", "expected"),
+    ("kind", "regression", "before", "after", "expected"),
     [
-        ("accuracy", 0.9, 0.8985, GROUPS),
-        ("accuracy", 0.9, 0.8975, BYTES),
-        ("accuracy", 0.9, float("nan"), BYTES),
-        ("perplexity", 50.0, 50.09, GROUPS),
-        ("perplexity", 50.0, 50.2, BYTES),
+        ("text", False, 0.3, 0.304, GROUPS),
+        ("text", False, 0.3, 0.306, BYTES),
+        ("text", False, 0.3, float("nan"), BYTES),
+        ("text", True, 0.3, 0.301, GROUPS),
+        ("text", True, 0.3, 0.304, BYTES),
+        ("lm", False, 4.0, 4.004, GROUPS),
+        ("lm", False, 4.0, 4.01, BYTES),
     ],
 )
-def test_four_bits_where_the_metric_on_training_examples_stays(metric, before, after, expected, measured):
-    seen = measured(metric, before, after)
-    run = run_of(metric=metric, kind="lm" if metric == "perplexity" else "text")
+def test_four_bits_where_the_loss_on_training_examples_stays(kind, regression, before, after, expected, measured):
+    seen = measured(before, after)
+    run = run_of(kind=kind, regression=regression)
     format, why = format_of_tables(run)
     assert format == expected
     assert "(words)" in why and f"stored in {expected}" in why and "--no_round_embeddings" in why
-    count = LANGUAGE_EXAMPLES if metric == "perplexity" else EXAMPLES
+    count = LANGUAGE_EXAMPLES if kind == "lm" else EXAMPLES
     assert seen == [(None, count), (GROUPS, count)]
     assert type(run.model.words) is nn.Embedding
 
 
 def test_nothing_is_measured_where_nothing_is_to_be_chosen(measured):
-    seen = measured("accuracy", 1.0, 1.0)
-    assert format_of_tables(run_of(width=40))[0] == BYTES  # has no whole groups of 32
+    seen = measured(1.0, 1.0)
+    assert format_of_tables(run_of(width=24))[0] == BYTES  # has no whole groups of 16
     assert format_of_tables(run_of(kind="qa"))[0] == BYTES
     assert format_of_tables(run_of(round_embeddings=False)) == (None, "")
     assert format_of_tables(run_of(pixels={"size": 8})) == (None, "")
