@@ -177,7 +177,7 @@ def test_verdicts_name_what_is_wider_and_why(tmp_path):
         "conv": ("int8", "int8", 8, 8),
         "grouped": ("int4", "int8", 4, 8),
         "depthwise": ("e4m3", "e4m3", 8, 8),
-        "linear": ("e4m3", "float32", 8.5, 16),
+        "linear": ("e4m3", "float32", 8 + 16 / 12, 16),
         "conv1d": ("int4", "float", 4, 16),
     }
     assert [v.as_chosen for v in layers.values()] == [True, False, False, False, True]
