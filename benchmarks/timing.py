@@ -1,8 +1,12 @@
-"""Times as ratios: what is compared takes turns, so that a drift of the machine's speed meets all of it."""
+"""Times as ratios: what is compared takes turns, so that a drift of the machine's speed meets all of it.
+
+Each round has an order of its own: what runs after a large result was freed gets memory that is still in the caches.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import sys
 import time
@@ -28,9 +32,11 @@ def take_turns(
         for function in functions.values():
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order, drawn = list(functions), random.Random(0)
     for _ in range(rounds):
-        for name, function in functions.items():
-            seconds[name].append(_seconds(function, device))
+        drawn.shuffle(order)
+        for name in order:
+            seconds[name].append(_seconds(functions[name], device))
     return seconds
 
 
