@@ -276,9 +276,10 @@ class Executorch(Engine):
 
     title, format = "ExecuTorch", "executorch"
     packages: ClassVar = {"executorch": "executorch"}
+    why_no_int8 = "none of texts: its quantizer rounds the indices of embeddings"
 
     def write(self, run: FinishedRun, folder: Path) -> None:
-        """Write float.pte and int8.pte."""
+        """Write float.pte and, of image models, int8.pte."""
         inputs = {name: x if x.shape[0] > 1 else x.repeat(2, *(1,) * (x.dim() - 1)) for name, x in example(run).items()}
         images = run.inputs.pixels is not None
         shapes = tuple(dynamic_shapes(inputs, None if images else run.config.max_length))
@@ -287,9 +288,10 @@ class Executorch(Engine):
         plain = _Logits(float_model(run), list(inputs))
         program = torch.export.export(plain, rows, dynamic_shapes=(shapes,), strict=False)  # of *inputs
         lower(program, folder / "float.pte")
-        batches = [tuple(batch[name] for name in inputs) for batch in training_batches(run)] if images else [rows]
-        quantized = quantized_by_xnnpack(program.module(), batches, dynamic=not images)
-        lower(torch.export.export(quantized, rows, dynamic_shapes=shapes, strict=False), folder / "int8.pte")
+        if images:
+            batches = [tuple(batch[name] for name in inputs) for batch in training_batches(run)]
+            quantized = quantized_by_xnnpack(program.module(), batches)
+            lower(torch.export.export(quantized, rows, dynamic_shapes=shapes, strict=False), folder / "int8.pte")
 
     def calls(self, run: FinishedRun, folder: Path) -> dict[str, Call]:
         """Load the three programs, in one thread."""
@@ -298,7 +300,7 @@ class Executorch(Engine):
         _unsafe_reset_threadpool(1)
         names = json.loads((folder / "export" / INPUT_NAMES).read_text())
         paths = {"exported": folder / "export" / PTE, "float": folder / "float.pte", "int8": folder / "int8.pte"}
-        models = {name: ExecutorchModel(path, run.plan.data.kind, names) for name, path in paths.items()}
+        models = {name: ExecutorchModel(p, run.plan.data.kind, names) for name, p in paths.items() if p.is_file()}
         return {name: in_torch(model) for name, model in models.items()}
 
 
@@ -311,7 +313,7 @@ class _Logits(OfOrderedInputs):
         return logits
 
 
-def quantized_by_xnnpack(graph: nn.Module, batches: Iterable[tuple[Tensor, ...]], dynamic: bool) -> nn.Module:
+def quantized_by_xnnpack(graph: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> nn.Module:
     """Quantize an exported graph to int8 as ExecuTorch's documentation does."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -319,7 +321,7 @@ def quantized_by_xnnpack(graph: nn.Module, batches: Iterable[tuple[Tensor, ...]]
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    settings = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
+    settings = get_symmetric_quantization_config(is_per_channel=True)
     prepared = prepare_pt2e(graph, XNNPACKQuantizer().set_global(settings))
     with torch.no_grad():
         for batch in batches:

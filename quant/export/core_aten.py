@@ -47,6 +47,13 @@ class CoreLayer(nn.Module):
         self.weight = _weight(name, module)
         self.input = _input(name, module)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting of the layer, such as its stride: models read them to pad its input."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["layer"], name)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer: x as the layer takes it."""
         made: Tensor = self.layer.compute(self.input(x), self.weight())

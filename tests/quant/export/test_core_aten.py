@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quant.convert import calibrate, quantize_model, set_formats
-from quant.export.core_aten import core_verdict, export_graph, unlike_core
+from quant.export.core_aten import CoreLayer, core_verdict, export_graph, unlike_core
 from quant.formats import FLOAT, parse_format
 from quant.quantizers.quantizer import ACTIVATION, QuantizerConfig
 
@@ -64,6 +64,14 @@ def test_the_graph_has_core_operations_alone_and_the_models_logits(pairs, config
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
     names = {str(node.target) for node in program.graph.nodes}
     assert not any("copysign" in name or "view.dtype" in name for name in names)
+
+
+def test_a_model_may_read_the_settings_of_its_layers():
+    module = quantize_model(nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1)), formats=[parse_format("int8")])["0"]
+    layer = CoreLayer("0", module)
+    assert (layer.stride, layer.kernel_size) == ((2, 2), (3, 3))
+    with pytest.raises(AttributeError, match="strides"):
+        _ = layer.strides
 
 
 def test_verdicts_say_what_is_wider():
