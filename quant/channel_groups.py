@@ -15,11 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.analysis.tied import tied_layers
 from quant.errors import UserError
+from quant.formats import CHANNEL_GROUPS
 from quant.quant_experts import ExpertLinear
 from quant.quant_module import QuantModule
-
-CHANNEL_GROUPS = (1, 2, 4)
-"""Groups that a layer's output channels may form."""
 
 
 def split_channels(

@@ -325,6 +325,10 @@ class MixedFormat:
         return self.name
 
 
+CHANNEL_GROUPS = (1, 2, 4)
+"""Groups that a layer's output channels may form."""
+
+
 def index_bits(groups: int) -> int:
     """Return the bits that tell the group of a channel in a file."""
     return (groups - 1).bit_length()

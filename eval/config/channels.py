@@ -5,9 +5,8 @@ from __future__ import annotations
 from eval.config.run_config import RunConfig
 from quant.engines.table import ENGINES
 from quant.errors import UserError
-from quant.formats import IntFormat, has_channel_scales, mixed_formats
+from quant.formats import CHANNEL_GROUPS, IntFormat, has_channel_scales, mixed_formats
 
-GROUPS = (1, 2, 4)
 ALONE = {
     "architecture_space": "the channels of a layer are chosen, too",
     "max_latency": "the table has no latencies of layers with several formats",
@@ -22,8 +21,8 @@ def check_channel_groups(config: RunConfig) -> None:
         UserError: One line that names the flag, the value and what is wrong.
     """
     groups, given = config.channel_groups, f"--channel_groups {config.channel_groups}"
-    if groups not in GROUPS:
-        raise UserError(f"{given}: no such number of groups; choices: {', '.join(map(str, GROUPS))}")
+    if groups not in CHANNEL_GROUPS:
+        raise UserError(f"{given}: no such number of groups; choices: {', '.join(map(str, CHANNEL_GROUPS))}")
     if groups == 1:
         return
     if config.engine is not None and not ENGINES[config.engine].mixes:

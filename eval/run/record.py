@@ -176,7 +176,8 @@ def layer_notes(plan: Plan) -> list[str]:
     outside = float_share(plan.bundle.model, plan.layers)
     where = "in float" if plan.config.cost_scope == "file" else "outside the cost"
     notes = [f"{where}: {outside}"] if outside.left else []
-    whole = [name for name in plan.layers if name not in plan.channel_groups] if plan.config.channel_groups > 1 else []
+    divided = plan.channel_groups
+    whole = [name for name in plan.layers if name not in divided] if plan.config.channel_groups > 1 else []
     if whole:
         notes.append(
             f"{len(whole)} layers keep one format for all output channels (embeddings, experts, shared weights, few "

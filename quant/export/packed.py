@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant.analysis.tied import stored_with
-from quant.channel_groups import CHANNEL_GROUPS
 from quant.convert import describe_quantizers, in_float, quantize_as_described
 from quant.errors import UserError
 from quant.export.bit_packing import decode, decode_powers, encode, encode_powers, pack_bits, unpack_bits
@@ -37,6 +36,7 @@ from quant.export.weights import (
     static_range,
 )
 from quant.formats import (
+    CHANNEL_GROUPS,
     FLOAT,
     NVFP4_SCALE,
     BlockFormat,

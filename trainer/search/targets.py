@@ -266,6 +266,7 @@ class MultiTargetSearch:
                 result = replace(result, choice=cheapest, origin=f"cheaper than {result.origin}")
             lower = limited(target.limits, target.limits.costs(cheapest)[0])
             target.budget = search.budget = selector.budget = lower
+            additive = additivity(selector, cheapest, self.seed)  # of the final choice, within the final budget
         described = result.describe()
         target.contest = {
             **described,
