@@ -183,6 +183,8 @@ class ReinforceTrainer(PickleFreeTrainer):
         """The chosen architecture: decision -> choice, as the record holds it."""
         self.structure: list[int] | None = None
         """The same as one index per decision of the elastic model; None without a search of architecture."""
+        self._start: dict[str, Tensor] | None = None
+        """What the model holds before the first step, until a search of architecture has gone back to it."""
         self._choices: Tensor | None = None
         self._micro_step = 0
         listeners = (history, on_step) if first else (None, None)
@@ -296,6 +298,8 @@ class ReinforceTrainer(PickleFreeTrainer):
             if self.target.search is not None:
                 self.space.apply(self.modules, self.target.search.best())
             self._round_weights()
+        if self._searches is not None and isinstance(self.space, JointSpace):
+            self._start = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def _round_weights(self) -> None:
         several = self.args.max_steps == 0 and len(self.targets) > 1
@@ -329,8 +333,16 @@ class ReinforceTrainer(PickleFreeTrainer):
         share_buffers(self.model)
         self.searches.choose(self.calibration.batches)
         self._fine_tuning = True
+        self._go_back()
         for target in self.targets:
             self._set_formats(target.assignment or {})
+
+    def _go_back(self) -> None:
+        """Train a chosen architecture from the start's weights: those that served many sizes serve none well."""
+        if self._start is not None and self.state.global_step < self.state.max_steps:
+            self.model.load_state_dict(self._start)
+            self.optimizer.state.clear()
+        self._start = None
 
     def _set_formats(self, assignment: Assignment) -> None:
         """Put the model into an assignment, calibrated for it."""
@@ -500,10 +512,10 @@ class ReinforceTrainer(PickleFreeTrainer):
     def run_state(self) -> dict[str, Any]:
         """Return the state of the searches and the reach of calibration."""
         searched = {"targets": [self.target.state_dict()]} if self._searches is None else self._searches.state_dict()
-        return {**searched, "settled": self._fine_tuning, "reach": self.calibration.reach}
+        return {**searched, "settled": self._fine_tuning, "reach": self.calibration.reach, "start": self._start}
 
     def load_run_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `run_state`; older checkpoints have no `reach`."""
+        """Continue from a `run_state`; older checkpoints have neither `reach` nor `start`."""
         reach = state.get("reach", {})
         self.calibration.set_reach(reach)
         self._set_reach(reach)
@@ -512,7 +524,7 @@ class ReinforceTrainer(PickleFreeTrainer):
         else:
             self._searches.load_state_dict(state)
             self.target = self.targets[self._searches.turn(self.state.global_step)]
-        self._fine_tuning = state["settled"]
+        self._fine_tuning, self._start = state["settled"], state.get("start")
         if self.assignment is not None:
             set_formats(self.modules, self.assignment)
         if damage := self.step_logger.truncate(self.state.global_step):

@@ -96,5 +96,5 @@ def build_searches(
         "reward_examples": math.ceil(config.reward_share * length.batch_size),
     }
     evaluator = AssignmentEvaluator(model, modules, space, held_out, reader.seed, reader=reader, **evaluation)
-    phases = Phases.of(config, length.steps if config.method == "search" else 0)
+    phases = Phases.of(config, length.steps if config.method == "search" else 0, architecture is not None)
     return MultiTargetSearch(config, evaluator, profiles, limits, phases, reader.seed)

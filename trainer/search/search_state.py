@@ -24,6 +24,9 @@ from trainer.search.config import ReinforceConfig
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"tunas_abs": torch.abs, "one_sided_tunas_abs": torch.relu}
 """Reward that subtracts cost from quality -> its penalty as a function of cost / target - 1, for beta = 1."""
+SETTLE, SETTLE_ARCHITECTURE = 3 / 4, 15 / 16
+"""Last share of the steps that fine-tunes the chosen assignment. Of an architecture, which starts again from the first
+weights, it is larger: what is trained before the choice helps the choice alone."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,27 @@ class Phases:
     total: int
 
     @classmethod
-    def of(cls, config: ReinforceConfig, total: int) -> Phases:
+    def of(cls, config: ReinforceConfig, total: int, architecture: bool = False) -> Phases:
         """Return the phases of `total` steps.
+
+        Args:
+            config: settings of the search.
+            total: steps of the run.
+            architecture: whether the search chooses an architecture, too.
 
         Raises:
             UserError: if the delay leaves the policy no step to learn in.
         """
-        settle = total - round(total * config.settle_fraction)
-        delay = settle // 2 if config.delay_steps is None and config.settle_fraction else total // 4
+        share = config.settle_fraction
+        if share is None:
+            share = SETTLE_ARCHITECTURE if architecture else SETTLE
+        settle = total - round(total * share)
+        delay = settle // 2 if config.delay_steps is None and share else total // 4
         delay = delay if config.delay_steps is None else config.delay_steps
         if total and not 0 <= delay < settle:
             raise UserError(
                 f"--delay_steps {delay} leaves the policy no step to learn in: {total} steps (--max_steps, or the "
-                f"epochs), of which the last {total - settle} settle (--settle_fraction {config.settle_fraction:g})"
+                f"epochs), of which the last {total - settle} settle (--settle_fraction {share:g})"
             )
         return cls(delay, settle, total)
 

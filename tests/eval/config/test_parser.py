@@ -66,7 +66,7 @@ def test_published_defaults():
 
 def test_the_recipe_fills_in_what_search_flags_leave_open():
     ours, published = (search_settings(parse([*RUN, "--search", *more])) for more in ([], ["--recipe", "fliqs"]))
-    assert (ours.policy_prior, ours.reward_draws, ours.settle_fraction) == ("measured", 2, 0.75)
+    assert (ours.policy_prior, ours.reward_draws, ours.settle_fraction) == ("measured", 2, None)
     assert (published.policy_prior, published.reward_draws, published.settle_fraction) == ("none", 1, 0)
     assert search_settings(parse([*RUN, "--search", "--policy_prior", "none"])).policy_prior == "none"
 

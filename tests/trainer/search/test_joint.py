@@ -101,6 +101,26 @@ def test_a_resumed_search_equals_an_undisturbed_one(tmp_path, undisturbed, step)
     torch.testing.assert_close(found[3], expected[3], rtol=0, atol=0)
 
 
+class Watch(TrainerCallback):
+    """Keeps the weight of the first layer as the optimizer finds it at each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.seen.append(model.conv1._parameters["weight"].detach().clone())
+
+
+def test_the_chosen_architecture_is_trained_from_the_weights_of_the_start(tmp_path):
+    watch = Watch()
+    search = trainer(tmp_path, search=LEARNING, callbacks=[watch])
+    search.train()
+    settle = search.searches.phases.settle
+    back = [torch.equal(weight, watch.seen[0]) for weight in watch.seen]
+    assert [step for step, same in enumerate(back) if same] == [0, settle]
+    assert not torch.equal(watch.seen[settle + 1], watch.seen[1]), "the optimizer starts again too, at its own rate"
+
+
 def test_settings_that_contradict_are_refused(tmp_path):
     for settings, message in [
         ({"method": "uniform", "target_bits": 3}, "method uniform contradicts a search of architecture"),

@@ -84,6 +84,8 @@ def test_phases_add_up():
         "delay", "delay", "search", "search", "settle", "settle",
     ]  # fmt: skip
     assert Phases.of(ReinforceConfig.fliqs(target_bits=4), 400) == Phases(100, 400, 400)
+    assert Phases.of(ReinforceConfig(target_bits=4), 400) == Phases(50, 100, 400)
+    assert Phases.of(ReinforceConfig(target_bits=4), 400, architecture=True) == Phases(12, 25, 400)
     with pytest.raises(ValueError, match="--delay_steps 300 leaves the policy no step"):
         Phases.of(ReinforceConfig(target_bits=4, delay_steps=300), 400)
 
