@@ -52,7 +52,7 @@ class Phases:
         share = config.settle_fraction
         if share is None:
             share = SETTLE_ARCHITECTURE if architecture else SETTLE
-        settle = total - round(total * share)
+        settle = max(total - round(total * share), int(architecture))  # a sixteenth of a few steps is none
         delay = settle // 2 if config.delay_steps is None and share else total // 4
         delay = delay if config.delay_steps is None else config.delay_steps
         if total and not 0 <= delay < settle:

@@ -86,6 +86,7 @@ def test_phases_add_up():
     assert Phases.of(ReinforceConfig.fliqs(target_bits=4), 400) == Phases(100, 400, 400)
     assert Phases.of(ReinforceConfig(target_bits=4), 400) == Phases(50, 100, 400)
     assert Phases.of(ReinforceConfig(target_bits=4), 400, architecture=True) == Phases(12, 25, 400)
+    assert Phases.of(ReinforceConfig(target_bits=4), 6, architecture=True) == Phases(0, 1, 6)
     with pytest.raises(ValueError, match="--delay_steps 300 leaves the policy no step"):
         Phases.of(ReinforceConfig(target_bits=4, delay_steps=300), 400)
 
