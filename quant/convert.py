@@ -416,9 +416,7 @@ def calibrate(
         UserError: If there is no batch.
         NotFiniteError: If the weight or the input of a layer holds NaN or infinity.
     """
-    for name, module in modules.items():
-        if module.weight_quantizer.grids and not all_finite(module.weight):
-            raise NotFiniteError(f"layer {name}: its weight holds NaN or infinity, which no range spans")
+    check_weights(modules)
     first: list[Any] = []
     with sketching_inputs(modules, learned):
         observe_inputs(model, modules, _keeping(first, batches))
@@ -427,6 +425,13 @@ def calibrate(
             module.weight_quantizer.observe(module.weight)
             for quantizer in (module.weight_quantizer, *module.activation_quantizers):
                 quantizer.finish_calibration(again=learned or quantizer.config.range != "learned")
+
+
+def check_weights(modules: Mapping[str, QuantModule]) -> None:
+    """Raise NotFiniteError if the weight of a layer that has ranges holds NaN or infinity."""
+    for name, module in modules.items():
+        if module.weight_quantizer.grids and not all_finite(module.weight):
+            raise NotFiniteError(f"layer {name}: its weight holds NaN or infinity, which no range spans")
 
 
 @contextmanager

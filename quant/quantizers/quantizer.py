@@ -269,6 +269,12 @@ class Quantizer(nn.Module):
         weighs = not self.batched and self.config.observer in WEIGHTS_ONLY and not self.config.percentile
         return weighs and (bool(self.grids) or self.config.range == "dynamic")
 
+    @property
+    def keeps_ranges(self) -> bool:
+        """Whether calibration that leaves learned scales alone has nothing to set: all scales are learned and set."""
+        ready = all(cast(QuantParams, params).is_ready for params in self.grids.values())
+        return ready and (self.config.range == "learned" or not self.grids)
+
     def forget(self) -> None:
         """Discard what was observed."""
         self.observation, self.saw_finite, self.rows = None, True, None

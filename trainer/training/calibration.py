@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from policy.hessian import held_weights
 from quant.analysis.reach import notes_on_reach, reach_of
 from quant.channel_groups import order_channels, split_layers
-from quant.convert import Assignment, calibrate, set_formats
+from quant.convert import Assignment, calibrate, check_weights, set_formats
 from quant.mapped_weights import clone
 from quant.quant_module import QuantModule, Reach
 from quant.reconstruction.rounding import round_weights
@@ -94,7 +94,12 @@ class RunCalibration:
     def set_formats(self, assignment: Assignment) -> None:
         """Put the layers into the formats of an assignment, calibrated for it. Raises NotFiniteError if that fails."""
         set_formats(self.modules, assignment)
-        calibrate(self.model, self.modules, self.batches("calibrating the chosen formats"), learned=False)
+        layers = self.modules.values()
+        quantizers = [q for layer in layers for q in (layer.weight_quantizer, *layer.activation_quantizers)]
+        if all(quantizer.keeps_ranges for quantizer in quantizers):
+            check_weights(self.modules)  # a pass over the batches would set nothing
+        else:
+            calibrate(self.model, self.modules, self.batches("calibrating the chosen formats"), learned=False)
 
     def recalibrate_batch_norms(self, phase: str = "recalibrating batch norms") -> None:
         """Replace the moving averages of batch norms by plain ones for the current formats."""

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from quant.convert import get_formats, quantize_model
+from quant.convert import calibrate, get_formats, quantize_model
 from quant.errors import NotFiniteError
 from quant.formats import FLOAT, parse_format
+from quant.quantizers.quantizer import QuantizerConfig
 from trainer.training.calibration import RunCalibration, WeightRounding
 from trainer.training.progress import unheard
 
@@ -74,3 +75,28 @@ def test_spoiled_weights_are_named():
     own.modules["first"].weight.data.fill_(torch.nan)
     with pytest.raises(NotFiniteError, match="layer first: its weight holds NaN"):
         own.set_formats({"first": (INT8, INT8)})
+
+
+@pytest.mark.parametrize("ranges", ["learned", "calibrated"])
+def test_formats_are_calibrated_again_only_where_a_pass_could_set_a_range(ranges):
+    model, phases = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)), []
+    modules = quantize_model(
+        model,
+        formats=[INT2, INT8],
+        weight=QuantizerConfig(range=ranges, granularity="channel"),
+        activation=QuantizerConfig(range=ranges),
+    )
+
+    def batches(examples, phase=None):
+        phases.append(phase)
+        return (batch["x"] for batch in sample(examples))
+
+    own = RunCalibration(model, modules, batches, 32, None, unheard)
+    own.find_ranges()
+    model[0].weight.data.mul_(2)  # as training does
+    own.set_formats(dict.fromkeys(modules, (INT2, INT8)))
+    assert ("calibrating the chosen formats" in phases) == (ranges == "calibrated")
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calibrate(model, modules, batches(32), learned=False)
+    changed = any(not torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert changed == (ranges == "calibrated")
