@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.export import CIFAR10, DIGITS, MRPC, SST2
-from benchmarks.quality import LITE0, encoder_folder
+from benchmarks.quality import LITE0, LITE0_START, encoder_folder
 from eval.config.parser import parse
 from eval.export.finished_run import FinishedRun, finished_run
 
@@ -48,7 +48,7 @@ MODELS = {
     ),
     "EfficientNet-Lite0": Model(
         f"{LITE0} --model_path {{float}}",
-        f"{LITE0} --model_path {{shared}}/models/efficientnet-lite0 --max_steps 400 --seed 0",
+        f"{LITE0_START} --seed 0",
     ),
     "MiniLM": Model(
         f"{MRPC} --model_path {{float}} --train_batch_size 16 --learning_rate 5e-5",

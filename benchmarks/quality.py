@@ -64,6 +64,7 @@ LITE0 = (
     "--train_batch_size 32 --eval_batch_size 64 --learning_rate 3e-4"
 )
 """EfficientNet-Lite0, whose depthwise layers are where formats matter most."""
+LITE0_START = f"{LITE0} --model_path {{shared}}/models/efficientnet-lite0 --max_steps 1500 --learning_rate 5e-4"
 FASHION = (
     "--task fashion_mnist --model resnet20 --data_dir {shared}/data/fashion_mnist --train_batch_size 128 "
     "--eval_batch_size 128"
@@ -124,19 +125,24 @@ def rows() -> dict[str, Row]:
         resnet20[name] = Row(common, budget, (), (), searches=grouped)
     resnet20["resnet20-2.5"] = Row(compute, "--search_space 2,3,4,6,8 --target_bits 2.5", ("int2",))
     others = {
-        "lite0-4.3": Row(
+        **_rows_of(
+            "lite0",
             f"{LITE0} --max_steps 100 --cost_type compute",
-            "--search_space 2,3,4,5,6,8 --target_bits 4.3",
-            ("int4",),
-            ("measured",),
-            f"{LITE0} --model_path {{shared}}/models/efficientnet-lite0 --max_steps 400",
+            LITE0_START,
+            {
+                "4.3": ("--search_space 2,3,4,5,6,8 --target_bits 4.3", ("int4",)),
+                "4.1": ("--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
+                "fp": ("--search_space e2m1,e4m3 --target_bits 4.38", ("e2m1", "e4m3")),  # 1.2 of e2m1's compute
+            },
         ),
-        "fashion-3": Row(
+        **_rows_of(
+            "fashion",
             f"{FASHION} --max_steps 200 --optimizer sgd --learning_rate 0.01 --cost_type compute",
-            "--search_space 2,3,4,6,8 --target_bits 3",
-            ("int3", "int4"),
-            ("measured",),
             f"{FASHION} --max_steps 1000 --learning_rate 3e-3",
+            {
+                "3": ("--search_space 2,3,4,6,8 --target_bits 3", ("int3", "int4")),
+                "4.1": ("--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
+            },
         ),
     }
     return {
@@ -161,6 +167,11 @@ def rows() -> dict[str, Row]:
     }
 
 
+def _rows_of(name: str, common: str, start: str, budgets: dict[str, tuple[str, tuple[str, ...]]]) -> dict[str, Row]:
+    """Rows of one model and start, `measured` as the competitor; budgets: name -> flags, uniform formats."""
+    return {f"{name}-{key}": Row(common, *own, ("measured",), start) for key, own in budgets.items()}
+
+
 def run(flags: list[str], name: str) -> tuple[dict[str, Any], Path]:
     """The record and the folder of a run, after running it if there is no record yet."""
     folder = folder_of(flags, name)
@@ -180,11 +191,15 @@ def folder_of(flags: list[str], name: str) -> Path:
 
 
 def common_flags(name: str, row: Row, shared: Path, output: Path) -> list[str]:
-    """Flags of every run of a row, after training the float weights that all of them start from."""
-    always = f"--save_strategy no --report_to none --output_root_dir {output} --exp_name {name}"
-    flags = shlex.split(f"{row.common.format(shared=shared)} {always}")
+    """Flags of every run of a row, after training the float weights that all of them start from.
+
+    Rows with the same start share its weights, which lie in the folder of the first of them.
+    """
+    always = f"--save_strategy no --report_to none --output_root_dir {output} --exp_name"
+    flags = shlex.split(f"{row.common.format(shared=shared)} {always} {name}")
     if row.start is not None:
-        start = shlex.split(f"{row.start.format(shared=shared)} {always} --method float --seed 0")
+        first = next(other for other, own in rows().items() if own.start == row.start)
+        start = shlex.split(f"{row.start.format(shared=shared)} {always} {first} --method float --seed 0")
         flags += ["--load_model_path", str(run(start, "start")[1])]
     return flags
 

@@ -106,7 +106,7 @@ def format_pairs(run: FinishedRun) -> list[tuple[Format, Format]]:
 
     chosen = assignment_from_json(run.record["assignment"]).values()
     config = run.config
-    searched: Sequence[tuple[Format, Format]] = config.search_pairs if config.method == "search" else ()
+    searched: Sequence[tuple[Format, Format]] = config.search_pairs if config.chooses else ()
     if config.engine is not None and searched:
         searched = config.stored_pairs
     return list(dict.fromkeys([(FLOAT, FLOAT), *searched, *chosen]))

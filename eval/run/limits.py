@@ -55,7 +55,8 @@ def limits_of(
         def latency(layer: str, pair: tuple[Format, Format]) -> float:
             if (layer, *pair) not in measured:
                 formats = f"{pair[0]}/{pair[1]}"
-                raise UserError(f"--max_latency {config.max_latency}: no line for {layer} in {formats}; measure it")
+                how = "python -m eval.latency measures it in a run over this search space"
+                raise UserError(f"--max_latency {config.max_latency}: no line for {layer} in {formats}; {how}")
             share = macs_share(by_name[layer], whole[layer]) if layer in whole else 1.0
             return measured[layer, *pair] * share
 

@@ -17,7 +17,7 @@ from eval.config.parser import parse
 from eval.eval_run import run
 from eval.export.__main__ import export, main, metric_drop_warnings, print_verdict
 from eval.export.finished_run import finished_run
-from eval.latency import layer_calls
+from eval.latency import format_pairs, layer_calls
 from eval.latency import main as latency
 from eval.packed_model import load_packed
 from eval.saved_model import load_model
@@ -196,6 +196,13 @@ def test_latencies_are_written_in_the_format_that_the_search_reads(folder, tmp_p
     assert "of float" in capsys.readouterr().out
     with pytest.raises(UserError, match="--repeats must be 1 or more, got 0"):
         latency([str(folder), "--repeats", "0"])
+
+
+@pytest.mark.parametrize("method", ["search", "measured", "greedy"])
+def test_the_pairs_to_measure_are_those_of_the_search_space_whatever_chose(method):
+    config = parse(f"--task digits --model convnet --method {method} --search_space 4,8 --target_bits 5".split())
+    run = SimpleNamespace(config=config, record={"assignment": {"conv": ["int8", "int8"]}})
+    assert [(w.name, a.name) for w, a in format_pairs(run)] == [(n, n) for n in ("float", "int4", "int8")]
 
 
 def test_a_layer_called_with_keyword_arguments_is_timed_on_its_inputs():

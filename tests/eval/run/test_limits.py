@@ -104,7 +104,7 @@ def test_latencies_accept_every_spelling_of_a_format(tmp_path):
 
 def test_missing_latencies_are_not_interpolated(tmp_path):
     (tmp_path / "t.csv").write_text("layer,weight_format,activation_format,ms\nconv1,int4,int4,1\n")
-    with pytest.raises(UserError, match=r"no line for .* in int2/int2; measure it"):
+    with pytest.raises(UserError, match=r"no line for .* in int2/int2; python -m eval.latency measures it"):
         make_plan(parse([*RUN, "--max_latency", str(tmp_path / "t.csv"), "--latency_target", "3"]))
     with pytest.raises(UserError, match="--latency_target is missing"):
         parse([*RUN, "--max_latency", str(tmp_path / "t.csv")])
