@@ -100,18 +100,18 @@ class _Integers(nn.Module):
 
 
 class _Groups(_Integers):
-    """A weight (out, in) in integers with a scale for each group of a row."""
+    """A weight (out, in) in integers with a scale for each group of a row.
+
+    Each group is a channel of `dequantize_per_channel`: ExecuTorch has no kernel for `dequantize_per_channel_group`.
+    """
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, format: GroupFormat) -> None:
-        super().__init__(codes, scale, zero_point, format.width, 0)
-        self.size = format.size
+        super().__init__(codes.reshape(-1, format.size), scale.flatten(), zero_point.flatten(), format.width, 0)
+        self.shape = codes.shape
 
     def forward(self) -> Tensor:
         """Return the values of the codes."""
-        made: Tensor = OPS.dequantize_per_channel_group(
-            self.codes, self.scale, self.zero_point, *self.bounds, torch.int8, self.size, torch.float32
-        )
-        return made
+        return super().forward().reshape(self.shape)
 
 
 def _weight(name: str, module: QuantModule) -> nn.Module:

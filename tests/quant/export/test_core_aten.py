@@ -37,8 +37,9 @@ def quantized(pairs, **configs):
     return model, modules, images
 
 
+INTEGERS = ["int8/int8", "int4/int8", "int3/int4", "int8/int16", "int8/int8"]
 SETS = {
-    "integers": ["int8/int8", "int4/int8", "int3/int4", "int8/int16", "int8/int8"],
+    "integers": INTEGERS,
     "groups": ["int4/float", "int8/float", "int4g8/float", "uint4g16/int8", "float/int8"],
     "others": ["e4m3/e4m3", "mxfp4/float", "int16/e5m2", "nvfp4/mxfp8", "float/bf16"],
 }
@@ -82,15 +83,22 @@ def test_verdicts_say_what_is_wider():
     assert [verdict.as_chosen for verdict in verdicts] == [False, True, False, False, True]
 
 
-def test_executorch_computes_the_models_logits(tmp_path):
+@pytest.mark.parametrize(
+    ("pairs", "tolerance"),
+    [
+        (INTEGERS[:3] + INTEGERS[4:] * 2, 1e-2),  # XNNPACK rounds between layers in integers, and refuses int16
+        (SETS["groups"], 1e-4),
+    ],
+    ids=["integers", "groups"],
+)
+def test_executorch_computes_the_models_logits(tmp_path, pairs, tolerance):
     pytest.importorskip("executorch.runtime")
     from eval.export.executorch_model import ExecutorchModel, dynamic_shapes, lower
 
-    model, modules, images = quantized(SETS["integers"])
+    model, modules, images = quantized(pairs)
     inputs = {"images": images}
     lower(export_graph(model, modules, inputs, dynamic_shapes(inputs, None), False), tmp_path / "m.pte")
     found = ExecutorchModel(tmp_path / "m.pte", "image", ["images"])(images=images)["logits"]
     with torch.no_grad():
         expected = model(images)
-    close = (found - expected).abs() <= 1e-4 * expected.abs().max()
-    assert close.float().mean() > 0.9
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
