@@ -9,26 +9,32 @@ Budgets are shares of the compute of the whole model at int4. All take the same 
 - uniform: of each width the widest format that fits, trained; the best of them on the test data, to its advantage;
 - random: a random joint choice that uses the budget, trained.
 
-What has its result is not run again.
+`--alone 0.75:333,1/1/0.75:333` trains architectures of that choice alone instead: the width inside the blocks, of all
+stages or of each, and the blocks that each keeps; formats are the best for the budget by what the joint search of the
+same seed has measured. What has its result is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.quality import ROOT, run, score
+from benchmarks.quality import ROOT, folder_of, run, score
 from eval.config.parser import parse
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from quant.elastic.net import StructureDecision
 
 WIDTHS, FORMATS = "0.5,0.625,0.75,1", ("int2", "int4", "int8")
 ALWAYS = "--save_strategy no --report_to none --quiet --search --search_space 2,4,8 --cost_type compute"
@@ -105,6 +111,48 @@ def choices(flags: list[str], seed: int) -> Iterator[tuple[str, list[int], list[
     yield "random", space.structure(drawn), drawn[:count]
 
 
+def structure_of(text: str, decisions: Sequence[StructureDecision]) -> list[int]:
+    """Return the choice of architecture that `--alone` writes as '1/1/0.75:333'."""
+    widths, depths = text.split(":")
+    shares = [float(width) for width in widths.split("/")]
+    stages = list(dict.fromkeys(decision.name.split(".")[0] for decision in decisions))
+    structure = []
+    for decision in decisions:
+        stage = stages.index(decision.name.split(".")[0])
+        whole, share = decision.whole, shares[stage % len(shares)]
+        structure.append(
+            decision.choices.index(round(whole * share) if decision.kind == "width" else int(depths[stage]))
+        )
+    return structure
+
+
+def alone(name: str, share: float, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return architecture -> test accuracy in %, each of `--alone` with its best formats, trained alone."""
+    from eval.run.plan import budget, make_plan, search_space
+    from policy.joint_budget import JointBudget
+    from trainer.search.config import budget_of
+    from trainer.search.joint import best_formats
+
+    key, found = f"{name}-{share:g}-s{seed}", dict[str, float]()
+    common = flags_of(PAIRS[name], share, seed, arguments)
+    with open(folder_of(common, f"joint-{key}") / "sensitivity.csv") as file:
+        rows = {row["decision"]: [float(row[f"measured {f}"]) for f in FORMATS] for row in csv.DictReader(file)}
+    for text in arguments.alone.split(","):
+        shares = map(float, text.split(":")[0].split("/"))
+        widths = ",".join(f"{width:g}" for width in sorted({0.5, 1, *shares}))
+        flags = [*common, *shlex.split(f"{PAIRS[name].space} --width_choices {widths}")]
+        plan = make_plan(parse([*flags, "--run_id", "alone"]))
+        space, target = search_space(plan), budget(plan)
+        assert plan.architecture is not None and target is not None
+        structure = structure_of(text, plan.architecture.decisions)
+        within = budget_of(space, plan.profiles, "compute", target, [])
+        assert isinstance(within, JointBudget)
+        table = np.array([rows[d.name] + rows[d.name][-1:] * (space.num_choices - 3) for d in space.decisions])
+        formats = best_formats(table, within, structure)
+        found[text] = trained(flags, f"alone-{text.replace('/', '-').replace(':', '-')}-{key}", structure, formats)
+    return found
+
+
 def scores(name: str, share: float, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Return method -> test accuracy in %, for one budget and seed."""
     pair = PAIRS[name]
@@ -132,6 +180,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="0.25,0.5,1")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--alone", default="", help="architectures to train alone instead: 0.75:333,1/1/0.75:333")
     parser.add_argument("--output_root_dir", type=Path, default=ROOT / "output" / "joint")
     arguments = parser.parse_args()
     arguments.shared, arguments.output_root_dir = arguments.shared.resolve(), arguments.output_root_dir.resolve()
@@ -139,11 +188,12 @@ def main() -> None:
     print("| model | budget | method | mean | joint minus it, paired |\n|---|---|---|---|---|")
     for name in arguments.pairs.split(","):
         for share in map(float, arguments.budgets.split(",")):
-            runs = [scores(name, share, int(seed), arguments) for seed in arguments.seeds.split(",")]
+            measure = alone if arguments.alone else scores
+            runs = [measure(name, share, int(seed), arguments) for seed in arguments.seeds.split(",")]
             for method in runs[0]:
-                ahead = [one["joint"] - one[method] for one in runs if method in one]
+                ahead = [one["joint"] - one[method] for one in runs if method in one and "joint" in one]
                 spread = f" ± {stdev(ahead):.2f}" if len(ahead) > 1 else ""
-                told = "" if method == "joint" else f"{mean(ahead):+.2f}{spread}"
+                told = "" if method == "joint" or not ahead else f"{mean(ahead):+.2f}{spread}"
                 print(
                     f"| {name} | {share:g} int4 | {method} | {mean(one[method] for one in runs):.2f} | {told} |",
                     flush=True,
