@@ -27,7 +27,7 @@ demo: $(STAMP) ## a search on handwritten digits beside float, int4 and int8 (4 
 test: $(STAMP) ## the whole test suite but journeys and faults
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/journeys --ignore=tests/faults
 
-test-journeys: $(STAMP) ## what users do, end to end, with real processes (13 minutes on 2 cores)
+test-journeys: extras ## what users do, end to end, with real processes; installs the extras (13 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest $(JOURNEY_ARGS) tests/journeys
 
 test-faults: $(STAMP) ## what a launch survives: killed processes and nodes, a full disk (4 minutes on 2 cores)
