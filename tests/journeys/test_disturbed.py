@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from tests.journeys.conftest import record_of
+from tests.journeys.conftest import PATIENCE, record_of
 from tests.journeys.launches import at_work, checkpoints, ended, interrupt, until, worker_behind_a_checkpoint, worker_of
 
 STEPS = 160
@@ -52,12 +52,13 @@ def test_what_happens_to_a_launch_does_not_show_in_its_records(quiet, tmp_path):
     log = tmp_path / "two"
     before = checkpoints(first)
     with at_work(resume, log) as launch:
-        worker_behind_a_checkpoint(launch, first, before)
+        worker = worker_behind_a_checkpoint(launch, first, before)
         launch.kill()
         assert ended(launch, log).code == -9
+    # It may reach its last step in the moment before it notices that its launch is gone.
+    worker.wait(PATIENCE)
     assert not (second / "result.json").exists()
 
-    # A worker may reach its last step in the moment before it notices that its launch is gone.
     left = [name for name in RUNS if not (folder / name / "result.json").exists()]
     log = tmp_path / "three"
     with at_work(resume, log) as launch:
