@@ -19,11 +19,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -59,17 +59,28 @@ PAIRS = {
     ),
     "mobilenetv2": Pair(
         "--task {shared}/data/fashion_mnist --model timm:mobilenetv2_050 --image_size 32 --from_scratch "
-        "--train_batch_size 64 --learning_rate 2e-3",
+        "--train_batch_size 64 --learning_rate 5e-3",
         "--architecture_space mobilenetv2 --kernel_choices 3,5 --depth_choices 1,2",
     ),
 }
 
 
 def flags_of(pair: Pair, share: float, seed: int, arguments: argparse.Namespace) -> list[str]:
-    """Return what all methods of a pair have in common: 0.25 of int4's compute are 2 bits."""
-    bits = f"--target_bits {4 * math.sqrt(share):g} --seed {seed} --max_steps {arguments.steps}"
+    """Return what all methods of a pair have in common."""
+    flags = f"{pair.flags.format(shared=arguments.shared)} {ALWAYS} --seed {seed} --max_steps {arguments.steps}"
     folder = f"--output_root_dir {arguments.output_root_dir} --exp_name joint-{arguments.steps}"
-    return shlex.split(f"{pair.flags.format(shared=arguments.shared)} {ALWAYS} {bits} {folder}")
+    common = tuple(shlex.split(f"{flags} {folder}"))
+    return [*common, "--cost_target", f"{share * compute_at_int4(common):.6g}"]
+
+
+@cache
+def compute_at_int4(common: tuple[str, ...]) -> float:
+    """Return the compute of the model itself at int4 in GBOPs: a space may give its largest model larger kernels."""
+    from eval.run.plan import budget, make_plan
+
+    target = budget(make_plan(parse([*common, "--target_bits", "4", "--run_id", "int4"])))
+    assert target is not None
+    return target
 
 
 def trained(flags: list[str], name: str, structure: list[int], formats: list[int]) -> float:

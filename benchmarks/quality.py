@@ -65,10 +65,7 @@ LITE0 = (
 )
 """EfficientNet-Lite0, whose depthwise layers are where formats matter most."""
 LITE0_START = f"{LITE0} --model_path {{shared}}/models/efficientnet-lite0 --max_steps 1500 --learning_rate 5e-4"
-FASHION = (
-    "--task {shared}/data/fashion_mnist --model resnet20 --train_batch_size 128 "
-    "--eval_batch_size 128"
-)
+FASHION = "--task {shared}/data/fashion_mnist --model resnet20 --train_batch_size 128 --eval_batch_size 128"
 """10,000 images to evaluate: differences of 0.4 points can be told."""
 ENCODER = (
     "--task {task} --model bert --model_path {encoder} --data_dir {{shared}}/data/glue/{task} --train_batch_size 32 "
