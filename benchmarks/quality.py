@@ -72,6 +72,8 @@ ENCODER = (
     "--eval_batch_size 64 --max_length 64"
 )
 TEXT_STEPS = "--max_steps 100 --learning_rate 5e-5"
+TEXT_START = {"sst2": 150, "mrpc": 230}
+"""Steps of the float training."""
 DIGITS = "--task digits --model convnet --train_batch_size 64 --eval_batch_size 360"
 TEXT_COMPETITORS = CHEAP if gpu_count() else ("measured", "fisher", "hawq_v2")
 """Without a GPU a step of the text rows takes about a second."""
@@ -80,6 +82,11 @@ TEXT_COMPETITORS = CHEAP if gpu_count() else ("measured", "fisher", "hawq_v2")
 def encoder(task: str) -> str:
     """The flags of a run with the pre-trained encoder; its package is only looked for when a text row is run."""
     return ENCODER.format(task=task, encoder=encoder_folder())
+
+
+def text_start(task: str) -> str:
+    """The flags of a text row's float training."""
+    return f"{encoder(task)} --max_steps {TEXT_START[task]} --learning_rate 1e-4"
 
 
 def encoder_folder() -> Path:
@@ -97,10 +104,10 @@ def rows() -> dict[str, Row]:
             "--search_space 2,4,8 --target_bits 4.2",
             ("int4", "int8"),
             TEXT_COMPETITORS,
-            f"{encoder(task)} --max_steps {steps} --learning_rate 1e-4",
+            text_start(task),
             {"block search 4,8 at 5 bits": "--block_search --search_space 4,8 --target_bits 5"},
         )
-        for task, steps in (("sst2", 150), ("mrpc", 230))
+        for task in TEXT_START
     }
     compute, memory = f"{RESNET20} --cost_type compute", f"{RESNET20} --cost_type memory"
     resnet20 = {
@@ -139,6 +146,15 @@ def rows() -> dict[str, Row]:
             {
                 "3": ("--search_space 2,3,4,6,8 --target_bits 3", ("int3", "int4")),
                 "4.1": ("--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
+            },
+        ),
+        **_rows_of(
+            "mrpc",
+            f"{encoder('mrpc')} {TEXT_STEPS} --cost_type compute",
+            text_start("mrpc"),
+            {
+                "3": ("--search_space 2,3,4,6,8 --target_bits 3", ("int3",)),
+                "4.1": ("--search_space 2,3,4,6,8 --target_bits 4.09", ("int4",)),
             },
         ),
     }

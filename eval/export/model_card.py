@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def model_card(run: FinishedRun, verdict: dict[str, Any], usage: Usage) -> str:
         "",
         "Every layer stands in `export.json`." + (" Not as chosen:" if widened else " All are as chosen."),
         *(["", *widened] if widened else []),
+        *describe_architecture(record.get("architecture") or {}),
         "",
         "## How to run it",
         "",
@@ -68,6 +69,18 @@ def model_card(run: FinishedRun, verdict: dict[str, Any], usage: Usage) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def describe_architecture(chosen: Mapping[str, str]) -> list[str]:
+    """Return a section about the sizes that a search of architecture has chosen; nothing where there was none.
+
+    Args:
+        chosen: Decision, such as 'layer1.0.conv1 width' -> choice, such as '12 of 16 channels'.
+    """
+    if not chosen:
+        return []
+    rows = (f"| `{name.rsplit(' ', 1)[0]}` | {choice} |" for name, choice in chosen.items())
+    return ["", "## Architecture", "", "| layer or first block of a stage | kept |", "|---|---|", *rows]
 
 
 def describe_inputs(inputs: ModelInputs) -> list[str]:

@@ -110,6 +110,9 @@ def test_a_packed_export_holds_the_smaller_model(finished, tmp_path):
     record = json.loads((finished / "result.json").read_text())
     assert verdict["metrics"]["exported"] == record["metrics"]
     assert verdict["cost"]["exported"] == pytest.approx(record["cost"], rel=1e-12)
+    card = (tmp_path / "packed" / "README.md").read_text()
+    for name, choice in record["architecture"].items():
+        assert f"| `{name.rsplit(' ', 1)[0]}` | {choice} |" in card
 
 
 def test_an_onnx_file_computes_the_smaller_model(finished, tmp_path):
