@@ -114,7 +114,8 @@ def choices(flags: list[str], seed: int) -> Iterator[tuple[str, list[int], list[
     within = budget_of(space, plan.profiles, "compute", target, [])
     count, decisions = len(space.decisions), plan.architecture.decisions
     for index, width in enumerate(WIDTHS.split(",")):
-        whole = [index if d.kind == "width" else len(d.choices) - 1 for d in decisions]
+        # Kernels are the smallest, as in the model itself: the larger ones would leave less for widths and formats.
+        whole = [{"width": index, "kernel": 0}.get(d.kind, len(d.choices) - 1) for d in decisions]
         fitting = [n for n in range(len(FORMATS)) if within.fits([n] * count + whole)]
         if fitting:
             yield f"uniform {width} {FORMATS[fitting[-1]]}", whole, [fitting[-1]] * count
