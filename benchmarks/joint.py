@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.quality import ROOT, folder_of, run, score
+from benchmarks.quality import ROOT, folder_of, run, score, train_fixed
 from eval.config.parser import parse
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -86,16 +86,13 @@ def compute_at_int4(common: tuple[str, ...]) -> float:
 def trained(flags: list[str], name: str, structure: list[int], formats: list[int]) -> float:
     """Return the test accuracy of a fixed choice of the joint space, trained alone."""
     from eval.run.plan import make_plan, search_space
-    from eval.run.trainer import evaluate, make_trainer
 
     config = parse([*flags, "--run_id", name])
     path = config.run_folder / "fixed.json"
     if not path.exists():
         plan = make_plan(config)
         assignment = search_space(plan).assignment([*formats, *structure])
-        trainer, *_ = make_trainer(plan, assignment=assignment, structure=structure)
-        trainer.train()
-        metrics = next(iter(evaluate(trainer, plan).values()))
+        metrics = next(iter(train_fixed(plan, assignment, structure).values()))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"structure": structure, "formats": formats, "accuracy": metrics["accuracy"]}))
     return 100 * float(json.loads(path.read_text())["accuracy"])

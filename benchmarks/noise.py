@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.quality import ROOT, common_flags, rows, run, score
+from benchmarks.quality import ROOT, common_flags, rows, run, score, train_fixed
 from eval.config.parser import parse
 
 RECORD = "noise.json"
@@ -28,6 +28,9 @@ METHOD = "--method measured"
 
 def trained(name: str, seed: int, shared: Path, output: Path) -> dict[str, Any]:
     """Train the row's assignment with a seed, unless that is done; return the record."""
+    from cost.cost import assignment_from_json
+    from eval.run.plan import make_plan
+
     row = rows()[name]
     common = [*common_flags(name, row, shared, output), *shlex.split(f"{METHOD} {row.budget}")]
     chosen, _ = run([*common, "--seed", "0"], "measured-s0")
@@ -36,21 +39,10 @@ def trained(name: str, seed: int, shared: Path, output: Path) -> dict[str, Any]:
     if not path.exists():
         print(f"$ {name}, the fixed assignment, seed {seed}", file=sys.stderr, flush=True)
         kept = {key: chosen[key] for key in ("metric", "cost", "cost_unit")}
-        path.write_text(json.dumps(kept | train(config, chosen["assignment"]), indent=1))
+        metrics = train_fixed(make_plan(config), assignment_from_json(chosen["assignment"]))
+        path.write_text(json.dumps(kept | {"metrics": metrics}, indent=1))
     record: dict[str, Any] = json.loads(path.read_text())
     return record
-
-
-def train(config: Any, assignment: dict[str, Any]) -> dict[str, Any]:
-    """Train an assignment from the float weights, without a search; return the metrics."""
-    from cost.cost import assignment_from_json
-    from eval.run.plan import make_plan
-    from eval.run.trainer import evaluate, make_trainer
-
-    plan = make_plan(config)
-    trainer, _, _ = make_trainer(plan, assignment=assignment_from_json(assignment))
-    trainer.train()
-    return {"metrics": evaluate(trainer, plan)}
 
 
 def line(name: str, records: list[dict[str, Any]]) -> str:

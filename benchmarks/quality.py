@@ -31,6 +31,8 @@ from eval.config.validation import gpu_count
 from eval.report.paired import share_right
 
 if TYPE_CHECKING:
+    from eval.run.plan import Plan
+    from quant.convert import Assignment
     from trainer.reinforce_trainer import ReinforceTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +199,15 @@ def run(flags: list[str], name: str) -> tuple[dict[str, Any], Path]:
     if record["status"] != "finished":
         raise SystemExit(f"{path}: {record['reason']}")
     return record, folder
+
+
+def train_fixed(plan: Plan, assignment: Assignment, structure: list[int] | None = None) -> dict[str, Any]:
+    """Train an assignment, of a chosen architecture if there is one, without a search; return the metrics by split."""
+    from eval.run.trainer import evaluate, make_trainer
+
+    trainer, *_ = make_trainer(plan, assignment=assignment, structure=structure)
+    trainer.train()
+    return evaluate(trainer, plan)
 
 
 def folder_of(flags: list[str], name: str) -> Path:
