@@ -1,8 +1,8 @@
 """Processor time of a search by phase, against uniform training for the same steps; for benchmarks/RESULTS.md.
 
-    python -m benchmarks.search_time --shared ../shared [--rows resnet20-3] [--seed 0]
+    python -m benchmarks.search_time --shared ../shared [--rows resnet20-3] [--seed 0] [--several 2.5,3,4]
 
-Model, data, budget and steps are those of rows of benchmarks.quality. Both runs happen in this process, on one thread;
+Model, data, budget and steps are those of rows of benchmarks.quality. All runs happen in this process, on one thread;
 processor seconds count no time in which other programs ran.
 """
 
@@ -59,25 +59,38 @@ def phase_times(flags: Sequence[str]) -> PhaseTimes:
     return times
 
 
-def table(name: str, row: Row, shared: Path, output: Path, seed: int) -> list[str]:
-    """Lines of Markdown of a row."""
+def table(name: str, row: Row, shared: Path, output: Path, seed: int, several: str | None) -> list[str]:
+    """Lines of Markdown of a row; several: target bits of a further search, for all of them at once."""
     common = [*common_flags(name, row, shared, output), "--quiet", "--seed", str(seed)]
-    searched = phase_times([*common, *shlex.split(row.budget), "--search", "--run_id", f"search-time-s{seed}"])
-    uniform = phase_times([*common, "--bits", row.uniform[0], "--run_id", f"uniform-time-s{seed}"])
-    lines = [f"\n**{name}**: `{row.budget}`\n", "| phase | search [s] | uniform [s] |", "|---|---|---|"]
-    for phase in dict.fromkeys([*searched.seconds, *uniform.seconds]):
-        own = [f"{times.seconds[phase]:.1f}" if phase in times.seconds else "" for times in (searched, uniform)]
-        lines.append(f"| {phase} | {own[0]} | {own[1]} |")
-    ratio = searched.total / uniform.total
-    return [*lines, f"| **all** | {searched.total:.1f} | {uniform.total:.1f} |", f"\nRatio: {ratio:.2f}"]
+    search = [*common, *shlex.split(row.budget), "--search"]
+    runs = {
+        "search": [*search, "--run_id", f"search-time-s{seed}"],
+        "uniform": [*common, "--bits", row.uniform[0], "--run_id", f"uniform-time-s{seed}"],
+    }
+    if several is not None:
+        runs[f"search for {several} bits"] = [*search, "--target_bits", several, "--run_id", f"several-time-s{seed}"]
+    times = {told: phase_times(flags) for told, flags in runs.items()}
+    lines = [f"\n**{name}**: `{row.budget}`\n", f"| phase | {' | '.join(f'{told} [s]' for told in times)} |"]
+    lines.append("|---" * (len(times) + 1) + "|")
+    for phase in dict.fromkeys(phase for own in times.values() for phase in own.seconds):
+        cells = [f"{own.seconds[phase]:.1f}" if phase in own.seconds else "" for own in times.values()]
+        lines.append(f"| {phase} | {' | '.join(cells)} |")
+    lines.append(f"| **all** | {' | '.join(f'{own.total:.1f}' for own in times.values())} |")
+    one, uniform, *more = (own.total for own in times.values())
+    lines.append(f"\nA search takes {one / uniform:.2f} of the uniform run's time.")
+    return lines + [
+        f"The search for several budgets takes {all_of_them / one:.2f} of the time of one." for all_of_them in more
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--several", help="target bits of a third run, one search for all of them: 2.5,3,4")
     arguments = parse_for_rows(parser, "resnet20-3")
     torch.set_num_threads(1)
     for name in arguments.rows:
-        lines = table(name, rows()[name], arguments.shared, arguments.output_root_dir, arguments.seed)
+        row = rows()[name]
+        lines = table(name, row, arguments.shared, arguments.output_root_dir, arguments.seed, arguments.several)
         print("\n".join(lines), flush=True)
 
 

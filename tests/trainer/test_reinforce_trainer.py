@@ -259,6 +259,19 @@ def test_a_float_run_ends_with_recalibrated_batch_norms(tmp_path):
     torch.testing.assert_close(ended, model.body[1].running_mean)
 
 
+@pytest.mark.parametrize(("examples", "recalibrated"), [(8, 1), (32, 0)])
+def test_batch_norms_are_recalibrated_before_the_choice_where_its_batches_are_small(
+    examples, recalibrated, tmp_path, monkeypatch
+):
+    """Four batches of two examples are normalized by moving averages, four of eight by their own statistics."""
+    seen = []
+    monkeypatch.setattr("trainer.search.targets.recalibrate_batch_norm", lambda model, batches: seen.append(model))
+    config = ReinforceConfig(target_bits=4.5, calibration_batches=1, sensitivity_examples=examples)
+    changes = {"max_steps": 8, "train_dataset": Data(400), "per_device_eval_batch_size": 8}
+    make(tmp_path, config, **changes).train()
+    assert len(seen) == recalibrated
+
+
 class WithoutLoss(Net):
     """Leaves its loss to a function beside it, and has no place for labels."""
 
