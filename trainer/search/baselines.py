@@ -56,7 +56,9 @@ def _best_of_all(evaluator: AssignmentEvaluator, budget: Budget) -> list[int]:
     return list(choices[int(evaluator.evaluate_assignments(choices)[:, 0].mean(1).argmin())])
 
 
-def sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDArray[np.float64]:
+def sensitivities(
+    kind: str, evaluator: AssignmentEvaluator, seed: int, first_order: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Return the degradation from each choice alone, float64 (decisions, choices).
 
     With several processes, all return the result of the first.
@@ -65,15 +67,18 @@ def sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDArr
         kind: "measured", "fisher", "hawq_v2" or "qbert".
         evaluator: model, layers and held-out data.
         seed: seed of the random vectors of Hessian methods.
+        first_order: Fisher's sensitivities, which spare "measured" the negligible choices; None: it measures all.
     """
-    agreed = of_first_process(torch.from_numpy(_sensitivities(kind, evaluator, seed)))
+    agreed = of_first_process(torch.from_numpy(_sensitivities(kind, evaluator, seed, first_order)))
     assert agreed is not None
     return agreed.numpy()
 
 
-def _sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDArray[np.float64]:
+def _sensitivities(
+    kind: str, evaluator: AssignmentEvaluator, seed: int, first_order: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
     if kind == "measured":
-        return evaluator.measure().mean
+        return evaluator.measure(first_order=first_order).mean
     model, modules, space = evaluator.model, evaluator.modules, evaluator.space
     batches = evaluator.evaluation_batches(space.num_decisions * space.num_choices)
     most = {"hawq_v2": MOST_DRAWS * len(batches)}.get(kind, len(batches))
@@ -91,20 +96,19 @@ def _sensitivities(kind: str, evaluator: AssignmentEvaluator, seed: int) -> NDAr
     return sensitivity.hessian_sensitivity(model, modules, space, batches, loss, kind, seed)
 
 
-def candidate_tables(
-    evaluator: AssignmentEvaluator, kind: str, table: NDArray[np.float64], seed: int
-) -> dict[str, NDArray[np.float64]]:
-    """Return kind -> sensitivities from which `propose` takes candidates: those at hand, and Fisher's.
+def candidate_tables(kind: str, evaluator: AssignmentEvaluator, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Return kind -> sensitivities from which `propose` takes candidates: those of the kind first, and Fisher's.
 
-    Fisher's take one backward pass.
+    Fisher's take one backward pass, and spare "measured" the choices that they find negligible.
 
     Args:
+        kind: "measured", "fisher" or "hawq_v2".
         evaluator: model, layers and held-out data.
-        kind: kind of the sensitivities at hand.
-        table: the sensitivities at hand, float64 (decisions, choices).
         seed: seed of random vectors.
     """
-    return {kind: table} if kind == "fisher" else {kind: table, "fisher": sensitivities("fisher", evaluator, seed)}
+    fisher = sensitivities("fisher", evaluator, seed)
+    own = fisher if kind == "fisher" else sensitivities(kind, evaluator, seed, fisher)
+    return {kind: own, "fisher": fisher}
 
 
 def propose(budget: Budget, tables: Mapping[str, NDArray[np.float64]]) -> dict[str, list[int]]:

@@ -95,21 +95,24 @@ class AssignmentEvaluator:
 
     # ------------------------------------------------------ single formats
 
-    def measure(self, what: Literal["outputs", "errors"] = "outputs") -> Sensitivity:
+    def measure(
+        self, what: Literal["outputs", "errors"] = "outputs", first_order: NDArray[np.float64] | None = None
+    ) -> Sensitivity:
         """Measure the sensitivity of every single decision in each of its formats.
 
         Args:
             what: 'outputs' measures the divergence of the probabilities of classes or tokens (see
                 `distillation.difference`), or the increase of the loss for models without them; 'errors' the increase
                 of the share of wrong answers.
+            first_order: estimates by which negligible choices are not measured, see `measure_sensitivity`.
         """
         batches = self._batches(0, self.sizes.to_measure(), LEAST_TELLING)
         measured = self.model, self.modules, self.space, batches
         if what == "errors":
-            return measure_sensitivity(*measured, self._error_rate, increase, self.tell)
+            return measure_sensitivity(*measured, self._error_rate, increase, self.tell, first_order)
         if answers_of(self._outputs(batches[0]), batches[0]) is not None:
-            return measure_sensitivity(*measured, self.answers, difference, self.tell)
-        return measure_sensitivity(*measured, self.loss, increase, self.tell)
+            return measure_sensitivity(*measured, self.answers, difference, self.tell, first_order)
+        return measure_sensitivity(*measured, self.loss, increase, self.tell, first_order)
 
     def units(self) -> list[Unit]:
         """Return the blocks and single layers of the model, see `quant.reconstruction.blocks.find_units`."""

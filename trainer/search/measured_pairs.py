@@ -3,6 +3,9 @@
 With groups of output channels there are many more choices than formats: 70 mixes of five formats for four groups. What
 a group loses in a format is measured once, the other groups in the widest format, and a mix is taken to lose the sum,
 as an assignment is taken to lose the sum over its decisions.
+
+What wide formats lose is small and falls as the squared change of the layer's output does. Where an estimate of first
+order is at hand (Fisher's, one backward pass for all formats), they take their loss from the widest measured format.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from policy.space import SearchSpace
 from quant.engines.rules import Pair
 from quant.formats import FLOAT, Format, MixedFormat
 
+NEGLIGIBLE = 1 / 32
+"""Share of a decision's largest estimate below which a choice is not measured: two bits fewer make it 16-fold."""
+
 
 @dataclass(frozen=True)
 class MeasuredPairs:
@@ -27,17 +33,28 @@ class MeasuredPairs:
     """(choices, pairs): what a choice loses is this times what the pairs lose."""
 
 
-def measured_pairs(choices: Sequence[Pair]) -> MeasuredPairs:
+def measured_pairs(choices: Sequence[Pair], first_order: NDArray[np.float64] | None = None) -> MeasuredPairs:
     """Return the formats to measure for the choices of a decision.
 
-    A choice of one format is measured as it is. A mix loses what the format of its first group loses in all groups,
-    plus, for each other group, the difference between its own format and that one.
+    A choice of one format is measured as it is, unless it is negligible by the estimate. A mix loses what the format of
+    its first group loses in all groups, plus, for each other group, the difference between its own format and that one.
 
     Args:
         choices: (weight format, activation format) of each choice; for each mix, the choice with the format of its
             first group alone is among them.
+        first_order: estimate of what each choice loses, (choices,); None, not finite, or mixes among the choices: all
+            are measured.
     """
     mixes = [weight for weight, _ in choices if isinstance(weight, MixedFormat)]
+    if mixes or first_order is None or not np.isfinite(first_order).all():
+        rows = _rows_of_groups(choices, mixes)
+    else:
+        rows = _rows_by_estimate(choices, first_order)
+    pairs = tuple(dict.fromkeys(pair for row in rows for pair in row))
+    return MeasuredPairs(pairs, np.array([[row.get(pair, 0.0) for pair in pairs] for row in rows]))
+
+
+def _rows_of_groups(choices: Sequence[Pair], mixes: Sequence[MixedFormat]) -> list[dict[Pair, float]]:
     widest = max((part for mix in mixes for part in mix.parts), key=lambda part: part.bits, default=FLOAT)
     rows: list[dict[Pair, float]] = []
     for weight, activation in choices:
@@ -51,8 +68,16 @@ def measured_pairs(choices: Sequence[Pair]) -> MeasuredPairs:
                 probe = alone(group, format, widest, len(weight.parts))
                 row[probe] = row.get(probe, 0.0) + sign
         rows.append({pair: share for pair, share in row.items() if share})
-    pairs = tuple(dict.fromkeys(pair for row in rows for pair in row))
-    return MeasuredPairs(pairs, np.array([[row.get(pair, 0.0) for pair in pairs] for row in rows]))
+    return rows
+
+
+def _rows_by_estimate(choices: Sequence[Pair], first_order: NDArray[np.float64]) -> list[dict[Pair, float]]:
+    telling = first_order >= NEGLIGIBLE * first_order.max()
+    least = int(np.where(telling, first_order, np.inf).argmin())
+    return [
+        {pair: 1.0} if measure else {choices[least]: estimate / first_order[least]}
+        for pair, measure, estimate in zip(choices, telling, first_order.tolist(), strict=True)
+    ]
 
 
 def measured_formats(space: SearchSpace) -> int:

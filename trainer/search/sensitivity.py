@@ -53,10 +53,11 @@ def measure_sensitivity(
     observe: Callable[[nn.Module, Any], Any],
     compare: Callable[[Any, Any], Tensor],
     tell: Listener = unheard,
+    first_order: Table | None = None,
 ) -> Sensitivity:
     """Measure every decision in each of its choices, in decisions x choices forward passes per batch.
 
-    Mixes of formats within a layer take fewer, see `trainer.search.measured_pairs`.
+    Mixes of formats within a layer, and wide formats beside `first_order`, take fewer: `trainer.search.measured_pairs`.
 
     The model runs in eval mode, batch norms on the statistics of the batch. Its mode and formats are restored.
 
@@ -69,13 +70,15 @@ def measure_sensitivity(
         compare: (observed in float, observed now) -> degradation: one value for the batch, as `increase`, or one per
             example, as `divergence`.
         tell: listener of the progress.
+        first_order: estimates such as `fisher_sensitivity`, (decisions, choices); None: every choice is measured.
     """
     observed = []
     decisions, work = len(space.decisions), layers_run(modules, space)
     total = int(work.sum()) * len(batches)
     noun = "layers" if all(len(decision.layers) == 1 for decision in space.decisions) else "groups of layers"
     examples = sum(map(examples_of, batches))
-    plans = [measured_pairs(decision.choices) for decision in space.decisions]
+    estimates = [None] * decisions if first_order is None else list(first_order)
+    plans = [measured_pairs(decision.choices, own) for decision, own in zip(space.decisions, estimates, strict=True)]
     most = max(len(plan.pairs) for plan in plans)
     tell(MEASURING, 0, total, f"{decisions} {noun} in {most} formats on {examples} examples")
     with evaluating(model):

@@ -157,12 +157,14 @@ class MultiTargetSearch:
                 self._take(target, choose(target.limits))
             return
         prior = config.policy_prior
-        table = None if prior == "none" else sensitivities(prior, self.evaluator, self.seed)
+        tables = {}
+        if prior != "none" and config.contest:
+            tables = candidate_tables(prior, self.evaluator, self.seed)
+        elif prior != "none":
+            tables = {prior: sensitivities(prior, self.evaluator, self.seed)}
+        table = tables.get(prior)
         if table is not None and self.after_measuring is not None:
             self.after_measuring(prior, table)
-        tables = {}
-        if table is not None and config.contest:
-            tables = candidate_tables(self.evaluator, prior, table, self.seed)
         for target in self.targets:
             if table is None:
                 self.start(target)
@@ -177,7 +179,7 @@ class MultiTargetSearch:
                 candidates = joint_candidates(table, target.limits) if config.contest else {}
             else:
                 logits, pressure = sensitivity_prior(table, target.limits)
-                candidates = propose(target.limits, tables) if tables else {}
+                candidates = propose(target.limits, tables) if config.contest else {}
             self.start(target, of_first_process(logits), of_first_process(pressure), candidates)
 
     def start(

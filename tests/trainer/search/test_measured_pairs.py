@@ -30,3 +30,23 @@ def test_choices_without_mixes_are_measured_as_they_are():
     choices = format_pairs(FORMATS)
     plan = measured_pairs([*choices, choices[-1]])
     assert plan.pairs == choices and np.array_equal(plan.shares, np.eye(5)[[0, 1, 2, 3, 4, 4]])
+
+
+def test_negligible_choices_take_their_share_of_the_least_measured_one():
+    choices = format_pairs(FORMATS)
+    plan = measured_pairs([*choices, choices[-1]], np.array([16.0, 4.0, 1.0, 1 / 16, 1 / 256, 1 / 256]))
+    assert plan.pairs == choices[:3]
+    wanted = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1 / 16], [0, 0, 1 / 256], [0, 0, 1 / 256]]
+    np.testing.assert_array_equal(plan.shares, wanted)
+
+
+@pytest.mark.parametrize("estimates", [[1.0, 0.5, 0.2, 0.1, 1 / 32], [0.0] * 5, [np.nan, 1, 1, 1, 1], [np.inf] * 5])
+def test_all_are_measured_where_none_is_negligible_or_nothing_is_known(estimates):
+    choices = format_pairs(FORMATS)
+    plan = measured_pairs(choices, np.array(estimates))
+    assert plan.pairs == choices and np.array_equal(plan.shares, np.eye(5))
+
+
+def test_mixes_are_measured_by_their_groups_whatever_is_estimated():
+    choices = format_pairs(FORMATS, groups=2)
+    assert measured_pairs(choices, np.zeros(len(choices))).pairs == measured_pairs(choices).pairs

@@ -63,6 +63,26 @@ def test_batch_norms_go_by_the_batch_not_by_averages_of_other_formats():
     np.testing.assert_array_equal(measure_sensitivity(model, layers, space, batches, logits, divergence).mean, found)
 
 
+def test_negligible_formats_cost_no_pass_and_come_out_nearly_as_measured(measured):
+    model, layers, space, batches = measured
+
+    def loss(model, batch):
+        return model(**batch).square().mean()
+
+    passes = []
+
+    def observe(model, batch):
+        passes.append(batch)
+        return logits(model, batch)
+
+    whole = measure_sensitivity(model, layers, space, batches, logits, divergence).mean
+    estimates = fisher_sensitivity(model, layers, space, batches, loss)
+    found = measure_sensitivity(model, layers, space, batches, observe, divergence, first_order=estimates).mean
+    assert len(passes) == len(batches) * (1 + 3 * 2)  # int8 is not measured
+    np.testing.assert_array_equal(found[:, :2], whole[:, :2])
+    assert (np.abs(np.log2(found[:, 2] / whole[:, 2])) < 1.5).all()  # of a hundredth of int4's loss
+
+
 def test_the_error_of_a_plain_mean_is_its_standard_error(measured):
     model, layers, space, batches = measured
     found = measure_sensitivity(model, layers, space, batches, logits, divergence)
