@@ -20,7 +20,7 @@ from policy.space import SearchSpace
 from quant.engines.rules import Pair
 from quant.formats import FLOAT, Format, MixedFormat
 
-NEGLIGIBLE = 1 / 32
+NEGLIGIBLE = 1 / 8
 """Share of a decision's largest estimate below which a choice is not measured: two bits fewer make it 16-fold."""
 
 

@@ -34,13 +34,13 @@ def test_choices_without_mixes_are_measured_as_they_are():
 
 def test_negligible_choices_take_their_share_of_the_least_measured_one():
     choices = format_pairs(FORMATS)
-    plan = measured_pairs([*choices, choices[-1]], np.array([16.0, 4.0, 1.0, 1 / 16, 1 / 256, 1 / 256]))
+    plan = measured_pairs([*choices, choices[-1]], np.array([16.0, 4.0, 2.0, 0.5, 1 / 256, 1 / 256]))
     assert plan.pairs == choices[:3]
-    wanted = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1 / 16], [0, 0, 1 / 256], [0, 0, 1 / 256]]
+    wanted = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1 / 4], [0, 0, 1 / 512], [0, 0, 1 / 512]]
     np.testing.assert_array_equal(plan.shares, wanted)
 
 
-@pytest.mark.parametrize("estimates", [[1.0, 0.5, 0.2, 0.1, 1 / 32], [0.0] * 5, [np.nan, 1, 1, 1, 1], [np.inf] * 5])
+@pytest.mark.parametrize("estimates", [[1.0, 0.5, 0.2, 0.15, 1 / 8], [0.0] * 5, [np.nan, 1, 1, 1, 1], [np.inf] * 5])
 def test_all_are_measured_where_none_is_negligible_or_nothing_is_known(estimates):
     choices = format_pairs(FORMATS)
     plan = measured_pairs(choices, np.array(estimates))
