@@ -5,7 +5,8 @@ a group loses in a format is measured once, the other groups in the widest forma
 as an assignment is taken to lose the sum over its decisions.
 
 What wide formats lose is small and falls as the squared change of the layer's output does. Where an estimate of first
-order is at hand (Fisher's, one backward pass for all formats), they take their loss from the widest measured format.
+order is at hand (Fisher's, one backward pass for all formats), only the first of them is measured, and the others take
+their share of its loss. Estimates cannot tell more: the loss of narrow formats saturates.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from policy.space import SearchSpace
 from quant.engines.rules import Pair
 from quant.formats import FLOAT, Format, MixedFormat
 
-NEGLIGIBLE = 1 / 8
-"""Share of a decision's largest estimate below which a choice is not measured: two bits fewer make it 16-fold."""
+NEGLIGIBLE = 1 / 16
+"""Share of a decision's largest estimate below which a choice is negligible: two bits fewer make it 16-fold."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class MeasuredPairs:
 def measured_pairs(choices: Sequence[Pair], first_order: NDArray[np.float64] | None = None) -> MeasuredPairs:
     """Return the formats to measure for the choices of a decision.
 
-    A choice of one format is measured as it is, unless it is negligible by the estimate. A mix loses what the format of
-    its first group loses in all groups, plus, for each other group, the difference between its own format and that one.
+    A choice of one format is measured as it is, unless the estimate is lower than that of a negligible one. A mix loses
+    what the format of its first group loses in all groups, plus, for each other group, the difference between its own
+    format and that one.
 
     Args:
         choices: (weight format, activation format) of each choice; for each mix, the choice with the format of its
@@ -72,11 +74,12 @@ def _rows_of_groups(choices: Sequence[Pair], mixes: Sequence[MixedFormat]) -> li
 
 
 def _rows_by_estimate(choices: Sequence[Pair], first_order: NDArray[np.float64]) -> list[dict[Pair, float]]:
-    telling = first_order >= NEGLIGIBLE * first_order.max()
-    least = int(np.where(telling, first_order, np.inf).argmin())
+    negligible = first_order < NEGLIGIBLE * first_order.max()
+    first = int(np.where(negligible, first_order, -np.inf).argmax())
+    shares = first_order / (first_order[first] or 1.0)
     return [
-        {pair: 1.0} if measure else {choices[least]: estimate / first_order[least]}
-        for pair, measure, estimate in zip(choices, telling, first_order.tolist(), strict=True)
+        {choices[first]: share} if passed_over and share else {pair: 1.0}
+        for pair, passed_over, share in zip(choices, negligible, shares.tolist(), strict=True)
     ]
 
 

@@ -32,16 +32,22 @@ def test_choices_without_mixes_are_measured_as_they_are():
     assert plan.pairs == choices and np.array_equal(plan.shares, np.eye(5)[[0, 1, 2, 3, 4, 4]])
 
 
-def test_negligible_choices_take_their_share_of_the_least_measured_one():
+def test_negligible_choices_take_their_share_of_the_first_of_them():
     choices = format_pairs(FORMATS)
-    plan = measured_pairs([*choices, choices[-1]], np.array([16.0, 4.0, 2.0, 0.5, 1 / 256, 1 / 256]))
+    plan = measured_pairs([*choices, choices[-1]], np.array([16.0, 4.0, 0.5, 1 / 16, 1 / 256, 1 / 256]))
     assert plan.pairs == choices[:3]
-    wanted = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1 / 4], [0, 0, 1 / 512], [0, 0, 1 / 512]]
+    wanted = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1 / 8], [0, 0, 1 / 128], [0, 0, 1 / 128]]
     np.testing.assert_array_equal(plan.shares, wanted)
 
 
-@pytest.mark.parametrize("estimates", [[1.0, 0.5, 0.2, 0.15, 1 / 8], [0.0] * 5, [np.nan, 1, 1, 1, 1], [np.inf] * 5])
-def test_all_are_measured_where_none_is_negligible_or_nothing_is_known(estimates):
+def test_choices_that_change_nothing_are_measured():
+    choices = [*format_pairs(FORMATS), (FLOAT, FLOAT)]
+    plan = measured_pairs(choices, np.array([1.0, 0.25, 0.0, 0.0, 0.0, 0.0]))
+    assert plan.pairs == tuple(choices) and np.array_equal(plan.shares, np.eye(6))
+
+
+@pytest.mark.parametrize("estimates", [[1.0, 0.5, 0.2, 0.1, 1 / 32], [0.0] * 5, [np.nan, 1, 1, 1, 1], [np.inf] * 5])
+def test_all_are_measured_where_one_at_most_is_negligible_or_nothing_is_known(estimates):
     choices = format_pairs(FORMATS)
     plan = measured_pairs(choices, np.array(estimates))
     assert plan.pairs == choices and np.array_equal(plan.shares, np.eye(5))
