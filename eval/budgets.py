@@ -68,7 +68,10 @@ def add_budget(run_folder: Path, bits: float) -> None:
 
 
 def _assignment(folder: Path) -> dict[str, Sequence[str]]:
-    assignment: dict[str, Sequence[str]] = json.loads((folder / QUANTIZATION).read_text())["assignment"]
+    try:
+        assignment: dict[str, Sequence[str]] = json.loads((folder / QUANTIZATION).read_text())["assignment"]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: the model of this budget is missing: {QUANTIZATION}") from None
     return assignment
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,8 @@ from eval.run.trainer import make_trainer
 from quant.errors import UserError
 
 if TYPE_CHECKING:
+    from policy.budget import Budget
+    from quant.convert import Assignment
     from trainer.reinforce_trainer import ReinforceTrainer
 
 DECISIONS = "decisions.json"
@@ -50,8 +52,8 @@ def resolve(
 ) -> tuple[dict[str, Any], Path]:
     """Choose formats for a budget between those of a finished search, and write its record into RUN/3.2b.
 
-    The policies of the next smaller and the next larger budget propose; the contest at the end of a search decides, on
-    held-out examples and with the trained weights.
+    The next smaller and the next larger budget propose: the formats that they have trained under, and their policies.
+    The contest at the end of a search decides, on held-out examples and with the trained weights.
 
     Args:
         folder: Folder of the search.
@@ -75,7 +77,8 @@ def resolve(
         run = finished_run(folder, data_dir)
     except UserError as error:
         raise UserError(str(error).replace("RUN_DIR", "--resolve", 1)) from None
-    tables, place = _tables(run, bits), run.folder / f"{bits:g}b"
+    near, place = _neighbours(run, bits), run.folder / f"{bits:g}b"
+    tables = {own: _values(neighbour / DECISIONS) for own, neighbour in near.items()}
     if (place / "result.json").exists():
         raise UserError(f"--target_bits {bits:g}: {place} holds a record already")
     config = run.config.updated(target_bits=f"{bits:g}", save_model_path=None, verify_retrain=False, report_to="none")
@@ -84,7 +87,7 @@ def resolve(
         trainer, modules, float_metrics = make_trainer(plan, progress=progress)
         trainer.evaluator.find_reference_loss()  # of the model as it was before the training
         trainer.model.load_state_dict(load_tensors(run.folder / "model" / WEIGHTS))
-        _choose(trainer, tables)
+        _choose(trainer, tables, [_assignment(neighbour) for neighbour in near.values()])
         record = describe(plan) | {"float_metrics": float_metrics, "run_id": f"{run.record['run_id']}-{bits:g}b"}
         record["notes"] = [*record["notes"], f"formats solved from the search in {run.folder.name}, not trained under"]
         written = write_result(replace(plan, config=config), trainer, modules, record, place, started, progress)
@@ -92,8 +95,8 @@ def resolve(
     return written, place
 
 
-def _tables(run: FinishedRun, bits: float) -> dict[float, list[list[float]]]:
-    """Return the values of the next smaller and the next larger budget of a search, by bits."""
+def _neighbours(run: FinishedRun, bits: float) -> dict[float, Path]:
+    """Return bits -> folder of the next smaller and the next larger budget of a search."""
     config, flag = run.config, f"--resolve {run.folder}"
     if config.method != "search":
         raise UserError(f"{flag}: was chosen by --method {config.method}; a search saves what its policy has learned")
@@ -107,7 +110,13 @@ def _tables(run: FinishedRun, bits: float) -> dict[float, list[list[float]]]:
             f"--target_bits {bits:g}: must be between the budgets of {run.folder}, and none of them: {known}"
         )
     near = max(own for own in folders if own < bits), min(own for own in folders if own > bits)
-    return {own: _values(folders[own] / DECISIONS) for own in near}
+    return {own: folders[own] for own in near}
+
+
+def _assignment(folder: Path) -> Assignment:
+    from cost.cost import assignment_from_json
+
+    return assignment_from_json(json.loads((folder / "result.json").read_text())["assignment"])
 
 
 def _values(path: Path) -> list[list[float]]:
@@ -120,8 +129,14 @@ def _values(path: Path) -> list[list[float]]:
         raise UserError(f"--resolve {path.parent}: {path.name} is damaged: {error}") from None
 
 
-def _choose(trainer: ReinforceTrainer, tables: dict[float, list[list[float]]]) -> None:
-    """Let the trainer choose as at the end of a search whose policy is the mean of those of the tables."""
+def _choose(trainer: ReinforceTrainer, tables: dict[float, list[list[float]]], trained: list[Assignment]) -> None:
+    """Let the trainer choose as at the end of a search whose policy is the mean of those of the tables.
+
+    Args:
+        trainer: With the trained weights.
+        tables: Bits of the next smaller and the next larger budget -> values.
+        trained: Their assignments, in this order.
+    """
     import torch
 
     (target,), searches = trainer.targets, trainer.searches
@@ -129,7 +144,30 @@ def _choose(trainer: ReinforceTrainer, tables: dict[float, list[list[float]]]) -
     shape = trainer.space.num_decisions, trainer.space.num_choices
     if any(table.shape != shape for table in values.values()):
         raise UserError(f"--resolve: {DECISIONS} is of another search space than that of the flags")
-    proposals = {f"policy of {bits:g} bits": target.limits.solve(table.numpy()) for bits, table in values.items()}
+    smaller, larger = (trainer.space.choice(assignment) for assignment in trained)
+    low, high = tables
+    proposals = {
+        f"formats of {low:g} and {high:g} bits": between(target.limits, smaller, larger),
+        f"formats of {low:g} bits": smaller,
+        **{f"policy of {bits:g} bits": target.limits.solve(table.numpy()) for bits, table in values.items()},
+    }
     prior = torch.stack(list(values.values())).mean(0).float()
     searches.start(target, prior, None, {name: list(choice) for name, choice in proposals.items()})
     trainer.finish()
+
+
+def between(budget: Budget, smaller: Sequence[int], larger: Sequence[int]) -> list[int]:
+    """Return the choice that uses most of a budget, each decision as one of two choices has it.
+
+    Args:
+        budget: Limits, which the first choice meets.
+        smaller: Choice of a smaller budget.
+        larger: Choice of a larger one.
+    """
+    import numpy as np
+
+    costs = budget.tables[0] / budget.limits[0]
+    values, decisions = np.full(costs.shape, -costs.sum()), np.arange(len(costs))
+    for choice in (smaller, larger):
+        values[decisions, choice] = costs[decisions, choice]
+    return budget.solve(values)

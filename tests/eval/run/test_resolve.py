@@ -1,8 +1,10 @@
 """`--resolve`: another budget from a finished search, without training; its record, its model, its export."""
 
+import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from eval import load_model
 from eval.config.parser import parse
 from eval.eval_run import main, run
 from eval.export.__main__ import main as export
+from eval.run.resolve import between
+from policy.budget import Budget
 from quant.errors import UserError
 from trainer.training.checkpoint import load_tensors
 
@@ -43,6 +47,9 @@ def test_a_budget_between_two_gets_a_record_a_model_and_an_export(searched, tmp_
         lower["cost_target"] < record["cost_target"] < upper["cost_target"] and record["cost"] <= record["cost_target"]
     )
     assert record["steps"] == 0 and any("not trained under" in note for note in record["notes"])
+    assert {"formats of 2.5 and 4 bits", "formats of 2.5 bits", "policy of 4 bits"} < set(
+        record["contest"]["candidates"]
+    )
     assert record["contest"]["certificate"] and record["float_metrics"] == upper["float_metrics"]
     assert (folder / "model/model.safetensors").read_bytes() == weights  # shared, and not trained
     one, other = (load_tensors(place / "model/model.safetensors") for place in (folder, folder / "3.2b"))
@@ -61,6 +68,16 @@ def test_a_budget_between_two_gets_a_record_a_model_and_an_export(searched, tmp_
     shutil.copytree(searched, again)
     twin = resolved(again, 3.2)
     assert twin["assignment"] == record["assignment"] and twin["metrics"] == record["metrics"]
+
+
+def test_formats_between_two_choices_use_most_of_the_budget():
+    costs = np.array([[1.0, 2, 4], [3.0, 6, 12], [2.0, 4, 8], [1.0, 2, 4]])
+    smaller, larger = [0, 1, 0, 2], [2, 2, 1, 0]
+    budget = Budget((costs,), (18.0,))
+    found = between(budget, smaller, larger)
+    kinds = [list(kind) for kind in itertools.product(*zip(smaller, larger, strict=True))]
+    spent = {tuple(kind): sum(costs[d, c] for d, c in enumerate(kind)) for kind in kinds}
+    assert spent[tuple(found)] == max(cost for cost in spent.values() if cost <= 18)
 
 
 @pytest.mark.parametrize(
