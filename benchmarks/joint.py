@@ -70,7 +70,7 @@ def flags_of(pair: Pair, share: float, seed: int, arguments: argparse.Namespace)
     flags = f"{pair.flags.format(shared=arguments.shared)} {ALWAYS} --seed {seed} --max_steps {arguments.steps}"
     folder = f"--output_root_dir {arguments.output_root_dir} --exp_name joint-{arguments.steps}"
     common = tuple(shlex.split(f"{flags} {folder}"))
-    return [*common, "--cost_target", f"{share * compute_at_int4(common):.6g}"]
+    return [*common, "--cost_target", str(share * compute_at_int4(common))]
 
 
 @cache

@@ -60,7 +60,7 @@ def write_budgets(own: Path, bits: float, others: Mapping[float, Path]) -> None:
 def add_budget(run_folder: Path, bits: float) -> None:
     """Add a budget to the model of a run, once its record and model are in `3.2b` in the run's folder."""
     own = run_folder / "model"
-    known = [float(key) for key in json.loads((own / BUDGETS).read_text())]
+    known = assignments_of(own)
     others = {
         budget: run_folder / f"{budget:g}b" / "model" for budget in sorted({*known, bits}) if budget != max(known)
     }
@@ -75,6 +75,14 @@ def _assignment(folder: Path) -> dict[str, Sequence[str]]:
     return assignment
 
 
+def assignments_of(folder: Path) -> dict[float, dict[str, Sequence[str]]]:
+    """Read the budgets of a model folder: bits -> assignment in JSON. Raises UserError if the file is damaged."""
+    try:
+        return {float(bits): own for bits, own in json.loads((folder / BUDGETS).read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: {BUDGETS} is damaged: {error}") from None
+
+
 def attach_budgets(model: nn.Module, folder: Path) -> None:
     """Give a loaded model `budgets`, their bits in ascending order, and `set_budget(bits)`, if its run has several.
 
@@ -87,8 +95,8 @@ def attach_budgets(model: nn.Module, folder: Path) -> None:
     """
     if not (folder / BUDGETS).is_file():
         return
+    assignments = assignments_of(folder)
     try:
-        assignments = {float(bits): own for bits, own in json.loads((folder / BUDGETS).read_text()).items()}
         stored = load_tensors(folder / DIFFERING)
         state = model.state_dict()
         shared = {name: state[name].clone() for name in {key.partition("/")[2] for key in stored}}

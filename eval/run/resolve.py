@@ -68,7 +68,8 @@ def resolve(
     Raises:
         UserError: The folder is no finished search, or the budget is not within its own.
     """
-    from eval.budgets import add_budget
+    from cost.cost import assignment_from_json
+    from eval.budgets import add_budget, assignments_of
     from trainer.training.checkpoint import load_tensors
     from trainer.training.saved_files import WEIGHTS
 
@@ -87,7 +88,8 @@ def resolve(
         trainer, modules, float_metrics = make_trainer(plan, progress=progress)
         trainer.evaluator.find_reference_loss()  # of the model as it was before the training
         trainer.model.load_state_dict(load_tensors(run.folder / "model" / WEIGHTS))
-        _choose(trainer, tables, [_assignment(neighbour) for neighbour in near.values()])
+        known = assignments_of(run.folder / "model")
+        _choose(trainer, tables, [assignment_from_json(known[own]) for own in near])
         record = describe(plan) | {"float_metrics": float_metrics, "run_id": f"{run.record['run_id']}-{bits:g}b"}
         record["notes"] = [*record["notes"], f"formats solved from the search in {run.folder.name}, not trained under"]
         written = write_result(replace(plan, config=config), trainer, modules, record, place, started, progress)
@@ -111,12 +113,6 @@ def _neighbours(run: FinishedRun, bits: float) -> dict[float, Path]:
         )
     near = max(own for own in folders if own < bits), min(own for own in folders if own > bits)
     return {own: folders[own] for own in near}
-
-
-def _assignment(folder: Path) -> Assignment:
-    from cost.cost import assignment_from_json
-
-    return assignment_from_json(json.loads((folder / "result.json").read_text())["assignment"])
 
 
 def _values(path: Path) -> list[list[float]]:

@@ -102,6 +102,12 @@ class EvaluationSizes:
         return range(first, first + count, min(self.batch_size, max(math.ceil(count / 4), least)))
 
     @property
+    def smallest_batch(self) -> int:
+        """Examples in the smallest batch that assignments are compared on."""
+        parts = (self.batch_starts(0, self.to_evaluate()), self.batch_starts(*self.to_decide()))
+        return min((starts.stop - starts[-1] for starts in parts if starts), default=self.batch_size)
+
+    @property
     def passes(self) -> int:
         """Forward passes per evaluated assignment."""
         return len(self.batch_starts(0, self.to_evaluate()))

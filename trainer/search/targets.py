@@ -18,7 +18,6 @@ from policy.joint_space import JointSpace
 from policy.solve import Table
 from policy.space import SearchSpace
 from quant.formats import Format
-from quant.module_utils import examples_of
 from quant.quant_module import Reach, runs_in
 from trainer.search.baselines import allocator, candidate_tables, propose, sensitivities
 from trainer.search.config import ReinforceConfig, make_budget
@@ -235,17 +234,12 @@ class MultiTargetSearch:
         assert target.search is not None
         choice = tuple(target.search.best())
         if self.config.contest:
-            if self._averages_matter:  # those of training mix all drawn formats
+            # Only batches too small for their own statistics use averages; those of training mix all drawn formats.
+            if self.evaluator.sizes.smallest_batch < LEAST_TELLING:
                 self.space.apply(self.evaluator.modules, choice)
                 recalibrate_batch_norm(self.evaluator.model, calibration_batches())
             choice = self._select(target, choice)
         self._take(target, choice)
-
-    @property
-    def _averages_matter(self) -> bool:
-        """Whether a batch of the selection is too small for its own statistics, see `statistics_of_batch`."""
-        batches = self.evaluator.evaluation_batches() + self.evaluator.deciding_batches()
-        return any(examples_of(batch) < LEAST_TELLING for batch in batches)
 
     def _select(self, target: SearchTarget, best: tuple[int, ...]) -> tuple[int, ...]:
         """Compare the policy's choice with all candidates, and record how the choice was made."""
