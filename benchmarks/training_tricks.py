@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.quality import common_flags, interval, loss_at_the_end, methods_of, parse_for_rows, rows, run, score
 from eval.config.parser import parse
 from eval.report.paired import share_right
+from quant.convert import set_formats
 from quant.formats import Format, IntFormat
 from quant.quant_module import QuantModule
 from quant.quantizers.quantizer import Quantizer, Rounder
@@ -195,6 +196,30 @@ def distance(module: QuantModule, rounder: Rounder) -> Tensor:
     return apart.sum() / math.prod(weight.shape[2:])
 
 
+# ------------------------------------------------------ formats of the first steps
+
+
+@contextmanager
+def wide_first(share: float, mixed: bool = False) -> Iterator[None]:
+    """The first steps train in the widest formats, or each layer at random in these and its own (`mixed`)."""
+    generator = np.random.default_rng(0)
+
+    def widen(trainer: ReinforceTrainer, done: float) -> None:
+        if trainer.assignment is None:
+            return
+        widest = {d.layers: max(d.choices, key=lambda pair: pair[0].bits) for d in trainer.space.decisions}
+        wide = {
+            layer: widest[layers]
+            for layers in widest
+            for layer in layers
+            if done < share and (not mixed or generator.random() < 0.5)
+        }
+        set_formats(trainer.modules, {**trainer.assignment, **wide})
+
+    with at_each_step(widen):
+        yield
+
+
 TRICKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "none": nullcontext,
     "teacher alone": lambda: taught(lambda done: 1.0),
@@ -208,6 +233,10 @@ TRICKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "scales of inputs x0.1": lambda: scale_rates(inputs=0.1),
     "freezing": lambda: frozen_oscillations(0.1, 0.011),
     "dampening": lambda: dampened_oscillations(0.1),
+    "wide for a quarter": lambda: wide_first(0.25),
+    "wide for half": lambda: wide_first(0.5),
+    "mixed with wide for a quarter": lambda: wide_first(0.25, mixed=True),
+    "mixed with wide for half": lambda: wide_first(0.5, mixed=True),
 }
 
 

@@ -280,8 +280,9 @@ def flags_given(argv: Sequence[str]) -> dict[str, Any]:
     if unknown:
         name = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = name.split("=")[0]
-        close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help_all lists all flags"
+        flags = [flag.removeprefix("--") for flag in parser._option_string_actions]
+        close = difflib.get_close_matches(name.removeprefix("--"), flags, n=1) if name.startswith("--") else []
+        hint = f"did you mean --{close[0]}?" if close else "--help_all lists all flags"
         raise UserError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name}; {hint}")
     _check_aliases(argv)
     return {name: value for name, value in vars(namespace).items() if value is not _UNSET}

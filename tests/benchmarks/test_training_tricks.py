@@ -102,3 +102,23 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
         pq.read_table(folder / f"{split}-00000-of-00001.parquet")["row"].to_pylist() for split in ("train", "test")
     )
     assert len(test) == 3 and sorted(train + test) == list(range(10))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_first_steps_train_in_the_widest_formats(mixed):
+    _, modules = quantized(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    narrow, wide = (INT3, INT3), (FLOAT, FLOAT)
+    decision = SimpleNamespace(layers=("0",), choices=(narrow, wide))
+    trainer = SimpleNamespace(
+        modules=modules, assignment={"0": narrow}, space=SimpleNamespace(decisions=(decision,)), _fine_tuning=True
+    )
+    acts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tricks, "at_each_step", lambda action: acts.append(action) or tricks.nullcontext())
+        with tricks.wide_first(0.5, mixed):
+            seen = []
+            for step in range(40):
+                acts[0](trainer, step / 40)
+                seen.append(modules["0"].weight_quantizer.format)
+    assert set(seen[20:]) == {INT3}
+    assert set(seen[:20]) == ({INT3, FLOAT} if mixed else {FLOAT})

@@ -94,8 +94,18 @@ def test_rows_of_a_table_are_rounded_alone():
         assert not tables
 
 
-def test_a_file_slower_than_float_is_told_what_would_be_faster():
+def test_a_file_slower_than_float_is_told_what_would_be_faster_and_was_not_done():
     image, text = SimpleNamespace(pixels=object()), SimpleNamespace(pixels=None)
-    told = [advice(SimpleNamespace(inputs=i, round_outputs=r)) for i, r in ((image, None), (image, True), (text, None))]
-    assert ["--round_outputs" in line for line in told] == [True, False, False]
-    assert all("--engine onnxruntime" in line and "int8" in line for line in told)
+    told = [
+        advice(SimpleNamespace(inputs=inputs, round_outputs=rounded, config=SimpleNamespace(engine=engine)))
+        for inputs, rounded, engine in (
+            (image, None, None),
+            (image, True, "openvino"),
+            (text, None, None),
+            (image, None, "onnxruntime"),
+            (text, None, "onnxruntime"),
+        )
+    ]
+    assert ["--round_outputs" in line for line in told] == [True, False, False, True, False]
+    assert ["--engine onnxruntime" in line and "int8" in line for line in told] == [True, True, True, False, False]
+    assert told[-1] == ""
