@@ -246,7 +246,7 @@ from transformers import TrainingArguments
 settings = {"per_device_train_batch_size": 64, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no"}
 images, digits = load_digits(return_X_y=True)
 rows = [{"x": torch.tensor(image / 16).float(), "labels": int(digit)} for image, digit in zip(images, digits)]
-train, validation, batches = rows[:1400], rows[1400:], [{"x": torch.rand(64, 64)}]
+train, validation = rows[:1400], rows[1400:]
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -257,7 +257,6 @@ class Net(nn.Module):
 """
 """a reader's own program, reader.py"""
 GIVEN = {
-    "quantize_model(model": "from reader import Net as Own, batches\nmodel = Own()",
     "NLPTrainer(model": (
         "from reader import *\nmodel, arguments = Net(), TrainingArguments('out', max_steps=5, **settings)\n"
         "compute_metrics = lambda told: {'f1': float((told.predictions.argmax(1) == told.label_ids).mean())}"
