@@ -207,11 +207,10 @@ def wide_first(share: float, mixed: bool = False) -> Iterator[None]:
     def widen(trainer: ReinforceTrainer, done: float) -> None:
         if trainer.assignment is None:
             return
-        widest = {d.layers: max(d.choices, key=lambda pair: pair[0].bits) for d in trainer.space.decisions}
         wide = {
-            layer: widest[layers]
-            for layers in widest
-            for layer in layers
+            layer: max(decision.choices, key=lambda pair: pair[0].bits)
+            for decision in trainer.space.decisions
+            for layer in decision.layers
             if done < share and (not mixed or generator.random() < 0.5)
         }
         set_formats(trainer.modules, {**trainer.assignment, **wide})
