@@ -138,6 +138,7 @@ def rows() -> dict[str, Row]:
             {
                 "4.3": ("--search_space 2,3,4,5,6,8 --target_bits 4.3", ("int4",)),
                 "4.1": ("--search_space 2,3,4,5,6,8 --target_bits 4.09", ("int4",)),
+                "3.5": ("--search_space 2,3,4,5,6,8 --target_bits 3.5", ("int3",)),
                 "fp": ("--search_space e2m1,e4m3 --target_bits 4.38", ("e2m1", "e4m3")),  # 1.2 of e2m1's compute
             },
         ),
