@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.quality import half_width
 from benchmarks.smollm2 import (
     LENGTH,
     divergence,
@@ -51,7 +52,7 @@ OURS = {
     "measured, gptq": f"--method measured --max_steps 0 --sensitivity_examples 4 --rounding gptq {SCOPE}",
     "search": f"--search --train scales --max_steps 40 --sensitivity_examples 4 --rounding gptq {SCOPE}",
     **{
-        f"{method} by block": (f"{flags} --train scales --max_steps 20 --rounding gptq {SCOPE}")
+        f"{method} by block": f"{flags} --train scales --max_steps 20 --rounding gptq {SCOPE}"
         for method, flags in {
             "search": "--block_search depth --sensitivity_examples 2",
             "measured": "--method measured --block_search depth --sensitivity_examples 2",
@@ -269,7 +270,7 @@ def pairs(rows: list[dict[str, Any]]) -> list[str]:
         searched = losses.get((budget, SEARCH), [])
         if name != SEARCH and len(searched) == len(own):
             gaps = np.mean(searched, axis=0) - np.mean(own, axis=0)
-            middle, half = gaps.mean(), 1.96 * gaps.std(ddof=1) / math.sqrt(len(gaps))
+            middle, half = gaps.mean(), half_width([[gaps]])
             shown = f"{middle:+.4f} [{middle - half:+.4f}, {middle + half:+.4f}] nats a token"
             lines.append(f"{budget:.1f} MiB, {len(own)} seeds: {SEARCH} - {name}: {shown}")
     return lines
